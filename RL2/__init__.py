@@ -1,0 +1,24 @@
+"""RL2: token-level losses for reasoning models, from rollouts to checkpoints."""
+
+from RL2.config.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EngineError,
+    EnvError,
+    RL2Error,
+    TrainingError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "EngineError",
+    "EnvError",
+    "RL2Error",
+    "TrainingError",
+    "__version__",
+]

@@ -1,0 +1,27 @@
+"""Pure functions of tensors: token losses, advantages, reductions, KL estimators."""
+
+from RL2.algorithms.advantages import (
+    ADVANTAGES,
+    compute_advantages,
+    resolve_advantage,
+    sample_returns,
+)
+from RL2.algorithms.kl import KL_ESTIMATORS, approx_kl
+from RL2.algorithms.losses import FIELDS, LOSSES, TokenLoss, resolve_loss
+from RL2.algorithms.reductions import AVG_LEVELS, token_weights, weighted_sum
+
+__all__ = [
+    "ADVANTAGES",
+    "AVG_LEVELS",
+    "FIELDS",
+    "KL_ESTIMATORS",
+    "LOSSES",
+    "TokenLoss",
+    "approx_kl",
+    "compute_advantages",
+    "resolve_advantage",
+    "resolve_loss",
+    "sample_returns",
+    "token_weights",
+    "weighted_sum",
+]

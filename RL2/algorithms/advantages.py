@@ -1,0 +1,128 @@
+"""Advantage estimators.
+
+An estimator is one pure function `(rewards [B, T], action_mask [B, T], sample_ids [B],
+group_ids [B], *, options) -> advantages [B, T]`. Rows are token sequences; the rows of one
+multi-turn sample share their sample id, the samples of one prompt their group id. Its keyword-only
+parameters are options, read from `adv.*`. Advantages are 0 where `action_mask` is False.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from enum import Enum
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from RL2.config.errors import ConfigError
+
+
+def sample_returns(rewards: Tensor, sample_ids: Tensor) -> Tensor:
+    """Summed reward of the sample that each row belongs to: `[B, T]`, `[B]` -> `[B]`."""
+    _, sample_of_row = torch.unique(sample_ids, return_inverse=True)
+    return _returns_by_sample(rewards, sample_of_row)[sample_of_row].to(rewards.dtype)
+
+
+def reinforce(
+    rewards: Tensor,
+    action_mask: Tensor,
+    sample_ids: Tensor,
+    group_ids: Tensor,
+    *,
+    global_norm: bool = False,
+    norm_var: bool = False,
+) -> Tensor:
+    """Return of the sample minus a baseline, on every action token of the sample.
+
+    The baseline is the mean return over the *samples* of the group, however many rows each of
+    them has; it is the mean over all samples of the batch if `global_norm`, or if no group has
+    two samples. `norm_var` divides by the unbiased standard deviation over the same samples; where
+    it is zero, or there is only one sample, the advantage is 0. `norm_var=False` is Dr. GRPO (Liu
+    et al. 2025), `True` GRPO (Shao et al. 2024).
+    """
+    samples, sample_of_row = torch.unique(sample_ids, return_inverse=True)
+    returns = _returns_by_sample(rewards, sample_of_row)
+    group_of_sample = group_ids.new_zeros(len(samples)).scatter_(0, sample_of_row, group_ids)
+    groups, group_of_sample = torch.unique(group_of_sample, return_inverse=True)
+    if global_norm or len(groups) == len(samples):
+        group_of_sample = torch.zeros_like(group_of_sample)
+
+    counts = torch.bincount(group_of_sample)
+    mean = _sum_by(returns, group_of_sample) / counts
+    advantages = returns - mean[group_of_sample]
+    if norm_var:
+        variance = _sum_by(advantages.square(), group_of_sample) / (counts - 1).clamp(min=1)
+        eps = torch.finfo(torch.float32).eps
+        advantages = advantages / (variance.sqrt()[group_of_sample] + eps)
+    return (advantages[sample_of_row].unsqueeze(-1) * action_mask).to(rewards.dtype)
+
+
+def spo(rewards: Tensor, action_mask: Tensor, sample_ids: Tensor, group_ids: Tensor) -> Tensor:
+    """Return of the sample on each of its action tokens: no baseline, no normalisation
+    ("Exploring Paths", section 3.1)."""
+    return sample_returns(rewards, sample_ids).unsqueeze(-1) * action_mask
+
+
+ADVANTAGES: dict[str, Callable[..., Tensor]] = {"reinforce": reinforce, "spo": spo}
+
+# What an option of `adv` must be left at when the estimator does not take it.
+_NEUTRAL = {"gamma": 1.0, "lamda": 1.0, "global_norm": False, "norm_var": False}
+
+
+def resolve_advantage(adv_config: Mapping[str, Any]) -> Callable[..., Tensor]:
+    """The estimator that `adv.estimator` names, its options bound.
+
+    Args:
+        adv_config: the `adv` node: `estimator` and options. An option that the estimator does not
+            take must be null or at its neutral value (gamma=1, lamda=1, global_norm=false,
+            norm_var=false).
+
+    Raises:
+        ConfigError: an unknown estimator, or an option without effect.
+    """
+    options = dict(adv_config.items())
+    name = options.pop("estimator")
+    name = name.value if isinstance(name, Enum) else name
+    if name not in ADVANTAGES:
+        close = difflib.get_close_matches(name, ADVANTAGES, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(f"adv.estimator={name}: unknown; {hint}use {', '.join(ADVANTAGES)}")
+    function = ADVANTAGES[name]
+    taken = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
+    for key, value in options.items():
+        if key not in taken and value is not None and value != _NEUTRAL.get(key):
+            way_out = f"set it to {_NEUTRAL[key]}" if key in _NEUTRAL else "leave it out"
+            raise ConfigError(
+                f"adv.{key}={value}: has no effect with adv.estimator={name}; {way_out}"
+            )
+    return partial(function, **{key: options[key] for key in taken if options.get(key) is not None})
+
+
+def compute_advantages(batch: Mapping[str, Tensor], adv_config: Mapping[str, Any]) -> Tensor:
+    """Advantages `[B, T]` of a batch with `rewards action_mask sample_ids group_ids`.
+
+    Raises:
+        ConfigError: as `resolve_advantage`.
+    """
+    estimator = resolve_advantage(adv_config)
+    return estimator(
+        batch["rewards"], batch["action_mask"], batch["sample_ids"], batch["group_ids"]
+    )
+
+
+def _returns_by_sample(rewards: Tensor, sample_of_row: Tensor) -> Tensor:
+    # fp64: equal rewards must give a mean that is equal to them, or noise gets normalised to 1.
+    n_samples = int(sample_of_row.max()) + 1 if len(sample_of_row) else 0
+    sums = rewards.new_zeros(n_samples, dtype=torch.float64)
+    return sums.index_add_(0, sample_of_row, rewards.sum(-1, dtype=torch.float64))
+
+
+def _sum_by(values: Tensor, index: Tensor) -> Tensor:
+    n = int(index.max()) + 1 if len(index) else 0
+    return values.new_zeros(n).index_add_(0, index, values)

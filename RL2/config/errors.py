@@ -1,0 +1,33 @@
+"""The errors that this library raises on purpose.
+
+Every message is one line that names the key, the value and the way out, for example
+`actor.tp_size=3: must divide world_size=8; use 1, 2, 4 or 8`.
+"""
+
+
+class RL2Error(Exception):
+    """Base of all errors raised by this library."""
+
+
+class ConfigError(RL2Error, ValueError):
+    """A configuration value that cannot work, found before anything is built."""
+
+
+class DataError(RL2Error, ValueError):
+    """A data set or a row of it that cannot be used."""
+
+
+class EnvError(RL2Error, RuntimeError):
+    """An environment that failed."""
+
+
+class EngineError(RL2Error, RuntimeError):
+    """A rollout engine that failed."""
+
+
+class CheckpointError(RL2Error, RuntimeError):
+    """A checkpoint that cannot be written or loaded."""
+
+
+class TrainingError(RL2Error, RuntimeError):
+    """Training that cannot go on."""

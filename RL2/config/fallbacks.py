@@ -1,0 +1,109 @@
+"""`auto` resolved for the machine at hand, and what cannot take effect on it said once."""
+
+from collections.abc import Set
+
+from omegaconf import DictConfig, OmegaConf
+
+from RL2.config.errors import ConfigError
+from RL2.config.schema import Device, Dtype, EngineName
+
+
+def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list[str]:
+    """Resolve `auto` and what this machine cannot do, in place.
+
+    Afterwards `device` is cpu or cuda, `rollout.engine` names an engine, `attn_implementation` is
+    what transformers takes, and `dtype` is float32 or bfloat16 but for `auto` on CUDA, which means
+    the dtype of the checkpoint.
+
+    Args:
+        config: composed and validated.
+        cuda: whether the machine has a CUDA device.
+        available: names of the optional packages that can be imported (`flash_attn`,
+            `liger_kernel`).
+
+    Returns:
+        One line for each thing that was asked for and has no effect here.
+
+    Raises:
+        ConfigError: `device=cuda` without a CUDA device; offloading, which is not there yet, on one.
+    """
+    warnings = _model_fallbacks(config, "actor", cuda, available)
+    if "ref_actor" in config:
+        warnings += _model_fallbacks(config, "ref_actor", cuda, available)
+    if "rollout" in config:
+        warnings += _rollout_fallbacks(config)
+    return warnings
+
+
+def _model_fallbacks(config: DictConfig, group: str, cuda: bool, available: Set[str]) -> list[str]:
+    node, warnings = config[group], []
+
+    def own(key: str) -> bool:
+        # What follows another key was resolved, and warned about, there.
+        return not OmegaConf.is_interpolation(node, key)
+
+    def fall_back(key: str, value: object, why: str) -> None:
+        warnings.append(f"{group}.{key}={_text(node[key])}: {why}")
+        node[key] = value
+
+    if own("device"):
+        if node.device == Device.cuda and not cuda:
+            raise ConfigError(
+                f"{group}.device=cuda: this machine has no CUDA device; use auto or cpu"
+            )
+        if node.device == Device.auto:
+            node.device = Device.cuda if cuda else Device.cpu
+    on_cuda = node.device == Device.cuda
+
+    if own("dtype") and node.dtype == Dtype.auto and not on_cuda:
+        node.dtype = Dtype.float32
+    if own("attn_implementation"):
+        flash = on_cuda and "flash_attn" in available
+        if node.attn_implementation == "auto":
+            # Flash attention has no fp32 kernels.
+            usable = flash and node.dtype != Dtype.float32
+            node.attn_implementation = "flash_attention_2" if usable else "sdpa_varlen"
+        elif node.attn_implementation == "flash_attention_2" and not flash:
+            needs = "needs flash-attn, which is not installed" if on_cuda else "needs CUDA"
+            fall_back("attn_implementation", "sdpa_varlen", f"{needs}; using sdpa_varlen")
+    if own("use_liger_kernel") and node.use_liger_kernel:
+        if not on_cuda:
+            fall_back("use_liger_kernel", False, "needs CUDA; running without it")
+        elif "liger_kernel" not in available:
+            why = "needs liger-kernel, which is not installed; running without it"
+            fall_back("use_liger_kernel", False, why)
+    for key in ("offload_model", "offload_optimizer"):
+        if key in node and own(key) and node[key]:
+            if on_cuda:
+                raise ConfigError(f"{group}.{key}=true: not available yet on CUDA; use false")
+            fall_back(key, False, "everything is in CPU memory already; ignored")
+    return warnings
+
+
+def _rollout_fallbacks(config: DictConfig) -> list[str]:
+    rollout, warnings = config.rollout, []
+    on_cuda = config.actor.device == Device.cuda
+    if rollout.engine == EngineName.auto:
+        rollout.engine = EngineName.transformers
+    if rollout.dtype == Dtype.auto:
+        rollout.dtype = config.actor.dtype if on_cuda else Dtype.float32
+    elif rollout.dtype == Dtype.bfloat16 and not on_cuda:
+        warnings.append("rollout.dtype=bfloat16: needs CUDA; using float32")
+        rollout.dtype = Dtype.float32
+    if rollout.gpu_memory_utilization is not None and rollout.engine == EngineName.transformers:
+        why = "the transformers engine takes memory as it needs it" if on_cuda else "needs CUDA"
+        warnings.append(
+            f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization}: {why}; ignored"
+        )
+        rollout.gpu_memory_utilization = None
+    if rollout.base_port is not None and rollout.engine == EngineName.transformers:
+        warnings.append(
+            f"rollout.base_port={rollout.base_port}: the transformers engine starts no server; "
+            "ignored"
+        )
+        rollout.base_port = None
+    return warnings
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,208 @@
+"""Check of the command line before hydra composes it.
+
+hydra's own answer to an unknown key is to advise `+key=value`, which adds the key in silence. Here
+a key that no schema has is an error, with the keys that may have been meant.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+# The parser of hydra's own flags is not public, and a copy of it here would fall behind.
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString, ValueType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from RL2.config.errors import ConfigError
+from RL2.config.schema import SCHEMAS, key_types, structured
+
+# What a user of such libraries may well type and what is not built yet.
+_PLANNED_VALUES = {
+    ("adv.estimator", "gae"): "it needs a critic, which this version does not have yet",
+}
+_PLANNED_GROUPS = {"critic": "this version has no critic yet, leave it out"}
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def check_overrides(config_name: str, argv: Sequence[str]) -> None:
+    """Check the hydra overrides of a command line against the schema of `config_name`.
+
+    Args:
+        config_name: a yaml file of `RL2/trainer/config`, without its extension.
+        argv: the arguments after the module; hydra's flags and its own keys (`hydra.…`) pass.
+
+    Raises:
+        ConfigError: an override that does not parse, an unknown key (added with `+` or not), a
+            deleted key, a sweep without `--multirun`, or a value of the wrong type.
+    """
+    flags, rest = get_args_parser().parse_known_args(list(argv))
+    config_name = flags.config_name or config_name
+    if config_name not in SCHEMAS:
+        return  # a yaml file of the user's own; `validate` sees its keys after composition
+    lines = flags.overrides + [line for line in rest if not line.startswith("-") and "=" in line]
+    overrides = [_parse(line) for line in lines]
+    sweeps = flags.multirun or any(line.startswith("hydra.mode=MULTIRUN") for line in lines)
+    schema = SCHEMAS[config_name]
+    typed = structured(schema)
+    for override in overrides:
+        if override.is_hydra_override() or _is_users_group(override, flags.config_dir):
+            continue
+        _check(override, schema, typed, sweeps)
+
+
+def unknown_key_message(key: str, schema: type, shown: str | None = None) -> str:
+    """What to say about a key that the schema does not have: `shown: unknown key; …`."""
+    return f"{shown or key}: unknown key; {_advice(key, schema)}"
+
+
+def is_open(key: str, known: dict[str, Any]) -> bool:
+    """Whether a key lies inside a dict whose keys are the user's own."""
+    return any(typing.get_origin(known.get(parent)) is dict for parent in _parents(key))
+
+
+def _parse(line: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(line)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{line}: not an override ({reason}); write key=value, and quote a value with special "
+            "characters: 'key=\"value\"'"
+        ) from error
+
+
+def _is_users_group(override: Override, config_dir: str | None) -> bool:
+    return config_dir is not None and Path(config_dir, override.key_or_group).is_dir()
+
+
+def _check(override: Override, schema: type, typed: DictConfig, sweeps: bool) -> None:
+    key, line = override.get_key_element().lstrip("+~"), override.input_line
+    known = key_types(schema)
+    if key not in known and not is_open(key, known):
+        raise ConfigError(unknown_key_message(key, schema, line))
+    if override.is_delete():
+        if is_open(key, known):
+            return
+        raise ConfigError(f"{line}: a key cannot be removed; set it to a value instead")
+    if override.is_sweep_override() and not sweeps:
+        raise ConfigError(
+            f"{line}: several values need a sweep; add --multirun, or quote a text with commas: "
+            f"'{key}=\"{override.get_value_string()}\"'"
+        )
+    for value in _values(override):
+        _check_value(key, value, schema, typed, line)
+
+
+def _values(override: Override) -> Iterator[Any]:
+    """The value of an override, or those that a sweep lists; an interval lists none."""
+    if not override.is_sweep_override():
+        yield override.value()
+    elif override.is_discrete_sweep() and override.value_type is not ValueType.GLOB_CHOICE_SWEEP:
+        for value in override.sweep_iterator():
+            yield value.text if isinstance(value, QuotedString) else value
+
+
+def _check_value(
+    key: str, value: Any, schema: type, typed: DictConfig, line: str | None = None
+) -> None:
+    line, known = line or f"{key}={value}", key_types(schema)
+    if isinstance(value, str) and "${" in value:
+        return  # hydra resolves it, and checks the type then
+    if is_open(key, known):
+        return
+    kind = known[key]
+    if isinstance(value, dict) and is_dataclass(kind):
+        for name, inner in value.items():
+            path = f"{key}.{name}"
+            if path not in known and not is_open(path, known):
+                raise ConfigError(unknown_key_message(path, schema, f"{path}={inner}"))
+            _check_value(path, inner, schema, typed)
+        return
+    if is_dataclass(kind):
+        raise ConfigError(f"{line}: {key} is a group; set one of its keys: {_keys_of(key, known)}")
+    if not _fits(typed, key, value):
+        raise ConfigError(f"{line}: {_type_advice(key, kind, value)}")
+
+
+def _fits(config: DictConfig, key: str, value: Any) -> bool:
+    try:
+        OmegaConf.update(config, key, value, merge=True)
+    except (OmegaConfBaseException, ValueError):
+        return False
+    return True
+
+
+def _type_advice(key: str, kind: Any, value: Any) -> str:
+    members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    null = " or null" if type(None) in members else ""
+    member = members[0]
+    if value is None:
+        return f"must not be null; give {_kind(member)}"
+    if not (isinstance(member, type) and issubclass(member, Enum)):
+        return f"not {_kind(member)}{null}"
+    name = key.rpartition(".")[2]
+    article = "an" if name[0] in "aeiou" else "a"
+    choices = [one.value for one in member] + ["null"] * bool(null)
+    use = f"use {_listing(choices, 'or')}"
+    planned = {text: why for (of, text), why in _PLANNED_VALUES.items() if of == key}
+    if value in planned:
+        return f"{planned[value]}; {use}"
+    close = difflib.get_close_matches(str(value), [*choices, *planned], n=1)
+    hint = f" (did you mean {close[0]}?" if close else ""
+    if close and close[0] in planned:
+        hint += f" {planned[close[0]]}"
+    return f"not {article} {name}; {use}{hint}{')' if hint else ''}"
+
+
+def _kind(member: Any) -> str:
+    if typing.get_origin(member) is dict:
+        return "a mapping {name: value}"
+    if isinstance(member, type) and issubclass(member, Enum):
+        return _listing([one.value for one in member], "or")
+    return _KINDS[member]
+
+
+def _advice(key: str, schema: type) -> str:
+    group, _, name = key.rpartition(".")
+    if key.partition(".")[0] in _PLANNED_GROUPS:
+        return _PLANNED_GROUPS[key.partition(".")[0]]
+    known = key_types(schema)
+    leaves = [one for one, kind in known.items() if not is_dataclass(kind)]
+    names = {one.rpartition(".")[2] for one in leaves}
+    close = difflib.get_close_matches(name, names, n=2, cutoff=0.75)
+    by_name = [one for one in leaves if one.rpartition(".")[2] in close]
+    # Keys of the same group come first: a slip in the name is likelier than one in the group.
+    by_name.sort(key=lambda one: one.rpartition(".")[0] != group)
+    by_path = difflib.get_close_matches(key, leaves, n=1, cutoff=0.8)
+    suggestions = list(dict.fromkeys([*by_path, *by_name]))[:3]
+    if suggestions:
+        return f"did you mean {_listing(suggestions, 'or')}?"
+    parent = next((one for one in _parents(key) if one in known), None)
+    if parent is None:
+        return f"the groups are {_listing([one for one in known if '.' not in one], 'and')}"
+    return f"the keys of {parent} are {_keys_of(parent, known)}"
+
+
+def _keys_of(group: str, known: dict[str, Any]) -> str:
+    prefix = f"{group}."
+    inner = [one.removeprefix(prefix) for one in known if one.startswith(prefix)]
+    return _listing([one for one in inner if "." not in one], "and")
+
+
+def _parents(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
+
+
+def _listing(items: Sequence[str], last: str) -> str:
+    *front, end = items
+    return f"{', '.join(front)} {last} {end}" if front else end

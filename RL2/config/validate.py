@@ -1,0 +1,411 @@
+"""Check of a composed config: what types cannot say, before anything is built."""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from RL2.config.errors import ConfigError
+from RL2.config.overrides import is_open, unknown_key_message
+from RL2.config.schema import (
+    AvgLevel,
+    EngineName,
+    Estimator,
+    RLConfig,
+    SFTConfig,
+    key_types,
+)
+
+DATA_EXTENSIONS = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
+"""Extensions by which a data path is a local file."""
+
+_REQUIRED = {
+    "train_data.path": "give a data set (train@openai/gsm8k:main), a file, or null for an "
+    "environment that writes its own prompts",
+    "train_data.prompts_per_rollout": "give the number of prompts of a training step, such as 128",
+    "data.path": "give a data set (train@openai/gsm8k:main) or a file",
+    "data.max_length": "give the tokens of prompt + response at most, such as 2048",
+    "actor.model_name": "give a folder made by save_pretrained, or a hub id such as "
+    "Qwen/Qwen3-4B-Thinking-2507",
+    "actor.max_length_per_device": "give the tokens of one forward on a rank, at least the longest "
+    "prompt + response, such as 8576",
+    "rollout.train_sampling_params.max_new_tokens": "give the tokens of a response at most, such "
+    "as 8192",
+    "rollout.env_path": "give the python file of the environment, such as envs/gsm8k.py",
+}
+
+_ABOVE_ZERO = (lambda x: 0 < x < math.inf, "must be above 0")
+_FROM_ZERO = (lambda x: 0 <= x < math.inf, "must be 0 or more")
+_FROM_ONE = (lambda x: x >= 1, "must be 1 or more")
+_FRACTION = (lambda x: 0 <= x <= 1, "must lie between 0 and 1")
+_PROBABILITY = (lambda x: 0 < x <= 1, "must be above 0 and at most 1")
+
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        [
+            *(
+                f"{data}.{key}"
+                for data in ("train_data", "test_data")
+                for key in ("prompts_per_rollout", "responses_per_prompt", "max_prompt_length")
+            ),
+            "test_data.max_examples",
+            "data.max_length",
+            "data.batch_size",
+            *(
+                f"{model}.{key}"
+                for model in ("actor", "ref_actor")
+                for key in (
+                    "ddp_size",
+                    "tp_size",
+                    "sp_size",
+                    "max_length_per_device",
+                    "max_inference_length_per_device",
+                )
+            ),
+            "actor.update_per_rollout",
+            "rollout.tp_size",
+            "rollout.max_turns",
+            "rollout.max_batch_size",
+            "rollout.train_sampling_params.max_new_tokens",
+            "rollout.test_sampling_params.max_new_tokens",
+            "trainer.n_epochs",
+            "trainer.max_steps",
+            "trainer.test_freq",
+            "trainer.save_freq",
+            "trainer.keep_last",
+            "trainer.max_bad_steps",
+            "trainer.num_threads",
+        ],
+        _FROM_ONE,
+    ),
+    **dict.fromkeys(
+        [
+            "actor.lr",
+            "actor.max_grad_norm",
+            "actor.clip",
+            "actor.loss.clip_low",
+            "actor.loss.clip_high",
+            "actor.temperature",
+            "ref_actor.temperature",
+            "rollout.train_sampling_params.temperature",
+            "rollout.env_timeout",
+        ],
+        _ABOVE_ZERO,
+    ),
+    **dict.fromkeys(
+        [
+            "actor.weight_decay",
+            "actor.tis_coef",
+            "actor.freeze_steps",
+            "actor.kl.coef",
+            "rollout.test_sampling_params.temperature",
+            "rollout.max_env_errors",
+            "trainer.seed",
+        ],
+        _FROM_ZERO,
+    ),
+    **dict.fromkeys(["actor.warmup_ratio", "adv.gamma", "adv.lamda"], _FRACTION),
+    **dict.fromkeys(
+        [
+            "rollout.train_sampling_params.top_p",
+            "rollout.test_sampling_params.top_p",
+            "rollout.gpu_memory_utilization",
+        ],
+        _PROBABILITY,
+    ),
+    "actor.entropy.coef": (math.isfinite, "must be finite"),
+    "actor.loss.target": (lambda x: 0 < x < 1, "must lie between 0 and 1"),
+    "rollout.base_port": (lambda x: 1 <= x <= 65535, "must be a port, 1 to 65535"),
+}
+
+_HUB_NAME = r"[\w\-][\w.\-]*"
+_HUB_MODEL = re.compile(rf"{_HUB_NAME}/{_HUB_NAME}")
+_HUB_DATA = re.compile(rf"[^@]+@({_HUB_NAME}/)?{_HUB_NAME}(:[^:/]+)?")
+
+
+def validate(config: DictConfig, world_size: int) -> None:
+    """Check a composed config; touches the file system, never the network.
+
+    Args:
+        config: what hydra composed from a yaml file of `RL2/trainer/config`; not changed.
+        world_size: number of processes of the run.
+
+    Raises:
+        ConfigError: the first thing that cannot work, in one line.
+    """
+    rl = "rollout" in config
+    schema = RLConfig if rl else SFTConfig
+    _check_keys(config, schema)
+    for key, advice in _REQUIRED.items():
+        group, _, name = key.rpartition(".")
+        node = OmegaConf.select(config, group)
+        if node is not None and OmegaConf.is_missing(node, name):
+            raise ConfigError(f"{key}: required; {advice}")
+    _check_ranges(config, schema)
+    _check_mesh(config, world_size)
+    _check_model(config.actor, "actor")
+    if rl:
+        _check_rollout(config)
+        _check_lengths(config)
+        _check_objective(config)
+        _check_data("train_data", config.train_data.path)
+        _check_data("test_data", config.test_data.path)
+        _check_evaluation(config)
+    else:
+        _check_sft(config)
+        _check_data("data", config.data.path)
+    _check_trainer(config.trainer)
+
+
+def _check_keys(config: DictConfig, schema: type) -> None:
+    """Keys that slipped past the types: `+key` and yaml files of the user's own may add any."""
+    known = key_types(schema)
+
+    def walk(node: dict, prefix: str) -> None:
+        for name, value in node.items():
+            key = f"{prefix}{name}"
+            if is_open(key, known):
+                return
+            if key not in known:
+                raise ConfigError(unknown_key_message(key, schema))
+            if isinstance(value, dict) and is_dataclass(known[key]):
+                walk(value, f"{key}.")
+
+    walk(OmegaConf.to_container(config, resolve=False), "")
+
+
+def _check_ranges(config: DictConfig, schema: type) -> None:
+    def follows(key: str) -> bool:
+        group, _, name = key.rpartition(".")
+        return OmegaConf.is_interpolation(OmegaConf.select(config, group), name)
+
+    # A key that follows another comes last: the other one is what the user has set.
+    known = key_types(schema)
+    for key in sorted((key for key in _RANGES if key in known), key=follows):
+        holds, what = _RANGES[key]
+        value = OmegaConf.select(config, key)
+        if value is not None and not holds(value):
+            raise ConfigError(f"{key}={value}: {what}")
+
+
+def _check_mesh(config: DictConfig, world_size: int) -> None:
+    for group in ("actor", "ref_actor"):
+        if group not in config:
+            continue
+        sizes = {f"{group}.{name}": config[group][name] for name in ("tp_size", "sp_size")}
+        sizes[f"{group}.ddp_size"] = config[group].ddp_size
+        for key, size in sizes.items():
+            _check_divides(key, size, world_size)
+        for key, size in sizes.items():
+            if size > 1 and not key.endswith("ddp_size"):
+                raise ConfigError(f"{key}={size}: not available yet in this version; use 1")
+    if "rollout" in config and config.rollout.tp_size > 1:
+        size = config.rollout.tp_size
+        _check_divides("rollout.tp_size", size, world_size)
+        raise ConfigError(
+            f"rollout.tp_size={size}: belongs to server engines, which are not available yet in "
+            "this version; use 1"
+        )
+
+
+def _check_divides(key: str, size: int, world_size: int) -> None:
+    if world_size % size:
+        divisors = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
+        use = " or ".join(filter(None, [", ".join(divisors[:-1]), divisors[-1]]))
+        raise ConfigError(f"{key}={size}: must divide world_size={world_size}; use {use}")
+
+
+def _check_model(node: DictConfig, group: str) -> None:
+    """A model is a folder with a config.json, or has the form of a hub id."""
+    name = node.model_name
+    key = f"{group}.model_name={name}"
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"{key}: the folder has no config.json; give one made by save_pretrained"
+            )
+        return
+    # `models/tiny` has the form of a hub id too, but beside an existing `models` it is a typing
+    # error that must not turn into a download.
+    if not _HUB_MODEL.fullmatch(name) or folder.parent.is_dir():
+        raise ConfigError(
+            f"{key}: no such folder in {Path.cwd()}, and not a hub id; give a folder made by "
+            "save_pretrained, or org/name such as Qwen/Qwen3-4B-Thinking-2507"
+        )
+
+
+def _check_rollout(config: DictConfig) -> None:
+    rollout = config.rollout
+    if rollout.engine in (EngineName.sglang, EngineName.vllm):
+        raise ConfigError(
+            f"rollout.engine={rollout.engine}: not available yet in this version; use auto or "
+            "transformers"
+        )
+    if rollout.model_name != config.actor.model_name:
+        raise ConfigError(
+            f"rollout.model_name={rollout.model_name}: the engine generates with the weights of "
+            f"actor.model_name={config.actor.model_name}; leave it out"
+        )
+    if rollout.responses_per_prompt != config.train_data.responses_per_prompt:
+        raise ConfigError(
+            f"rollout.responses_per_prompt={rollout.responses_per_prompt}: must equal "
+            f"train_data.responses_per_prompt={config.train_data.responses_per_prompt}; set that "
+            "one and leave this out"
+        )
+    for name in ("train_sampling_params", "test_sampling_params"):
+        stop = rollout[name].stop
+        texts = [stop] if stop is None or isinstance(stop, str) else stop
+        if isinstance(stop, (bool, int, float, DictConfig)) or not all(
+            text is None or (isinstance(text, str) and text) for text in texts
+        ):
+            raise ConfigError(
+                f"rollout.{name}.stop={stop}: must be a text, a list of texts or null; quote it: "
+                f"'rollout.{name}.stop=\"...\"'"
+            )
+    if not Path(rollout.env_path).expanduser().is_file():
+        raise ConfigError(
+            f"rollout.env_path={rollout.env_path}: no such file in {Path.cwd()}; give the python "
+            "file of the environment, such as envs/gsm8k.py"
+        )
+
+
+def _check_lengths(config: DictConfig) -> None:
+    actor, new = config.actor, config.rollout.train_sampling_params.max_new_tokens
+    room = f"actor.max_length_per_device={actor.max_length_per_device}"
+    if new >= actor.max_length_per_device:
+        raise ConfigError(
+            f"rollout.train_sampling_params.max_new_tokens={new}: must be below {room}, which "
+            "holds prompt and response; raise that or lower this"
+        )
+    prompt = config.train_data.max_prompt_length
+    if prompt is not None and prompt + new > actor.max_length_per_device:
+        raise ConfigError(
+            f"train_data.max_prompt_length={prompt}: with max_new_tokens={new} more than {room}; "
+            f"use at most {actor.max_length_per_device - new}"
+        )
+    for group in ("actor", "ref_actor"):
+        length = config[group].max_inference_length_per_device
+        if length < actor.max_length_per_device:
+            raise ConfigError(
+                f"{group}.max_inference_length_per_device={length}: must be at least {room}, the "
+                "longest sequence; leave it out or raise it"
+            )
+
+
+def _check_objective(config: DictConfig) -> None:
+    actor, kl = config.actor, config.actor.kl
+    if kl.coef > 0 and kl.type is None:
+        raise ConfigError(
+            f"actor.kl.coef={kl.coef}: has no effect without actor.kl.type; use loss, reward or "
+            "advantage"
+        )
+    if kl.type is not None and kl.coef == 0:
+        raise ConfigError(
+            f"actor.kl.type={kl.type}: has no effect with actor.kl.coef=0; set "
+            "actor.kl.coef above 0"
+        )
+    built_in = actor.loss.import_path is None
+    reference = config.ref_actor.model_name
+    if reference != actor.model_name:
+        if kl.coef == 0 and built_in:
+            raise ConfigError(
+                f"ref_actor.model_name={reference}: has no effect with actor.kl.coef=0; set "
+                "actor.kl.coef and actor.kl.type, or leave it out"
+            )
+        _check_model(config.ref_actor, "ref_actor")
+    if actor.clip is not None and built_in and actor.loss.name != "ppo":
+        raise ConfigError(
+            f"actor.clip={actor.clip}: has no effect with actor.loss.name={actor.loss.name}; "
+            "leave it out"
+        )
+    for name in ("gamma", "lamda"):
+        if config.adv[name] != 1:
+            raise ConfigError(
+                f"adv.{name}={config.adv[name]}: has no effect with adv.estimator="
+                f"{config.adv.estimator}, which has no critic; leave it out"
+            )
+    for name in ("global_norm", "norm_var"):
+        if config.adv[name] and config.adv.estimator == Estimator.spo:
+            raise ConfigError(
+                f"adv.{name}=true: has no effect with adv.estimator=spo; leave it out, or use "
+                "adv.estimator=reinforce"
+            )
+    samples = config.train_data.prompts_per_rollout * config.train_data.responses_per_prompt
+    if samples % actor.update_per_rollout:
+        raise ConfigError(
+            f"actor.update_per_rollout={actor.update_per_rollout}: must divide the {samples} "
+            "samples of a rollout (train_data.prompts_per_rollout * responses_per_prompt)"
+        )
+
+
+def _check_evaluation(config: DictConfig) -> None:
+    path, freq = config.test_data.path, config.trainer.test_freq
+    if path is None and freq is not None:
+        raise ConfigError(
+            f"trainer.test_freq={freq}: has no effect without test_data.path; give one "
+            "(test@openai/gsm8k:main or a file)"
+        )
+    if path is not None and freq is None:
+        raise ConfigError(
+            f"test_data.path={path}: has no effect without trainer.test_freq; set "
+            "trainer.test_freq to the steps between evaluations"
+        )
+
+
+def _check_sft(config: DictConfig) -> None:
+    if config.actor.avg_level == AvgLevel.correct:
+        raise ConfigError(
+            "actor.avg_level=correct: in sft every sequence counts as correct; use token or "
+            "sequence"
+        )
+    length, room = config.data.max_length, config.actor.max_length_per_device
+    if length > room:
+        raise ConfigError(
+            f"data.max_length={length}: must be at most actor.max_length_per_device={room}; lower "
+            "this or raise that"
+        )
+
+
+def _check_data(group: str, path: str | None) -> None:
+    if path is None:
+        return
+    key = f"{group}.path={path}"
+    source = path.rpartition("@")[2]
+    local = Path(source).expanduser()
+    if source.lower().endswith(DATA_EXTENSIONS) or source.startswith((".", "~", os.sep)):
+        if local.is_dir():
+            raise ConfigError(f"{key}: is a folder; give one of the files in it")
+        if not local.is_file():
+            raise ConfigError(f"{key}: no such file in {Path.cwd()}; give an existing file")
+        if local.stat().st_size == 0:
+            raise ConfigError(f"{key}: the file is empty; give one with rows")
+        if not source.lower().endswith(DATA_EXTENSIONS):
+            raise ConfigError(f"{key}: unknown file type; use {', '.join(DATA_EXTENSIONS)}")
+    elif not _HUB_DATA.fullmatch(path):
+        raise ConfigError(
+            f"{key}: neither a file ({', '.join(DATA_EXTENSIONS)}) nor split@name:config such as "
+            "train@openai/gsm8k:main"
+        )
+
+
+def _check_trainer(trainer: DictConfig) -> None:
+    name = trainer.experiment_name
+    if not name.strip() or name in (".", "..") or re.search(r"[/\\\0]", name):
+        raise ConfigError(
+            f"trainer.experiment_name={name}: names a folder; use a text without slashes"
+        )
+    save_dir = Path(trainer.save_dir).expanduser()
+    if save_dir.exists() and not save_dir.is_dir():
+        raise ConfigError(f"trainer.save_dir={trainer.save_dir}: is a file; give a folder")
+    start = trainer.load_ckpt_from
+    if start not in (None, "latest") and not Path(start).expanduser().is_dir():
+        raise ConfigError(
+            f"trainer.load_ckpt_from={start}: no such folder in {Path.cwd()}; use null, latest or "
+            "the folder of a checkpoint"
+        )

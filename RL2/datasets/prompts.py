@@ -1,0 +1,201 @@
+"""Row formats: what a row must hold, and the prompt text that is made of it.
+
+A row is one of
+
+    {"messages": [{"role", "content"}, ...], "extra_info": {...}}
+    {"prompt": "...", "extra_info": {...}}
+    {"question": "...", "answer": "... #### 42"}                       (GSM8K)
+
+`extra_info` is optional and goes to the environment untouched; an `answer` column beside `messages`
+or `prompt` becomes `extra_info["answer"]`. `messages` and `extra_info` may be JSON strings, because
+a CSV cell can hold nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from RL2.config.errors import DataError
+from RL2.datasets.readers import type_name
+
+GSM8K_INSTRUCTION = "Let's think step by step and end with `#### answer`."
+RL_FORMATS = '{"messages", "extra_info"}, {"prompt", "extra_info"} or {"question", "answer"}'
+SFT_FORMATS = '{"messages"}, {"prompt", "response"} or {"question", "answer"}'
+
+
+def row_error(key: str, where: str, problem: str) -> DataError:
+    """DataError of one row: `train_data.path: file:line: problem`."""
+    return DataError(f"{key}.path: {where}: {problem}")
+
+
+def text_of(row: dict[str, Any], name: str, where: str, key: str) -> str:
+    """`row[name]`, checked by `require_text`."""
+    return require_text(row[name], name, where, key)
+
+
+def require_text(value: Any, name: str, where: str, key: str) -> str:
+    """The string itself; null, NaN, another type, blank or not encodable text is a DataError."""
+    if not isinstance(value, str):
+        raise row_error(key, where, f"{name} is {type_name(value)}; it must be a non-empty string")
+    if not value or value.isspace():
+        raise row_error(key, where, f"{name} is empty; fill it or remove the row")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise row_error(
+                key,
+                where,
+                f"{name} holds half a surrogate pair (character {error.start}); "
+                "write the character itself or remove it",
+            ) from error
+    return value
+
+
+def missing_keys(row: dict[str, Any], formats: str, where: str, key: str) -> DataError:
+    """The error of a row that fits none of `formats`, naming the keys that it has."""
+    lacking = "question"
+    if "question" in row:
+        lacking = "answer"
+    elif "prompt" in row:
+        lacking = "response"
+    found = ", ".join(sorted(map(str, row))) or "none"
+    return row_error(
+        key, where, f"row without {lacking}: it has the keys {found}; a row is {formats}"
+    )
+
+
+def messages_of(row: dict[str, Any], where: str, key: str) -> list[dict[str, Any]]:
+    """`row["messages"]`, checked: a non-empty list of {"role": str, "content": str, ...}."""
+    messages = _from_json(row["messages"], "messages", where, key)
+    if not isinstance(messages, list) or not messages:
+        found = "an empty list" if isinstance(messages, list) else type_name(messages)
+        raise row_error(
+            key,
+            where,
+            f'messages is {found}; it must be a list of {{"role": "user", "content": "..."}}',
+        )
+    checked = []
+    for number, message in enumerate(messages):
+        name = f"messages[{number}]"
+        if not isinstance(message, dict):
+            raise row_error(key, where, f"{name} is {type_name(message)}; it must be an object")
+        for field in ("role", "content"):
+            if field not in message and not (field == "content" and message.get("tool_calls")):
+                raise row_error(
+                    key,
+                    where,
+                    f"{name} without {field}: it has the keys "
+                    f"{', '.join(sorted(map(str, message))) or 'none'}",
+                )
+        require_text(message["role"], f"{name}.role", where, key)
+        if not message.get("tool_calls"):
+            require_text(message["content"], f"{name}.content", where, key)
+        # Columnar files fill absent fields with nulls, which some templates take for present ones.
+        checked.append({k: v for k, v in message.items() if v is not None})
+    return checked
+
+
+def extra_info_of(row: dict[str, Any], where: str, key: str) -> dict[str, Any]:
+    """`row["extra_info"]` (absent or null: empty) with the `answer` column, if any, in it."""
+    value = row.get("extra_info")
+    if isinstance(value, str):
+        value = _from_json(value, "extra_info", where, key) if value.strip() else None
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise row_error(
+            key,
+            where,
+            f'extra_info is {type_name(value)}; it must be an object such as {{"answer": "42"}}',
+        )
+    if "answer" in row and "answer" not in value:
+        value = {**value, "answer": row["answer"]}
+    if "answer" in value:
+        answer = value["answer"]
+        blank = isinstance(answer, str) and not answer.strip()
+        if answer is None or answer != answer or blank:
+            found = "empty" if blank else type_name(answer)
+            raise row_error(key, where, f"answer is {found}; fill it or remove the row")
+    return value
+
+
+def gold_answer(answer: str, where: str, key: str) -> str:
+    """What stands behind the last `####` of a GSM8K answer."""
+    _, mark, gold = answer.rpartition("####")
+    gold = gold.strip()
+    if not mark or not gold:
+        problem = "answer has nothing after its last '####'" if mark else "answer without '####'"
+        raise row_error(
+            key,
+            where,
+            f"{problem}; a GSM8K answer ends with '#### 42' (rows of another kind: "
+            '{"prompt": "...", "extra_info": {"answer": "42"}})',
+        )
+    return gold
+
+
+def question_prompt(tokenizer: PreTrainedTokenizerBase, question: str, where: str, key: str) -> str:
+    """Prompt text of a GSM8K question: by the chat template, or plain where there is none."""
+    if tokenizer.chat_template is None:
+        return f"{question}\n{GSM8K_INSTRUCTION}\n"
+    message = {"role": "user", "content": f"{question} {GSM8K_INSTRUCTION}"}
+    return render(tokenizer, [message], where, key, add_generation_prompt=True)
+
+
+def messages_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str, key: str
+) -> str:
+    """Prompt text of a conversation that the policy continues.
+
+    Without a chat template, the content of a single user message and a newline.
+    """
+    if messages[-1]["role"] == "assistant":
+        raise row_error(
+            key,
+            where,
+            "messages end with an assistant turn; a prompt ends before it "
+            "(move the reference answer into extra_info)",
+        )
+    if tokenizer.chat_template is None and len(messages) == 1 and messages[0]["role"] == "user":
+        return messages[0]["content"] + "\n"
+    return render(tokenizer, messages, where, key, add_generation_prompt=True)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    where: str,
+    key: str,
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    """The chat template's text of `messages`; what the template refuses is the row's error."""
+    if tokenizer.chat_template is None:
+        raise row_error(
+            key,
+            where,
+            "messages need a tokenizer with a chat template and this one has none; "
+            'use an instruction-tuned model, or {"prompt": "..."} rows',
+        )
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise row_error(key, where, f"the chat template refuses the messages: {reason}") from error
+
+
+def _from_json(value: Any, name: str, where: str, key: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise row_error(key, where, f"{name} is a string that is not JSON ({reason})") from error

@@ -1,0 +1,107 @@
+"""Prompts for rollouts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from omegaconf import DictConfig
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from RL2.datasets.base import keep_within, load_limited_rows, option
+from RL2.datasets.prompts import (
+    RL_FORMATS,
+    extra_info_of,
+    gold_answer,
+    messages_of,
+    messages_prompt,
+    missing_keys,
+    question_prompt,
+    row_error,
+    text_of,
+)
+
+
+class RLDataset(Dataset):
+    """Tokenised prompts and what the environment is told about each.
+
+    All rows are read, checked and tokenised in the constructor, so that a bad row stops the run
+    before a model is loaded. Prompts are tokenised without special tokens: what the chat template
+    writes, a BOS included, is all there is.
+
+    An item is {"prompt": str, "prompt_ids": list[int], "extra_info": dict, "index": int}. With
+    `path: null` (an environment that makes its own prompts in `reset`) it is {"extra_info": {},
+    "index": int}, and there are `prompts_per_rollout` of them.
+
+    Args:
+        config: node `train_data` or `test_data`: path, prompts_per_rollout, overlong, max_examples,
+            max_prompt_length.
+        key: name of that node, for messages.
+        max_prompt_length: tokens; None takes `config.max_prompt_length`, null there is no limit.
+
+    Raises:
+        DataError: unreadable data, a malformed row (file and line), an overlong prompt.
+    """
+
+    def __init__(
+        self,
+        config: DictConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        key: str = "train_data",
+        max_prompt_length: int | None = None,
+    ) -> None:
+        self.key = key
+        self.batch_size_key = f"{key}.prompts_per_rollout"
+        if option(config, "path") is None:
+            self._items: list[dict[str, Any]] = [
+                {"extra_info": {}} for _ in range(config.prompts_per_rollout)
+            ]
+            return
+        if max_prompt_length is None:
+            max_prompt_length = option(config, "max_prompt_length")
+        rows = load_limited_rows(config, key)
+        items = [_parse(row, tokenizer, rows.where(i), key) for i, row in enumerate(rows)]
+        prompts = [item["prompt"] for item in items]
+        prompt_ids = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+        for i, ids in enumerate(prompt_ids):
+            if not ids:
+                raise row_error(key, rows.where(i), "the tokenizer makes no token of the prompt")
+            items[i]["prompt_ids"] = ids
+        kept = keep_within(
+            [len(ids) for ids in prompt_ids],
+            max_prompt_length,
+            option(config, "overlong", "error"),
+            rows,
+            what="prompts",
+            limit_key=f"{key}.max_prompt_length",
+        )
+        self._items = [items[i] for i in kept]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        # A copy: environments may write into extra_info, and must not find that next epoch.
+        item = self._items[index]
+        return {**item, "extra_info": copy.deepcopy(item["extra_info"]), "index": index}
+
+
+def _parse(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str, key: str
+) -> dict[str, Any]:
+    """Prompt text and extra_info of one row."""
+    if "messages" in row:
+        prompt = messages_prompt(tokenizer, messages_of(row, where, key), where, key)
+        extra_info = extra_info_of(row, where, key)
+    elif "prompt" in row:
+        prompt = text_of(row, "prompt", where, key)
+        extra_info = extra_info_of(row, where, key)
+    elif "question" in row and "answer" in row:
+        question = text_of(row, "question", where, key)
+        gold = gold_answer(text_of(row, "answer", where, key), where, key)
+        prompt = question_prompt(tokenizer, question, where, key)
+        extra_info = {**extra_info_of(row, where, key), "answer": gold}
+    else:
+        raise missing_keys(row, RL_FORMATS, where, key)
+    return {"prompt": prompt, "extra_info": extra_info}

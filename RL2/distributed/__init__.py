@@ -1,0 +1,20 @@
+"""Process groups, meshes, FSDP and the movement of batches between ranks."""
+
+from RL2.distributed.comm import ScatterPlan, broadcast, gather, scatter, sum_over_ranks
+from RL2.distributed.fsdp import full_tensors, shard
+from RL2.distributed.mesh import build_mesh
+from RL2.distributed.process_group import process_group, rank, world_size
+
+__all__ = [
+    "ScatterPlan",
+    "broadcast",
+    "build_mesh",
+    "full_tensors",
+    "gather",
+    "process_group",
+    "rank",
+    "scatter",
+    "shard",
+    "sum_over_ranks",
+    "world_size",
+]

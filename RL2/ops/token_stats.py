@@ -1,0 +1,173 @@
+"""Token statistics of a linear head: the numbers every token loss is written on.
+
+For one position let `z = logits / temperature` (fp32), `p = softmax(z)`, `a` the token that was
+written, `m = argmax z` (the lowest index wins a tie) and `S` the entropy:
+
+    name          value                      gradient with respect to z
+    logps         log p_a                    delta_a - p
+    log1mps       log(1 - p_a)               -p_a at a, p_a exp(z_j - lse_{i != a} z_i) at j != a
+    max_logps     log p_m                    delta_m - p
+    max_log1mps   log(1 - p_m)               as log1mps, with m for a
+    entropy       -sum_j p_j log p_j         -p_j (log p_j + S)
+    ranks         1 + #{j : z_j > z_a}       none
+
+This is the plain version: it holds the full logits and leaves the backward pass to autograd.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NEG_INF = float("-inf")
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Statistics of T tokens, each `[T]` in fp32 (fp64 for fp64 inputs); None if not wanted.
+
+    Log-probabilities and entropy are in nats, at the temperature that was asked for. `ranks`
+    carries no gradient, counts from 1, and is a float like the others.
+    """
+
+    logps: Tensor | None = None
+    log1mps: Tensor | None = None
+    max_logps: Tensor | None = None
+    max_log1mps: Tensor | None = None
+    entropy: Tensor | None = None
+    ranks: Tensor | None = None
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """The statistics that were computed, by name (the tensors themselves, not copies)."""
+        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in pairs if value is not None}
+
+
+STATISTICS: tuple[str, ...] = tuple(field.name for field in fields(TokenStats))
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    temperature: float,
+    wanted: Sequence[str],
+    bias: Tensor | None = None,
+) -> TokenStats:
+    """Statistics of `softmax((hidden @ weight.T + bias) / temperature)` at `actions`.
+
+    Args:
+        hidden: `[T, H]`, T may be 0.
+        weight: `[V, H]`, the head (tied or not), V >= 1.
+        actions: `[T]` integers in [0, V): the tokens that were written.
+        temperature: > 0.
+        wanted: names out of `STATISTICS`; nothing else is computed.
+        bias: `[V]` or None. -inf marks columns that are no tokens (padded vocabulary).
+
+    bf16 and fp16 inputs are promoted before the product: logits rounded to bf16 would cost
+    0.1 in log(1 - p). Autocast has no effect in here for the same reason.
+
+    Raises:
+        ValueError: wrong shapes, an unknown name in `wanted`, a temperature that is not positive.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}: "
+            "expected [T, H] and [V, H]"
+        )
+    dtype = _statistics_dtype(hidden, weight)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = F.linear(
+            hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        )
+        return token_stats(logits, actions, temperature, wanted)
+
+
+def token_stats(
+    logits: Tensor, actions: Tensor, temperature: float, wanted: Sequence[str]
+) -> TokenStats:
+    """Statistics of `softmax(logits / temperature)` at `actions`.
+
+    Args:
+        logits: `[T, V]`, left as they are. A row needs one finite entry; -inf entries are
+            tokens of probability 0. Where only one token is possible, `max_log1mps` is -inf
+            and has no gradient.
+        actions, temperature, wanted: as in `linear_token_stats`.
+
+    Raises:
+        ValueError: wrong shapes, an unknown name in `wanted`, a temperature that is not positive.
+    """
+    _check(logits, actions, temperature, wanted)
+    z = logits.to(_statistics_dtype(logits)) / temperature
+    chosen = actions.unsqueeze(-1)
+    maxima = z.detach().argmax(-1, keepdim=True)  # the first of equal maxima
+    stats = {}
+
+    if "ranks" in wanted:  # before the shift, which may round different logits onto each other
+        with torch.no_grad():
+            stats["ranks"] = 1 + (z > z.gather(-1, chosen)).sum(-1).to(z.dtype)
+    if not set(wanted) - {"ranks"}:
+        return TokenStats(**stats)
+
+    # Relative to the maximum, nothing depends on the offset of the logits: p_m = 1 / (1 + odds)
+    # with odds = sum over j != m of exp(z_j - z_m). No sum below has terms of both signs, and
+    # only the maximum ever needs the sum without itself: any other token has p <= 1/2.
+    z = z - z.gather(-1, maxima)
+    log_odds_rest = _logsumexp_without(z, maxima)
+    odds_rest = log_odds_rest.exp()
+    lse = odds_rest.log1p()
+    logps = z.gather(-1, chosen).squeeze(-1) - lse
+
+    if "logps" in wanted:
+        stats["logps"] = logps
+    if "max_logps" in wanted:
+        stats["max_logps"] = -lse
+    if "log1mps" in wanted or "max_log1mps" in wanted:
+        max_log1mps = torch.where(
+            odds_rest < 1, log_odds_rest - lse, _log1mexp(-lse, odds_rest >= 1)
+        )
+        if "max_log1mps" in wanted:
+            stats["max_log1mps"] = max_log1mps
+        if "log1mps" in wanted:
+            is_max = (chosen == maxima).squeeze(-1)
+            stats["log1mps"] = torch.where(is_max, max_log1mps, _log1mexp(logps, ~is_max))
+    if "entropy" in wanted:
+        # p_j (z_m - z_j) is 0 where z_j = -inf; filling the factor keeps its gradient 0 too.
+        gaps = -z.masked_fill(z == NEG_INF, 0.0)
+        stats["entropy"] = lse + ((z - lse.unsqueeze(-1)).exp() * gaps).sum(-1)
+    return TokenStats(**stats)
+
+
+def _check(logits: Tensor, actions: Tensor, temperature: float, wanted: Sequence[str]) -> None:
+    if logits.dim() != 2 or logits.shape[1] == 0 or actions.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and actions {tuple(actions.shape)}: "
+            "expected [T, V] with V >= 1 and [T]"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be positive")
+    unknown = [name for name in wanted if name not in STATISTICS]
+    if isinstance(wanted, str) or unknown:
+        raise ValueError(f"wanted={wanted!r}: expected a list of names out of {STATISTICS}")
+
+
+def _statistics_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _logsumexp_without(z: Tensor, excluded: Tensor) -> Tensor:
+    """logsumexp over the columns other than `excluded` `[T, 1]`; -inf without gradient if none."""
+    rest = z.scatter(-1, excluded, NEG_INF)
+    top = rest.detach().amax(-1, keepdim=True)
+    alone = top == NEG_INF
+    # The gradient of a logsumexp over nothing but -inf is NaN: sum zeros there instead. That of
+    # one over numbers around -1000 has lost three digits: let the largest be 0.
+    rest = (rest - top).masked_fill(alone, 0.0)
+    return (rest.logsumexp(-1, keepdim=True) + top).squeeze(-1)
+
+
+def _log1mexp(logp: Tensor, where: Tensor) -> Tensor:
+    """log(1 - exp(logp)) for probabilities of at most 1/2, `where` they are; 0 elsewhere."""
+    return torch.log1p(-logp.masked_fill(~where, NEG_INF).exp())

@@ -1,0 +1,446 @@
+"""The in-process engine: padded `generate` of transformers over batches of waiting requests.
+
+Three things make it more than a call of `generate`:
+
+- Requests arrive one by one and are batched: `generate` enqueues, a coroutine waits until the
+  event loop has brought no new request for a few turns, sorts by prompt length and runs the
+  batches one after the other in a worker thread, so that environments go on meanwhile.
+- A token depends on its request's seed and its position alone. The noise is a hash of (seed,
+  position, vocabulary index) and the token is the argmax of log-probability + Gumbel noise,
+  which is an exact sample (Gumbel-max; Maddison et al. 2014, arXiv:1411.0030). Neither the
+  other rows of a batch nor the global generator enter. What remains is floating-point noise:
+  the last bits of a logit do depend on the shape of a batch, so that two candidates closer than
+  about 1e-6 may swap.
+- When half of a batch's rows have ended, the rest goes on as a smaller batch with its part of
+  the key-value cache, so that a few long responses do not cost a full batch of steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TopPLogitsWarper,
+)
+
+from RL2.config.errors import EngineError
+from RL2.rollout.engine import Completion, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+# Event-loop turns without a new request after which the waiting ones are run. An environment
+# that answers without real waiting brings its next request within a few turns.
+_QUIET_TURNS = 16
+# Below this many rows a smaller batch is no faster.
+_MIN_SHRINK_ROWS = 4
+
+
+def _signed(value: int) -> int:
+    """An unsigned 64-bit integer as the int64 with the same bits."""
+    value &= 0xFFFFFFFFFFFFFFFF
+    return value - (1 << 64) if value >> 63 else value
+
+
+# Constants of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
+# OOPSLA 2014) as int64: torch multiplies int64 modulo 2^64.
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def mix64(x: Tensor) -> Tensor:
+    """splitmix64's finaliser, a bijection of int64 that scatters neighbours. Works in place."""
+    x.bitwise_xor_((x >> 30).bitwise_and_((1 << 34) - 1)).mul_(_MIX_1)
+    x.bitwise_xor_((x >> 27).bitwise_and_((1 << 37) - 1)).mul_(_MIX_2)
+    return x.bitwise_xor_((x >> 31).bitwise_and_((1 << 33) - 1))
+
+
+def gumbel_noise(seeds: Tensor, position: int, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise that is a pure function of (seed, position, vocabulary index).
+
+    seeds: [B] int64. position: index of the token in its response. Returns [B, vocab_size] fp32.
+
+    The hash's upper 31 bits give u in (0, 1); -log(-log(1 - u)) rather than -log(-log(u)),
+    because floats are densest at 0, where the largest noise values come from.
+    """
+    keys = mix64(mix64(seeds + _GOLDEN) + _signed(position * _GOLDEN))
+    index = torch.arange(vocab_size, dtype=torch.int64, device=seeds.device)
+    bits = mix64(keys[:, None] + (index * _GOLDEN)[None, :])
+    uniform = (bits >> 33).bitwise_and_((1 << 31) - 1).to(torch.float32)
+    uniform = uniform.add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+class _Sampler(LogitsProcessor):
+    """Turns logits [B, V] into scores whose argmax is the sample, and keeps its log-probability.
+
+    logps: one [B] fp32 tensor for each step; no [B, V] tensor outlives its step.
+    """
+
+    def __init__(self, sampling: SamplingParams, seeds: Tensor, prompt_width: int):
+        self.temperature = sampling.temperature
+        self.top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
+        self.seeds = seeds
+        self.prompt_width = prompt_width
+        self.logps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float()
+        if self.temperature > 0:
+            scores = scores / self.temperature
+        log_normaliser = scores.logsumexp(-1)
+        noisy = scores
+        if self.temperature > 0:
+            if self.top_p is not None:
+                noisy = self.top_p(input_ids, scores)
+            position = input_ids.shape[1] - self.prompt_width
+            noisy = noisy + gumbel_noise(self.seeds, position, scores.shape[-1])
+        tokens = noisy.argmax(-1, keepdim=True)
+        self.logps.append(scores.gather(-1, tokens).squeeze(-1) - log_normaliser)
+        return noisy
+
+
+class _RowEnds(StoppingCriteria):
+    """Marks rows that wrote an end-of-sequence token or a stop string, and where.
+
+    lengths: [B] number of response tokens of a row at its end, 0 while it goes on.
+    When at most half of the rows go on, it ends the whole call so that the caller can continue
+    the rest as a smaller batch.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        prompt_width: int,
+        eos_ids: Tensor,
+        stop_strings: StopStringCriteria | None,
+    ):
+        self.prompt_width = prompt_width
+        self.eos_ids = eos_ids
+        self.stop_strings = stop_strings
+        self.shrink_at = rows // 2 if rows >= _MIN_SHRINK_ROWS else 0
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=eos_ids.device)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        ended = torch.isin(input_ids[:, -1], self.eos_ids)
+        if self.stop_strings is not None:
+            # Only the response is looked at: a stop string must not begin in the prompt.
+            ended |= self.stop_strings(input_ids[:, self.prompt_width :], scores)
+        length = input_ids.shape[1] - self.prompt_width
+        self.lengths.masked_fill_(ended & (self.lengths == 0), length)
+        done = self.lengths > 0
+        return done | ((~done).sum() <= self.shrink_at)
+
+
+@dataclass
+class _Request:
+    token_ids: list[int]
+    sampling: SamplingParams
+    seed: int
+    future: asyncio.Future
+
+
+class TransformersEngine:
+    """Engine over a transformers causal language model in this process (see `engine.Engine`).
+
+    model_name: folder or hub name. The engine loads its own copy of the weights.
+    dtype, device, attn_implementation: as `from_pretrained` takes them, but that "auto" is
+        float32 on a CPU; "auto" for the attention leaves the choice to transformers.
+    max_batch_size: most requests in one batch (bounds the key-value cache).
+
+    Raises EngineError when the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "cpu",
+        attn_implementation: str | None = "auto",
+        max_batch_size: int = 256,
+        trust_remote_code: bool = False,
+    ):
+        if max_batch_size < 1:
+            raise EngineError(f"rollout.max_batch_size={max_batch_size}: must be 1 or more")
+        dtype = getattr(dtype, "value", dtype)
+        if dtype == "auto" and torch.device(device).type == "cpu":
+            dtype = torch.float32  # bfloat16 is slow and coarse there
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                model_name,
+                dtype=dtype,
+                attn_implementation=None if attn_implementation == "auto" else attn_implementation,
+                trust_remote_code=trust_remote_code,
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise EngineError(f"rollout.model_name={model_name}: cannot load: {error}") from error
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.max_batch_size = max_batch_size
+        self.weight_version = 0
+        text_config = model.config.get_text_config()
+        self.context_length: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.eos_ids = _eos_ids(model.generation_config, tokenizer)
+        # The checkpoint's own sampling settings (top_k, repetition penalty, …) must not slip in:
+        # `generate` takes from here whatever a call does not set.
+        fill = tokenizer.pad_token_id
+        if fill is None:
+            fill = self.eos_ids[0] if self.eos_ids else 0
+        self._fill = fill
+        model.generation_config = GenerationConfig(
+            eos_token_id=list(self.eos_ids) or None, pad_token_id=fill
+        )
+        self._stop_criteria: dict[tuple[str, ...], StopStringCriteria] = {}
+        self._waiting: list[_Request] = []
+        self._batcher: asyncio.Task | None = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="transformers-engine")
+        self._closed = False
+
+    async def generate(
+        self, token_ids: list[int], sampling: SamplingParams, *, seed: int
+    ) -> Completion:
+        """Complete `token_ids`. See `Engine.generate`; seed: any 64-bit integer.
+
+        Raises EngineError for an empty prompt, a request that does not fit the model's context,
+        a model that gives NaN, and a closed engine.
+        """
+        if self._closed:
+            raise EngineError("transformers engine: generate called after close")
+        if not token_ids:
+            raise EngineError("transformers engine: the prompt has no tokens")
+        needed = len(token_ids) + sampling.max_new_tokens
+        if self.context_length is not None and needed > self.context_length:
+            raise EngineError(
+                f"max_new_tokens={sampling.max_new_tokens}: with a prompt of {len(token_ids)} "
+                f"tokens exceeds the model's context of {self.context_length}; "
+                "shorten the prompt or lower max_new_tokens"
+            )
+        request = _Request(
+            token_ids, sampling, _signed(seed), asyncio.get_running_loop().create_future()
+        )
+        self._waiting.append(request)
+        if self._batcher is None or self._batcher.done():
+            self._batcher = asyncio.create_task(self._run_batches())
+        return await request.future
+
+    async def update_weights(
+        self, named_tensors: Iterable[tuple[str, Tensor]], version: int
+    ) -> None:
+        """Copy tensors into the model by parameter name, cast to the model's dtype.
+
+        Waits until no request is open. A tied parameter may come under one of its names.
+        Raises EngineError naming a parameter that is unknown, misshapen or missing; the weights
+        are then partly new, and the run should stop.
+        """
+        await self._idle()
+        # In the caller's thread, as drawing the tensors may be a collective that needs its device.
+        self._copy_weights(named_tensors, version)
+
+    async def sleep(self) -> None:
+        """Nothing to release: the key-value cache lives only while a batch runs."""
+
+    async def wake(self) -> None:
+        """Nothing to restore."""
+
+    async def close(self) -> None:
+        """Stop the worker thread and drop the model. Requests that wait raise EngineError."""
+        if self._closed:
+            return
+        self._closed = True
+        _fail(self._waiting, EngineError("transformers engine: closed with requests waiting"))
+        self._waiting = []
+        await self._idle()
+        await asyncio.to_thread(self._worker.shutdown, wait=True, cancel_futures=True)
+        self.model = None
+
+    async def _idle(self) -> None:
+        """Wait until no request is open."""
+        while self._batcher is not None and not self._batcher.done():
+            await asyncio.wait([self._batcher])
+
+    async def _run_batches(self) -> None:
+        """Run what waits, until nothing waits."""
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            await self._quiet()
+            requests, self._waiting = self._waiting, []
+            for batch in _plan_batches(requests, self.max_batch_size):
+                batch = [request for request in batch if not request.future.done()]
+                if not batch:
+                    continue
+                try:
+                    completions = await loop.run_in_executor(self._worker, self._complete, batch)
+                except Exception as error:  # belongs to whoever waits for the batch
+                    _fail(batch, error)
+                    continue
+                for request, completion in zip(batch, completions, strict=True):
+                    if not request.future.done():
+                        request.future.set_result(completion)
+
+    async def _quiet(self) -> None:
+        """Return when `_QUIET_TURNS` turns of the event loop brought no new request."""
+        count, quiet = -1, 0
+        while quiet < _QUIET_TURNS:
+            quiet = quiet + 1 if len(self._waiting) == count else 0
+            count = len(self._waiting)
+            await asyncio.sleep(0)
+
+    def _complete(self, batch: list[_Request]) -> list[Completion]:
+        """Complete a batch of requests with equal sampling parameters (worker thread)."""
+        sampling = batch[0].sampling
+        device = self.model.device
+        width = max(len(request.token_ids) for request in batch)
+        ids = torch.full((len(batch), width), self._fill, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, request in enumerate(batch):
+            start = width - len(request.token_ids)
+            ids[row, start:] = torch.tensor(request.token_ids, dtype=torch.int64)
+            mask[row, start:] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        seeds = torch.tensor([r.seed for r in batch], dtype=torch.int64, device=device)
+        eos = torch.tensor(self.eos_ids, dtype=torch.int64, device=device)
+        stop_strings = self._stop_strings(sampling.stop)
+
+        completions: list[Completion | None] = [None] * len(batch)
+        rows = torch.arange(len(batch), device=device)
+        logps = torch.empty((len(batch), 0), device=device)
+        cache = None
+        while rows.numel():
+            sampler = _Sampler(sampling, seeds, width)
+            ends = _RowEnds(len(rows), width, eos, stop_strings)
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                logits_processor=LogitsProcessorList([sampler]),
+                stopping_criteria=StoppingCriteriaList([ends]),
+                max_new_tokens=width + sampling.max_new_tokens - ids.shape[1],
+                do_sample=False,
+                use_cache=True,
+                return_dict_in_generate=True,
+            )
+            # Without a cache that it knows how to return, a model reads its rows again.
+            ids, cache = output.sequences, output.get("past_key_values")
+            logps = torch.cat([logps, torch.stack(sampler.logps, 1)], 1)
+            written = ids.shape[1] - width
+            stopped = ends.lengths > 0
+            out_of_room = written >= sampling.max_new_tokens
+            ended = stopped | out_of_room
+            lengths = torch.where(stopped, ends.lengths, written)
+            self._finish(completions, rows, ended, stopped, lengths, ids[:, width:], logps)
+            keep = (~ended).nonzero().squeeze(1)
+            if not keep.numel():
+                break
+            if cache is not None:
+                cache.reorder_cache(keep)  # index_select of the rows, in every kind of layer
+            rows, seeds, ids, logps = rows[keep], seeds[keep], ids[keep], logps[keep]
+            mask = torch.nn.functional.pad(mask[keep], (0, ids.shape[1] - mask.shape[1]), value=1)
+        return completions
+
+    def _finish(
+        self,
+        completions: list[Completion | None],
+        rows: Tensor,
+        ended: Tensor,
+        stopped: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
+        logps: Tensor,
+    ) -> None:
+        """Write the completions of rows that ended; `rows` are their places in the batch."""
+        table = zip(rows.tolist(), ended.tolist(), stopped.tolist(), lengths.tolist(), strict=True)
+        tokens, logps = tokens.cpu(), logps.cpu()
+        for i, (row, has_ended, has_stopped, length) in enumerate(table):
+            if not has_ended:
+                continue
+            row_logps = logps[i, :length].tolist()
+            if not all(map(math.isfinite, row_logps)):
+                raise EngineError(
+                    "transformers engine: the model gave NaN or infinite logits (weights version "
+                    f"{self.weight_version}); the weights are broken or the dtype overflows"
+                )
+            completions[row] = Completion(
+                token_ids=tokens[i, :length].tolist(),
+                logps=row_logps,
+                finish_reason="stop" if has_stopped else "length",
+                weight_version=self.weight_version,
+            )
+
+    def _stop_strings(self, stop: tuple[str, ...]) -> StopStringCriteria | None:
+        """transformers' matcher for these strings; made once, as it walks the vocabulary."""
+        if not stop:
+            return None
+        if stop not in self._stop_criteria:
+            try:
+                self._stop_criteria[stop] = StopStringCriteria(self.tokenizer, list(stop))
+            except ValueError as error:
+                raise EngineError(f"stop={list(stop)}: {error}") from error
+        return self._stop_criteria[stop]
+
+    @torch.no_grad()
+    def _copy_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        targets = self.model.state_dict(keep_vars=True)
+        pending = {name: id(parameter) for name, parameter in self.model.named_parameters()}
+        seen: set[int] = set()
+        for name, tensor in named_tensors:
+            target = targets.get(name)
+            if target is None:
+                raise EngineError(f"weight update {version}: {name} is no parameter of the engine")
+            if target.shape != tensor.shape:
+                raise EngineError(
+                    f"weight update {version}: {name} has shape {tuple(tensor.shape)}, "
+                    f"the engine's has {tuple(target.shape)}"
+                )
+            target.copy_(tensor)
+            seen.add(id(target))
+        missing = [name for name, identity in pending.items() if identity not in seen]
+        if missing:
+            raise EngineError(
+                f"weight update {version}: {missing[0]} is missing ({len(missing)} in all)"
+            )
+        self.weight_version = version
+
+
+def _eos_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """End-of-sequence ids of the checkpoint's generation config and of the tokenizer."""
+    ids = generation_config.eos_token_id if generation_config is not None else None
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    return tuple(dict.fromkeys(ids))
+
+
+def _plan_batches(requests: list[_Request], max_batch_size: int) -> list[list[_Request]]:
+    """Cut requests into batches: equal sampling parameters, neighbours in prompt length."""
+    groups: dict[SamplingParams, list[_Request]] = {}
+    for request in requests:
+        groups.setdefault(request.sampling, []).append(request)
+    batches = []
+    for group in groups.values():
+        group.sort(key=lambda request: len(request.token_ids))  # stable: arrival order within
+        batches += [group[i : i + max_batch_size] for i in range(0, len(group), max_batch_size)]
+    return batches
+
+
+def _fail(requests: list[_Request], error: Exception) -> None:
+    for request in requests:
+        if not request.future.done():
+            request.future.set_exception(error)

@@ -1,0 +1,1 @@
+"""Entry points, the loop, its checkpoints and its metrics."""

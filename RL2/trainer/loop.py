@@ -1,0 +1,220 @@
+"""The loop. Every trainer is this one, with another source, loss and advantage by config."""
+
+import logging
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from RL2.algorithms.advantages import resolve_advantage
+from RL2.algorithms.kl import approx_kl
+from RL2.algorithms.losses import TokenLoss, resolve_loss
+from RL2.config import ConfigError
+from RL2.distributed import broadcast, rank
+from RL2.distributed.comm import Batch
+from RL2.trainer.checkpoint import Checkpoints, save_model
+from RL2.trainer.metrics import Metrics, Timers
+from RL2.trainer.sources import DatasetSource, RolloutSource
+from RL2.workers import Actor
+
+logger = logging.getLogger(__name__)
+
+# What the keys that only rollouts have amount to when the tokens come from a data set.
+_ON_DATA = OmegaConf.create(
+    {"update_per_rollout": 1, "tis_coef": 0.0, "kl": {"coef": 0.0, "type": None}}
+)
+
+
+def required_fields(config: DictConfig, loss: TokenLoss) -> tuple[str, ...]:
+    """Log-probabilities that must be computed between rollout and update.
+
+    `old_logps` are needed only where the policy moves away from the one that sampled (several
+    optimizer steps a rollout) or where the KL enters rewards or advantages; with one step they
+    are the update's own, without a second forward.
+    """
+    kl = config.actor.kl
+    old = config.actor.update_per_rollout > 1 and "old_logps" in loss.fields
+    old |= kl.coef > 0 and kl.type in ("reward", "advantage")
+    ref = kl.coef > 0 or "ref_logps" in loss.fields
+    return ("old_logps",) * old + ("ref_logps",) * ref
+
+
+def add_advantages(batch: Batch, config: DictConfig, estimator: Callable[..., Tensor]) -> Batch:
+    """Rank 0: `advantages [B, T]` by `adv.estimator`, with the KL taken off where asked."""
+    kl, mask = config.actor.kl, batch["action_mask"]
+    rewards, penalty = batch["rewards"], torch.zeros(())
+    if kl.coef > 0 and kl.type in ("reward", "advantage"):
+        estimate = approx_kl(batch["old_logps"], batch["ref_logps"], kl.reward_estimator)
+        penalty = kl.coef * estimate * mask
+    if kl.type == "reward":
+        rewards = rewards - penalty
+    advantages = estimator(rewards, mask, batch["sample_ids"], batch["group_ids"])
+    if kl.type == "advantage":
+        advantages = advantages - penalty
+    return batch | {"advantages": advantages}
+
+
+def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
+    """The actor's tokenizer; ConfigError where there is none."""
+    name = config.actor.model_name
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=config.actor.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"actor.model_name={name}: no tokenizer can be loaded from there "
+            f"({str(error).strip().splitlines()[0]}); give a folder made by save_pretrained, or "
+            f"a model id of a hub that this machine reaches or has cached"
+        ) from error
+
+
+class Trainer:
+    """Sets a run up, cheapest part first, so that bad input stops it before a model loads.
+
+    Args:
+        config: a composed, validated and resolved config.
+        device: this rank's device.
+    """
+
+    def __init__(self, config: DictConfig, device: torch.device):
+        self.config, self.device = config, device
+        self.is_rl = "rollout" in config
+        self.timers = Timers()
+        self.metrics: Metrics | None = None
+        torch.manual_seed(config.trainer.seed + rank())
+
+        self.loss = resolve_loss(config.actor.loss)
+        self.estimator = resolve_advantage(config.adv) if self.is_rl else None
+        self.tokenizer = load_tokenizer(config)
+        self.source = (RolloutSource if self.is_rl else DatasetSource)(config, self.tokenizer)
+        self.required = required_fields(config, self.loss) if self.is_rl else ()
+        n_steps = config.trainer.n_epochs * len(self.source.loader)
+        self.n_steps = min(n_steps, config.trainer.max_steps or n_steps)
+
+        actor = config.actor if self.is_rl else OmegaConf.merge(_ON_DATA, config.actor)
+        self.actor = Actor(actor, device, self.loss, config.trainer.max_bad_steps)
+        self.actor.prepare_scheduler(self.n_steps * actor.update_per_rollout)
+        self.policies = {"old_logps": self.actor}
+        if "ref_logps" in self.required:
+            self.policies["ref_logps"] = Actor(config.ref_actor, device)
+        self.source.start(device)
+        self.checkpoints = Checkpoints(config.trainer.save_dir, config.trainer.keep_last)
+        self.best: dict[str, float] = {}
+
+    def train(self) -> None:
+        """Train to the last step, wherever the run stands, and leave the model in `final`."""
+        done = self._resume()
+        with logging_redirect_tqdm(), self._bar(done) as bar:
+            if done == 0:
+                if metrics := self._evaluate(0):
+                    self._log(0, metrics)
+            items = self._batches()
+            for step in range(done + 1, self.n_steps + 1):
+                with self.timers("step"):
+                    metrics = self._step(next(items), step)
+                self._log(step, metrics)
+                if self._due(self.config.trainer.save_freq, step):
+                    self._save(step)
+                bar.update()
+        self._finish()
+
+    def _step(self, items: list, step: int) -> dict[str, float]:
+        with self.timers("rollout"):
+            batch, metrics = self.source.collect(items, step)
+        if self.is_rl:
+            batch = self._annotate(batch)
+        with self.timers("update_actor"):
+            metrics |= self.actor.update(batch, step)
+        with self.timers("update_rollout"):
+            self.source.publish(self.actor, step)
+        if self._due(self.config.trainer.get("test_freq"), step):
+            metrics |= self._evaluate(step)
+        return metrics
+
+    def _annotate(self, batch: Batch | None) -> Batch | None:
+        """What the loss needs beside the rollout: other policies' logps, and advantages."""
+        empty = broadcast(batch is None)
+        for field in () if empty else self.required:
+            with self.timers(f"compute_{field}"):
+                batch = self.policies[field].compute_logps(batch, field)
+        return None if batch is None else add_advantages(batch, self.config, self.estimator)
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        with self.timers("evaluate"):
+            metrics = self.source.evaluate(step)
+        score = broadcast(metrics.get("test/score"))
+        if score is None:
+            return metrics
+        if score > self.best.get("test/score", -1.0):
+            if self.best and self.config.trainer.keep_best:
+                with self.timers("save"):
+                    save_model(self.actor, self.tokenizer, self._path("best"))
+            self.best = {"step": step, "test/score": score}
+        return metrics
+
+    def _batches(self):
+        """Items of one step after the other, epoch after epoch."""
+        while True:
+            yield from self.source.loader
+
+    def _resume(self) -> int:
+        state = None
+        if self.config.trainer.load_ckpt_from is not None:
+            state = self.checkpoints.load(
+                self.config.trainer.load_ckpt_from, self.actor, self.source.loader
+            )
+        state = state or {"step": 0, "best": {}, "run_id": None}
+        self.best = state["best"]
+        if state["step"] > 0:
+            self.source.publish(self.actor, state["step"])
+        if rank() == 0:
+            self.metrics = Metrics(self.config, state["step"], state["run_id"])
+        return state["step"]
+
+    def _save(self, step: int) -> None:
+        with self.timers("save"):
+            run_id = self.metrics.run_id if self.metrics else None
+            state = {"best": self.best, "run_id": run_id}
+            self.checkpoints.save(step, self.actor, self.source.loader, state)
+
+    def _finish(self) -> None:
+        saved = self.checkpoints.folder / f"step{self.n_steps:06d}"
+        if not broadcast(saved.exists()):
+            self._save(self.n_steps)
+        save_model(self.actor, self.tokenizer, self._path("final"))
+        logger.info("model: %s", self._path("final"))
+        if self.best:
+            logger.info("best evaluation: test %(test/score).4f at step %(step)d", self.best)
+        logger.info("metrics: %s", self._path("metrics.jsonl"))
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        metrics = metrics | self.timers.pop()
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        metrics["memory/peak_gib"] = peak / 2**30
+        if self.metrics:
+            self.metrics.log(step, self.n_steps, metrics)
+
+    def _bar(self, done: int) -> tqdm:
+        return tqdm(
+            total=self.n_steps, initial=done, desc="train", disable=rank() != 0, dynamic_ncols=True
+        )
+
+    def _path(self, name: str) -> Path:
+        return Path(self.config.trainer.save_dir) / name
+
+    @staticmethod
+    def _due(frequency: int | None, step: int) -> bool:
+        return frequency is not None and step % frequency == 0
+
+    def close(self) -> None:
+        self.source.close()
+        if self.metrics:
+            self.metrics.close()

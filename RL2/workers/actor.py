@@ -1,0 +1,177 @@
+"""The policy: its log-probabilities and its update."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from RL2.algorithms.kl import approx_kl
+from RL2.algorithms.losses import TokenLoss
+from RL2.algorithms.reductions import token_weights, weighted_sum
+from RL2.config import TrainingError
+from RL2.distributed import broadcast, gather, rank, scatter, sum_over_ranks
+from RL2.distributed.comm import Batch
+from RL2.workers.base import Worker
+
+_ALWAYS = ("states", "actions", "action_mask")
+
+
+def split_batch(batch: Batch, n_parts: int) -> list[Batch]:
+    """Cut a batch into `n_parts` optimizer batches, never through a multi-turn sample."""
+    samples = batch["sample_ids"].unique_consecutive(return_counts=True)[1]
+    rows_per_part = [int(counts.sum()) for counts in samples.tensor_split(n_parts)]
+    split = {name: field.split(rows_per_part) for name, field in batch.items()}
+    return [{name: parts[i] for name, parts in split.items()} for i in range(n_parts)]
+
+
+class Actor(Worker):
+    """A policy, or with `train=False` a frozen reference.
+
+    Args:
+        config: the `actor` or `ref_actor` node.
+        device: this rank's device.
+        loss: what `update` minimises; None for a reference.
+        max_bad_steps: non-finite updates in a row after which `update` raises.
+    """
+
+    def __init__(
+        self, config, device: torch.device, loss: TokenLoss | None = None, max_bad_steps: int = 1
+    ):
+        super().__init__(config, device, train=loss is not None)
+        self.loss = loss
+        self.max_bad_steps = max_bad_steps
+        self.bad_steps = 0
+
+    @torch.no_grad()
+    def compute_logps(self, batch: Batch | None, field: str) -> Batch | None:
+        """Add this model's log-probabilities of the actions as `field [B, T]` (rank 0)."""
+        self.model.eval()
+        micro_batches, plan = scatter(batch, _ALWAYS, self.config.max_inference_length_per_device)
+        logps = []
+        for micro_batch in micro_batches:
+            stats = self.forward(self.to_device(micro_batch), ("logps",))
+            flat = torch.zeros(len(micro_batch["states"]))
+            flat[micro_batch["action_mask"]] = stats["logps"].cpu()
+            logps.append(flat)
+        values = gather(logps, plan)
+        return batch if values is None else batch | {field: values}
+
+    def update(self, batch: Batch | None, step: int) -> dict[str, float]:
+        """`update_per_rollout` optimizer steps on rank 0's batch; metrics on every rank.
+
+        `batch` is None on the other ranks, and on rank 0 where a rollout left nothing to train
+        on. What cannot change the weights (nothing sampled, no correct sequence for a loss that
+        learns from those) is skipped whole and counted in `actor/skipped`; a loss or gradient
+        that is not finite likewise in `actor/nonfinite`.
+
+        Raises:
+            TrainingError: `max_bad_steps` non-finite updates in a row.
+        """
+        if step <= self.config.freeze_steps:
+            return {}
+        n_parts = self.config.update_per_rollout
+        parts = [None] * n_parts if batch is None else split_batch(batch, n_parts)
+        self.model.train()
+        metrics = [self._optimizer_step(part) for part in parts]
+        return _merge(metrics) | {"actor/lr": self.scheduler.get_last_lr()[0]}
+
+    def _optimizer_step(self, batch: Batch | None) -> dict[str, float]:
+        order = None
+        if rank() == 0:
+            batch, order = self._count(batch)
+        order = broadcast(order)
+        if order is None:
+            return {"actor/skipped": 1.0}
+        n_actions, fields = order
+
+        micro_batches, _ = scatter(batch, fields, self.config.max_length_per_device)
+        sums: dict[str, Tensor] = {}
+        for micro_batch in micro_batches:
+            loss, metrics = self._losses(self.to_device(micro_batch))
+            loss.backward()
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value.detach()
+        # One collective and one wait for the device, however many metrics there are.
+        names = sorted(sums)
+        totals = sum_over_ranks(torch.stack([sums[name] for name in names]).double())
+        grad_norm = self.clip_gradients()
+        totals, norm = totals.tolist(), grad_norm.item()
+        metrics = {
+            name: total if name == "actor/loss" else total / n_actions
+            for name, total in zip(names, totals, strict=True)
+        }
+        metrics |= {"actor/grad_norm": norm, "actor/skipped": 0.0, "actor/nonfinite": 0.0}
+        if not torch.isfinite(torch.tensor([metrics["actor/loss"], norm])).all():
+            return self._reject(metrics)
+        self.bad_steps = 0
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        return metrics
+
+    def _count(self, batch: Batch | None) -> tuple[Batch | None, tuple | None]:
+        """Rank 0, before the first backward: what divides the loss, or None to skip."""
+        level = self.config.avg_level
+        if batch is None or not batch["action_mask"].any():
+            return batch, None
+        learns_from_correct = level == "correct" or not self.loss.uses_advantages
+        if learns_from_correct and not batch["correct"].any():
+            return batch, None
+        weights = token_weights(batch["action_mask"], batch["correct"], level)
+        batch = batch | {"loss_weights": weights}
+        wanted = {"advantages", "old_logps", "ref_logps", "llm_logps", *self.loss.fields}
+        fields = (*_ALWAYS, "loss_weights", *sorted(wanted & batch.keys()))
+        return batch, (int(batch["action_mask"].sum()), fields)
+
+    def _losses(self, micro_batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's share of the batch loss, and of the sums behind the metrics."""
+        config, loss = self.config, self.loss
+        wanted = tuple({"logps", "entropy", *loss.statistics})
+        stats = self.forward(micro_batch, wanted)
+        logps, entropy = stats["logps"], stats["entropy"]
+        old_logps = micro_batch.get("old_logps", logps.detach())
+        inputs = micro_batch | stats | {"old_logps": old_logps}
+        losses, extra = loss(inputs)
+        if not loss.uses_advantages and config.avg_level != "correct":
+            losses = losses * micro_batch["advantages"]
+        llm_logps = micro_batch.get("llm_logps")
+        if config.tis_coef > 0 and llm_logps is not None:
+            losses = losses * (logps.detach() - llm_logps).exp().clamp(max=config.tis_coef)
+
+        objective = losses - config.entropy.coef * entropy
+        metrics = {f"actor/{name}": values.sum() for name, values in extra.items()}
+        metrics["actor/entropy"] = entropy.sum()
+        if "ref_logps" in micro_batch:
+            kl = approx_kl(logps, micro_batch["ref_logps"], config.kl.loss_estimator)
+            metrics["actor/kl"] = kl.sum()
+            if config.kl.type == "loss":
+                objective = objective + config.kl.coef * kl
+        if llm_logps is not None:
+            # k3 on the engine's own samples: KL(engine || trainer), zero if both are one policy
+            metrics["rollout/llm_kl"] = approx_kl(llm_logps, old_logps, "k3").sum()
+        total = weighted_sum(objective, micro_batch["loss_weights"])
+        return total, metrics | {"actor/loss": total}
+
+    def _reject(self, metrics: dict[str, float]) -> dict[str, float]:
+        self.optimizer.zero_grad()
+        self.bad_steps += 1
+        if self.bad_steps >= self.max_bad_steps:
+            raise TrainingError(
+                f"actor: loss {metrics['actor/loss']} and gradient norm "
+                f"{metrics['actor/grad_norm']} were not finite {self.bad_steps} updates in a row "
+                f"(trainer.max_bad_steps); lower actor.lr or look at the last rollouts"
+            )
+        return {"actor/nonfinite": 1.0, "actor/skipped": 0.0}
+
+
+def _merge(metrics: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Mean over the optimizer steps that have the metric; counts are summed."""
+    values: dict[str, list[float]] = {}
+    for one in metrics:
+        for name, value in one.items():
+            values.setdefault(name, []).append(value)
+    counts = ("actor/skipped", "actor/nonfinite")
+    return {
+        name: sum(them) if name in counts else sum(them) / len(them)
+        for name, them in values.items()
+    }

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Rewrites build.txt, base.txt and gpu.txt with uv: bash requirements/compile.sh [uv options]
+#   bash requirements/compile.sh --upgrade
+#   bash requirements/compile.sh --upgrade-package transformers
+# uv must find the CPU wheel of torch: UV_FIND_LINKS=<folder or page that holds it>. No header and
+# no address is written, so the files say nothing of the machine.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+TORCH=2.13.0
+
+compile() {
+    uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+        --no-emit-index-url --no-emit-find-links "$@" >/dev/null
+}
+
+echo setuptools | compile - --output-file build.txt "$@"
+# Both routes share base.txt; the CPU build, which asks for nothing of CUDA, stands in for torch.
+echo "torch==$TORCH+cpu" | compile ../pyproject.toml - --extra dev --constraints build.txt \
+    --no-emit-package torch --no-emit-package setuptools --output-file base.txt "$@"
+# The CUDA build comes from the registry, not from the folder with the CPU wheel.
+printf 'torch==%s\nliger-kernel\n' "$TORCH" | UV_FIND_LINKS='' compile - --constraints base.txt \
+    --constraints build.txt --no-emit-package setuptools --output-file gpu.txt "$@"

@@ -1,0 +1,114 @@
+import pytest
+
+from RL2.config import ConfigError, check_overrides
+
+
+def message(*argv: str, name: str = "spo") -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_overrides(name, argv)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["actor.lr=1e-5", "actor.entropy.coef=-0.1", "trainer.seed=3"],
+        ["actor.clip=null", "trainer.save_freq=null", "adv.estimator=reinforce"],
+        ["actor.kl={coef: 0.1, type: loss}", "trainer.save_dir=${trainer.project}"],
+        ["actor.loss.options.beta=0.1"],
+        ["+actor.loss.options.beta=0.1", "++actor.loss.options.deep.er=x"],
+        ["actor.loss.options={beta:0.1}", "~actor.loss.options.beta"],
+        ["rollout.train_sampling_params.stop=['a','b']"],
+        ["+actor.lr=1e-5"],
+        ["actor.lr=1", "--cfg", "job"],
+        ["-m", "actor.lr=1e-5,1e-6", "trainer.seed=range(3)", "hydra/launcher=basic"],
+        ["hydra.mode=MULTIRUN", "actor.avg_level=token,sequence"],
+        ["hydra.run.dir=/nowhere", "--config-dir", "conf"],
+        ["-m", "actor.lr=interval(1e-6,1e-5)"],
+    ],
+)
+def test_accepted(argv):
+    check_overrides("spo", argv)
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++", "~"])
+def test_unknown_key(prefix):
+    text = message(f"{prefix}actor.temprature=1")
+    assert text.startswith(
+        f"{prefix}actor.temprature=1: unknown key; did you mean actor.temperature"
+    )
+
+
+def test_unknown_key_advice():
+    assert "did you mean actor.lr?" in message("lr=1e-6")
+    assert "did you mean rollout.env_path?" in message("trainer.env_path=x")
+    assert "the keys of actor.kl are coef, type" in message("actor.kl.zzz=1")
+    assert "the groups are train_data, test_data, actor" in message("qqq=1")
+    assert "has no critic yet" in message("critic.lr=1e-6")
+    assert "actor.kl.cof=1: unknown key; did you mean actor.kl.coef" in message("actor.kl={cof:1}")
+    assert "unknown key" in message("rollout.engine=auto", name="sft")
+
+
+def test_deleted_key():
+    assert message("~actor.kl") == "~actor.kl: a key cannot be removed; set it to a value instead"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("actor.lr=abc", "actor.lr=abc: not a number"),
+        ("++actor.lr=abc", "++actor.lr=abc: not a number"),
+        ("actor.lr=true", "actor.lr=true: not a number"),
+        ("actor.lr=null", "actor.lr=null: must not be null; give a number"),
+        ("actor.update_per_rollout=1.5", "actor.update_per_rollout=1.5: not a whole number"),
+        ("trainer.save_freq=often", "trainer.save_freq=often: not a whole number or null"),
+        ("trainer.use_wandb=maybe", "trainer.use_wandb=maybe: not true or false"),
+        ("trainer.project=[a]", "trainer.project=[a]: not a text"),
+        ("actor.loss.options=3", "actor.loss.options=3: not a mapping {name: value}"),
+        ("actor=3", "actor=3: actor is a group; set one of its keys: model_name"),
+        ("actor.kl={coef:x}", "actor.kl.coef=x: not a number"),
+        (
+            "actor.avg_level=tokn",
+            "actor.avg_level=tokn: not an avg_level; use token, sequence or correct (did you mean "
+            "token?)",
+        ),
+        (
+            "actor.kl.type=los",
+            "actor.kl.type=los: not a type; use loss, reward, advantage or null (did you mean "
+            "loss?)",
+        ),
+        (
+            "adv.estimator=gea",
+            "adv.estimator=gea: not an estimator; use reinforce or spo (did you mean gae? it needs "
+            "a critic, which this version does not have yet)",
+        ),
+        (
+            "adv.estimator=gae",
+            "adv.estimator=gae: it needs a critic, which this version does not have yet; use "
+            "reinforce or spo",
+        ),
+    ],
+)
+def test_wrong_type(override, expected):
+    for name in ("ppo", "spo", "spo_0p5"):
+        assert message(override, name=name).startswith(expected)
+
+
+def test_sweeps():
+    text = message("actor.lr=1e-5,1e-6")
+    assert "--multirun" in text and "'actor.lr=\"1e-5,1e-6\"'" in text
+    assert message("-m", "actor.lr=1e-5,x") == "actor.lr=1e-5,x: not a number"
+
+
+def test_not_an_override():
+    assert "not an override" in message("actor.lr")
+    assert "quote a value" in message("trainer.project=a=(b")
+
+
+def test_users_config_group(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    check_overrides("spo", ["+experiment=mine", "--config-dir", str(tmp_path)])
+    assert "unknown key" in message("+experiment=mine")

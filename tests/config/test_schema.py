@@ -1,0 +1,107 @@
+import re
+from dataclasses import is_dataclass
+
+import pytest
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from RL2.config import RLConfig, SFTConfig, register_schemas
+from RL2.config.schema import SCHEMAS, key_types
+from tests.config.support import CONFIG_DIR, RL_REQUIRED, SFT_REQUIRED, compose_config
+
+NAMES = sorted(SCHEMAS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_type_survives_inheritance(name):
+    config = compose_config(name, [])
+    assert OmegaConf.get_type(config) is SCHEMAS[name]
+    for override in ("actor.lr=abc", "trainer.save_freq=x", "actor.avg_level=tokn"):
+        with pytest.raises(ConfigCompositionException):
+            compose_config(name, [override])
+    with pytest.raises(ConfigCompositionException):
+        compose_config(name, ["actor.nonsense=1"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_yaml_fills_every_key_but_the_required_ones(name):
+    config = compose_config(name, [])
+    required = SFT_REQUIRED if name == "sft" else RL_REQUIRED
+    known = key_types(SCHEMAS[name])
+    leaves = [key for key, kind in known.items() if not is_dataclass(kind)]
+    parts = [key.rpartition(".") for key in leaves]
+    missing = {
+        f"{group}.{key}"
+        for group, _, key in parts
+        if OmegaConf.is_missing(OmegaConf.select(config, group), key)
+        and not OmegaConf.is_interpolation(OmegaConf.select(config, group), key)
+    }
+    assert missing == {line.partition("=")[0] for line in required}
+
+
+@pytest.mark.parametrize(("name", "schema"), [("ppo", RLConfig), ("sft", SFTConfig)])
+def test_every_key_has_a_comment(name, schema):
+    body = (CONFIG_DIR / f"{name}.yaml").read_text().partition("\nhydra:")[0]
+    path, commented = [], set()
+    for line in body.splitlines():
+        if match := re.match(r"( *)(\w+):(.*)", line):
+            path = [*path[: len(match[1]) // 2], match[2]]
+            if re.search(r"\S\s+# \S", line):
+                commented.add(".".join(path))
+    leaves = {key for key, kind in key_types(schema).items() if not is_dataclass(kind)}
+    assert leaves <= commented
+
+
+def test_defaults_that_carry_meaning(composed):
+    ppo, spo, half, sft = (composed(name) for name in ("ppo", "spo", "spo_0p5", "sft"))
+    assert (ppo.adv.estimator, ppo.adv.norm_var, ppo.actor.avg_level) == (
+        "reinforce",
+        False,
+        "token",
+    )
+    assert (ppo.actor.tis_coef, ppo.actor.clip, ppo.actor.use_liger_kernel) == (2.0, 0.2, False)
+    for config in (spo, half):
+        assert (config.adv.estimator, config.actor.avg_level) == ("spo", "sequence")
+        assert (config.actor.tis_coef, config.actor.use_liger_kernel) == (0.0, True)
+        assert config.actor.clip is None
+    for config in (ppo, spo, half):
+        assert (config.actor.lr, config.actor.weight_decay) == (1e-6, 1e-2)
+        assert (config.actor.scheduler, config.actor.warmup_ratio) == ("constant", 0.1)
+    assert (sft.actor.lr, sft.actor.scheduler, sft.actor.loss.name) == (5e-6, "cosine", "nll")
+    assert sft.actor.avg_level == "token"
+    for name, config in {"ppo": ppo, "spo": spo, "spo_0p5": half, "sft": sft}.items():
+        assert config.trainer.save_dir == f"ckpts/{name}/default"
+
+
+def loss_options(config) -> dict:
+    names = ("clip_low", "clip_high", "detach_target", "target", "gate")
+    loss = config.actor.loss
+    return {name: loss[name] for name in names if name in loss and loss[name] is not None}
+
+
+def test_options_follow_their_loss(composed):
+    fixed = {"target": 0.5, "gate": True}
+    assert loss_options(composed("ppo")) == {"clip_low": 0.2, "clip_high": 0.2}
+    assert loss_options(composed("spo")) == {"detach_target": False}
+    assert loss_options(composed("spo_0p5")) == fixed
+    assert loss_options(composed("sft")) == {}
+    for name in NAMES:
+        assert loss_options(composed(name, "actor.loss.name=fixed_target_kl")) == fixed
+        assert loss_options(composed(name, "actor.loss.import_path=my_loss.py:my_loss")) == {}
+    both = composed("ppo", "actor.clip=0.3", "actor.loss.clip_high=0.4")
+    assert loss_options(both) == {"clip_low": 0.3, "clip_high": 0.4}
+    assert loss_options(composed("spo", "actor.loss.detach_target=true")) == {"detach_target": True}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "override",
+    [
+        "actor.loss.options.beta=0.1",
+        "+actor.loss.options.beta=0.1",
+        "actor.loss.options={beta:0.1}",
+    ],
+)
+def test_options_of_a_users_loss_are_open(name, override):
+    register_schemas()  # a second time does no harm
+    assert compose_config(name, [override]).actor.loss.options == {"beta": 0.1}

@@ -1,0 +1,201 @@
+import pytest
+from omegaconf import OmegaConf
+
+from RL2.config import ConfigError, validate
+from tests.config.support import RL_REQUIRED, SFT_REQUIRED
+
+
+@pytest.fixture
+def message(composed):
+    """`message("spo", "key=value", world_size=8)`: what `validate` says about the config."""
+
+    def check(name: str, *overrides: str, world_size: int = 1) -> str:
+        with pytest.raises(ConfigError) as caught:
+            validate(composed(name, *overrides), world_size)
+        text = str(caught.value)
+        assert "\n" not in text
+        return text
+
+    return check
+
+
+@pytest.mark.parametrize("name", ["ppo", "spo", "spo_0p5", "sft"])
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_required_keys_are_enough(composed, name, world_size):
+    config = composed(name)
+    before = config.copy()
+    validate(config, world_size)
+    assert config == before
+
+
+@pytest.mark.parametrize(
+    ("name", "override"),
+    [("spo", line) for line in RL_REQUIRED] + [("sft", line) for line in SFT_REQUIRED],
+)
+def test_required(message, name, override):
+    key = override.partition("=")[0]
+    assert message(name, f"{key}='???'").startswith(f"{key}: required; give ")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train_data.prompts_per_rollout=0",
+        "test_data.max_examples=0",
+        "actor.lr=0.0",
+        "actor.lr=nan",
+        "actor.lr=inf",
+        "actor.weight_decay=-1.0",
+        "actor.warmup_ratio=1.5",
+        "actor.max_grad_norm=0.0",
+        "actor.tis_coef=-1.0",
+        "actor.kl.coef=-0.5",
+        "actor.entropy.coef=nan",
+        "actor.update_per_rollout=0",
+        "actor.tp_size=0",
+        "actor.loss.target=1.0",
+        "actor.clip=0.0",
+        "rollout.train_sampling_params.temperature=0.0",
+        "rollout.test_sampling_params.temperature=-0.1",
+        "rollout.train_sampling_params.top_p=0.0",
+        "rollout.test_sampling_params.top_p=1.1",
+        "rollout.train_sampling_params.max_new_tokens=0",
+        "rollout.gpu_memory_utilization=30.0",
+        "rollout.base_port=99999",
+        "rollout.env_timeout=0.0",
+        "rollout.max_env_errors=-1",
+        "trainer.n_epochs=0",
+        "trainer.max_steps=0",
+        "trainer.save_freq=-1",
+        "trainer.test_freq=0",
+        "trainer.seed=-1",
+    ],
+)
+def test_ranges(message, override):
+    assert f"{override}: must " in message("spo", override)
+
+
+def test_mesh(message, composed):
+    assert message("spo", "actor.tp_size=3", world_size=8) == (
+        "actor.tp_size=3: must divide world_size=8; use 1, 2, 4 or 8"
+    )
+    for key in ("sp_size", "ddp_size"):
+        text = message("spo", f"actor.{key}=2", world_size=1)
+        assert text == f"actor.{key}=2: must divide world_size=1; use 1"
+    for key in ("tp_size", "sp_size"):
+        text = message("sft", f"actor.{key}=2", world_size=2)
+        assert text == f"actor.{key}=2: not available yet in this version; use 1"
+    assert "must divide world_size=2; use 1 or 2" in message(
+        "spo", "rollout.tp_size=3", world_size=2
+    )
+    assert "server engines" in message("spo", "rollout.tp_size=2", world_size=2)
+    assert message("spo", "ref_actor.ddp_size=3", world_size=4).startswith("ref_actor.ddp_size=3")
+    validate(composed("spo", "actor.ddp_size=2"), 4)
+
+
+def test_model_name(message, composed, workdir):
+    for name in ("gpt2", "./nowhere", "~/nowhere", "/no/where", "a/b/c"):
+        text = message("spo", f"actor.model_name='{name}'")
+        assert text.startswith(f"actor.model_name={name}: no such folder in {workdir}")
+    (workdir / "models" / "tiny").mkdir(parents=True)
+    assert "no config.json" in message("spo", "actor.model_name=models/tiny")
+    assert "no such folder" in message("spo", "actor.model_name=models/tyni")
+    (workdir / "models" / "tiny" / "config.json").write_text("{}")
+    validate(composed("spo", "actor.model_name=models/tiny"), 1)
+
+
+def test_data_path(message, composed, workdir):
+    (workdir / "empty.jsonl").touch()
+    (workdir / "rows.jsonl").write_text("{}\n")
+    (workdir / "rows.txt").write_text("x\n")
+    (workdir / "folder.json").mkdir()
+    for path in ("missing.jsonl", "train@missing.csv", "./missing", "~/missing.parquet"):
+        text = message("spo", f"train_data.path='{path}'")
+        assert text.startswith(f"train_data.path={path}: no such file in {workdir}")
+    assert message("sft", "data.path=missing.json").startswith("data.path=missing.json")
+    evaluated = "trainer.test_freq=1"
+    assert "test_data.path=x.json" in message("spo", "test_data.path=x.json", evaluated)
+    assert "is empty" in message("spo", "train_data.path=empty.jsonl")
+    assert "is a folder" in message("spo", "train_data.path=folder.json")
+    assert "unknown file type" in message("spo", "train_data.path=./rows.txt")
+    for path in ("openai/gsm8k", "train", "", "a@b@c", "train@x/y/z"):
+        assert "neither a file" in message("spo", f"train_data.path='{path}'")
+    for path in ("rows.jsonl", "train@rows.jsonl", "train[:10]@openai/gsm8k:main", "train@gsm8k"):
+        validate(composed("spo", f"train_data.path='{path}'"), 1)
+    validate(composed("spo", "train_data.path=null"), 1)
+
+
+def test_rollout(message, workdir):
+    for engine in ("sglang", "vllm"):
+        text = message("spo", f"rollout.engine={engine}")
+        assert text.startswith(f"rollout.engine={engine}: not available yet")
+    text = message("spo", "rollout.responses_per_prompt=4")
+    assert "must equal train_data.responses_per_prompt=1" in text
+    assert "leave it out" in message("spo", "rollout.model_name=Qwen/other")
+    text = message("spo", "rollout.env_path=envs/nothing.py")
+    assert text.startswith(f"rollout.env_path=envs/nothing.py: no such file in {workdir}")
+    for stop in ("3", "{a:1}", "[a,3]", "''"):
+        text = message("spo", f"rollout.train_sampling_params.stop={stop}")
+        assert "must be a text, a list of texts or null" in text
+
+
+@pytest.mark.parametrize("stop", ["null", "'</answer>'", "[a,b]"])
+def test_stop(composed, stop):
+    validate(composed("spo", f"rollout.train_sampling_params.stop={stop}"), 1)
+
+
+def test_lengths(message):
+    text = message("spo", "rollout.train_sampling_params.max_new_tokens=512")
+    assert "max_new_tokens=512: must be below actor.max_length_per_device=512" in text
+    text = message("spo", "train_data.max_prompt_length=257")
+    assert text.startswith("train_data.max_prompt_length=257") and "at most 256" in text
+    text = message("spo", "actor.max_inference_length_per_device=100")
+    assert text.startswith("actor.max_inference_length_per_device=100: must be at least")
+    text = message("sft", "actor.max_length_per_device=100")
+    assert text.startswith("data.max_length=512: must be at most actor.max_length_per_device=100")
+
+
+def test_options_without_effect(message, composed):
+    assert "without actor.kl.type" in message("ppo", "actor.kl.coef=0.1")
+    assert "with actor.kl.coef=0" in message("ppo", "actor.kl.type=loss")
+    assert "has no effect with actor.kl.coef=0" in message("ppo", "ref_actor.model_name=Qwen/other")
+    text = message("spo", "actor.clip=0.2")
+    assert text.startswith("actor.clip=0.2: has no effect with actor.loss.name=max_target_kl")
+    for setting in ("adv.norm_var=true", "adv.global_norm=true", "adv.gamma=0.9", "adv.lamda=0.9"):
+        assert message("spo", setting).startswith(
+            f"{setting}: has no effect with adv.estimator=spo"
+        )
+    assert "without test_data.path" in message("spo", "trainer.test_freq=5")
+    assert "without trainer.test_freq" in message("spo", "test_data.path=test@openai/gsm8k:main")
+    assert message("sft", "actor.avg_level=correct").startswith("actor.avg_level=correct: in sft")
+    for kind in ("loss", "reward", "advantage"):
+        overrides = (f"actor.kl.type={kind}", "actor.kl.coef=0.1", "ref_actor.model_name=a/b")
+        validate(composed("ppo", *overrides), 1)
+
+
+def test_update_per_rollout(message, composed):
+    text = message("ppo", "actor.update_per_rollout=3", "train_data.responses_per_prompt=2")
+    assert text.startswith("actor.update_per_rollout=3: must divide the 16 samples")
+    validate(composed("ppo", "actor.update_per_rollout=4"), 1)
+
+
+def test_trainer(message, composed, workdir):
+    for name in ("a/b", "..", "''", "'a\\b'"):
+        assert "names a folder" in message("spo", f"trainer.experiment_name={name}")
+    assert "is a file" in message("sft", "trainer.save_dir=env.py")
+    text = message("sft", "trainer.load_ckpt_from=ckpts/nothing")
+    assert text.startswith("trainer.load_ckpt_from=ckpts/nothing: no such folder")
+    validate(composed("sft", "trainer.load_ckpt_from=latest"), 1)
+    (workdir / "step10").mkdir()
+    validate(composed("sft", "trainer.load_ckpt_from=step10"), 1)
+
+
+def test_keys_added_past_the_types(composed):
+    config = composed("spo", "+actor.learning_rates=1")
+    with pytest.raises(ConfigError, match="actor.learning_rates: unknown key"):
+        validate(config, 1)
+    config = composed("spo")
+    OmegaConf.update(config, "rollout.train_sampling_params.topp", 1.0, force_add=True)
+    with pytest.raises(ConfigError, match="did you mean rollout.train_sampling_params.top_p"):
+        validate(config, 1)
+    validate(composed("spo", "+actor.loss.options.beta=1"), 1)

@@ -1,0 +1,353 @@
+import json
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import datasets
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+
+from RL2.config.errors import DataError
+from RL2.datasets import load_rows
+
+ROWS = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write(name: str, text: str | bytes) -> str:
+    with open(name, "wb") as file:
+        file.write(text if isinstance(text, bytes) else text.encode())
+    return name
+
+
+def write_rows(name: str, rows: list = ROWS) -> str:
+    return write(name, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def error_of(path: str) -> str:
+    with pytest.raises(DataError) as caught:
+        load_rows(path, "train_data")
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith("train_data.path")
+    return message
+
+
+# ------------------------------------------------------------------------------ five file types
+
+
+def test_jsonl():
+    rows = load_rows(write_rows("a.jsonl"), "train_data")
+    assert list(rows) == ROWS and rows.where(3) == "a.jsonl:4"
+
+
+def test_json_list():
+    rows = load_rows(write("a.json", json.dumps(ROWS)), "train_data")
+    assert list(rows) == ROWS and rows.where(3) == "a.json:1"
+
+
+def test_json_list_over_many_lines():
+    rows = load_rows(write("a.json", json.dumps(ROWS, indent=2)), "train_data")
+    assert list(rows) == ROWS
+    assert [rows.where(i) for i in range(3)] == ["a.json:2", "a.json:6", "a.json:10"]
+
+
+@pytest.mark.parametrize("n", [1, 10])
+def test_json_lines_under_json(n):
+    assert list(load_rows(write_rows("a.json", ROWS[:n]), "train_data")) == ROWS[:n]
+
+
+def test_csv():
+    text = 'question,answer\n"a, ""b""\nc",#### 1\n\nd,"#### 2"\n'
+    rows = load_rows(write("a.csv", text), "train_data")
+    assert list(rows) == [
+        {"question": 'a, "b"\nc', "answer": "#### 1"},
+        {"question": "d", "answer": "#### 2"},
+    ]
+    assert [rows.where(0), rows.where(1)] == ["a.csv:2", "a.csv:5"]
+
+
+def test_parquet_in_a_folder_with_a_telling_name(tmp_path):
+    (tmp_path / "run=3").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), "run=3/a.parquet")
+    rows = load_rows("run=3/a.parquet", "train_data")
+    assert list(rows) == ROWS and rows.where(3) == "run=3/a.parquet: row 4"
+
+
+def test_arrow_stream_and_file():
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.ipc.new_stream("stream.arrow", table.schema) as stream:
+        stream.write_table(table)
+    pyarrow.feather.write_feather(table, "file.arrow")
+    for name in ("stream.arrow", "file.arrow"):
+        rows = load_rows(name, "train_data")
+        assert list(rows) == ROWS and rows.where(0) == f"{name}: row 1"
+
+
+def test_arrow_file_of_save_to_disk():
+    datasets.Dataset.from_list(ROWS).save_to_disk("saved")
+    assert list(load_rows("saved/data-00000-of-00001.arrow", "train_data")) == ROWS
+
+
+def test_text_details():
+    """Byte order mark, CRLF, and line separators inside of strings."""
+    row = {"question": "a\u2028b\x85c", "answer": "#### 1"}
+    text = "\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n\r\n"
+    assert list(load_rows(write("a.jsonl", text), "train_data")) == [row]
+
+
+def test_rows_keep_their_own_types():
+    rows = [{"prompt": "a", "extra_info": {"answer": 1}}, {"prompt": "b", "extra_info": {"x": "y"}}]
+    assert list(load_rows(write_rows("a.jsonl", rows), "train_data")) == rows
+
+
+# ------------------------------------------------------------------------------ path syntax
+
+
+@pytest.mark.parametrize(
+    ("split", "indices"),
+    [
+        ("train", range(10)),
+        ("whatever", range(10)),
+        ("train[:3]", range(3)),
+        ("train[-2:]", (8, 9)),
+        ("train[20%:40%]", (2, 3)),
+        ("train[:1]+train[8:]", (0, 8, 9)),
+        ("train[5:500]", range(5, 10)),
+    ],
+)
+@pytest.mark.parametrize("extension", ["jsonl", "parquet"])
+def test_split_of_a_file(split, indices, extension):
+    write_rows("a.jsonl")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), "a.parquet")
+    rows = load_rows(f"{split}@a.{extension}", "train_data")
+    assert list(rows) == [ROWS[i] for i in indices]
+    last = indices[-1] + 1
+    places = {"jsonl": f"a.jsonl:{last}", "parquet": f"a.parquet: row {last}"}
+    assert rows.where(len(rows) - 1) == places[extension]
+
+
+@pytest.mark.parametrize("name", ["me@home.jsonl", "a:b.jsonl", "a b.JSONL"])
+def test_file_names_with_signs(name):
+    write_rows(name)
+    assert list(load_rows(name, "train_data")) == ROWS
+    assert list(load_rows(f"train[:2]@{name}", "train_data")) == ROWS[:2]
+
+
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_rows("a.jsonl")
+    assert len(load_rows("~/a.jsonl", "train_data")) == 10
+    assert len(load_rows("train@~/a.jsonl", "train_data")) == 10
+
+
+def test_name_with_config_by_load_dataset(tmp_path, monkeypatch):
+    """The same call as for the hub, on a local folder, which load_dataset takes as well."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "owner" / "name" / "socratic").mkdir(parents=True)
+    write_rows("owner/name/socratic/train.jsonl")
+    write(
+        "owner/name/README.md",
+        "---\nconfigs:\n- config_name: main\n  data_files: main.jsonl\n"
+        "- config_name: socratic\n  data_files: socratic/train.jsonl\n---\n",
+    )
+    write_rows("owner/name/main.jsonl", ROWS[:1])
+    rows = load_rows("train[:4]@owner/name:socratic", "train_data")
+    assert list(rows) == ROWS[:4]
+    assert rows.where(1) == "train[:4]@owner/name:socratic: row 2"
+    message = error_of("test@owner/name:socratic")
+    assert "'owner/name' does not load" in message and "check name, config and split" in message
+    assert len(load_rows(f"train@{tmp_path}/owner/name:main", "train_data")) == 1
+    assert "'socrates'" in error_of("train@owner/name:socrates")
+
+
+# ------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "no.jsonl",
+        "train@no.jsonl",
+        "train@a/b/c",
+        "train@./no",
+        "no.txt",
+        "a@b/no.csv",
+        "train@",
+        "",
+    ],
+)
+def test_missing_file(path):
+    message = error_of(path)
+    assert "does not exist" in message and "split@name:config" in message
+
+
+def test_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    assert "data is a folder, not a file" in error_of("data")
+
+
+def test_unknown_extension():
+    message = error_of(write("a.txt", "x"))
+    assert "unknown extension '.txt'" in message and ".parquet" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", ""),
+        ("a.jsonl", "\n\n"),
+        ("a.json", ""),
+        ("a.json", " []\n"),
+        ("a.csv", ""),
+        ("a.csv", "question,answer\n"),
+    ],
+)
+def test_empty(name, text):
+    assert "the data set is empty" in error_of(write(name, text))
+
+
+def test_empty_tables():
+    table = pyarrow.table({"question": pyarrow.array([], pyarrow.string())})
+    pyarrow.parquet.write_table(table, "a.parquet")
+    assert "the data set is empty" in error_of("a.parquet")
+
+
+def test_empty_slice():
+    write_rows("a.jsonl")
+    assert "the data set is empty" in error_of("train[10:]@a.jsonl")
+    assert "the data set is empty" in error_of("train[5:2]@a.jsonl")
+
+
+@pytest.mark.parametrize("split", ["train[x]", "train[1:2:3]", "train[:200%]", "train[3]"])
+def test_bad_slice(split):
+    write_rows("a.jsonl")
+    message = error_of(f"{split}@a.jsonl")
+    assert f"cannot read the slice '{split}'" in message and "train[:100]" in message
+
+
+@pytest.mark.parametrize(
+    "line", ['{"question": ', "{'a': 1}", "nonsense", "[" * 100_000, '{"a": ' + "9" * 5000 + "}"]
+)
+def test_jsonl_line_that_is_not_json(line):
+    text = json.dumps(ROWS[0]) + "\n\n" + line + "\n"
+    message = error_of(write("a.jsonl", text))
+    assert "a.jsonl:3" in message and "not JSON" in message and '"question"' in message
+
+
+@pytest.mark.parametrize("line", ["[1]", "5", "null", '"text"'])
+def test_row_that_is_no_object(line):
+    message = error_of(write("a.jsonl", json.dumps(ROWS[0]) + "\n" + line))
+    assert "a.jsonl:2: a row is an object, this is" in message
+    message = error_of(write("a.json", f'[{{"a": 1}},\n\n{line}]'))
+    assert "a.json:3: a row is an object, this is" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "reason"),
+    [
+        ('[{"a": 1},\n {"b": }]', "a.json:2:8", "Expecting value"),
+        ('[{"a": 1}\n {"b": 2}]', "a.json:2:2", "expected ',' or ']'"),
+        ('[{"a": 1},\n', "a.json:2:1", "Expecting value"),
+        ('[{"a": 1}', "a.json:1:10", "expected ',' or ']'"),
+        ('[{"a": 1}]\n x', "a.json:2:2", "after the closing"),
+        ("[\n" + "[" * 100_000, "a.json:2:1", "recursion"),
+    ],
+)
+def test_json_list_that_is_not_json(text, place, reason):
+    message = error_of(write("a.json", text))
+    assert place in message and reason in message
+
+
+def test_json_with_an_object_on_top():
+    message = error_of(write("a.json", json.dumps({"train": ROWS}, indent=1)))
+    assert "the top level is an object with keys ['train']" in message
+    assert "the top level is 5" in error_of(write("a.json", "5"))
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_bad_utf8(name, mark):
+    message = error_of(write(name, mark + b'{"a": "x"}\n{"a": "\xff"}\n'))
+    assert f"{name}:2:8: byte 0xff at offset {18 + len(mark)} is not UTF-8" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "reason"),
+    [
+        ("question,answer\na,b\nc\n", "a.csv:3", "1 cells where the header names 2"),
+        ("question,answer\na,b,c\n", "a.csv:2", "3 cells where the header names 2"),
+        ('question,answer\na,"b\nc\n', "a.csv:2", "unexpected end of data"),
+        ('question,answer\na,"b"c\n', "a.csv:2", "expected after"),
+        ("question,answer\n\na," + "x" * 140_000, "a.csv:3", "use .jsonl"),
+        ("answer,answer\na,b\n", "a.csv:1", "occurs twice"),
+    ],
+)
+def test_csv_trouble(text, place, reason):
+    message = error_of(write("a.csv", text))
+    assert f"{place}: " in message and reason in message
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+@pytest.mark.parametrize("data", [b"", b"no table at all", b"ARROW1\0\0rest", b"PAR1 rest PAR1"])
+def test_broken_tables(name, data):
+    message = error_of(write(name, data))
+    assert name in message and ("not a" in message or "cannot be read" in message)
+
+
+def test_truncated_parquet():
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), "a.parquet")
+    with open("a.parquet", "rb") as file:
+        data = file.read()
+    assert "a.parquet" in error_of(write("a.parquet", data[: len(data) // 2]))
+
+
+def test_hub_in_offline_mode():
+    """Offline mode of the hub's own library: what conftest.py sets."""
+    message = error_of("train@openai/no-such-set-cached:main")
+    assert "cannot reach the Hugging Face hub for data set 'openai/no-such-set-cached'" in message
+    assert "train_data.path=FILE.jsonl" in message
+
+
+def test_hub_refuses_the_connection(monkeypatch):
+    """A real connection to a port where nobody listens: the error comes without retries."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+    message = error_of("train@openai/no-such-set-cached")
+    assert "cannot reach the Hugging Face hub" in message and "OfflineMode" not in message
+
+
+class NotFound(BaseHTTPRequestHandler):
+    """What the hub answers for a data set that it does not have."""
+
+    def do_GET(self):
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def test_hub_has_no_such_data_set(monkeypatch):
+    server = HTTPServer(("127.0.0.1", 0), NotFound)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}"
+    )
+    try:
+        message = error_of("train@openai/gsm9k")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "the hub has no data set 'openai/gsm9k'" in message and "hf auth login" in message

@@ -1,0 +1,82 @@
+"""Run a function on n gloo ranks, each a process of its own that serves all tests."""
+
+import atexit
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from RL2.distributed import process_group
+
+_POOLS: dict[int, list[tuple[mp.Process, Connection]]] = {}
+
+
+def _serve(rank: int, n_ranks: int, port: int, pipe: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(n_ranks), LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(n_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    with process_group("cpu"):
+        while (task := pipe.recv()) is not None:
+            function, args = task
+            try:
+                pipe.send((True, function(*args)))
+            except BaseException as error:  # the test shall see it, whatever it is
+                pipe.send((False, f"{type(error).__name__}: {error}"))
+
+
+def _start(n_ranks: int) -> list[tuple[mp.Process, Connection]]:
+    context = mp.get_context("spawn")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pool = []
+    for rank in range(n_ranks):
+        own, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(rank, n_ranks, port, theirs), daemon=True)
+        process.start()
+        pool.append((process, own))
+    return pool
+
+
+def _stop() -> None:
+    for pool in _POOLS.values():
+        for process, _ in pool:
+            process.kill()
+    _POOLS.clear()
+
+
+atexit.register(_stop)
+
+
+def run_on_ranks(n_ranks: int, function: Callable, *args: Any) -> list[Any]:
+    """Results of `function(*args)` by rank; a group of one runs in this process.
+
+    The function must be importable (module level). An exception on any rank is a RuntimeError
+    here, and the ranks, whose collectives may be out of step then, are replaced.
+    """
+    if n_ranks == 1:
+        with process_group("cpu"):
+            return [function(*args)]
+    if n_ranks not in _POOLS:
+        _POOLS[n_ranks] = _start(n_ranks)
+    pool = _POOLS[n_ranks]
+    for _, pipe in pool:
+        pipe.send((function, args))
+    answers = []
+    for rank, (process, pipe) in enumerate(pool):
+        while not pipe.poll(0.5):
+            if not process.is_alive():
+                _stop()
+                raise RuntimeError(f"rank {rank} died with exit code {process.exitcode}")
+        good, value = pipe.recv()
+        if not good:
+            _stop()
+            raise RuntimeError(f"rank {rank}: {value}")
+        answers.append(value)
+    return answers

@@ -1,0 +1,519 @@
+import json
+import math
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
+
+from RL2.config.errors import EngineError, EnvError
+from RL2.rollout import Collector, Completion, SamplingParams, build_engine
+from RL2.rollout.collector import action_text, stable_seed
+from tests.ranks import run_on_ranks
+from tests.rollout.support import EOS, THINK_END, make_tokenizer, reference_logps
+
+# Right when the action has an odd number of characters.
+ODD = """
+async def step(state, action, extra_info):
+    right = float(len(action) % 2)
+    return {"next_state": state + action, "reward": right, "score": 10 * right, "done": True,
+            "extra_info": extra_info}
+"""
+# Two turns in one sequence, then a third that begins anew.
+TURNS = """
+async def reset(extra_info):
+    return "Play:", {"turn": 0}
+
+async def step(state, action, extra_info):
+    turn = extra_info["turn"] + 1
+    next_state = state + action + "<eos>Go on." if turn == 1 else "Afresh:"
+    return {"next_state": next_state, "reward": float(turn), "score": 1.0, "done": turn == 3,
+            "extra_info": {"turn": turn}}
+"""
+
+
+def make_config(env_path, **overrides):
+    return OmegaConf.merge(
+        {
+            "env_path": str(env_path), "env_timeout": 5.0, "max_env_errors": 16, "max_turns": 1,
+            "responses_per_prompt": 4, "dynamic_filtering": False,
+            "train_sampling_params": {
+                "temperature": 1.0, "max_new_tokens": 12, "stop": None, "no_stop_trim": True,
+                "top_p": 1.0,
+            },
+            "test_sampling_params": {
+                "temperature": 0.0, "max_new_tokens": 12, "stop": None, "no_stop_trim": True,
+                "top_p": 1.0,
+            },
+        },
+        overrides,
+    )  # fmt: skip
+
+
+def make_items(n):
+    tokenizer = make_tokenizer()
+    prompts = ["q" * (1 + 5 * i % 13) + str(i) for i in range(n)]
+    return [
+        {"prompt": p, "prompt_ids": tokenizer.encode(p), "extra_info": {"answer": i}, "index": i}
+        for i, p in enumerate(prompts)
+    ]
+
+
+@pytest.fixture
+def make(tmp_path, byte_model, byte_tokenizer):
+    """make(environment source, config overrides, constructor arguments) -> Collector"""
+    collectors = []
+
+    def make(source, config=None, **options):
+        path = tmp_path / "env.py"
+        path.write_text(source)
+        engine = build_engine("transformers", model_name=byte_model, tokenizer=byte_tokenizer)
+        collector = Collector(
+            make_config(path, **(config or {})), byte_tokenizer, engine, **{"seed": 1} | options
+        )
+        collectors.append(collector)
+        return collector
+
+    yield make
+    for collector in collectors:
+        collector.close()
+
+
+# ------------------------------------------------------------------------ one turn
+
+
+def test_batch_holds_what_was_sampled(make, byte_model):
+    items = make_items(6)
+    batch, metrics = make(ODD).collect(items, step=3, train=True)
+    assert batch["sample_ids"].tolist() == list(range(24))
+    assert batch["group_ids"].tolist() == [i for i in range(6) for _ in range(4)]
+    model = AutoModelForCausalLM.from_pretrained(byte_model).eval()
+    for row, item in enumerate(item for item in items for _ in range(4)):
+        n, n_prompt = batch["lengths"][row].item() + 1, len(item["prompt_ids"])
+        ids = batch["states"][row, :1].tolist() + batch["actions"][row, : n - 1].tolist()
+        assert ids[:n_prompt] == item["prompt_ids"]
+        response = ids[n_prompt:]
+        mask = batch["action_mask"][row]
+        assert mask.nonzero().squeeze(1).tolist() == list(range(n_prompt - 1, n - 1))
+        expected = reference_logps(model, item["prompt_ids"], response, 1.0)
+        assert torch.allclose(batch["llm_logps"][row][mask], expected, atol=1e-5)
+        # The reward stands on the last action token and nowhere else.
+        rewards = batch["rewards"][row]
+        assert rewards[n - 2] == rewards.sum()
+        assert batch["correct"][row] == (rewards.sum() > 0)
+        for name in ("llm_logps", "rewards"):
+            assert not batch[name][row][~mask].any()
+    assert 0 < batch["correct"].sum() < 24
+    assert metrics["train/reward"] == pytest.approx(batch["rewards"].sum().item() / 24)
+    assert metrics["train/score"] == pytest.approx(10 * metrics["train/reward"])
+    lengths = batch["action_mask"].sum(1).float()
+    assert metrics["train/avg_response_length"] == pytest.approx(lengths.mean().item())
+    assert 0 < metrics["train/length_clip_ratio"] < 1
+    assert metrics["train/n_turns"] == 1
+    assert metrics["train/n_samples"] == 24
+    assert metrics["rollout/tokens_per_s"] > 0
+    assert metrics["rollout/env_errors"] == 0
+    assert "rollout/dynamic_filtering_ratio" not in metrics
+    assert all(isinstance(value, float) for value in metrics.values())
+
+
+def test_samples_repeat_by_seed_and_step(make):
+    items = make_items(3)
+    first, _ = make(ODD).collect(items, step=3, train=True)
+    again, _ = make(ODD).collect(items, step=3, train=True)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    later, _ = make(ODD).collect(items, step=4, train=True)
+    other, _ = make(ODD, seed=2).collect(items, step=3, train=True)
+    for batch in (later, other):
+        assert batch["actions"].shape != first["actions"].shape or not torch.equal(
+            batch["actions"], first["actions"]
+        )
+    # The answers to one prompt differ from each other, too.
+    assert len({tuple(row) for row in first["actions"][:4].tolist()}) == 4
+
+
+def test_evaluation_is_greedy_and_trains_nothing(make, byte_model, tmp_path):
+    items = make_items(3)
+    collector = make(ODD, rollouts_dir=tmp_path / "rollouts")
+    batch, metrics = collector.collect(items, step=0, train=False)
+    assert batch is None
+    assert metrics["test/n_samples"] == 3
+    assert {name for name in metrics if name.startswith("rollout/")} == {"rollout/env_errors"}
+    model = AutoModelForCausalLM.from_pretrained(byte_model).eval()
+    lines = (tmp_path / "rollouts" / "step000000_test.jsonl").read_text().splitlines()
+    for item, line in zip(items, lines, strict=True):
+        ids = model.generate(
+            torch.tensor([item["prompt_ids"]]), max_new_tokens=12, do_sample=False, pad_token_id=0
+        )[0, len(item["prompt_ids"]) :]
+        assert json.loads(line)["length"] == len(ids)
+    assert (
+        collector.collect(items, 0, train=False, responses_per_prompt=2)[1]["test/n_samples"] == 6
+    )
+
+
+def test_rollouts_are_dumped(make, tmp_path):
+    folder = tmp_path / "rollouts"
+    items = make_items(2)
+    items[1]["extra_info"]["answer"] = {1, 2}  # not JSON
+    batch, _ = make(ODD, rollouts_dir=folder).collect(items, step=12, train=True)
+    assert [path.name for path in folder.iterdir()] == ["step000012_train.jsonl"]
+    records = [json.loads(line) for line in (folder / "step000012_train.jsonl").open()]
+    assert [r["prompt"] for r in records] == [i["prompt"] for i in items for _ in range(4)]
+    assert [r["length"] for r in records] == batch["action_mask"].sum(1).tolist()
+    assert [r["reward"] for r in records] == batch["rewards"].sum(1).tolist()
+    for record in records:
+        assert record["score"] == 10 * (len(record["response"]) % 2)
+        assert record["finish_reason"] in ("stop", "length")
+        assert record["n_turns"] == 1
+    assert [r.get("answer") for r in records] == [0] * 4 + [None] * 4
+
+
+# ------------------------------------------------------------------------ turns
+
+
+def test_turns_stay_one_sequence_where_the_state_goes_on(make, byte_tokenizer):
+    collector = make(TURNS, {"max_turns": 5, "responses_per_prompt": 8})
+    batch, metrics = collector.collect([{"extra_info": {}}] * 2, step=1, train=True)
+    assert batch["sample_ids"].tolist() == [i for i in range(16) for _ in range(2)]
+    assert batch["group_ids"].tolist() == [0] * 16 + [1] * 16
+    assert metrics["train/n_turns"] == 3
+    assert metrics["train/reward"] == 6
+    assert metrics["train/score"] == 3
+    assert batch["correct"].all()
+    play, go_on, afresh = (byte_tokenizer.encode(t) for t in ("Play:", "Go on.", "Afresh:"))
+    for row in range(0, 32, 2):
+        n = batch["lengths"][row]
+        ids = batch["states"][row, :1].tolist() + batch["actions"][row, :n].tolist()
+        mask = [False] + batch["action_mask"][row, :n].tolist()
+        assert ids[: len(play)] == play
+        assert not any(mask[: len(play)])
+        between = [i for i in range(len(play), len(ids)) if not mask[i]]
+        assert between == list(range(between[0], between[-1] + 1))
+        first_end = ids[between[0] - 1]
+        # The end token comes once: from the policy, or from the environment after other ends.
+        assert [ids[i] for i in between] == ([] if first_end == EOS else [EOS]) + go_on
+        rewards = [0.0] + batch["rewards"][row, :n].tolist()
+        assert {i: r for i, r in enumerate(rewards) if r} == {
+            between[0] - 1: 1.0,
+            len(ids) - 1: 2.0,
+        }
+        n = batch["lengths"][row + 1]
+        ids = batch["states"][row + 1, :1].tolist() + batch["actions"][row + 1, :n].tolist()
+        assert ids[: len(afresh)] == afresh
+        assert batch["rewards"][row + 1].sum() == batch["rewards"][row + 1, n - 1] == 3.0
+    length = batch["action_mask"].sum().item() / 16
+    assert metrics["train/avg_response_length"] == pytest.approx(length)
+
+
+def test_an_end_token_that_the_environment_repeats_comes_once(tmp_path, byte_tokenizer):
+    ids = byte_tokenizer.encode("ab<eos>")
+    completion = Completion(ids, [-1.0] * 3, "stop", 0)
+    collector = scripted(tmp_path, byte_tokenizer, completion, TURNS, max_turns=2)
+    batch, _ = collector.collect([{"extra_info": {}}], step=1, train=True)
+    collector.close()
+    assert byte_tokenizer.decode(batch["actions"][0]) == "lay:ab<eos>Go on.ab<eos>"
+
+
+def test_max_turns_ends_a_sample(make):
+    collector = make(TURNS, {"max_turns": 2})
+    batch, metrics = collector.collect([{"extra_info": {}}], step=1, train=True)
+    assert metrics["train/n_turns"] == 2
+    assert len(batch["states"]) == 4
+
+
+def test_a_sample_ends_where_the_next_turn_might_not_fit(make):
+    endless = """
+async def step(state, action, extra_info):
+    return {"next_state": state + action + "more" * 5, "reward": 0.0, "score": 0.0, "done": False}
+"""
+    batch, metrics = make(endless, {"max_turns": 100}, max_length=100).collect(
+        make_items(2), step=1, train=True
+    )
+    assert 2 < metrics["train/n_turns"] < 100
+    assert batch["lengths"].max() < 100
+    assert batch["action_mask"][torch.arange(8), batch["lengths"] - 1].all()  # ends with an action
+    # Without a limit of its own it keeps to the model's context of 256.
+    batch, _ = make(endless, {"max_turns": 100}).collect(make_items(1), step=1, train=True)
+    assert 200 < batch["lengths"].max() < 256
+
+
+# ------------------------------------------------------------------------ failures
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        ("raise KeyError('gone')", "raised KeyError: 'gone'"),
+        ("await asyncio.sleep(60)", "timed out after 0.3 s"),
+        ("return ODD | {'reward': float('nan')}", "reward=nan is not finite"),
+    ],
+)
+def test_a_failing_environment_drops_its_sample_by_name(make, tmp_path, caplog, failure, said):
+    source = f"""
+import asyncio
+ODD = {{"next_state": "", "reward": 1.0, "score": 1.0, "done": True}}
+async def step(state, action, extra_info):
+    if extra_info["answer"] == 1 and len(action) % 2:
+        {failure}
+    return ODD
+"""
+    folder = tmp_path / "rollouts"
+    collector = make(source, {"env_timeout": 0.3}, rollouts_dir=folder)
+    batch, metrics = collector.collect(make_items(3), step=1, train=True)
+    failed = int(metrics["rollout/env_errors"])
+    assert 0 < failed < 4
+    assert len(batch["states"]) == metrics["train/n_samples"] == 12 - failed
+    assert metrics["train/score"] == 1.0  # of those that were judged
+    assert batch["group_ids"].tolist().count(1) == 4 - failed
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == failed
+    assert all(said in w and "prompt 1," in w and "env.py" in w for w in warnings)
+    records = [json.loads(line) for line in (folder / "step000001_train.jsonl").open()]
+    errors = [record for record in records if "error" in record]
+    assert len(errors) == failed
+    assert all(said in e["error"] and e["score"] is None for e in errors)
+
+
+def test_too_many_failures_in_the_run_stop_it(make):
+    source = ODD.replace("right = ", "1 / extra_info['answer']; right = ")
+    collector = make(source, {"max_env_errors": 4})
+    _, metrics = collector.collect(make_items(2), step=1, train=True)
+    assert metrics["rollout/env_errors"] == 4
+    _, metrics = collector.collect(make_items(2)[1:], step=2, train=True)
+    assert metrics["rollout/env_errors"] == 4
+    with pytest.raises(EnvError, match="max_env_errors=4: .*8 times.*ZeroDivisionError"):
+        collector.collect(make_items(2), step=3, train=True)
+    patient = make(source, {"max_env_errors": None})
+    batch, metrics = patient.collect(make_items(1), step=1, train=True)
+    assert batch is None
+    assert metrics["train/n_samples"] == 0
+    assert "train/score" not in metrics
+    # The collector works on.
+    assert patient.collect(make_items(2), step=2, train=True)[0] is not None
+
+
+def test_an_engine_error_stops_the_step(make):
+    items = make_items(3)
+    items[1] |= {"prompt": "q" * 300, "prompt_ids": [20] * 300}
+    collector = make(ODD)
+    with pytest.raises(EngineError, match="context of 256"):
+        collector.collect(items, step=1, train=True)
+    assert collector.collect(make_items(2), step=1, train=True)[0] is not None
+
+
+class ScriptedEngine:
+    """Gives one prepared completion; for replies that the real engine does not give."""
+
+    context_length = None
+
+    def __init__(self, completion):
+        self.completion = completion
+
+    async def generate(self, token_ids, sampling, *, seed):
+        return self.completion
+
+    async def close(self):
+        pass
+
+
+def scripted(tmp_path, tokenizer, completion, source=ODD, **config):
+    path = tmp_path / "env.py"
+    path.write_text(source)
+    return Collector(make_config(path, **config), tokenizer, ScriptedEngine(completion), seed=1)
+
+
+def test_an_empty_action_is_masked_and_counted(tmp_path, byte_tokenizer):
+    collector = scripted(tmp_path, byte_tokenizer, Completion([], [], "stop", 0))
+    batch, metrics = collector.collect(make_items(2), step=1, train=True)
+    collector.close()
+    assert not batch["action_mask"].any()
+    assert not batch["rewards"].any()
+    assert metrics["train/empty_actions"] == 8
+    assert metrics["train/avg_response_length"] == 0
+
+
+@pytest.mark.parametrize(
+    ("completion", "said"),
+    [
+        (Completion([5, 6], [-1.0], "stop", 0), "2 tokens and 1 log-prob"),
+        (Completion([5], [math.nan], "stop", 0), "not finite"),
+    ],
+)
+def test_malformed_completions_are_refused(tmp_path, byte_tokenizer, completion, said):
+    collector = scripted(tmp_path, byte_tokenizer, completion)
+    with pytest.raises(EngineError, match=said):
+        collector.collect(make_items(1), step=1, train=True)
+    collector.close()
+    collector.close()  # twice does no harm
+
+
+def test_an_aborted_completion_is_dropped(tmp_path, byte_tokenizer):
+    collector = scripted(tmp_path, byte_tokenizer, Completion([5], [-1.0], "abort", 0))
+    batch, metrics = collector.collect(make_items(1), step=1, train=True)
+    collector.close()
+    assert batch is None
+    assert metrics["rollout/env_errors"] == 0
+
+
+# ------------------------------------------------------------------------ filtering
+
+
+def test_groups_of_equal_rewards_are_filtered(make):
+    source = """
+async def step(state, action, extra_info):
+    reward = [1.0, 0.0, float(len(action) % 2)][extra_info["answer"] % 3]
+    return {"next_state": "", "reward": reward, "score": reward, "done": True}
+"""
+    items = make_items(3)
+    batch, metrics = make(source, {"dynamic_filtering": True}).collect(items, 1, train=True)
+    assert batch["group_ids"].tolist() == [2] * 4
+    assert batch["sample_ids"].tolist() == [8, 9, 10, 11]
+    assert metrics["rollout/dynamic_filtering_ratio"] == pytest.approx(2 / 3)
+    assert metrics["train/n_samples"] == 12  # the other metrics are of all samples
+    batch, metrics = make(source, {"dynamic_filtering": True}).collect(items[:2], 1, train=True)
+    assert batch is None
+    assert metrics["rollout/dynamic_filtering_ratio"] == 1
+    # One answer per prompt leaves nothing to compare.
+    one = {"dynamic_filtering": True, "responses_per_prompt": 1}
+    batch, metrics = make(source, one).collect(items, 1, train=True)
+    assert len(batch["states"]) == 3
+    assert "rollout/dynamic_filtering_ratio" not in metrics
+
+
+# ------------------------------------------------------------------------ text
+
+
+@pytest.mark.parametrize(
+    ("ids", "reason", "stop", "no_trim", "text"),
+    [
+        ("ab</think>c<eos>", "stop", (), True, "ab</think>c"),
+        ("ab</think>", "stop", (), True, "ab</think>"),
+        ("ab<eos>", "length", (), True, "ab<eos>"),
+        ("a<eos>b<eos>", "stop", (), True, "a<eos>b"),
+        ("abc", "stop", ("bc",), True, "abc"),
+        ("abcd", "stop", ("bc",), False, "a"),
+        ("abc", "length", ("bc",), False, "abc"),
+        ("abc<eos>", "stop", ("zz",), False, "abc"),
+        ("ab<eos>", "stop", ("<eos>",), True, "ab<eos>"),
+        ("ab<eos>", "stop", ("<eos>",), False, "ab"),
+        ("a  , b .<eos>", "stop", (), True, "a  , b ."),
+        ("", "stop", (), True, ""),
+    ],
+)
+def test_action_text(byte_tokenizer, ids, reason, stop, no_trim, text):
+    ids = byte_tokenizer.encode(ids)
+    completion = Completion(ids, [0.0] * len(ids), reason, 0)
+    sampling = SamplingParams(1.0, 10, stop, no_trim)
+    assert action_text(completion, sampling, byte_tokenizer) == text
+    assert completion.token_ids == ids
+    assert THINK_END not in byte_tokenizer.all_special_ids
+
+
+def test_stop_strings_reach_engine_and_environment(make, tmp_path, byte_tokenizer):
+    source = ODD.replace("float(len(action) % 2)", "float(';' in action)")
+    folder = tmp_path / "rollouts"
+    for no_trim in (True, False):
+        sampling = {"stop": ";", "no_stop_trim": no_trim, "max_new_tokens": 60, "temperature": 3.0}
+        batch, metrics = make(
+            source, {"train_sampling_params": sampling, "responses_per_prompt": 30},
+            rollouts_dir=folder,
+        ).collect(make_items(2), step=1, train=True)  # fmt: skip
+        semicolon = byte_tokenizer.encode(";")[0]
+        stopped = (batch["actions"] == semicolon).any(1)
+        assert stopped.sum() > 0
+        last = batch["actions"][torch.arange(60), batch["lengths"] - 1]
+        assert torch.equal(last == semicolon, stopped)  # it ends the row, and its token stays
+        assert torch.equal(batch["correct"], stopped & no_trim)
+
+
+# ------------------------------------------------------------------------ ranks
+
+
+def test_seeds_are_stable_and_spread():
+    assert stable_seed(1, 2, 3) == stable_seed(1, 2, 3)
+    assert stable_seed(0, 0, 1, 0, 0, 0) == 9185766571780549453  # in every process, for ever
+    seeds = {
+        stable_seed(seed, step, train, position, response, 0)
+        for seed in range(4)
+        for step in range(4)
+        for train in range(2)
+        for position in range(16)
+        for response in range(16)
+    }
+    assert len(seeds) == 4 * 4 * 2 * 16 * 16
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+
+
+TWO_TURNS = """
+async def step(state, action, extra_info):
+    if extra_info["answer"] == FAILS:
+        raise ValueError("lost")
+    return {"next_state": state + action + " go on", "reward": float(len(action) % 2),
+            "score": 1.0, "done": False, "extra_info": extra_info}
+"""
+
+
+def collect_on_rank(env_path, failing_env_path, model, folder):
+    """What one rank gets from two steps of training and evaluation, and from failing."""
+    tokenizer = make_tokenizer()
+
+    def collector(path, folder):
+        engine = build_engine("transformers", model_name=model, tokenizer=tokenizer)
+        return Collector(
+            make_config(path, max_turns=2, max_env_errors=1), tokenizer, engine, seed=1,
+            rollouts_dir=folder, n_ranks=torch.distributed.get_world_size(),
+            rank=torch.distributed.get_rank(),
+        )  # fmt: skip
+
+    good = collector(env_path, folder)
+    results = []
+    for step in range(2):
+        results.append(good.collect(make_items(5), step, train=True))
+        results.append(good.collect(make_items(3), step, train=False))
+    good.close()
+    failures = []
+    failing = collector(failing_env_path, None)
+    with pytest.raises(EnvError) as error:
+        failing.collect(make_items(2), 0, train=True)
+    failures.append(str(error.value))
+    items = make_items(2)
+    items[1] |= {"prompt": "q" * 300, "prompt_ids": [20] * 300}
+    with pytest.raises(EngineError) as error:
+        failing.collect(items, 0, train=True)
+    failures.append(str(error.value))
+    failing.close()
+    return results, failures
+
+
+def test_the_number_of_ranks_changes_nothing(tmp_path, byte_model):
+    good, failing = tmp_path / "good.py", tmp_path / "failing.py"
+    good.write_text(TWO_TURNS.replace("FAILS", "-1"))
+    failing.write_text(TWO_TURNS.replace("FAILS", "1"))  # prompt 1 is rank 1's
+    paths = (good, failing, byte_model)
+    [(alone, _)] = run_on_ranks(1, collect_on_rank, *paths, tmp_path / "1")
+    (main, failures), (other, other_failures) = run_on_ranks(
+        2, collect_on_rank, *paths, tmp_path / "2"
+    )
+    assert other == [(None, {})] * 4
+    assert len(main) == 4
+    for (batch, metrics), (expected, expected_metrics) in zip(main, alone, strict=True):
+        assert (batch is None) == (expected is None)
+        for name in expected or {}:
+            if name == "llm_logps":
+                assert torch.allclose(batch[name], expected[name], atol=1e-5)
+            else:
+                assert torch.equal(batch[name], expected[name])
+        expected_metrics.pop("rollout/tokens_per_s", None)
+        metrics.pop("rollout/tokens_per_s", None)
+        assert metrics == pytest.approx(expected_metrics)
+    names = sorted(p.name for p in (tmp_path / "1").iterdir())
+    assert len(names) == 4
+    for name in names:
+        assert (tmp_path / "2" / name).read_text() == (tmp_path / "1" / name).read_text()
+    # A failure on one rank stops all of them.
+    for env_failure, engine_failure in (failures, other_failures):
+        assert "max_env_errors=1" in env_failure
+        assert "4 times" in env_failure
+        assert "ValueError: lost" in env_failure
+        assert "context of 256" in engine_failure
+    assert "because rank 1 failed" in failures[1]

@@ -1,0 +1,43 @@
+import pytest
+from omegaconf import OmegaConf
+
+from RL2.config.errors import ConfigError
+from RL2.rollout.engine import SamplingParams, build_engine
+
+
+def test_sampling_params_are_read_from_config():
+    node = OmegaConf.create({"temperature": 0, "max_new_tokens": 5, "stop": "x", "top_p": 0.9})
+    assert SamplingParams.from_config(node) == SamplingParams(0.0, 5, ("x",), True, 0.9)
+    node = OmegaConf.create(
+        {"temperature": 1, "max_new_tokens": 5, "stop": ["x", "y"], "no_stop_trim": False}
+    )
+    assert SamplingParams.from_config(node) == SamplingParams(1.0, 5, ("x", "y"), False, 1.0)
+    node = OmegaConf.create({"temperature": 1.0, "max_new_tokens": 5, "stop": None})
+    assert SamplingParams.from_config(node).stop == ()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"temperature": -1}, "temperature=-1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"top_p": 0}, "top_p=0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"stop": "x"}, "stop='x'"),
+        ({"stop": ("",)}, "stop="),
+    ],
+)
+def test_sampling_params_without_meaning_are_refused(wrong, named):
+    with pytest.raises(ConfigError, match=named):
+        SamplingParams(**{"temperature": 1.0, "max_new_tokens": 4} | wrong)
+
+
+def test_unknown_engine_is_named_with_a_suggestion():
+    with pytest.raises(ConfigError, match="rollout.engine=transformer: did you mean 'transformers"):
+        build_engine("transformer")
+
+
+def test_auto_builds_the_in_process_engine(byte_model, byte_tokenizer):
+    engine = build_engine("auto", model_name=byte_model, tokenizer=byte_tokenizer)
+    assert engine.context_length == 256

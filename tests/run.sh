@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs into .venv where that is not done yet, and runs the tests; arguments go to pytest, with
+# paths relative to the repository root:
+#   bash tests/run.sh                       everything
+#   bash tests/run.sh tests/ops -k packing  some
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../examples/_install.sh"
+
+# One thread a process: the models of the tests are tiny, and more threads slow them down.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+# Nothing may reach for a hub, an account or a screen.
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline MPLBACKEND=Agg
+exec python -m pytest "$@"

@@ -1,0 +1,181 @@
+"""Who may import whom, read from the sources with `ast`; nothing of RL2 is imported here.
+
+trainer -> workers | rollout -> algorithms | datasets | distributed -> ops -> config: a package
+imports itself and what stands further right, never a neighbour of its own layer.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LAYERS = (
+    {"config"},
+    {"ops"},
+    {"algorithms", "datasets", "distributed"},
+    {"workers", "rollout"},
+    {"trainer"},
+)
+LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
+
+# An imported module -> the only files that may import it.
+CONFINED = {
+    "wandb": "RL2/trainer/metrics.py",
+    "sglang": "RL2/rollout/*sglang*.py",
+    "vllm": "RL2/rollout/*vllm*.py",
+}
+# A package -> what it may not import at all.
+FORBIDDEN = {"config": "torch", "ops": "torch.distributed"}
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def dotted_name(node: ast.expr) -> str | None:
+    """`a.b.c` of an attribute chain that starts at a plain name, else None."""
+    if isinstance(node, ast.Attribute):
+        base = dotted_name(node.value)
+        return base and f"{base}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def imported_modules(node: ast.AST, package: str) -> list[str]:
+    """Full names of what one ast node brings in; `package` is that of the file it stands in."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        parts = package.split(".")
+        base = parts[: len(parts) - node.level + 1] if node.level else []
+        module = ".".join(base + ([node.module] if node.module else []))
+        # `from RL2 import ops` and `from torch import distributed` name a module, too.
+        return [f"{module}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        name = dotted_name(node.func) or ""
+        if name.split(".")[-1] in ("import_module", "__import__"):
+            return [str(node.args[0].value)]
+    if isinstance(node, ast.Attribute):
+        name = dotted_name(node)
+        return [name] if name and within(name, "torch.distributed") else []
+    return []
+
+
+def import_violations(module: str, package: str, path: str) -> Iterator[str]:
+    """What is wrong with a file `path` of RL2's package `package` ("" = RL2/) importing it."""
+    if (top := module.split(".")[0]) in CONFINED and not fnmatch(path, CONFINED[top]):
+        yield f"imports {top}, which only {CONFINED[top]} may"
+    if package in FORBIDDEN and within(module, FORBIDDEN[package]):
+        yield f"imports {FORBIDDEN[package]}, which {package} may not"
+    if top != "RL2" or "." not in module:
+        return
+    target = module.split(".")[1]
+    if not package:
+        # Importing any layer runs RL2/__init__.py: what it imports, every layer would import.
+        if LEVEL.get(target, 0) > 0:
+            yield f"imports RL2.{target}; files beside the packages may import RL2.config alone"
+    elif package not in LEVEL:
+        yield f"package {package} has no place in the layers"
+    elif target != package and LEVEL.get(target, -1) >= LEVEL[package]:
+        yield f"{package} imports RL2.{target}, which does not stand to its right"
+
+
+def violations(root: Path) -> list[str]:
+    """Every breach of the rules under root/RL2, as 'file:line: what'."""
+    found = []
+    for file in sorted(root.glob("RL2/**/*.py")):
+        path = file.relative_to(root).as_posix()
+        folders = path.split("/")[:-1]
+        package = folders[1] if len(folders) > 1 else ""
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), filename=path)):
+            problems = []
+            for module in imported_modules(node, ".".join(folders)):
+                problems += import_violations(module, package, path)
+            if isinstance(node, ast.Global):
+                problems.append("a `global` statement")
+            if isinstance(node, ast.Call) and dotted_name(node.func) == "print":
+                problems.append("print(): use logging")
+            found += [f"{path}:{node.lineno}: {problem}" for problem in problems]
+    return list(dict.fromkeys(found))
+
+
+def write_tree(root: Path, files: dict[str, str]) -> Path:
+    for path, source in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(source, encoding="utf-8")
+    return root
+
+
+def test_the_repository_keeps_its_layers():
+    assert violations(ROOT) == []
+
+
+def test_a_clean_tree_passes(tmp_path):
+    tree = {
+        "RL2/__init__.py": "from RL2.config import errors\n",
+        "RL2/config/errors.py": "import dataclasses\n",
+        "RL2/ops/packing.py": "import torch\nfrom RL2.config import errors\n",
+        "RL2/algorithms/losses.py": "from ..ops.packing import plan\nfrom . import kl\n",
+        "RL2/workers/actor.py": "import torch.distributed as dist\nimport RL2.algorithms.losses\n",
+        "RL2/rollout/sglang.py": "import sglang\n",
+        "RL2/rollout/vllm_engine.py": "def start():\n    from vllm import LLM\n",
+        "RL2/trainer/metrics.py": "import wandb\nfrom RL2 import workers, rollout\n",
+        "RL2/trainer/ppo.py": "log.print('a method')\nx = importlib.import_module(name)\n",
+    }
+    assert violations(write_tree(tmp_path, tree)) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "message"),
+    [
+        ("RL2/ops/a.py", "import RL2.algorithms.losses", "ops imports RL2.algorithms"),
+        ("RL2/ops/a.py", "from RL2 import trainer", "ops imports RL2.trainer"),
+        ("RL2/ops/a.py", "from ..datasets import base", "ops imports RL2.datasets"),
+        ("RL2/ops/a.py", "from .. import datasets", "ops imports RL2.datasets"),
+        ("RL2/ops/deep/a.py", "from ...datasets import base", "ops imports RL2.datasets"),
+        ("RL2/algorithms/a.py", "import RL2.distributed", "algorithms imports RL2.distributed"),
+        ("RL2/workers/a.py", "import RL2.rollout.engine", "workers imports RL2.rollout"),
+        ("RL2/config/a.py", "def f():\n    import RL2.ops", "config imports RL2.ops"),
+        ("RL2/rollout/a.py", "import RL2.trainer", "rollout imports RL2.trainer"),
+        ("RL2/ops/a.py", "import importlib\nimportlib.import_module('RL2.trainer')", "RL2.trainer"),
+        ("RL2/extra/a.py", "import RL2.ops", "extra has no place"),
+        ("RL2/ops/a.py", "import RL2.extra\nimport RL2.config", None),
+        ("RL2/__init__.py", "from RL2.trainer import ppo", "imports RL2.trainer"),
+        ("RL2/config/a.py", "import torch", "imports torch"),
+        ("RL2/config/a.py", "from torch.utils import data", "imports torch"),
+        ("RL2/ops/a.py", "import torch.distributed as dist", "imports torch.distributed"),
+        ("RL2/ops/a.py", "from torch import distributed", "imports torch.distributed"),
+        ("RL2/ops/a.py", "from torch.distributed.fsdp import x", "imports torch.distributed"),
+        ("RL2/ops/a.py", "import torch\ntorch.distributed.barrier()", "imports torch.distributed"),
+        ("RL2/trainer/ppo.py", "import wandb", "imports wandb"),
+        ("RL2/workers/metrics.py", "from wandb import init", "imports wandb"),
+        ("RL2/rollout/collector.py", "import sglang.srt", "imports sglang"),
+        ("RL2/workers/vllm.py", "import vllm", "imports vllm"),
+        ("RL2/ops/a.py", "def f():\n    global x\n    x = 1", "`global`"),
+        ("RL2/trainer/ppo.py", "for i in y:\n    print(i)", "print()"),
+    ],
+)
+def test_each_breach_is_found(tmp_path, path, source, message):
+    found = violations(write_tree(tmp_path, {path: source}))
+    if message is None:
+        assert found == []
+    else:
+        assert found and all(message in line and path in line for line in found)
+
+
+def test_importing_config_loads_no_torch():
+    """What the sources cannot show: a third party that imports torch for config."""
+    names = [
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for file in sorted((ROOT / "RL2" / "config").glob("**/*.py"))
+    ]
+    if not names:
+        pytest.skip("RL2/config holds no module")
+    code = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules and 'torch loaded')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,118 @@
+"""pyproject.toml, the pinned requirement files and the shell scripts agree with each other."""
+
+import re
+import shutil
+import subprocess
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+REQUIREMENTS = ROOT / "requirements"
+CPU_FILES = ("build.txt", "torch-cpu.txt", "base.txt")
+GPU_FILES = ("build.txt", "gpu.txt", "base.txt")
+SCRIPTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*ROOT.glob("*/*.sh"), ROOT / ".ci" / "run"]
+    if not path.parent.name.startswith(".venv")
+)
+
+
+def read_pins(*names: str) -> list[tuple[Requirement, list[str]]]:
+    """(requirement, hashes) of every entry of the files."""
+    pins = []
+    for name in names:
+        text = (REQUIREMENTS / name).read_text(encoding="utf-8")
+        text = re.sub(r"(?m)^\s*#.*\n?", "", text).replace("\\\n", " ")
+        for line in filter(str.strip, text.splitlines()):
+            requirement, *hashes = line.split("--hash=")
+            pins.append((Requirement(requirement), [item.strip() for item in hashes]))
+    return pins
+
+
+def pinned_names(*files: str) -> set[str]:
+    return {canonicalize_name(requirement.name) for requirement, _ in read_pins(*files)}
+
+
+@pytest.mark.parametrize("name", sorted({*CPU_FILES, *GPU_FILES}))
+def test_every_entry_has_one_version_and_hashes(name):
+    pins = read_pins(name)
+    assert pins
+    for requirement, hashes in pins:
+        operators = [specifier.operator for specifier in requirement.specifier]
+        assert operators == ["=="] and requirement.url is None, requirement
+        assert hashes, f"{requirement}: no hash"
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", item) for item in hashes), requirement
+
+
+@pytest.mark.parametrize("name", sorted({*CPU_FILES, *GPU_FILES}))
+def test_no_address_and_no_path_is_recorded(name):
+    text = (REQUIREMENTS / name).read_text(encoding="utf-8")
+    assert not re.search(r"://|file:|--index|--extra-index|--find-links|(?m:^\s*/)|\s/\w", text)
+
+
+def test_the_cpu_files_hold_nothing_of_cuda():
+    cuda = re.compile(r"nvidia-|cuda-|triton|flash-attn|liger|cupy")
+    assert [name for name in pinned_names(*CPU_FILES) if cuda.match(name)] == []
+    torch = [pin for pin, _ in read_pins("torch-cpu.txt") if pin.name == "torch"]
+    assert {str(pin.specifier) for pin in torch} == {"==2.13.0+cpu", "==2.13.0"}
+
+
+@pytest.mark.parametrize("files", [CPU_FILES, GPU_FILES], ids=["cpu", "gpu"])
+def test_what_pyproject_asks_for_is_pinned_inside_its_ranges(files):
+    pins = read_pins(*files)
+    wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    for requirement in map(Requirement, wanted):
+        versions = [
+            next(iter(pin.specifier)).version
+            for pin, _ in pins
+            if canonicalize_name(pin.name) == canonicalize_name(requirement.name)
+        ]
+        assert versions, f"{requirement}: not in {', '.join(files)}"
+        assert all(requirement.specifier.contains(version) for version in versions), requirement
+
+
+@pytest.mark.parametrize("files", [CPU_FILES, GPU_FILES], ids=["cpu", "gpu"])
+def test_a_package_has_one_version_on_one_machine(files):
+    """The lists are installed together with --no-deps, so they must not contradict."""
+    versions: dict[str, set[str]] = {}
+    for pin, _ in read_pins(*files):
+        if pin.marker is None or pin.marker.evaluate():
+            versions.setdefault(canonicalize_name(pin.name), set()).add(str(pin.specifier))
+    assert {name: found for name, found in versions.items() if len(found) > 1} == {}
+
+
+def test_the_pins_are_complete():
+    """pip installs them with --no-deps: whatever an installed one needs is pinned as well."""
+    pinned = pinned_names(*CPU_FILES)
+    for name in sorted(pinned):
+        try:
+            needs = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue  # for another system or another Python
+        if name == "torch" and "+cpu" not in metadata.version(name):
+            continue  # the CUDA build needs what gpu.txt pins
+        for need in map(Requirement, needs):
+            if need.marker is None or need.marker.evaluate({"extra": ""}):
+                assert canonicalize_name(need.name) in pinned, f"{name} needs {need}"
+
+
+def test_extras_and_python_range():
+    assert {"gpu", "sglang", "vllm", "dev"} <= set(PROJECT["optional-dependencies"])
+    assert PROJECT["requires-python"] == ">=3.11"
+
+
+def test_no_lock_file_is_tracked():
+    assert "uv.lock" in (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shell_scripts_parse(script):
+    done = subprocess.run(["bash", "-n", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

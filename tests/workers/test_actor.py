@@ -1,0 +1,300 @@
+"""The update: same numbers however it is spread, skipped where nothing can be learned."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+
+from RL2.algorithms.losses import resolve_loss
+from RL2.config import ConfigError, TrainingError
+from RL2.distributed import rank
+from RL2.workers import Actor
+from RL2.workers.actor import split_batch
+from tests.ranks import run_on_ranks
+
+VOCAB = 67
+SHAPES = {
+    "qwen3": Qwen3Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    ),
+    "llama": LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    ),
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=1,
+    ),
+}  # fmt: skip
+LOSSES = {
+    "ppo": {"name": "ppo", "clip_low": 0.2, "clip_high": 0.2},
+    "spo": {"name": "max_target_kl"},
+    "spo_0p5": {"name": "fixed_target_kl"},
+}
+LEVELS = ("token", "sequence", "correct")
+
+
+def make_model(folder, shape="qwen3"):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(SHAPES[shape]).save_pretrained(folder)
+    return str(folder)
+
+
+def actor_config(model, **changes):
+    config = {
+        "model_name": model, "trust_remote_code": False, "attn_implementation": "sdpa_varlen",
+        "dtype": "auto", "use_liger_kernel": False, "gradient_checkpointing": False,
+        "ddp_size": 1, "lr": 1e-3, "weight_decay": 0.01, "max_grad_norm": 1.0,
+        "scheduler": "constant", "warmup_ratio": 0.0, "freeze_steps": 0, "temperature": 0.9,
+        "max_length_per_device": 64, "max_inference_length_per_device": 64,
+        "update_per_rollout": 1, "avg_level": "sequence", "tis_coef": 0.0,
+        "entropy": {"coef": 0.0},
+        "kl": {"coef": 0.0, "type": None, "loss_estimator": "k3"},
+    }  # fmt: skip
+    return OmegaConf.merge(config, changes)
+
+
+def make_batch(n_rows=7, correct=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(6, 24, (n_rows,), generator=generator)
+    n_tokens = int(lengths.max())
+    position = torch.arange(n_tokens)
+    mask = (position >= 4) & (position < lengths[:, None])
+    shape = (n_rows, n_tokens)
+    if correct is None:
+        correct = torch.arange(n_rows) % 2 == 0
+    correct = torch.as_tensor(correct)
+    states = torch.randint(2, VOCAB, shape, generator=generator)
+    return {
+        "states": states,
+        "actions": states.roll(-1, 1) * mask,
+        "action_mask": mask,
+        "lengths": lengths,
+        "rewards": torch.zeros(shape),
+        "llm_logps": torch.full(shape, -4.0) * mask,
+        "old_logps": torch.full(shape, -4.2) * mask,
+        "advantages": torch.where(correct, 1.0, -0.5)[:, None] * mask,
+        "sample_ids": torch.arange(n_rows),
+        "group_ids": torch.arange(n_rows),
+        "correct": correct,
+    }
+
+
+def as_spo(batch):
+    """The advantage of `adv.estimator=spo`: the reward itself."""
+    return batch | {"advantages": batch["action_mask"] * batch["correct"][:, None].float()}
+
+
+def make_actor(model, loss="spo", max_bad_steps=2, **changes):
+    actor = Actor(
+        actor_config(model, **changes),
+        torch.device("cpu"),
+        resolve_loss(LOSSES[loss]),
+        max_bad_steps,
+    )
+    actor.prepare_scheduler(10)
+    return actor
+
+
+def whole(actor):
+    return {name: p.detach().full_tensor().clone() for name, p in actor.hf_model.named_parameters()}
+
+
+def one_update(model, loss, changes, batch):
+    actor = make_actor(model, loss, **changes)
+    metrics = actor.update(batch if rank() == 0 else None, 1)
+    return metrics, whole(actor)
+
+
+def many_updates(model, cases):
+    return [one_update(model, *case) for case in cases]
+
+
+def invariance_cases():
+    for loss, level in itertools.product(LOSSES, LEVELS):
+        batch = make_batch() if loss == "ppo" else as_spo(make_batch())
+        yield loss, {"avg_level": level, "entropy": {"coef": -0.1}}, batch
+    yield "ppo", {"avg_level": "token", "update_per_rollout": 3, "tis_coef": 2.0}, make_batch()
+    # a single correct sequence: other ranks have nothing to learn and must not fall out of step
+    one = make_batch(correct=[False] * 6 + [True])
+    yield "spo", {"avg_level": "correct"}, as_spo(one)
+    yield "spo", {"avg_level": "sequence"}, as_spo(make_batch(n_rows=1, correct=[True]))
+    yield "spo", {"avg_level": "sequence"}, as_spo(make_batch(correct=[False] * 7))
+
+
+def test_update_is_the_same_on_one_and_two_ranks_and_for_any_packing(tmp_path):
+    model = make_model(tmp_path)
+    cases = list(invariance_cases())
+    small = [(loss, changes | {"max_length_per_device": 24}, b) for loss, changes, b in cases]
+    (reference,) = run_on_ranks(1, many_updates, model, cases)
+    spread = run_on_ranks(2, many_updates, model, cases)
+    (repacked,) = run_on_ranks(1, many_updates, model, small)
+    for i, case in enumerate(cases):
+        metrics, weights = reference[i]
+        for other_metrics, other_weights in (spread[0][i], spread[1][i], repacked[i]):
+            assert other_metrics.keys() == metrics.keys(), case[:2]
+            for name, value in metrics.items():
+                assert other_metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-7), (
+                    name,
+                    case[:2],
+                )
+            for name, weight in weights.items():
+                # AdamW divides by the gradient's size, so tiny gradients amplify rounding
+                torch.testing.assert_close(other_weights[name], weight, rtol=0, atol=2e-5)
+    assert reference[-1][0]["actor/skipped"] == 1.0
+
+
+def plain_logits(model, batch, temperature):
+    """Each row alone through the plain model, no packing, no padding."""
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for row, length in enumerate(batch["lengths"].tolist()):
+        mask = batch["action_mask"][row, :length]
+        logits = hf(batch["states"][row : row + 1, :length]).logits[0, mask] / temperature
+        yield hf, logits.double(), batch["actions"][row, :length][mask], row
+
+
+def naive_spo(logits, actions, detach=False):
+    p = logits.softmax(-1)
+    chosen, top = p.gather(1, actions[:, None])[:, 0], p.max(-1).values
+    return top * (top / chosen).log() + (1 - top) * ((1 - top) / (1 - chosen)).log()
+
+
+def naive_spo_0p5(logits, actions):
+    chosen = logits.softmax(-1).gather(1, actions[:, None])[:, 0]
+    losses = -0.5 * (chosen.log() + (1 - chosen).log()) + math.log(0.5)
+    return torch.where(chosen > 0.5, losses, 0.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_and_gradient_norm_equal_the_formula_on_each_row_alone(tmp_path, shape):
+    model = make_model(tmp_path, shape)
+    batch = as_spo(make_batch())
+    n_rows, n_correct = len(batch["lengths"]), int(batch["correct"].sum())
+    for level, divisor in (("sequence", n_rows), ("correct", n_correct)):
+        ((metrics, _),) = run_on_ranks(1, one_update, model, "spo", {"avg_level": level}, batch)
+        total, hf_grad = 0.0, None
+        hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        for row, length in enumerate(batch["lengths"].tolist()):
+            if not batch["correct"][row]:
+                continue
+            mask = batch["action_mask"][row, :length]
+            logits = hf(batch["states"][row : row + 1, :length]).logits[0, mask].double() / 0.9
+            losses = naive_spo(logits, batch["actions"][row, :length][mask])
+            total = total + losses.mean() / divisor
+        total.backward()
+        hf_grad = torch.cat([p.grad.flatten() for p in hf.parameters() if p.grad is not None])
+        assert metrics["actor/loss"] == pytest.approx(total.item(), rel=1e-5)
+        assert metrics["actor/grad_norm"] == pytest.approx(hf_grad.norm().item(), rel=1e-4)
+
+
+def compute_logps(model, batch, n_times):
+    actor = make_actor(model)
+    for _ in range(n_times):
+        batch = actor.compute_logps(batch if rank() == 0 else None, "old_logps")
+    return batch and batch["old_logps"]
+
+
+def test_logps_equal_the_model_on_each_row_alone(tmp_path):
+    model, batch = make_model(tmp_path), make_batch()
+    by_rank = run_on_ranks(2, compute_logps, model, batch, 1)
+    assert by_rank[1] is None
+    with torch.no_grad():
+        for _, logits, actions, row in plain_logits(model, batch, 0.9):
+            expected = logits.log_softmax(-1).gather(1, actions[:, None])[:, 0].float()
+            torch.testing.assert_close(
+                by_rank[0][row][batch["action_mask"][row]], expected, rtol=1e-5, atol=1e-5
+            )
+    assert (by_rank[0][~batch["action_mask"]] == 0).all()
+
+
+def skip_and_step(model, batch, level):
+    actor = make_actor(model, avg_level=level, entropy={"coef": -1.0})
+    before = whole(actor)
+    metrics = [actor.update(b if rank() == 0 else None, 1) for b in (None, batch)]
+    same = all(torch.equal(before[name], after) for name, after in whole(actor).items())
+    return metrics, same, len(actor.optimizer.state), actor.scheduler.last_epoch
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_nothing_correct_changes_nothing_and_says_so(tmp_path, level):
+    batch = as_spo(make_batch(correct=[False] * 7))
+    for metrics, same, n_moments, epoch in run_on_ranks(
+        2, skip_and_step, make_model(tmp_path), batch, level
+    ):
+        assert [m["actor/skipped"] for m in metrics] == [1.0, 1.0]
+        assert same and n_moments == 0 and epoch == 0
+
+
+def plant_nan(model, batch):
+    actor = make_actor(model, loss="ppo", max_bad_steps=2)
+    poisoned = batch | {"advantages": batch["advantages"] * float("nan")}
+    before = whole(actor)
+    first = actor.update(poisoned if rank() == 0 else None, 1)
+    same = all(torch.equal(before[name], after) for name, after in whole(actor).items())
+    actor.update(batch if rank() == 0 else None, 2)  # a good one resets the count
+    actor.update(poisoned if rank() == 0 else None, 3)
+    try:
+        actor.update(poisoned if rank() == 0 else None, 4)
+    except TrainingError as error:
+        return first, same, str(error)
+    return first, same, None
+
+
+def test_non_finite_updates_are_skipped_counted_and_stop_the_run(tmp_path):
+    for first, same, message in run_on_ranks(2, plant_nan, make_model(tmp_path), make_batch()):
+        assert first["actor/nonfinite"] == 1.0
+        assert "actor/loss" not in first
+        assert same
+        assert "2 updates in a row" in message and "trainer.max_bad_steps" in message
+
+
+def frozen_then_not(model, batch):
+    actor = make_actor(model, freeze_steps=1)
+    return actor.update(batch, 1), actor.update(batch, 2)["actor/loss"]
+
+
+def test_freeze_steps_leave_the_actor_alone(tmp_path):
+    ((frozen, loss),) = run_on_ranks(1, frozen_then_not, make_model(tmp_path), as_spo(make_batch()))
+    assert frozen == {} and loss > 0
+
+
+def test_split_batch_keeps_samples_whole():
+    batch = make_batch(n_rows=6) | {"sample_ids": torch.tensor([0, 0, 1, 2, 2, 2])}
+    parts = split_batch(batch, 2)
+    assert [part["sample_ids"].tolist() for part in parts] == [[0, 0, 1], [2, 2, 2]]
+    assert torch.equal(torch.cat([part["states"] for part in parts]), batch["states"])
+    assert [len(part["states"]) for part in split_batch(batch, 5)] == [2, 1, 3, 0, 0]
+
+
+def kl_update(model, batch, kl):
+    return make_actor(model, loss="ppo", kl=kl, avg_level="token").update(batch, 1)
+
+
+def test_kl_to_the_reference_enters_the_loss_as_asked(tmp_path):
+    model = make_model(tmp_path)
+    batch = make_batch()
+    batch["ref_logps"] = batch["old_logps"] - 0.3 * batch["action_mask"]
+    (without,) = run_on_ranks(1, kl_update, model, batch, {"coef": 0.0, "type": None})
+    (with_kl,) = run_on_ranks(1, kl_update, model, batch, {"coef": 0.5, "type": "loss"})
+    assert with_kl["actor/kl"] > 0
+    assert with_kl["actor/loss"] == pytest.approx(
+        without["actor/loss"] + 0.5 * with_kl["actor/kl"], rel=1e-5
+    )
+
+
+def load_missing(folder):
+    try:
+        make_actor(folder)
+    except ConfigError as error:
+        return str(error)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    (message,) = run_on_ranks(1, load_missing, str(tmp_path))
+    assert f"actor.model_name={tmp_path}" in message
