@@ -24,6 +24,8 @@ export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 echo "== 1. word problems, a tokenizer and an untrained model"
 python examples/word_problems.py --out "$out" --seed "$seed"
+python examples/tiny_model.py --data "$out/data/warmup.jsonl" --out "$out/base" \
+    --vocab 512 --width 128 --layers 4 --seed "$seed"
 
 echo "== 2. warm-up: supervised fine-tuning on worked answers"
 if [ ! -e "$out/warmup/final/config.json" ]; then

@@ -2,13 +2,13 @@
 
 from RL2.algorithms.advantages import (
     ADVANTAGES,
-    compute_advantages,
     resolve_advantage,
     sample_returns,
 )
 from RL2.algorithms.kl import KL_ESTIMATORS, approx_kl
-from RL2.algorithms.losses import FIELDS, LOSSES, TokenLoss, resolve_loss
+from RL2.algorithms.losses import LOSSES
 from RL2.algorithms.reductions import AVG_LEVELS, token_weights, weighted_sum
+from RL2.algorithms.token_loss import FIELDS, TokenLoss, resolve_loss
 
 __all__ = [
     "ADVANTAGES",
@@ -18,7 +18,6 @@ __all__ = [
     "LOSSES",
     "TokenLoss",
     "approx_kl",
-    "compute_advantages",
     "resolve_advantage",
     "resolve_loss",
     "sample_returns",

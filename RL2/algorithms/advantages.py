@@ -104,18 +104,6 @@ def resolve_advantage(adv_config: Mapping[str, Any]) -> Callable[..., Tensor]:
     return partial(function, **{key: options[key] for key in taken if options.get(key) is not None})
 
 
-def compute_advantages(batch: Mapping[str, Tensor], adv_config: Mapping[str, Any]) -> Tensor:
-    """Advantages `[B, T]` of a batch with `rewards action_mask sample_ids group_ids`.
-
-    Raises:
-        ConfigError: as `resolve_advantage`.
-    """
-    estimator = resolve_advantage(adv_config)
-    return estimator(
-        batch["rewards"], batch["action_mask"], batch["sample_ids"], batch["group_ids"]
-    )
-
-
 def _returns_by_sample(rewards: Tensor, sample_of_row: Tensor) -> Tensor:
     # fp64: equal rewards must give a mean that is equal to them, or noise gets normalised to 1.
     n_samples = int(sample_of_row.max()) + 1 if len(sample_of_row) else 0

@@ -25,7 +25,7 @@ def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list
         One line for each thing that was asked for and has no effect here.
 
     Raises:
-        ConfigError: `device=cuda` without a CUDA device; offloading, which is not there yet, on one.
+        ConfigError: `device=cuda` without a CUDA device; offloading on one (not there yet).
     """
     warnings = _model_fallbacks(config, "actor", cuda, available)
     if "ref_actor" in config:

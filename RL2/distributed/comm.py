@@ -75,8 +75,8 @@ def scatter(
         max_length: tokens a micro-batch may hold.
 
     Returns:
-        This rank's micro-batches in CPU memory (the same number on every rank), each holding flat `[N]` tensors
-        of `fields` and `lengths [rows]`; and the plan that `gather` needs.
+        This rank's micro-batches in CPU memory (the same number on every rank), each holding flat
+        `[N]` tensors of `fields` and `lengths [rows]`; and the plan that `gather` needs.
     """
     n_ranks, own = world_size(), rank()
     plan, dtypes = None, None

@@ -4,6 +4,8 @@
                                      trainer.json, rank0.pt … (RNG and data position)
 <save_dir>/checkpoints/latest        name of the newest complete one
 <save_dir>/final, <save_dir>/best    plain `save_pretrained` folders
+<save_dir>/before1 …                 what earlier runs left in the folder and this one does not
+                                     continue
 """
 
 import json
@@ -24,13 +26,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from RL2.config import CheckpointError
+from RL2.config import CheckpointError, RL2Error
 from RL2.distributed import broadcast, rank, sum_over_ranks
 from RL2.workers import Actor
 
 logger = logging.getLogger(__name__)
 
 _PREFIX = "model."  # TokenStatsModel's name for the transformers model inside
+_RUN_FILES = ("checkpoints", "best", "final", "rollouts", "metrics.jsonl")
 
 
 def _fsync(path: Path) -> None:
@@ -76,7 +79,31 @@ class Checkpoints:
         """Complete checkpoints, newest first."""
         return sorted(self.folder.glob("step[0-9]*"), reverse=True)
 
-    def save(self, step: int, actor: Actor, loader: Any, state: dict[str, Any]) -> Path:
+    def set_aside(self, step: int) -> None:
+        """Rank 0: move what this run does not continue out of its way, never delete it.
+
+        A run that starts anew (`step` 0) continues nothing that lies in its folder; a resumed one
+        nothing beyond `step`. Left in place, those checkpoints would count as newer than this
+        run's own: `latest` would resume from them and `keep_last` would keep them.
+        """
+        run = self.folder.parent
+        if step == 0:
+            old = [run / name for name in _RUN_FILES]
+        else:
+            old = [path for path in self.steps() if path.name > f"step{step:06d}"]
+        old = [path for path in old if path.exists()]
+        if not old:
+            return
+        number = 1 + sum(1 for _ in run.glob("before[0-9]*"))
+        aside = run / f"before{number}"
+        for path in old:
+            target = aside / path.relative_to(run)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        what = "an earlier run" if step == 0 else f"checkpoints beyond step {step}"
+        logger.warning("%s: %s moved aside to %s", run, what, aside)
+
+    def save(self, step: int, actor: Actor, source: Any, state: dict[str, Any]) -> Path:
         """Write one checkpoint; it becomes visible only when all of it is on disk."""
         final = self.folder / f"step{step:06d}"
         temporary = self.folder / f".writing-step{step:06d}"
@@ -89,7 +116,7 @@ class Checkpoints:
         dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=temporary)
         # One file a rank: a plain value under one key would be stored once for all ranks.
         torch.save(
-            {"rng": _rng_state(actor.device), "loader": loader.state_dict()},
+            {"rng": _rng_state(actor.device), "source": source.state_dict()},
             temporary / f"rank{rank()}.pt",
         )
         dist.barrier()
@@ -110,7 +137,7 @@ class Checkpoints:
         dist.barrier()
         return final
 
-    def load(self, which: str, actor: Actor, loader: Any) -> dict[str, Any] | None:
+    def load(self, which: str, actor: Actor, source: Any) -> dict[str, Any] | None:
         """Restore `latest` or the folder `which`.
 
         With `latest`, a checkpoint that does not load is named and the one before it is tried.
@@ -120,14 +147,17 @@ class Checkpoints:
 
         Raises:
             CheckpointError: a named folder, or every one there is, cannot be loaded.
+            DataError: the data set is another one.
         """
         latest = which == "latest"
-        folders = broadcast(self.steps() if latest else [Path(which)])
+        folders = broadcast(self.steps() if latest else [Path(which).expanduser()])
         for folder in folders:
             try:
                 failed, problem = 0, None
-                state = self._load(folder, actor, loader)
-            except (CheckpointException, OSError, ValueError, KeyError, RuntimeError) as error:
+                state = self._load(folder, actor, source)
+            except RL2Error:
+                raise  # not the checkpoint's fault: the one before would say the same
+            except (Exception, CheckpointException) as error:  # damaged files raise anything
                 failed, problem = 1, error
             if not sum_over_ranks(torch.tensor(failed)):
                 logger.info("resumed from %s", folder)
@@ -146,7 +176,7 @@ class Checkpoints:
         return None
 
     @staticmethod
-    def _load(folder: Path, actor: Actor, loader: Any) -> dict[str, Any]:
+    def _load(folder: Path, actor: Actor, source: Any) -> dict[str, Any]:
         state = json.loads((folder / "trainer.json").read_text())
         model, optimizer = get_state_dict(actor.model, actor.optimizer)
         dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
@@ -162,7 +192,7 @@ class Checkpoints:
             if "cuda" in rng and actor.device.type == "cuda":
                 torch.cuda.set_rng_state(rng["cuda"], actor.device)
         # The position in the data is one and the same on all ranks, also on ranks that are new.
-        loader.load_state_dict(torch.load(folder / "rank0.pt", weights_only=True)["loader"])
+        source.load_state_dict(torch.load(folder / "rank0.pt", weights_only=True)["source"])
         return state
 
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from RL2.algorithms.advantages import resolve_advantage
 from RL2.algorithms.kl import approx_kl
-from RL2.algorithms.losses import TokenLoss, resolve_loss
+from RL2.algorithms.token_loss import TokenLoss, resolve_loss
 from RL2.config import ConfigError
 from RL2.distributed import broadcast, rank
 from RL2.distributed.comm import Batch
@@ -43,6 +43,24 @@ def required_fields(config: DictConfig, loss: TokenLoss) -> tuple[str, ...]:
     old |= kl.coef > 0 and kl.type in ("reward", "advantage")
     ref = kl.coef > 0 or "ref_logps" in loss.fields
     return ("old_logps",) * old + ("ref_logps",) * ref
+
+
+def check_loss(config: DictConfig, loss: TokenLoss) -> None:
+    """ConfigError where this run cannot give the loss what it names, or would ignore a key."""
+    if "rollout" not in config:
+        if missing := set(loss.fields) - {"advantages", "old_logps"}:
+            raise ConfigError(
+                f"actor.loss: {loss.name} needs {', '.join(sorted(missing))}, which rows of a data "
+                f"set do not have; use a loss over token statistics, or a trainer with rollouts"
+            )
+        return
+    kl = config.actor.kl
+    ignored = config.actor.avg_level == "correct" and not loss.uses_advantages
+    if ignored and kl.coef > 0 and kl.type != "loss":
+        raise ConfigError(
+            f"actor.kl.type={kl.type}: has no effect with actor.avg_level=correct and the loss "
+            f"{loss.name}, which do not read the advantages; use actor.kl.type=loss"
+        )
 
 
 def add_advantages(batch: Batch, config: DictConfig, estimator: Callable[..., Tensor]) -> Batch:
@@ -89,6 +107,7 @@ class Trainer:
         torch.manual_seed(config.trainer.seed + rank())
 
         self.loss = resolve_loss(config.actor.loss)
+        check_loss(config, self.loss)
         self.estimator = resolve_advantage(config.adv) if self.is_rl else None
         self.tokenizer = load_tokenizer(config)
         self.source = (RolloutSource if self.is_rl else DatasetSource)(config, self.tokenizer)
@@ -121,7 +140,7 @@ class Trainer:
                 if self._due(self.config.trainer.save_freq, step):
                     self._save(step)
                 bar.update()
-        self._finish()
+        self._finish(max(done, self.n_steps))
 
     def _step(self, items: list, step: int) -> dict[str, float]:
         with self.timers("rollout"):
@@ -166,13 +185,14 @@ class Trainer:
         state = None
         if self.config.trainer.load_ckpt_from is not None:
             state = self.checkpoints.load(
-                self.config.trainer.load_ckpt_from, self.actor, self.source.loader
+                self.config.trainer.load_ckpt_from, self.actor, self.source
             )
         state = state or {"step": 0, "best": {}, "run_id": None}
         self.best = state["best"]
         if state["step"] > 0:
             self.source.publish(self.actor, state["step"])
         if rank() == 0:
+            self.checkpoints.set_aside(state["step"])
             self.metrics = Metrics(self.config, state["step"], state["run_id"])
         return state["step"]
 
@@ -180,12 +200,12 @@ class Trainer:
         with self.timers("save"):
             run_id = self.metrics.run_id if self.metrics else None
             state = {"best": self.best, "run_id": run_id}
-            self.checkpoints.save(step, self.actor, self.source.loader, state)
+            self.checkpoints.save(step, self.actor, self.source, state)
 
-    def _finish(self) -> None:
-        saved = self.checkpoints.folder / f"step{self.n_steps:06d}"
+    def _finish(self, step: int) -> None:
+        saved = self.checkpoints.folder / f"step{step:06d}"
         if not broadcast(saved.exists()):
-            self._save(self.n_steps)
+            self._save(step)
         save_model(self.actor, self.tokenizer, self._path("final"))
         logger.info("model: %s", self._path("final"))
         if self.best:

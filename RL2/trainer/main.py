@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from importlib.util import find_spec
 
 import hydra
@@ -12,13 +13,19 @@ from RL2.config import RL2Error, apply_fallbacks, check_overrides, register_sche
 
 logger = logging.getLogger("RL2")
 
+_WAIT_FOR_RANK_0 = 10.0  # seconds; a process takes one to three to get to its checks
 _OPTIONAL = ("flash_attn", "liger_kernel", "sglang", "vllm")
 
 
 def _fail(error: RL2Error) -> None:
-    """One line on rank 0, exit status 1 everywhere."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+    """One line, exit status 1.
+
+    torchrun ends all processes as soon as one has failed, so the others leave the line to rank 0
+    and wait for that; where it does not come, the error is theirs alone.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_WAIT_FOR_RANK_0)
+    sys.stderr.write(f"{type(error).__name__}: {error}\n")
     sys.exit(1)
 
 

@@ -58,11 +58,10 @@ class Metrics:
     def __init__(self, config: DictConfig, resumed_step: int, run_id: str | None):
         self.path = Path(config.trainer.save_dir) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if self.path.exists() and resumed_step > 0:
-            lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= resumed_step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        kept = _lines_until(self.path, resumed_step) if resumed_step > 0 else []
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(self.path)
         self.file = self.path.open("a")
         self.run = _start_wandb(config, run_id) if config.trainer.use_wandb else None
 
@@ -88,6 +87,18 @@ class Metrics:
             self.run.finish()
 
 
+def _lines_until(path: Path, step: int) -> list[str]:
+    """Lines of `metrics.jsonl` up to a step; a killed process may have left half of one."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            logger.warning("%s: a line that is not JSON was dropped: %.80s", path, line)
+    return kept
+
+
 def _start_wandb(config: DictConfig, run_id: str | None):
     """Start a wandb run; without a key or a reachable server it is an offline one, said once."""
     import wandb
@@ -100,17 +111,19 @@ def _start_wandb(config: DictConfig, run_id: str | None):
         "id": run_id,
         "resume": "allow" if run_id else None,
     }
-    quiet = {"silent": True, "console": "off", "init_timeout": 30}
+    timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", "30"))
+    quiet = wandb.Settings(silent=True, console="off", init_timeout=timeout)
     mode = os.environ.get("WANDB_MODE")
-    if mode is None and not wandb.api.api_key:
-        mode = "offline"
-        logger.warning(
-            "wandb: no API key, logging offline under %s; `wandb login` first, or "
-            "trainer.use_wandb=false",
-            config.trainer.save_dir,
-        )
     try:
-        return wandb.init(**settings, mode=mode, settings=wandb.Settings(**quiet))
-    except wandb.errors.Error as error:
-        logger.warning("wandb: %s; logging offline under %s", error, config.trainer.save_dir)
-        return wandb.init(**settings, mode="offline", settings=wandb.Settings(**quiet))
+        # Without a key, init would ask for one on a terminal.
+        if mode is not None or wandb.login(prompt=False):
+            return wandb.init(**settings, mode=mode, settings=quiet)
+        problem = "no API key"
+    except (wandb.errors.Error, ValueError, OSError) as error:
+        problem = str(error).strip().partition("\n")[0]
+    logger.warning(
+        "wandb: %s; logging offline under %s (`wandb login`, or trainer.use_wandb=false)",
+        problem,
+        config.trainer.save_dir,
+    )
+    return wandb.init(**settings, mode="offline", settings=quiet)

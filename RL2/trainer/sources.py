@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from RL2.datasets import RLDataset, SFTDataset, collate, make_loader
 from RL2.distributed import full_tensors, rank, world_size
 from RL2.distributed.comm import Batch
-from RL2.rollout import Collector, build_engine
+from RL2.rollout import Collector, build_engine, load_environment
 from RL2.workers import Actor
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ class RolloutSource:
 
     def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase):
         self.config, self.tokenizer = config, tokenizer
+        load_environment(config.rollout.env_path)  # a file that is none stops the run here
         longest = (
             config.actor.max_length_per_device - config.rollout.train_sampling_params.max_new_tokens
         )
@@ -83,6 +84,14 @@ class RolloutSource:
         """Serve the actor's weights from now on (a collective)."""
         self.collector.update_weights(full_tensors(actor.hf_model), version=step)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the data, and the failures that `rollout.max_env_errors` has counted."""
+        return {"loader": self.loader.state_dict(), "env_errors": self.collector.env_errors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state["loader"])
+        self.collector.env_errors = state["env_errors"]
+
     def close(self) -> None:
         if hasattr(self, "collector"):
             self.collector.close()
@@ -111,6 +120,13 @@ class DatasetSource:
 
     def publish(self, actor: Actor, step: int) -> None:
         """Nobody else holds the weights."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the data."""
+        return {"loader": self.loader.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state["loader"])
 
     def close(self) -> None:
         """Nothing is open."""

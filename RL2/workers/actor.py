@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from RL2.algorithms.kl import approx_kl
-from RL2.algorithms.losses import TokenLoss
 from RL2.algorithms.reductions import token_weights, weighted_sum
+from RL2.algorithms.token_loss import TokenLoss
 from RL2.config import TrainingError
 from RL2.distributed import broadcast, gather, rank, scatter, sum_over_ranks
 from RL2.distributed.comm import Batch
@@ -72,8 +72,9 @@ class Actor(Worker):
         n_parts = self.config.update_per_rollout
         parts = [None] * n_parts if batch is None else split_batch(batch, n_parts)
         self.model.train()
+        rate = self.scheduler.get_last_lr()[0]
         metrics = [self._optimizer_step(part) for part in parts]
-        return _merge(metrics) | {"actor/lr": self.scheduler.get_last_lr()[0]}
+        return _merge(metrics) | {"actor/lr": rate}
 
     def _optimizer_step(self, batch: Batch | None) -> dict[str, float]:
         order = None
@@ -126,7 +127,7 @@ class Actor(Worker):
     def _losses(self, micro_batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of the batch loss, and of the sums behind the metrics."""
         config, loss = self.config, self.loss
-        wanted = tuple({"logps", "entropy", *loss.statistics})
+        wanted = tuple(dict.fromkeys((*loss.statistics, "logps", "entropy")))
         stats = self.forward(micro_batch, wanted)
         logps, entropy = stats["logps"], stats["entropy"]
         old_logps = micro_batch.get("old_logps", logps.detach())

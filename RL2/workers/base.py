@@ -31,7 +31,10 @@ class Worker:
         self.scheduler: LRScheduler | None = None
         if train:
             self.optimizer = torch.optim.AdamW(
-                self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay
+                self.model.parameters(),
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                fused=True,
             )
         else:
             self.model.requires_grad_(False).eval()

@@ -2,7 +2,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from RL2.algorithms import compute_advantages, resolve_advantage, sample_returns
+from RL2.algorithms import resolve_advantage, sample_returns
 from RL2.algorithms.advantages import reinforce, spo
 from RL2.config.errors import ConfigError
 
@@ -112,16 +112,13 @@ def adv_config(**changes):
 
 
 def test_configured():
-    names = ("rewards", "action_mask", "sample_ids", "group_ids")
-    batch = dict(zip(names, rows([1.0, 0.0, 2.0, 0.0], group_ids=[0, 0, 1, 1]), strict=True))
-    assert per_row(compute_advantages(batch, adv_config())) == [0.5, -0.5, 1, -1]
-    assert per_row(compute_advantages(batch, adv_config(global_norm=True))) == [
-        0.25,
-        -0.75,
-        1.25,
-        -0.75,
-    ]
-    assert per_row(compute_advantages(batch, adv_config(estimator="spo"))) == [1, 0, 2, 0]
+    batch = rows([1.0, 0.0, 2.0, 0.0], group_ids=[0, 0, 1, 1])
+    for changes, expected in (
+        ({}, [0.5, -0.5, 1, -1]),
+        ({"global_norm": True}, [0.25, -0.75, 1.25, -0.75]),
+        ({"estimator": "spo"}, [1, 0, 2, 0]),
+    ):
+        assert per_row(resolve_advantage(adv_config(**changes))(*batch)) == expected
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
-from RL2.algorithms.losses import resolve_loss
+from RL2.algorithms import resolve_loss
 from RL2.config import ConfigError, TrainingError
 from RL2.distributed import rank
 from RL2.workers import Actor
@@ -298,3 +298,15 @@ def load_missing(folder):
 def test_a_folder_without_a_model_is_named(tmp_path):
     (message,) = run_on_ranks(1, load_missing, str(tmp_path))
     assert f"actor.model_name={tmp_path}" in message
+
+
+def test_the_logged_rate_is_the_one_that_was_used(tmp_path):
+    model, batch = make_model(tmp_path), as_spo(make_batch())
+    changes = {"scheduler": "linear", "warmup_ratio": 0.2}  # of 10 updates: 0, 0.5, 1, 0.875, …
+    (rates,) = run_on_ranks(1, three_rates, model, changes, batch)
+    assert rates == pytest.approx([0.0, 5e-4, 1e-3])
+
+
+def three_rates(model, changes, batch):
+    actor = make_actor(model, **changes)
+    return [actor.update(batch, step)["actor/lr"] for step in (1, 2, 3)]

@@ -1,0 +1,249 @@
+"""From a loss's name or file to a function that the actor can call.
+
+The signature of a token loss is its declaration: see `RL2.algorithms.losses`.
+"""
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from RL2.algorithms.losses import LOSSES
+from RL2.config.errors import ConfigError
+from RL2.ops.token_stats import STATISTICS
+
+FIELDS: tuple[str, ...] = ("advantages", "old_logps", "ref_logps", "llm_logps", "rewards")
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """A token loss with its options bound, and what it has to be given.
+
+    `inputs` are the names of its tensors in the order in which the function takes them.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    inputs: tuple[str, ...]
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The inputs that are token statistics: what `token_stats` is asked for."""
+        return tuple(name for name in self.inputs if name in STATISTICS)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The inputs that are fields of the batch."""
+        return tuple(name for name in self.inputs if name in FIELDS)
+
+    @property
+    def uses_advantages(self) -> bool:
+        """Whether the loss takes the advantages; one that does not is multiplied by them."""
+        return "advantages" in self.inputs
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses `[N]` and metrics `{name: [N]}` from (at least) the `inputs` by name."""
+        result = self.function(*(tensors[name] for name in self.inputs))
+        return result if isinstance(result, tuple) else (result, {})
+
+
+def resolve_loss(
+    loss_config: Mapping[str, Any], fallbacks: Mapping[str, Any] | None = None
+) -> TokenLoss:
+    """The loss that `actor.loss` names.
+
+    Args:
+        loss_config: the node. `import_path`, if not null, is a function in a file or module
+            (`my_loss.py:my_loss`, `package.module:my_loss`), else `name` is a key of `LOSSES`.
+            Every other entry that is not null, and every entry of the mapping `options`, must be
+            a keyword-only parameter of the function, and is bound.
+        fallbacks: values for options that the configuration leaves open, such as `actor.clip`
+            for both clips; those that the function does not take are ignored.
+
+    The loss is tried on three made-up tokens, so that one which cannot train is found here and not
+    after the first rollout.
+
+    Raises:
+        ConfigError: unknown name, missing file, module or function, a parameter that is neither
+            statistic nor field, an option that the function does not take, an option without
+            value, or a trial that raises, does not return `[N]`, or has no gradient.
+    """
+    if OmegaConf.is_config(loss_config):
+        loss_config = OmegaConf.to_container(loss_config, resolve=True)
+    options = {key: value for key, value in loss_config.items() if value is not None}
+    name, import_path = options.pop("name", None), options.pop("import_path", None)
+    extra = options.pop("options", {})
+
+    if import_path is not None:
+        origin = f"actor.loss.import_path={import_path}"
+        function = _import_function(import_path, origin)
+        name = getattr(function, "__name__", import_path.rpartition(":")[2])
+    else:
+        origin = f"actor.loss.name={name}"
+        if name not in LOSSES:
+            raise ConfigError(
+                f"{origin}: unknown; {_did_you_mean(name, LOSSES)}use {', '.join(LOSSES)}, "
+                "or actor.loss.import_path=my_loss.py:my_loss for your own"
+            )
+        function = LOSSES[name]
+
+    inputs, defaults = _signature(function, origin)
+    for key, path in [(key, f"actor.loss.{key}") for key in options] + [
+        (key, f"actor.loss.options.{key}") for key in extra
+    ]:
+        if key not in defaults:
+            takes = f"it takes {', '.join(defaults)}" if defaults else "it takes no options"
+            raise ConfigError(
+                f"{path}={(options | extra)[key]}: no option of {origin}; "
+                f"{_did_you_mean(key, defaults)}{takes}"
+            )
+        if key in options and key in extra:
+            raise ConfigError(
+                f"actor.loss.{key} and actor.loss.options.{key}: the same option twice; keep one"
+            )
+
+    bound = {key: value for key, value in (fallbacks or {}).items() if key in defaults}
+    bound |= options | {key: value for key, value in extra.items() if value is not None}
+    for key, default in defaults.items():
+        if default is inspect.Parameter.empty and key not in bound:
+            raise ConfigError(
+                f"{origin}: its option {key} has no default; set actor.loss.options.{key}=..."
+            )
+    loss = TokenLoss(name, partial(function, **bound), inputs)
+    _try_out(loss, origin)
+    return loss
+
+
+def _did_you_mean(name: Any, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def _import_function(import_path: str, origin: str) -> Callable[..., Any]:
+    location, separator, name = import_path.rpartition(":")
+    if not (separator and location and name):
+        raise ConfigError(
+            f"{origin}: expected file.py:function or package.module:function, such as "
+            "my_loss.py:my_loss"
+        )
+    try:
+        is_file = location.endswith(".py")
+        module = _load_file(location) if is_file else importlib.import_module(location)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{origin}: there is no file {Path(location).absolute()}; give a path relative to the "
+            "working directory, or an absolute one"
+        ) from error
+    except Exception as error:  # a stranger's file may raise anything
+        raise ConfigError(
+            f"{origin}: importing {location} raised {type(error).__name__}: {error}; "
+            "make it importable"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        found = [
+            key
+            for key, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__
+        ]
+        raise ConfigError(
+            f"{origin}: no function {name} in {location}; {_did_you_mean(name, found)}"
+            f"it defines {', '.join(found) or 'no functions'}"
+        )
+    return function
+
+
+def _load_file(location: str) -> ModuleType:
+    path = Path(location).expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(location)
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:12]
+    name = f"_{path.stem}_{digest}"  # two files of one name are two modules
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a module up by its name
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _signature(function: Callable[..., Any], origin: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names of the tensors that a loss takes, and its options with their defaults."""
+    inputs, options = [], {}
+    known = STATISTICS + FIELDS
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            options[parameter.name] = parameter.default
+        elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise ConfigError(
+                f"{origin}: its parameter {parameter} does not say what the loss needs; "
+                f"name tensors out of {', '.join(known)}, and options after a lone *"
+            )
+        elif parameter.name not in known:
+            raise ConfigError(
+                f"{origin}: its parameter {parameter.name} is neither a token statistic nor a "
+                f"batch field; {_did_you_mean(parameter.name, known)}use {', '.join(known)}; "
+                "options stand after a lone *"
+            )
+        else:
+            inputs.append(parameter.name)
+    if not set(inputs) & set(STATISTICS):
+        raise ConfigError(
+            f"{origin}: takes no token statistic, so nothing can be trained; "
+            f"name at least one of {', '.join(STATISTICS)} as a parameter"
+        )
+    return tuple(inputs), options
+
+
+def _try_out(loss: TokenLoss, origin: str) -> None:
+    p, p_max = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.7, 0.5, 0.6])
+    values = {
+        "logps": p.log(),
+        "log1mps": (-p).log1p(),
+        "max_logps": p_max.log(),
+        "max_log1mps": (-p_max).log1p(),
+        "entropy": torch.tensor([0.8, 1.0, 1.2]),
+        "ranks": torch.tensor([1.0, 2.0, 3.0]),
+        "advantages": torch.tensor([1.0, -1.0, 0.5]),
+        "old_logps": p.log() + 0.1,
+        "ref_logps": p.log() - 0.1,
+        "llm_logps": p.log() + 0.05,
+        "rewards": torch.tensor([0.0, 0.0, 1.0]),
+    }
+    for name in loss.statistics:
+        values[name].requires_grad_(name != "ranks")
+    try:
+        with torch.enable_grad():
+            losses, metrics = loss(values)
+            returned = {"losses": losses, **metrics}
+    except Exception as error:  # a stranger's function may raise anything
+        raise ConfigError(
+            f"{origin}: a trial on three tokens raised {type(error).__name__}: {error}"
+        ) from error
+    for what, tensor in returned.items():
+        if not isinstance(tensor, Tensor) or tensor.shape != p.shape:
+            got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ConfigError(
+                f"{origin}: {what} of 3 tokens came back as {got}, expected a tensor [3]; "
+                "return one value per token, without averaging"
+            )
+    if not losses.requires_grad:
+        raise ConfigError(
+            f"{origin}: its losses have no gradient; compute them from "
+            f"{', '.join(loss.statistics)} without detaching"
+        )

@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# The real GSM8K on a machine without a GPU: a model of 2M parameters that has never read anything
+# else is fine-tuned on the training split, then trained with spo from its own rollouts. A model
+# this small solves few problems; what this shows is the machinery on real text.
+#   bash examples/gsm8k_cpu.sh                           train and test split from the hub
+#   bash examples/gsm8k_cpu.sh train.jsonl test.jsonl    from files
+#   bash examples/gsm8k_cpu.sh train.jsonl               the file's last tenth is held out as test
+#   bash examples/gsm8k_cpu.sh train@owner/name:config test@owner/name:config
+# key=value arguments are overrides of the spo run: trainer.max_steps=50
+# From the environment: OUT (default runs/gsm8k_cpu), SEED (default 0), MODEL (options of
+# tiny_model.py, MODEL="--vocab 4096 --width 256") and SFT (overrides, SFT="trainer.n_epochs=4").
+set -euo pipefail
+
+usage() {
+    echo "gsm8k_cpu: $1" >&2
+    sed -n 's/^#   bash/usage: bash/p' "${BASH_SOURCE[0]}" >&2
+    exit 2
+}
+
+data=() overrides=()
+for argument in "$@"; do
+    if [[ -f $argument ]]; then
+        data+=("$(realpath -- "$argument")") # _install.sh changes the folder
+    elif [[ $argument == *=* ]]; then
+        overrides+=("$argument")
+    elif [[ $argument == *@* ]]; then
+        data+=("$argument")
+    else
+        usage "$argument is no file, no split@name:config and no key=value"
+    fi
+done
+case ${#data[@]} in
+    0) train=train@openai/gsm8k:main test=test@openai/gsm8k:main ;;
+    1)
+        [[ -f ${data[0]} ]] || usage "${data[0]}: name the test split as well"
+        train="train[:90%]@${data[0]}" test="train[90%:]@${data[0]}"
+        ;;
+    2) train=${data[0]} test=${data[1]} ;;
+    *) usage "${#data[@]} data sets, of which the third is ${data[2]}" ;;
+esac
+out=$(realpath -m -- "${OUT:-runs/gsm8k_cpu}") seed=${SEED:-0}
+[[ -n ${OUT:-} ]] || out=runs/gsm8k_cpu
+
+source "$(dirname "${BASH_SOURCE[0]}")/_install.sh"
+export TOKENIZERS_PARALLELISM=false
+read -ra model <<<"--vocab 2048 --width 192 --layers 4 ${MODEL:-}"
+read -ra sft <<<"${SFT:-}"
+
+echo "== 1. a tokenizer and an untrained model for the texts of $train"
+python examples/tiny_model.py --data "$train" --out "$out/base" --seed "$seed" "${model[@]}"
+
+echo "== 2. supervised fine-tuning on the worked answers"
+if [ ! -e "$out/sft/final/config.json" ]; then
+    python -m RL2.trainer.sft \
+        data.path="'$train'" data.max_length=1024 data.batch_size=16 \
+        actor.model_name="$out/base" actor.max_length_per_device=4096 \
+        actor.lr=2e-3 actor.gradient_checkpointing=false \
+        trainer.project=gsm8k_cpu trainer.experiment_name=sft \
+        trainer.save_dir="$out/sft" trainer.n_epochs=1 \
+        trainer.seed="$seed" trainer.use_wandb=false \
+        "${sft[@]}"
+fi
+
+echo "== 3. spo: rollouts on the training prompts, greedy evaluation on the test set"
+# Most steps have a handful of correct samples or one; a step that has none is skipped.
+python -m RL2.trainer.spo \
+    train_data.path="'$train'" train_data.prompts_per_rollout=128 \
+    test_data.path="'$test'" test_data.max_examples=512 \
+    actor.model_name="$out/sft/final" actor.max_length_per_device=4096 \
+    actor.gradient_checkpointing=false actor.use_liger_kernel=false \
+    actor.avg_level=correct actor.entropy.coef=-0.1 actor.lr=1e-5 \
+    rollout.train_sampling_params.max_new_tokens=256 rollout.env_path=envs/gsm8k.py \
+    trainer.project=gsm8k_cpu trainer.experiment_name=spo \
+    trainer.save_dir="$out/spo" trainer.max_steps=20 trainer.test_freq=10 \
+    trainer.seed="$seed" trainer.use_wandb=false \
+    "${overrides[@]}"
+
+echo "== 4. what became of it"
+python examples/report.py "$out/spo" --png "$out/spo.png"
