@@ -17,10 +17,15 @@ usage() {
     exit 2
 }
 
+# Absolute, because _install.sh changes to the repository root.
+absolute() { [[ $1 == /* ]] && echo "$1" || echo "$PWD/$1"; }
+
 data=() overrides=()
 for argument in "$@"; do
     if [[ -f $argument ]]; then
-        data+=("$(realpath -- "$argument")") # _install.sh changes the folder
+        data+=("$(absolute "$argument")")
+    elif [[ $argument == *@* && -f ${argument#*@} ]]; then
+        data+=("${argument%%@*}@$(absolute "${argument#*@}")")
     elif [[ $argument == *=* ]]; then
         overrides+=("$argument")
     elif [[ $argument == *@* ]]; then
@@ -38,8 +43,7 @@ case ${#data[@]} in
     2) train=${data[0]} test=${data[1]} ;;
     *) usage "${#data[@]} data sets, of which the third is ${data[2]}" ;;
 esac
-out=$(realpath -m -- "${OUT:-runs/gsm8k_cpu}") seed=${SEED:-0}
-[[ -n ${OUT:-} ]] || out=runs/gsm8k_cpu
+out=${OUT:-runs/gsm8k_cpu} seed=${SEED:-0}
 
 source "$(dirname "${BASH_SOURCE[0]}")/_install.sh"
 export TOKENIZERS_PARALLELISM=false
@@ -50,7 +54,9 @@ echo "== 1. a tokenizer and an untrained model for the texts of $train"
 python examples/tiny_model.py --data "$train" --out "$out/base" --seed "$seed" "${model[@]}"
 
 echo "== 2. supervised fine-tuning on the worked answers"
-if [ ! -e "$out/sft/final/config.json" ]; then
+if [ -e "$out/sft/final/config.json" ]; then
+    echo "$out/sft/final is there already; remove it to train it anew"
+else
     python -m RL2.trainer.sft \
         data.path="'$train'" data.max_length=1024 data.batch_size=16 \
         actor.model_name="$out/base" actor.max_length_per_device=4096 \

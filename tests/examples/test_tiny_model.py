@@ -168,5 +168,7 @@ def test_bad_options_are_named(build, rows_file, tmp_path, capsys, options, mess
 def test_row_of_another_form_is_named(build, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "1?", "answer": "#### 1"}\n{"prompt": "2?"}\n')
-    with pytest.raises(SystemExit, match=f"{re.escape(str(rows))}:2: row without answer and question"):
+    with pytest.raises(
+        SystemExit, match=f"{re.escape(str(rows))}:2: row without answer and question"
+    ):
         build(rows, tmp_path / "model")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -84,7 +85,12 @@ def overrides(files: Path, trainer: str, save_dir: Path | str, **changes) -> lis
         "trainer.num_threads": 1,
     }
     if trainer == "sft":
-        own = {"data.path": files / "rows.jsonl", "data.max_length": 64, "data.batch_size": 8}
+        own = {
+            "data.path": files / "rows.jsonl",
+            "data.max_length": 64,
+            "data.batch_size": 8,
+            "actor.max_length_per_device": 512,
+        }
     else:
         own = {
             "actor.use_liger_kernel": "false",
@@ -145,8 +151,9 @@ def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-    state = _load_state_dict_from_keys("model", checkpoint_id=folder,
-                                       storage_reader=FileSystemReader(folder))  # fmt: skip
+    with warnings.catch_warnings():  # that there is no process group, which is so
+        warnings.simplefilter("ignore", UserWarning)
+        state = _load_state_dict_from_keys("model", storage_reader=FileSystemReader(folder))
     return {name.removeprefix("model."): value for name, value in state["model"].items()}
 
 

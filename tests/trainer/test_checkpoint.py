@@ -1,6 +1,7 @@
 """A run that was stopped and resumed is the run that was not."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -96,6 +97,11 @@ def whole(files, tmp_path_factory):
     return run
 
 
+@pytest.fixture(autouse=True)
+def lines_of_the_library(caplog):
+    caplog.set_level(logging.INFO, logger="RL2")
+
+
 @pytest.fixture
 def die(files):
     """Call with `how when`; the order is withdrawn after the test."""
@@ -136,7 +142,9 @@ def test_the_runs_compared_here_depend_on_what_is_restored(whole):
 
 
 def test_spo_killed_and_resumed(files, whole, die, tmp_path):
-    lines = overrides(files, "spo", tmp_path / "run", **settings(files, "spo"), trainer__save_freq=2)
+    lines = overrides(
+        files, "spo", tmp_path / "run", **settings(files, "spo"), trainer__save_freq=2
+    )
     # 4 evaluations at step 0 and after step 3, 8 samples a step: amid the sixth step's rollout
     die("kill 53")
     killed = command("spo", lines)

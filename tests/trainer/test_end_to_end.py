@@ -188,15 +188,17 @@ def test_entropy_coef_of_either_sign_enters_the_loss(first_step, coef):
 
 
 def test_tis_coef_caps_the_ratio_of_trainer_to_engine(first_step):
-    """Engine and trainer agree, so the ratio is 1: a cap of 2 changes nothing, one of 0.5 halves."""
+    """Engine and trainer agree, the ratio is 1: a cap of 2 changes nothing, one of 0.5 halves."""
     without, capped = first_step("spo"), first_step("spo", actor__tis_coef=0.5)
     assert capped["actor/loss"] == pytest.approx(without["actor/loss"] / 2, rel=1e-4)
     at_two = first_step("spo", actor__tis_coef=2.0)
     assert at_two["actor/loss"] == pytest.approx(without["actor/loss"], rel=1e-4)
 
 
-def test_spo_0p5_differs_from_spo_by_its_loss_alone(first_step):
-    spo, half = first_step("spo"), first_step("spo_0p5")
+def test_spo_0p5_differs_from_spo_by_its_loss_alone(first_step, files):
+    """With a model that is sure of its tokens: the loss acts on probabilities above 0.5."""
+    sure = write_model(files / "sure", std=1.0)
+    spo, half = (first_step(name, actor__model_name=sure) for name in ("spo", "spo_0p5"))
     assert half["train/score"] == spo["train/score"]
     assert half["actor/loss"] > 0 and half["actor/grad_norm"] > 0
     assert half["actor/loss"] != spo["actor/loss"]
@@ -277,10 +279,10 @@ def test_a_strangers_loss_trains(files, tmp_path):
     assert double[0]["actor/loss"] == pytest.approx(2 * plain[0]["actor/loss"], rel=1e-6)
     assert plain[0]["actor/surprise"] > 0
     assert not same_weights(weights(tmp_path / "plain/final"), weights(files / "model"))
+    changes["actor__loss__import_path"] = "my_loss.py:my_loss"
     done = command(
         "spo",
-        overrides(files, "spo", "out", **{**changes, "actor__loss__import_path": "my_loss.py:my_loss"})
-        + ["+actor.loss.options.beta=2.0"],
+        [*overrides(files, "spo", "out", **changes), "+actor.loss.options.beta=2.0"],
         cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -341,9 +343,7 @@ def test_best_is_kept_exactly_if_an_evaluation_beats_the_start(tmp_path, files, 
         step = max(scores, key=scores.get)
         assert scores[step] > scores[0] + 0.1
         best = weights(tmp_path / "run/best")
-        assert same_weights(
-            best, checkpoint_weights(tmp_path / f"run/checkpoints/step{step:06d}")
-        )
+        assert same_weights(best, checkpoint_weights(tmp_path / f"run/checkpoints/step{step:06d}"))
         AutoModelForCausalLM.from_pretrained(tmp_path / "run/best")
     else:
         assert set(scores.values()) == {0.5}
@@ -390,12 +390,12 @@ def test_two_processes_give_the_numbers_of_one(files, tmp_path, trainer, changes
         for name in names:
             assert (name in row) == (name in other)
             if name in row:
-                assert other[name] == pytest.approx(row[name], rel=1e-5), (name, row["step"])
+                # The absolute part is for ppo's loss, in which advantages of zero mean cancel.
+                expected = pytest.approx(row[name], rel=1e-5, abs=1e-7)
+                assert other[name] == expected, (name, row["step"])
     assert sum("actor/loss" in row for row in two) == 3
     for name, weight in weights(tmp_path / "one/final").items():
-        torch.testing.assert_close(
-            weights(tmp_path / "two/final")[name], weight, rtol=0, atol=5e-5
-        )
+        torch.testing.assert_close(weights(tmp_path / "two/final")[name], weight, rtol=0, atol=5e-5)
     # nothing of this run is alive: the folder in its command line is ours alone
     ours = str(files).encode()
     assert ours not in b"".join(command_lines())

@@ -35,34 +35,41 @@ def series(rows: list[dict[str, float]], name: str) -> tuple[list[int], list[flo
 
 
 def test_scores(run: Path, step: int) -> list[float]:
+    """Scores of the test problems; none where the run did not dump its rollouts."""
     dump = run / "rollouts" / f"step{step:06d}_test.jsonl"
-    return [json.loads(line)["score"] for line in dump.read_text().splitlines()]
+    lines = dump.read_text().splitlines() if dump.exists() else []
+    return [json.loads(line)["score"] for line in lines]
 
 
 def paired_error(before: list[float], after: list[float]) -> float:
-    """Standard error of the mean difference."""
+    """Standard error of the mean difference; NaN where two problems do not carry one."""
     differences = [b - a for a, b in zip(before, after, strict=True)]
+    if len(differences) < 2:
+        return math.nan
     return statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def change(values: list[float], digits: int) -> str:
+    """First and last value; a dash where there is none (no evaluation, every step skipped)."""
+    return f"{values[0]:.{digits}f} → {values[-1]:.{digits}f}" if values else "–"
 
 
 def summary(run: Path) -> dict[str, str]:
     rows = read_metrics(run)
     steps, scores = series(rows, "test/score")
-    best = max(range(len(scores)), key=scores.__getitem__)
-    start = test_scores(run, steps[0])
 
     def gain(index: int) -> str:
-        error = paired_error(start, test_scores(run, steps[index]))
+        error = paired_error(test_scores(run, steps[0]), test_scores(run, steps[index]))
         return f"{scores[index]:.3f} ({scores[index] - scores[0]:+.3f} ± {error:.3f})"
 
-    entropy, length = series(rows, "actor/entropy")[1], series(rows, "train/avg_response_length")[1]
+    best = max(range(len(scores)), key=scores.__getitem__, default=None)
     return {
         "run": run.name,
-        "test before": f"{scores[0]:.3f}",
-        "best": f"{gain(best)} at step {steps[best]}",
-        "last": gain(-1),
-        "entropy": f"{entropy[0]:.3f} → {entropy[-1]:.3f}",
-        "length": f"{length[0]:.1f} → {length[-1]:.1f}",
+        "test before": f"{scores[0]:.3f}" if scores else "–",
+        "best": f"{gain(best)} at step {steps[best]}" if scores else "–",
+        "last": gain(-1) if scores else "–",
+        "entropy": change(series(rows, "actor/entropy")[1], 3),
+        "length": change(series(rows, "train/avg_response_length")[1], 1),
     }
 
 
@@ -86,8 +93,8 @@ def draw(runs: list[Path], png: Path) -> None:
             axis.set_title(title, fontsize=11)
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
-            if name == "test/score":
-                n = len(test_scores(run, steps[0]))
+            n = len(test_scores(run, steps[0])) if name == "test/score" and steps else 0
+            if n:
                 errors = [math.sqrt(value * (1 - value) / n) for value in values]
                 low = [value - error for value, error in zip(values, errors, strict=True)]
                 high = [value + error for value, error in zip(values, errors, strict=True)]

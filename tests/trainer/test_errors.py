@@ -1,0 +1,160 @@
+"""Bad input: one line that names key, value and way out, and nothing heavy loaded before it."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+import RL2.trainer.loop
+from RL2.config import ConfigError, DataError, RL2Error
+from RL2.trainer.main import launch
+from tests.trainer.support import command, composed, overrides, write_files
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_files(tmp_path_factory.mktemp("files"))
+
+
+def the_line(stderr):
+    """The one line that an error is, and that it is the last word."""
+    lines = [line for line in stderr.splitlines() if "Error: " in line]
+    assert len(lines) == 1, stderr
+    return lines[0]
+
+
+# Found before torch is imported, so a run by the real command costs a fraction of a second.
+BY_COMMAND = {
+    "unknown key": (["actor.lrr=1"], "actor.lrr=1: unknown key; did you mean actor.lr?"),
+    "unknown added key": (["+actor.beta=1"], "+actor.beta=1: unknown key"),
+    "wrong type": (["actor.lr=fast"], "actor.lr=fast: not a number"),
+    "estimator": (["adv.estimator=gea"], "adv.estimator=gea: not an estimator; use reinforce"),
+    "avg_level": (["actor.avg_level=all"], "actor.avg_level=all: not an avg_level; use token"),
+    "no model": (["actor.model_name=models/none"], "actor.model_name=models/none: "),
+    "no data": (["train_data.path=none.jsonl"], "train_data.path=none.jsonl: no such file"),
+    "no rows": (["train_data.path=empty.jsonl"], "train_data.path=empty.jsonl: the file is empty"),
+    "no environment": (["rollout.env_path=none.py"], "rollout.env_path=none.py: no such file"),
+    "no checkpoint": (["trainer.load_ckpt_from=none"], "trainer.load_ckpt_from=none: no such"),
+    "required": (["train_data.prompts_per_rollout=???"], "train_data.prompts_per_rollout: requ"),
+    "not an override": (["actor.lr=[1"], "actor.lr=[1: not an override"),
+    "tp_size": (["actor.tp_size=3"], "actor.tp_size=3: must divide world_size=1; use 1"),
+}
+
+
+@pytest.mark.parametrize("case", BY_COMMAND)
+def test_the_command_ends_with_one_line(files, tmp_path, case):
+    changes, expected = BY_COMMAND[case]
+    (tmp_path / "models").mkdir()
+    (tmp_path / "empty.jsonl").touch()
+    done = command("spo", overrides(files, "spo", "out") + changes, cwd=tmp_path)
+    assert done.returncode == 1
+    line = the_line(done.stderr)
+    assert line.startswith(f"ConfigError: {expected}"), line
+    assert done.stderr.strip() == line  # no warning, no traceback
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("size", "use"), [(3, "1 or 2"), (4, "1 or 2")])
+def test_processes_that_tp_size_does_not_divide(files, tmp_path, size, use):
+    lines = overrides(files, "spo", "out", actor__tp_size=size)
+    done = command("spo", lines, n_processes=2, cwd=tmp_path)
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("ConfigError: ")]
+    # torchrun adds its own report; of ours there is one line for both processes
+    assert ours == [f"ConfigError: actor.tp_size={size}: must divide world_size=2; use {use}"]
+    assert "RL2/" not in done.stderr.replace(str(files), "")
+
+
+def rows(path, *them):
+    path.write_text("".join(json.dumps(row) + "\n" for row in them))
+    return path
+
+
+def text(path, content):
+    path.write_text(content)
+    return path
+
+
+# Found when data and functions are read: the trainer starts in this process, and a model that
+# loads all the same is a failure of its own.
+LOADED = {
+    "row without question": (
+        "spo",
+        lambda t: {"train_data__path": rows(t / "a.jsonl", {"prompt": "x"}, {"answer": "#### 1"})},
+        "train_data.path: .*a.jsonl:2: row without question",
+    ),
+    "blank lines only": (
+        "spo", lambda t: {"train_data__path": text(t / "b.jsonl", "\n\n")}, "b.jsonl.*(no|empty)"
+    ),
+    "prompt too long": (
+        "spo",
+        lambda t: {"train_data__path": rows(t / "c.jsonl", *[{"prompt": "x" * 600}] * 9)},
+        "train_data.max_prompt_length=506: .*longest 600 tokens.*raise actor.max_length_per_device",
+    ),
+    "fewer rows than a batch": (
+        "spo", lambda t: {"train_data__prompts_per_rollout": 99},
+        "train_data.prompts_per_rollout=99: data set has only 24 rows",
+    ),
+    "response too long": (
+        "sft", lambda t: {"data__path": rows(t / "d.jsonl", {"prompt": "x", "response": "y" * 99})},
+        "data.max_length=64: .*longest 101 tokens",
+    ),
+    "unknown loss": (
+        "spo", lambda t: {"actor__loss__name": "max_target"},
+        "actor.loss.name=max_target: unknown; did you mean max_target_kl",
+    ),
+    "option of another loss": (
+        "spo", lambda t: {"actor__loss__target": 0.3}, "actor.loss.target=0.3: no option of"
+    ),
+    "unknown option": (
+        "spo", lambda t: {"actor__loss__options__beta": 0.3},
+        "actor.loss.options.beta=0.3: no option of",
+    ),
+    "loss that takes nothing known": (
+        "spo",
+        lambda t: {"actor__loss__import_path": f"{text(t / 'l.py', 'def f(x): return x')}:f"},
+        "actor.loss.import_path=.*",
+    ),
+    "no loss file": (
+        "spo", lambda t: {"actor__loss__import_path": f"{t}/none.py:f"}, "none.py"
+    ),
+    "clip of another loss": ("spo", lambda t: {"actor__clip": 0.1}, "actor.clip=0.1: has no effec"),
+    "environment without step": (
+        "spo", lambda t: {"rollout__env_path": text(t / "e.py", "x = 1")},
+        "rollout.env_path=.*e.py: must define `async def step",
+    ),
+    "environment that does not import": (
+        "spo", lambda t: {"rollout__env_path": text(t / "e.py", "import nonsense_")},
+        "rollout.env_path=.*e.py: cannot import",
+    ),
+    "gae": ("ppo", lambda t: {"adv__lamda": 0.9}, "adv.lamda=0.9: has no effect"),
+    "folder without a model": (
+        "spo", lambda t: {"actor__model_name": t}, "actor.model_name=.*no config.json"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOADED)
+def test_found_before_a_model_loads(files, tmp_path, monkeypatch, case):
+    trainer, changes, expected = LOADED[case]
+    monkeypatch.setattr(RL2.trainer.loop, "Actor", None)
+    config = composed(trainer, overrides(files, trainer, tmp_path / "out", **changes(tmp_path)))
+    with pytest.raises((ConfigError, DataError), match=expected) as caught:
+        launch(config)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_found_late_is_one_line_too(files, tmp_path):
+    """The same way out of the process for errors in the data as for those in the keys."""
+    bad = rows(tmp_path / "bad.jsonl", *[{"prompt": "x"}] * 9, {"quest": "x"})
+    done = command("spo", overrides(files, "spo", tmp_path / "out", train_data__path=bad))
+    assert done.returncode == 1
+    assert the_line(done.stderr).startswith(f"DataError: train_data.path: {bad}:10: row without")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_cases_start_from_a_config_that_is_good(files, tmp_path):
+    config = composed("spo", overrides(files, "spo", tmp_path))
+    assert OmegaConf.missing_keys(config) == set()
+    assert issubclass(ConfigError, RL2Error)

@@ -1,0 +1,111 @@
+"""The loop's own arithmetic: what must be computed before an update, and where the KL goes."""
+
+from functools import partial
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from RL2.algorithms.advantages import reinforce, spo
+from RL2.algorithms.losses import LOSSES
+from RL2.algorithms.token_loss import resolve_loss
+from RL2.trainer.loop import add_advantages, required_fields
+
+KL_OFF = {"coef": 0.0, "type": None}
+
+
+def config(update_per_rollout=1, estimator="k1", **kl):
+    return OmegaConf.create(
+        {
+            "actor": {
+                "update_per_rollout": update_per_rollout,
+                "kl": KL_OFF | {"reward_estimator": estimator} | kl,
+            }
+        }
+    )
+
+
+def required(loss, **changes):
+    return required_fields(config(**changes), resolve_loss({"name": loss}))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_one_update_without_kl_needs_no_second_forward(loss):
+    assert required(loss) == ()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_old_logps_only_where_the_policy_moves_away_and_the_loss_looks_back(loss):
+    assert required(loss, update_per_rollout=2) == (("old_logps",) if loss == "ppo" else ())
+
+
+@pytest.mark.parametrize("kind", ["reward", "advantage"])
+def test_kl_on_rewards_needs_both_policies(kind):
+    assert required("max_target_kl", coef=0.1, type=kind) == ("old_logps", "ref_logps")
+
+
+def test_kl_in_the_loss_needs_the_reference_only():
+    assert required("max_target_kl", coef=0.1, type="loss") == ("ref_logps",)
+    both = required("ppo", coef=0.1, type="loss", update_per_rollout=2)
+    assert both == ("old_logps", "ref_logps")
+
+
+def test_a_loss_that_names_ref_logps_gets_them(tmp_path):
+    path = tmp_path / "loss.py"
+    path.write_text("def pull(logps, ref_logps):\n    return (logps - ref_logps) ** 2\n")
+    loss = resolve_loss({"name": "ppo", "import_path": f"{path}:pull"})
+    assert required_fields(config(), loss) == ("ref_logps",)
+
+
+def batch():
+    """Two samples of one prompt; the first has two rows, and the mask leaves a token out."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0], [0, 1, 1, 1]], dtype=torch.bool)
+    rewards = torch.tensor([[0.0, 0, 0.5, 0], [0, 0.5, 0, 0], [0, 0, 0, 0.25]])
+    return {
+        "action_mask": mask,
+        "rewards": rewards,
+        "old_logps": -torch.rand(3, 4, generator=generator),  # not masked: garbage beside actions
+        "ref_logps": -torch.rand(3, 4, generator=generator),
+        "sample_ids": torch.tensor([0, 0, 1]),
+        "group_ids": torch.tensor([0, 0, 0]),
+    }
+
+
+def divergence(given, estimator):
+    d = given["old_logps"] - given["ref_logps"]
+    return {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[estimator]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_as_advantage_is_taken_off_token_by_token(estimator):
+    given = batch()
+    out = add_advantages(given, config(coef=0.3, type="advantage", estimator=estimator), spo)
+    mask = given["action_mask"]
+    expected = torch.tensor([[1.0], [1.0], [0.25]]) * mask
+    expected = expected - 0.3 * divergence(given, estimator) * mask
+    torch.testing.assert_close(out["advantages"], expected)
+    assert torch.equal(out["rewards"], given["rewards"])  # what the metrics report stays
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_as_reward_is_summed_over_the_sample_before_the_advantage(estimator):
+    given = batch()
+    out = add_advantages(given, config(coef=0.3, type="reward", estimator=estimator), reinforce)
+    mask = given["action_mask"]
+    penalty = 0.3 * (divergence(given, estimator) * mask).sum(1)
+    first, second = 1.0 - penalty[0] - penalty[1], 0.25 - penalty[2]
+    half = (first - second) / 2
+    torch.testing.assert_close(out["advantages"], torch.stack([half, half, -half])[:, None] * mask)
+    assert torch.equal(out["rewards"], given["rewards"])
+
+
+@pytest.mark.parametrize("kl", [KL_OFF, {"coef": 0.3, "type": "loss"}])
+def test_kl_elsewhere_leaves_the_advantages_alone(kl):
+    given = batch()
+    del given["old_logps"]
+    estimator = partial(reinforce, norm_var=True)
+    out = add_advantages(given, config(**kl), estimator)
+    plain = estimator(*(given[k] for k in ("rewards", "action_mask", "sample_ids", "group_ids")))
+    assert torch.equal(out["advantages"], plain)
+    assert "advantages" not in given
