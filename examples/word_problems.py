@@ -9,7 +9,7 @@ makes, under `--out`:
     data/test.jsonl      1,024 problems that occur in neither
 
 Rows have GSM8K's form: `question`, a worked `answer`, and the number after `####`. Everything
-follows from the seed. Left out: distractors, units, fractions; a problem has two steps.
+follows from the seed. Left out: distractors, units, fractions, problems of several steps.
 """
 
 import argparse
@@ -23,29 +23,25 @@ ITEMS = "apples books cards coins eggs kites marbles pens shells stamps".split()
 
 
 def problem(rng: random.Random) -> dict[str, str]:
-    """One problem of two steps, each a gain or a loss, worked as one sum.
+    """One problem of one step, a gain or a loss, worked as a sum.
 
-    The steps' intermediate results are not written out on purpose: a model that can look at the
-    question again may get one of them wrong and the answer right all the same, and a reward that
-    sees the answer only would teach the mistake (12 % of the correct samples, in a trial).
+    The step's result stands after `####` only. Written out before, it is a token that may be
+    wrong while the answer is right, for a model can look at the question again; a reward that
+    sees the answer alone then teaches the mistake (12 % of the correct samples, in a trial).
     """
     name, friend = rng.sample(NAMES, 2)
     items = rng.choice(ITEMS)
-    total = rng.randint(2, 20)
-    question, work = [f"{name} has {total} {items}."], [str(total)]
-    for _ in range(2):
-        if total >= 5 and rng.random() < 0.5:
-            amount = rng.randint(2, min(total - 1, 20))
-            question.append(f"{name} gives {amount} {items} to {friend}.")
-            work.append(f"- {amount}")
-            total -= amount
-        else:
-            amount = rng.randint(2, 20)
-            question.append(f"{friend} gives {name} {amount} {items} more.")
-            work.append(f"+ {amount}")
-            total += amount
-    question.append(f"How many {items} does {name} have now?")
-    return {"question": " ".join(question), "answer": f"{' '.join(work)}\n#### {total}"}
+    start = rng.randint(3, 25)
+    if rng.random() < 0.5:
+        amount = rng.randint(2, start - 1)
+        change, sign = f"{name} gives {amount} {items} to {friend}.", "-"
+        total = start - amount
+    else:
+        amount = rng.randint(2, 25)
+        change, sign = f"{friend} gives {name} {amount} {items} more.", "+"
+        total = start + amount
+    question = f"{name} has {start} {items}. {change} How many {items} does {name} have now?"
+    return {"question": question, "answer": f"{start} {sign} {amount}\n#### {total}"}
 
 
 def distinct_problems(rng: random.Random) -> Iterator[dict[str, str]]:
