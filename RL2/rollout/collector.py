@@ -126,6 +126,7 @@ class Collector:
         tokenizer: of the policy.
         engine: this rank's engine; the collector closes it.
         seed: of the run.
+        environment: None loads `config.env_path`.
         rollouts_dir: where rank 0 writes every rollout as jsonl; None writes nothing.
         n_ranks, rank: of the default process group, or of `group`.
         group: process group that can carry CPU objects; None is the default group.
@@ -143,6 +144,7 @@ class Collector:
         engine: Engine,
         *,
         seed: int,
+        environment: Environment | None = None,
         rollouts_dir: str | Path | None = None,
         n_ranks: int = 1,
         rank: int = 0,
@@ -151,7 +153,7 @@ class Collector:
         max_length: int | None = None,
         progress: bool | None = None,
     ):
-        self.environment: Environment = load_environment(
+        self.environment = environment or load_environment(
             config.env_path, timeout=float(config.env_timeout)
         )
         self.tokenizer = tokenizer

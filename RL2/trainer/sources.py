@@ -27,7 +27,9 @@ class RolloutSource:
 
     def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase):
         self.config, self.tokenizer = config, tokenizer
-        load_environment(config.rollout.env_path)  # a file that is none stops the run here
+        self.environment = load_environment(
+            config.rollout.env_path, timeout=config.rollout.env_timeout
+        )
         longest = (
             config.actor.max_length_per_device - config.rollout.train_sampling_params.max_new_tokens
         )
@@ -63,6 +65,7 @@ class RolloutSource:
             self.tokenizer,
             engine,
             seed=self.config.trainer.seed,
+            environment=self.environment,
             rollouts_dir=dumps if self.config.trainer.dump_rollouts else None,
             rank=rank(),
             n_ranks=world_size(),

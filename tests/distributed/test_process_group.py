@@ -1,0 +1,34 @@
+import os
+import subprocess
+import sys
+
+import torch.distributed as dist
+
+from RL2.distributed import process_group, rank, world_size
+
+SWEEP = """
+from RL2.distributed import broadcast, process_group, rank
+for run in range(4):
+    with process_group("cpu") as device:
+        assert broadcast(run if rank() == 0 else None) == run and device.type == "cpu"
+"""
+
+
+def test_runs_of_a_sweep_share_the_processes_of_one_torchrun(tmp_path):
+    """The second run waited for ever on keys that the first had left in torchrun's store."""
+    script = tmp_path / "sweep.py"
+    script.write_text(SWEEP)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    subprocess.run([*command, str(script)], check=True, timeout=120, env=environment)
+
+
+def test_without_torchrun_a_group_of_one_that_leaves_nothing(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    before = dict(os.environ)
+    for _ in range(2):
+        with process_group("cpu") as device:
+            assert (rank(), world_size(), device.type) == (0, 1, "cpu")
+    assert not dist.is_initialized()
+    assert dict(os.environ) == before
+    assert (rank(), world_size()) == (0, 1)
