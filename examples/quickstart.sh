@@ -44,7 +44,7 @@ fi
 declare -A settings=(
     [spo]="train_data.prompts_per_rollout=512 actor.avg_level=correct actor.lr=1e-4"
     [spo_0p5]="train_data.prompts_per_rollout=512 actor.avg_level=correct actor.lr=1e-5"
-    [ppo]="train_data.prompts_per_rollout=128 train_data.responses_per_prompt=4 actor.lr=3e-5"
+    [ppo]="train_data.prompts_per_rollout=64 train_data.responses_per_prompt=8 actor.lr=1e-5"
 )
 runs=()
 for algorithm in $algorithms; do

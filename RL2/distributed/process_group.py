@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-
 # A sweep starts one run after the other in the same processes, and torchrun's store remembers the
 # keys of all of them.
 _RUNS = itertools.count()
