@@ -102,6 +102,8 @@ def draw(runs: list[Path], png: Path) -> None:
     for axis in axes[1]:
         axis.set_xlabel("Step")
     if len(runs) > 1:
+        # losses of different kinds differ by orders of magnitude, and some are negative
+        axes[1, 0].set_yscale("symlog", linthresh=1e-5)
         axes[0, 0].legend(frameon=False)
     figure.suptitle(
         f"{', '.join(run.name for run in runs)}: band = one binomial standard error", fontsize=10
