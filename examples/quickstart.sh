@@ -27,7 +27,8 @@ python examples/tiny_model.py --data "$out/data/warmup.jsonl" --out "$out/base" 
     --vocab 512 --width 128 --layers 4 --seed "$seed"
 
 echo "== 2. warm-up: supervised fine-tuning on worked answers"
-if [ -e "$out/warmup/final/config.json" ]; then
+# A model warmed up on another seed's problems may have read this seed's test set.
+if [ -e "$out/warmup/final/config.json" ] && [ "$(cat "$out/warmup/seed" 2>/dev/null)" = "$seed" ]; then
     echo "(kept from an earlier run: $out/warmup/final)"
 else
     python -m RL2.trainer.sft \
@@ -37,6 +38,7 @@ else
         trainer.project=quickstart trainer.experiment_name=warmup \
         trainer.save_dir="$out/warmup" trainer.max_steps=400 \
         trainer.seed="$seed" trainer.use_wandb=false
+    echo "$seed" >"$out/warmup/seed"
 fi
 
 # Sampling keeps to the likeliest 90 %: a slip of the pen in a sample that is correct all the same
