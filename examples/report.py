@@ -99,6 +99,9 @@ def draw(runs: list[Path], png: Path) -> None:
                 low = [value - error for value, error in zip(values, errors, strict=True)]
                 high = [value + error for value, error in zip(values, errors, strict=True)]
                 axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+    low, high = axes[1, 1].get_ylim()
+    if high - low < 2:  # a hundredth of a token must not look like a change
+        axes[1, 1].set_ylim((low + high) / 2 - 1, (low + high) / 2 + 1)
     for axis in axes[1]:
         axis.set_xlabel("Step")
     if len(runs) > 1:
