@@ -84,6 +84,9 @@ def table(rows: list[dict[str, str]]) -> str:
 
 def draw(runs: list[Path], png: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, layout="constrained")
+    if len(runs) > 1:
+        # losses of different kinds differ by orders of magnitude, and some are negative
+        axes[1, 0].set_yscale("symlog", linthresh=1e-5)
     for color, run in zip(plt.cm.tab10.colors, runs, strict=False):
         rows = read_metrics(run)
         for axis, (name, title) in zip(axes.flat, PANELS.items(), strict=True):
@@ -105,8 +108,6 @@ def draw(runs: list[Path], png: Path) -> None:
     for axis in axes[1]:
         axis.set_xlabel("Step")
     if len(runs) > 1:
-        # losses of different kinds differ by orders of magnitude, and some are negative
-        axes[1, 0].set_yscale("symlog", linthresh=1e-5)
         axes[0, 0].legend(frameon=False)
     figure.suptitle(
         f"{', '.join(run.name for run in runs)}: band = one binomial standard error", fontsize=10
