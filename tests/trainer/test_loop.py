@@ -8,8 +8,9 @@ from omegaconf import OmegaConf
 
 from RL2.algorithms.advantages import reinforce, spo
 from RL2.algorithms.losses import LOSSES
-from RL2.algorithms.token_loss import resolve_loss
-from RL2.trainer.loop import add_advantages, required_fields
+from RL2.algorithms.token_loss import TokenLoss, resolve_loss
+from RL2.config import ConfigError
+from RL2.trainer.loop import add_advantages, check_loss, required_fields
 
 KL_OFF = {"coef": 0.0, "type": None}
 
@@ -109,3 +110,27 @@ def test_kl_elsewhere_leaves_the_advantages_alone(kl):
     plain = estimator(*(given[k] for k in ("rewards", "action_mask", "sample_ids", "group_ids")))
     assert torch.equal(out["advantages"], plain)
     assert "advantages" not in given
+
+
+def test_a_loss_over_fields_that_data_rows_lack_is_refused():
+    def off_policy(logps, llm_logps, rewards):
+        return -logps
+
+    loss = TokenLoss("off_policy", off_policy, ("logps", "llm_logps", "rewards"))
+    with pytest.raises(ConfigError, match="actor.loss: off_policy needs llm_logps, rewards"):
+        check_loss(OmegaConf.create({"actor": {}}), loss)
+    check_loss(OmegaConf.create({"actor": {}}), resolve_loss({"name": "nll"}))
+
+
+@pytest.mark.parametrize("kind", ["reward", "advantage"])
+def test_a_kl_that_the_loss_would_never_see_is_refused(kind):
+    def run(avg_level, kind):
+        kl = {"coef": 0.1, "type": kind}
+        return OmegaConf.create({"rollout": {}, "actor": {"avg_level": avg_level, "kl": kl}})
+
+    blind, sees = resolve_loss({"name": "max_target_kl"}), resolve_loss({"name": "ppo"})
+    with pytest.raises(ConfigError, match=f"actor.kl.type={kind}: .*use actor.kl.type=loss"):
+        check_loss(run("correct", kind), blind)
+    check_loss(run("correct", "loss"), blind)
+    check_loss(run("sequence", kind), blind)
+    check_loss(run("correct", kind), sees)
