@@ -15,40 +15,15 @@ This is the plain version: it holds the full logits and leaves the backward pass
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NEG_INF = float("-inf")
+from RL2.ops.token_stats.stats import NEG_INF, TokenStats, check_arguments, statistics_dtype
 
 
-@dataclass(frozen=True)
-class TokenStats:
-    """Statistics of T tokens, each `[T]` in fp32 (fp64 for fp64 inputs); None if not wanted.
-
-    Log-probabilities and entropy are in nats, at the temperature that was asked for. `ranks`
-    carries no gradient, counts from 1, and is a float like the others.
-    """
-
-    logps: Tensor | None = None
-    log1mps: Tensor | None = None
-    max_logps: Tensor | None = None
-    max_log1mps: Tensor | None = None
-    entropy: Tensor | None = None
-    ranks: Tensor | None = None
-
-    def as_dict(self) -> dict[str, Tensor]:
-        """The statistics that were computed, by name (the tensors themselves, not copies)."""
-        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value for name, value in pairs if value is not None}
-
-
-STATISTICS: tuple[str, ...] = tuple(field.name for field in fields(TokenStats))
-
-
-def linear_token_stats(
+def naive_token_stats(
     hidden: Tensor,
     weight: Tensor,
     actions: Tensor,
@@ -77,7 +52,7 @@ def linear_token_stats(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}: "
             "expected [T, H] and [V, H]"
         )
-    dtype = _statistics_dtype(hidden, weight)
+    dtype = statistics_dtype(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = F.linear(
             hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -94,13 +69,13 @@ def token_stats(
         logits: `[T, V]`, left as they are. A row needs one finite entry; -inf entries are
             tokens of probability 0. Where only one token is possible, `max_log1mps` is -inf
             and has no gradient.
-        actions, temperature, wanted: as in `linear_token_stats`.
+        actions, temperature, wanted: as in `naive_token_stats`.
 
     Raises:
         ValueError: wrong shapes, an unknown name in `wanted`, a temperature that is not positive.
     """
-    _check(logits, actions, temperature, wanted)
-    z = logits.to(_statistics_dtype(logits)) / temperature
+    check_arguments(logits, actions, temperature, wanted)
+    z = logits.to(statistics_dtype(logits)) / temperature
     chosen = actions.unsqueeze(-1)
     maxima = z.detach().argmax(-1, keepdim=True)  # the first of equal maxima
     stats = {}
@@ -138,23 +113,6 @@ def token_stats(
         gaps = -z.masked_fill(z == NEG_INF, 0.0)
         stats["entropy"] = lse + ((z - lse.unsqueeze(-1)).exp() * gaps).sum(-1)
     return TokenStats(**stats)
-
-
-def _check(logits: Tensor, actions: Tensor, temperature: float, wanted: Sequence[str]) -> None:
-    if logits.dim() != 2 or logits.shape[1] == 0 or actions.shape != logits.shape[:1]:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} and actions {tuple(actions.shape)}: "
-            "expected [T, V] with V >= 1 and [T]"
-        )
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: must be positive")
-    unknown = [name for name in wanted if name not in STATISTICS]
-    if isinstance(wanted, str) or unknown:
-        raise ValueError(f"wanted={wanted!r}: expected a list of names out of {STATISTICS}")
-
-
-def _statistics_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _logsumexp_without(z: Tensor, excluded: Tensor) -> Tensor:
