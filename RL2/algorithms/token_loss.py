@@ -31,12 +31,14 @@ FIELDS: tuple[str, ...] = ("advantages", "old_logps", "ref_logps", "llm_logps", 
 class TokenLoss:
     """A token loss with its options bound, and what it has to be given.
 
-    `inputs` are the names of its tensors in the order in which the function takes them.
+    `inputs` are the names of its tensors in the order in which the function takes them. `top_k` is
+    how many columns of `top_logps` it wants, which its option `max_rank` says; 0 without them.
     """
 
     name: str
     function: Callable[..., Any]
     inputs: tuple[str, ...]
+    top_k: int = 0
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -54,7 +56,8 @@ class TokenLoss:
         return "advantages" in self.inputs
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses `[N]` and metrics `{name: [N]}` from (at least) the `inputs` by name."""
+        """Losses `[N]` and metrics `{name: [N]}` from (at least) the `inputs` by name, each `[N]`
+        but `top_logps`, which is `[N, top_k]`."""
         result = self.function(*(tensors[name] for name in self.inputs))
         return result if isinstance(result, tuple) else (result, {})
 
@@ -78,7 +81,8 @@ def resolve_loss(
     Raises:
         ConfigError: unknown name, missing file, module or function, a parameter that is neither
             statistic nor field, an option that the function does not take, an option without
-            value, or a trial that raises, does not return `[N]`, or has no gradient.
+            value, `top_logps` without a `max_rank` of 1 or more, or a trial that raises, does not
+            return `[N]`, or has no gradient.
     """
     if OmegaConf.is_config(loss_config):
         loss_config = OmegaConf.to_container(loss_config, resolve=True)
@@ -121,7 +125,8 @@ def resolve_loss(
             raise ConfigError(
                 f"{origin}: its option {key} has no default; set actor.loss.options.{key}=..."
             )
-    loss = TokenLoss(name, partial(function, **bound), inputs)
+    top_k = _columns(defaults | bound, origin) if "top_logps" in inputs else 0
+    loss = TokenLoss(name, partial(function, **bound), inputs, top_k)
     _try_out(loss, origin)
     return loss
 
@@ -210,8 +215,27 @@ def _signature(function: Callable[..., Any], origin: str) -> tuple[tuple[str, ..
     return tuple(inputs), options
 
 
+def _columns(options: Mapping[str, Any], origin: str) -> int:
+    """How many columns of `top_logps` a loss wants: its option `max_rank`."""
+    if "max_rank" not in options:
+        raise ConfigError(
+            f"{origin}: takes top_logps without saying how many of them; give it an option such "
+            "as max_rank=8 after a lone *"
+        )
+    max_rank = options["max_rank"]
+    if not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1:
+        raise ConfigError(
+            f"{origin}: its option max_rank={max_rank} must be a whole number, 1 or more"
+        )
+    return max_rank
+
+
 def _try_out(loss: TokenLoss, origin: str) -> None:
     p, p_max = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.7, 0.5, 0.6])
+    # Three tokens each, then half of what is left again and again.
+    top = torch.tensor([[0.7, 0.15, 0.1], [0.5, 0.2, 0.15], [0.6, 0.2, 0.1]])
+    halves = 0.5 ** torch.arange(1, max(1, loss.top_k - 1))  # empty up to three
+    top = torch.cat([top, (1 - top.sum(-1, keepdim=True)) * halves], -1)[:, : loss.top_k]
     values = {
         "logps": p.log(),
         "log1mps": (-p).log1p(),
@@ -219,6 +243,7 @@ def _try_out(loss: TokenLoss, origin: str) -> None:
         "max_log1mps": (-p_max).log1p(),
         "entropy": torch.tensor([0.8, 1.0, 1.2]),
         "ranks": torch.tensor([1.0, 2.0, 3.0]),
+        "top_logps": top.log(),
         "advantages": torch.tensor([1.0, -1.0, 0.5]),
         "old_logps": p.log() + 0.1,
         "ref_logps": p.log() - 0.1,

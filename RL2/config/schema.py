@@ -62,6 +62,14 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class TokenStatsImplementation(StrEnum):
+    auto = "auto"
+    naive = "naive"
+    tiled = "tiled"
+    compiled = "compiled"
+    triton = "triton"
+
+
 class EngineName(StrEnum):
     auto = "auto"
     transformers = "transformers"
@@ -108,6 +116,7 @@ class LossConfig:
     detach_target: bool | None = MISSING
     target: float | None = MISSING
     gate: bool | None = MISSING
+    max_rank: int | None = MISSING
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -126,6 +135,7 @@ class ModelConfig:
     device: Device = MISSING
     attn_implementation: str = MISSING
     use_liger_kernel: bool = MISSING
+    token_stats: TokenStatsImplementation = MISSING
     trust_remote_code: bool = MISSING
     ddp_size: int = MISSING
     tp_size: int = MISSING
@@ -286,16 +296,18 @@ def structured(schema: type) -> DictConfig:
     return config
 
 
-def _for_loss(loss: str, value: Any, *, _root_: DictConfig) -> Any:
+def _for_loss(*names_and_values: Any, _root_: DictConfig) -> Any:
+    values = dict(zip(names_and_values[::2], names_and_values[1::2], strict=True))
     chosen = _root_.actor.loss
-    return value if chosen.import_path is None and chosen.name == loss else None
+    return values.get(chosen.name) if chosen.import_path is None else None
 
 
 def register_schemas() -> None:
-    """Make the schemas known to hydra, and `${for_loss:name,value}` to OmegaConf.
+    """Make the schemas known to hydra, and `${for_loss:name,value,…}` to OmegaConf.
 
-    `for_loss` is `value` where `actor.loss.name` is `name`, else null: an option of one loss does
-    not follow the user to another loss that does not take it. Calling this twice does no harm.
+    `for_loss` takes names of losses, each followed by a value. It is the value of that which
+    `actor.loss.name` names, else null: an option of one loss does not follow the user to another
+    loss that does not take it. Calling this twice does no harm.
     """
     store = ConfigStore.instance()
     store.store(name="rl_schema", node=structured(RLConfig), provider="RL2")

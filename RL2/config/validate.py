@@ -68,6 +68,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
                 )
             ),
             "actor.update_per_rollout",
+            "actor.loss.max_rank",
             "rollout.tp_size",
             "rollout.max_turns",
             "rollout.max_batch_size",

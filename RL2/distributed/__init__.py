@@ -4,8 +4,10 @@ from RL2.distributed.comm import ScatterPlan, broadcast, gather, scatter, sum_ov
 from RL2.distributed.fsdp import full_tensors, shard
 from RL2.distributed.mesh import build_mesh
 from RL2.distributed.process_group import process_group, rank, world_size
+from RL2.distributed.tensor_parallel import ProcessGroupShard, shard_of
 
 __all__ = [
+    "ProcessGroupShard",
     "ScatterPlan",
     "broadcast",
     "build_mesh",
@@ -15,6 +17,7 @@ __all__ = [
     "rank",
     "scatter",
     "shard",
+    "shard_of",
     "sum_over_ranks",
     "world_size",
 ]

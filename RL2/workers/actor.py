@@ -11,9 +11,11 @@ from RL2.algorithms.token_loss import TokenLoss
 from RL2.config import TrainingError
 from RL2.distributed import broadcast, gather, rank, scatter, sum_over_ranks
 from RL2.distributed.comm import Batch
+from RL2.ops.token_stats import TokenStats
 from RL2.workers.base import Worker
 
 _ALWAYS = ("states", "actions", "action_mask")
+_OF_THE_PACK = {"states", "lengths", "positions"}  # the others are [N], one per action token
 
 
 def split_batch(batch: Batch, n_parts: int) -> list[Batch]:
@@ -126,32 +128,45 @@ class Actor(Worker):
 
     def _losses(self, micro_batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of the batch loss, and of the sums behind the metrics."""
+        wanted = tuple(dict.fromkeys((*self.loss.statistics, "logps", "entropy")))
+
+        def loss_fn(stats: TokenStats, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            return self._loss_of_tokens(
+                {name: micro_batch[name][rows] for name in micro_batch.keys() - _OF_THE_PACK}
+                | stats.as_dict()
+            )
+
+        result = self.forward(micro_batch, wanted, self.loss.top_k, loss_fn)
+        loss = result.pop("loss")
+        return loss, result | {"actor/loss": loss}
+
+    def _loss_of_tokens(self, tokens: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted sum of the losses of some tokens, from their statistics and fields `[N]`, and
+        the sums of their metrics."""
         config, loss = self.config, self.loss
-        wanted = tuple(dict.fromkeys((*loss.statistics, "logps", "entropy")))
-        stats = self.forward(micro_batch, wanted)
-        logps, entropy = stats["logps"], stats["entropy"]
-        old_logps = micro_batch.get("old_logps", logps.detach())
-        inputs = micro_batch | stats | {"old_logps": old_logps}
-        losses, extra = loss(inputs)
+        logps, entropy = tokens["logps"], tokens["entropy"]
+        old_logps = tokens.get("old_logps", logps.detach())
+        losses, extra = loss(tokens | {"old_logps": old_logps})
         if not loss.uses_advantages and config.avg_level != "correct":
-            losses = losses * micro_batch["advantages"]
-        llm_logps = micro_batch.get("llm_logps")
+            losses = losses * tokens["advantages"]
+        llm_logps = tokens.get("llm_logps")
         if config.tis_coef > 0 and llm_logps is not None:
             losses = losses * (logps.detach() - llm_logps).exp().clamp(max=config.tis_coef)
 
-        objective = losses - config.entropy.coef * entropy
+        objective = losses
+        if config.entropy.coef != 0:  # else entropy is a metric, and costs no gradient
+            objective = objective - config.entropy.coef * entropy
         metrics = {f"actor/{name}": values.sum() for name, values in extra.items()}
         metrics["actor/entropy"] = entropy.sum()
-        if "ref_logps" in micro_batch:
-            kl = approx_kl(logps, micro_batch["ref_logps"], config.kl.loss_estimator)
+        if "ref_logps" in tokens:
+            kl = approx_kl(logps, tokens["ref_logps"], config.kl.loss_estimator)
             metrics["actor/kl"] = kl.sum()
             if config.kl.type == "loss":
                 objective = objective + config.kl.coef * kl
         if llm_logps is not None:
             # k3 on the engine's own samples: KL(engine || trainer), zero if both are one policy
             metrics["rollout/llm_kl"] = approx_kl(llm_logps, old_logps, "k3").sum()
-        total = weighted_sum(objective, micro_batch["loss_weights"])
-        return total, metrics | {"actor/loss": total}
+        return weighted_sum(objective, tokens["loss_weights"]), metrics
 
     def _reject(self, metrics: dict[str, float]) -> dict[str, float]:
         self.optimizer.zero_grad()

@@ -7,6 +7,7 @@ from transformers import get_scheduler
 
 from RL2.distributed import build_mesh, shard
 from RL2.distributed.comm import Batch
+from RL2.ops.token_stats import LossFunction
 from RL2.workers.model import load_model
 
 
@@ -74,8 +75,17 @@ class Worker:
         }
         return moved | {"lengths": micro_batch["lengths"]}
 
-    def forward(self, micro_batch: Batch, wanted: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """Token statistics `{name: [A]}` of a micro-batch from `to_device`: those asked for."""
+    def forward(
+        self,
+        micro_batch: Batch,
+        wanted: tuple[str, ...],
+        top_k: int = 0,
+        loss_fn: LossFunction | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Token statistics `{name: [A]}` of a micro-batch from `to_device`: those asked for.
+
+        With `loss_fn` the sum of its loss, as `loss`, and those of its metrics instead.
+        """
         return self.model(
             micro_batch["states"],
             micro_batch["lengths"],
@@ -83,6 +93,8 @@ class Worker:
             micro_batch["actions"],
             self.config.temperature,
             wanted,
+            top_k,
+            loss_fn,
         )
 
     def clip_gradients(self) -> torch.Tensor:

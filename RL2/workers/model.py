@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from RL2.config import ConfigError
 from RL2.ops.attention import register_attention
-from RL2.ops.token_stats import linear_token_stats, token_stats
+from RL2.ops.token_stats import LossFunction, linear_token_loss, linear_token_stats, token_stats
 
 # Models that do more than a matrix product between hidden states and logits name it so.
 _NON_LINEAR_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -18,12 +18,17 @@ class TokenStatsModel(nn.Module):
     """Wraps a causal LM so that FSDP gathers the head's weight where the statistics need it.
 
     `forward` takes a pack of sequences and returns statistics of the chosen positions only;
-    logits of prompt tokens are never computed.
+    logits of prompt tokens are never computed, nor, with a linear head, all logits of a token.
+
+    Args:
+        model: the causal LM.
+        implementation: of `RL2.ops.token_stats.linear_token_stats`.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, implementation: str = "auto"):
         super().__init__()
         self.model = model
+        self.implementation = implementation
         head = model.get_output_embeddings()
         self.linear_head = isinstance(head, nn.Linear) and not any(
             getattr(model.config, name, None) for name in _NON_LINEAR_HEADS
@@ -37,6 +42,8 @@ class TokenStatsModel(nn.Module):
         actions: torch.Tensor,
         temperature: float,
         wanted: Sequence[str],
+        top_k: int = 0,
+        loss_fn: LossFunction | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
@@ -47,9 +54,13 @@ class TokenStatsModel(nn.Module):
             actions: `[A]` those next tokens.
             temperature: divides the logits.
             wanted: names of the statistics, of `RL2.ops.token_stats.STATISTICS`.
+            top_k: how many `top_logps`.
+            loss_fn: as in `linear_token_loss`.
 
         Returns:
-            `{name: [A]}` in fp32. A plain dict, because FSDP finds its hooks' tensors in those.
+            `{name: [A]}` in fp32 (`top_logps [A, top_k]`), or with `loss_fn` the sums of its loss,
+            as `loss`, and of its metrics. A plain dict, because FSDP finds its hooks' tensors in
+            those.
         """
         device, longest = states.device, int(lengths.max())
         offsets = nn.functional.pad(lengths.cumsum(0), (1, 0))
@@ -67,14 +78,19 @@ class TokenStatsModel(nn.Module):
         if self.linear_head:
             hidden = self.model.base_model(**inputs).last_hidden_state[0]
             head = self.model.get_output_embeddings()
-            stats = linear_token_stats(
-                hidden.index_select(0, positions),
-                head.weight, actions, temperature, wanted, bias=head.bias,
-            )  # fmt: skip
+            arguments = hidden.index_select(0, positions), head.weight, actions, temperature, wanted
+            options = {"bias": head.bias, "top_k": top_k, "implementation": self.implementation}
+            if loss_fn is not None:
+                loss, metrics = linear_token_loss(*arguments, loss_fn, **options)
+                return {"loss": loss, **metrics}
+            stats = linear_token_stats(*arguments, **options)
         else:
             logits = self.model(**inputs).logits[0].index_select(0, positions)
-            stats = token_stats(logits, actions, temperature, wanted)
-        return {name: getattr(stats, name) for name in wanted}
+            stats = token_stats(logits, actions, temperature, wanted, top_k)
+            if loss_fn is not None:
+                loss, metrics = loss_fn(stats, slice(0, len(actions)))
+                return {"loss": loss, **metrics}
+        return stats.as_dict()
 
 
 def load_model(config, *, train: bool) -> tuple[TokenStatsModel, torch.dtype]:
@@ -113,4 +129,10 @@ def load_model(config, *, train: bool) -> tuple[TokenStatsModel, torch.dtype]:
     if train and config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     dtype = config.dtype if config.dtype != "auto" else saved.dtype or torch.float32
-    return TokenStatsModel(model), getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    model = TokenStatsModel(model, str(config.token_stats))
+    if not model.linear_head and model.implementation not in ("auto", "naive"):
+        raise ConfigError(
+            f"actor.token_stats={model.implementation}: {config.model_name} does more than one "
+            "matrix product between hidden states and logits, which are computed whole; use auto"
+        )
+    return model, getattr(torch, dtype) if isinstance(dtype, str) else dtype

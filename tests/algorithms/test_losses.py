@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from RL2.algorithms import FIELDS, LOSSES, TokenLoss, resolve_loss
-from RL2.algorithms.losses import fixed_target_kl, max_target_kl, nll, ppo
+from RL2.algorithms.losses import fixed_target_kl, max_target_kl, nll, ppo, rank_jsd
 from RL2.config.errors import ConfigError
 from RL2.ops import STATISTICS, linear_token_stats, token_stats
 
@@ -15,7 +15,7 @@ INF = float("inf")
 def config(**changes):
     """The `actor.loss` node as the schema makes it."""
     base = dict.fromkeys(
-        ["import_path", "clip_low", "clip_high", "detach_target", "target", "gate"]
+        ["import_path", "clip_low", "clip_high", "detach_target", "target", "gate", "max_rank"]
     )
     return OmegaConf.create({"name": "ppo", "options": {}} | base | changes)
 
@@ -48,10 +48,34 @@ def textbook_fixed_target(logits, actions, q):
     return torch.where(p > q, kl, 0.0)
 
 
+def promoted(p, actions, max_rank):
+    """p' of the rank-aware loss over the whole vocabulary, token by token."""
+    p = p.detach()
+    target = p.clone()
+    for row, (probabilities, a) in enumerate(zip(p.tolist(), actions.tolist(), strict=True)):
+        above = [j for j, q in enumerate(probabilities) if q > probabilities[a]]
+        chain = [*sorted(above, key=lambda j: -probabilities[j])[:max_rank], a]
+        for j, following in zip(chain, chain[1:] + chain[:1], strict=True):
+            target[row, j] = probabilities[following]
+        target[row, a] = probabilities[chain[0]]
+    return target
+
+
+def jsd(p, q):
+    m = (p + q) / 2
+    return (torch.xlogy(p, p / m) + torch.xlogy(q, q / m)).sum(-1) / 2
+
+
 def losses_of(name, logits, actions, fields, **options):
     loss = resolve_loss(config(name=name, **options))
-    stats = token_stats(logits, actions, 1.0, loss.statistics)
+    stats = token_stats(logits, actions, 1.0, loss.statistics, loss.top_k)
     return loss({**stats.as_dict(), **fields})[0]
+
+
+def filled(loss, n, value):
+    """What a loss takes, all of one value."""
+    shapes = {name: (n, loss.top_k) if name == "top_logps" else (n,) for name in loss.inputs}
+    return {name: torch.full(shape, value) for name, shape in shapes.items()}
 
 
 # ---------------------------------------------------------------- values
@@ -88,6 +112,33 @@ def test_ppo_by_hand():
     assert metrics["clip_ratio"].tolist() == [0, 0, 1, 0, 0, 1]
 
 
+@pytest.mark.parametrize(
+    "p, a, max_rank, target",
+    [
+        ([0.5, 0.3, 0.2], 0, 8, [0.5, 0.3, 0.2]),
+        ([0.5, 0.3, 0.2], 1, 8, [0.3, 0.5, 0.2]),
+        ([0.5, 0.3, 0.2], 2, 8, [0.3, 0.2, 0.5]),
+        ([0.2, 0.1, 0.3, 0.4], 1, 8, [0.1, 0.4, 0.2, 0.3]),
+        ([0.4, 0.3, 0.2, 0.1], 3, 3, [0.3, 0.2, 0.1, 0.4]),  # one below the cap: nothing changes
+        ([0.4, 0.3, 0.2, 0.1], 3, 2, [0.3, 0.1, 0.2, 0.4]),  # the last above takes p(a)
+        ([0.4, 0.3, 0.2, 0.1], 3, 1, [0.1, 0.3, 0.2, 0.4]),
+        ([0.3, 0.3, 0.4], 0, 8, [0.4, 0.3, 0.3]),  # a tie: 1 is not above 0
+        ([0.2, 0.3, 0.3, 0.2], 3, 8, [0.2, 0.3, 0.2, 0.3]),
+        ([0.25, 0.25, 0.25, 0.25], 2, 8, [0.25, 0.25, 0.25, 0.25]),
+    ],
+)
+def test_rank_jsd_by_hand(p, a, max_rank, target):
+    expected = 0.5 * sum(
+        x * math.log(2 * x / (x + y)) + y * math.log(2 * y / (x + y))
+        for x, y in zip(p, target, strict=True)
+    )
+    logps = torch.tensor([p], dtype=torch.float64).log()
+    top = torch.nn.functional.pad(logps.sort(-1, descending=True).values, (0, 8), value=-INF)
+    losses = rank_jsd(logps[:, a], top, max_rank=max_rank)
+    assert losses.item() == pytest.approx(expected, rel=1e-12, abs=1e-16)
+    assert (losses == 0).item() == (p == target)
+
+
 def test_nll_by_hand():
     assert nll(torch.tensor([-0.5, -2.0])).tolist() == [0.5, 2.0]
 
@@ -111,6 +162,48 @@ def test_values_equal_the_definitions(seed):
     torch.testing.assert_close(losses_of("nll", logits, actions, {}), -p.log(), **close)
 
 
+@pytest.mark.parametrize("max_rank", [1, 2, 3, 8, 12])
+@pytest.mark.parametrize("V", [2, 9, 40])
+def test_rank_jsd_equals_the_divergence_of_the_whole_vocabulary(V, max_rank):
+    logits, actions, _ = distributions(N=200, V=V)
+    logits[1::3] = logits[1::3].round()  # with ties
+    p = logits.softmax(-1)
+    target = promoted(p, actions, max_rank)
+    torch.testing.assert_close(target.sum(-1), torch.ones_like(target[:, 0]))
+    for detach in (True, False):
+        found = losses_of("rank_jsd", logits, actions, {}, max_rank=max_rank, detach_target=detach)
+        torch.testing.assert_close(found, jsd(target, p), rtol=1e-10, atol=1e-12)
+    greedy = p.gather(-1, actions[:, None])[:, 0] == p.max(-1).values
+    assert (found[greedy] == 0).all() and (found[~greedy] > 0).all()
+
+
+def test_rank_jsd_looks_at_no_column_past_the_cap():
+    logits, actions, _ = distributions(V=20)
+    stats = token_stats(logits, actions, 1.0, ["logps", "top_logps"], 12)
+    narrow = rank_jsd(stats.logps, stats.top_logps[:, :4], max_rank=4)
+    assert torch.equal(rank_jsd(stats.logps, stats.top_logps, max_rank=4), narrow)
+    assert not torch.equal(rank_jsd(stats.logps, stats.top_logps, max_rank=5), narrow)
+
+
+@pytest.mark.parametrize("gap", [1e-3, 1e-2, 0.3, 1.99, 2.01, 5.0, 20.0, 60.0])
+@pytest.mark.parametrize("top", [-1e-3, -0.5, -9.0])
+def test_rank_jsd_has_the_digits_of_fp32(gap, top):
+    """Also where p' ~ p, whose terms in the definition are 1,000 times as large as their sum."""
+    top_logps = torch.tensor([[top, top - gap / 2]], requires_grad=True)
+    logps = (top_logps[:, 0] - gap).detach().requires_grad_()
+    losses = rank_jsd(logps, top_logps, max_rank=2, detach_target=False)
+    gradients = torch.autograd.grad(losses.sum(), (logps, top_logps))
+
+    exact = [leaf.detach().double().requires_grad_() for leaf in (logps, top_logps)]
+    p = torch.cat([exact[1], exact[0][:, None]], -1).exp()
+    definition = jsd(p.roll(-1, -1), p)
+    torch.testing.assert_close(losses.double(), definition.detach(), rtol=1e-6, atol=0)
+    expected = torch.autograd.grad(definition.sum(), exact)
+    largest = max(gradient.abs().max().item() for gradient in expected)
+    for found, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6 * largest)
+
+
 # ---------------------------------------------------------------- gradients
 
 
@@ -121,6 +214,8 @@ def test_values_equal_the_definitions(seed):
         ("max_target_kl", {}),
         ("fixed_target_kl", {}),
         ("fixed_target_kl", {"gate": False, "target": 0.3}),
+        ("rank_jsd", {"detach_target": False}),
+        ("rank_jsd", {"detach_target": False, "max_rank": 2}),
         ("nll", {}),
     ],
 )
@@ -134,7 +229,7 @@ def test_gradcheck_through_the_head(name, options):
     loss = resolve_loss(config(name=name, **options))
 
     def losses(hidden, weight):
-        stats = linear_token_stats(hidden, weight, actions, 0.8, loss.statistics)
+        stats = linear_token_stats(hidden, weight, actions, 0.8, loss.statistics, top_k=loss.top_k)
         return loss({**stats.as_dict(), **fields})[0]
 
     inputs = hidden.requires_grad_(), weight.requires_grad_()
@@ -155,6 +250,38 @@ def test_detached_target_has_the_gradient_of_a_constant():
     (gradient,) = torch.autograd.grad(found.sum(), z)
     (expected,) = torch.autograd.grad(with_constant_target(z).sum(), z)
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("max_rank", [2, 8])
+@pytest.mark.parametrize("detach", [False, True])
+def test_rank_jsd_gradient_is_that_of_the_whole_vocabulary(detach, max_rank):
+    logits, actions, _ = distributions()
+    z = logits.clone().requires_grad_()
+    found = losses_of("rank_jsd", z, actions, {}, detach_target=detach, max_rank=max_rank)
+    (gradient,) = torch.autograd.grad(found.sum(), z)
+
+    p = z.softmax(-1)
+    entries = promoted(p, actions, max_rank).unsqueeze(-1) == p.detach().unsqueeze(-2)
+    target = p.gather(-1, entries.long().argmax(-1))  # p' as a permutation of p, no two are equal
+    definition = jsd(target.detach() if detach else target, p)
+    (expected,) = torch.autograd.grad(definition.sum(), z)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_rank_jsd_with_a_detached_target_against_finite_differences():
+    logits, actions, _ = distributions(N=12)
+    z = logits.clone().requires_grad_()
+    found = losses_of("rank_jsd", z, actions, {}, max_rank=3)
+    (gradient,) = torch.autograd.grad(found.sum(), z)
+    assert gradient.abs().sum() > 0
+    target, step = promoted(logits.softmax(-1), actions, 3), 1e-5  # the target stays where it was
+
+    for column in range(logits.shape[1]):
+        change = torch.zeros(logits.shape[1], dtype=torch.float64)
+        change[column] = step
+        up, down = (jsd(target, (logits + side).softmax(-1)) for side in (change, -change))
+        numeric = (up - down) / (2 * step)
+        torch.testing.assert_close(gradient[:, column], numeric, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("detach", [False, True])
@@ -194,6 +321,55 @@ def test_max_target_is_exactly_nothing_where_the_token_is_the_maximum(dtype, det
     losses = losses_of("max_target_kl", z, logits.argmax(-1), {}, detach_target=detach)
     (gradient,) = torch.autograd.grad(losses.sum(), z)
     assert not losses.any() and not gradient.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("detach", [False, True])
+def test_rank_jsd_is_exactly_nothing_at_rank_1(dtype, detach):
+    logits, _, _ = distributions(N=500)
+    logits[::2] = logits[::2].round()  # with ties
+    last_maximum = logits.shape[1] - 1 - logits.flip(-1).argmax(-1)
+    for actions in (logits.argmax(-1), last_maximum):
+        z = logits.to(dtype).requires_grad_()
+        losses = losses_of("rank_jsd", z, actions, {}, detach_target=detach)
+        (gradient,) = torch.autograd.grad(losses.sum(), z)
+        assert not losses.any() and not gradient.any()
+
+
+def test_which_logps_rank_jsd_gives_gradient():
+    # p = 0.5 0.2 0.15 0.1 0.05; tokens of rank 1, 2, 3 and 5, the last beyond the cap
+    def gradients(detach):
+        top = torch.tensor([[0.5, 0.2, 0.15, 0.1]] * 4, dtype=torch.float64).log()
+        logps = torch.tensor([0.5, 0.2, 0.15, 0.05], dtype=torch.float64).log()
+        leaves = logps.requires_grad_(), top.requires_grad_()
+        losses = rank_jsd(*leaves, max_rank=3, detach_target=detach)
+        return torch.autograd.grad(losses.sum(), leaves)
+
+    def half(p, q):  # of d jsd / d log p
+        return 0.5 * p * math.log(2 * p / (p + q))
+
+    close = dict(rtol=1e-12, atol=1e-15)
+    expected = torch.tensor(
+        [
+            [0, 0, 0, 0],
+            [half(0.5, 0.2), 0, 0, 0],
+            [half(0.5, 0.2), half(0.2, 0.15), 0, 0],
+            [half(0.5, 0.2), half(0.2, 0.15), half(0.15, 0.05), 0],
+        ],
+        dtype=torch.float64,
+    )
+    of_logps = torch.tensor([0, half(0.2, 0.5), half(0.15, 0.5), half(0.05, 0.5)]).double()
+    on_logps, on_top = gradients(detach=True)
+    torch.testing.assert_close(on_top, expected, **close)
+    torch.testing.assert_close(on_logps, of_logps, rtol=1e-6, atol=1e-9)
+
+    more = torch.zeros(4, 4, dtype=torch.float64)  # what the target adds
+    more[1:, 0] = torch.tensor([half(0.5, 0.2), half(0.5, 0.15), half(0.5, 0.05)])
+    more[2:, 1], more[3, 2] = half(0.2, 0.5), half(0.15, 0.2)
+    on_a = torch.tensor([0, half(0.2, 0.5), half(0.15, 0.2), half(0.05, 0.15)])
+    on_logps, on_top = gradients(detach=False)
+    torch.testing.assert_close(on_top, expected + more, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(on_logps, of_logps + on_a, rtol=1e-6, atol=1e-9)
 
 
 def test_which_statistics_receive_gradient():
@@ -244,8 +420,31 @@ def test_max_target_at_extremes(logps, log1mps, max_logps, max_log1mps, expected
     assert all(leaf.grad is None or leaf.grad.isfinite().all() for leaf in leaves)
 
 
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "logp, top, expected",
+    [
+        (-INF, [0.0, -INF, -INF], math.log(2)),  # an impossible token below a certain one
+        (-1000.0, [0.0, -1000.0, -INF], math.log(2)),  # p(a) underflows
+        (-60.0, [0.0, -61.0, -62.0], math.log(2)),
+        (-INF, [-math.log(2), -math.log(2), -INF], math.log(2) / 2),  # only 0.5 of p moves
+        (-300.0, [-100.0, -200.0, -300.0], 0.0),  # nothing but tiny probabilities
+        (-INF, [-INF, -INF, -INF], 0.0),
+        (0.0, [0.0, -INF, -INF], 0.0),  # the only token there is
+    ],
+)
+def test_rank_jsd_at_extremes(logp, top, expected, dtype, detach):
+    logps = torch.tensor([logp], dtype=dtype, requires_grad=True)
+    top_logps = torch.tensor([top], dtype=dtype, requires_grad=True)
+    losses = rank_jsd(logps, top_logps, max_rank=3, detach_target=detach)
+    assert losses.item() == pytest.approx(expected, rel=1e-6, abs=1e-40)
+    gradients = torch.autograd.grad(losses.sum(), (logps, top_logps))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 @pytest.mark.parametrize("gate", [True, False])
-@pytest.mark.parametrize("name", ["max_target_kl", "fixed_target_kl"])
+@pytest.mark.parametrize("name", ["max_target_kl", "fixed_target_kl", "rank_jsd"])
 def test_extreme_logits_leave_no_nan(name, gate):
     logits = torch.tensor(
         [
@@ -281,14 +480,24 @@ def test_fixed_target_pulls_down_a_saturated_token_but_not_the_only_one():
 @pytest.mark.parametrize("name", LOSSES)
 def test_nan_is_not_hidden(name):
     loss = resolve_loss(config(name=name))
-    losses, _ = loss({name: torch.tensor([float("nan")]) for name in loss.inputs})
+    losses, _ = loss(filled(loss, 1, float("nan")))
     assert losses.isnan().all()
+
+
+@pytest.mark.parametrize("bad", ["logps", "top_logps"])
+def test_rank_jsd_hides_no_nan(bad):
+    p = torch.tensor([0.2, 0.5])
+    tensors = {"logps": p.log(), "top_logps": torch.tensor([[0.5, 0.2, 0.1]] * 2).log()}
+    tensors[bad][0] = float("nan")
+    losses = rank_jsd(**tensors, max_rank=3)
+    assert losses[0].isnan() and losses[1] == 0
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_tokens(name):
     loss = resolve_loss(config(name=name))
-    losses, metrics = loss({name: torch.zeros(0, requires_grad=True) for name in loss.inputs})
+    tensors = filled(loss, 0, 0.0)
+    losses, metrics = loss({name: value.requires_grad_() for name, value in tensors.items()})
     assert all(values.shape == (0,) for values in (losses, *metrics.values()))
     losses.sum().backward()
 
@@ -302,6 +511,7 @@ def test_no_tokens(name):
         ("ppo", ("logps",), ("old_logps", "advantages")),
         ("max_target_kl", ("logps", "log1mps", "max_logps", "max_log1mps"), ()),
         ("fixed_target_kl", ("logps", "log1mps"), ()),
+        ("rank_jsd", ("logps", "top_logps"), ()),
         ("nll", ("logps",), ()),
     ],
 )
@@ -310,6 +520,7 @@ def test_what_each_loss_needs(name, statistics, fields):
     assert isinstance(loss, TokenLoss) and loss.name == name
     assert (loss.statistics, loss.fields) == (statistics, fields)
     assert loss.uses_advantages == (name == "ppo")
+    assert loss.top_k == (8 if name == "rank_jsd" else 0)
     assert set(loss.statistics) <= set(STATISTICS) and set(loss.fields) <= set(FIELDS)
 
 
@@ -331,6 +542,36 @@ def test_options_and_fallbacks_are_bound():
     assert clip_ratios(resolve_loss(config(), fallbacks)) == [1, 1]
     assert clip_ratios(resolve_loss(config(clip_high=0.3), fallbacks)) == [0, 0]
     assert resolve_loss(config(name="nll"), fallbacks).name == "nll"
+
+
+def test_max_rank_says_how_many_columns(stranger):
+    assert resolve_loss(config(name="rank_jsd", max_rank=4)).top_k == 4
+    assert resolve_loss(config(name="rank_jsd", options={"max_rank": 5})).top_k == 5
+    assert resolve_loss(config(name="rank_jsd", max_rank=1)).top_k == 1
+    assert resolve_loss(config(import_path="my_loss.py:top")).top_k == 6
+    assert resolve_loss(config(import_path="my_loss.py:top", max_rank=2)).top_k == 2
+    # of a loss without top_logps it is an option like any other
+    assert resolve_loss(config(import_path="my_loss.py:ranked", max_rank=3)).top_k == 0
+
+
+@pytest.mark.parametrize("max_rank", [1, 2, 3, 4, 20])
+def test_the_trial_tokens_are_distributions(stranger, max_rank):
+    loss = resolve_loss(config(import_path="my_loss.py:top", max_rank=max_rank))
+    logps, max_logps, ranks, top = loss.function.func.__globals__["seen"][-1]
+    assert top.shape == (3, max_rank) and top.requires_grad
+    assert torch.equal(top[:, 0], max_logps)
+    assert (top.diff(dim=-1) <= 0).all() and (top.exp().sum(-1) < 1 + 1e-6).all()
+    assert (1 + (top > logps[:, None]).sum(-1) == ranks.clamp(max=max_rank + 1)).all()
+    for row in range(3):
+        assert logps[row] in top[row] or ranks[row] > max_rank
+
+
+def test_rank_jsd_wants_its_columns():
+    for top, max_rank in ((torch.zeros(2, 3), 4), (torch.zeros(2), 1)):
+        with pytest.raises(ValueError, match=r"top_logps \(2.*\): expected \[N, [14]\]"):
+            rank_jsd(torch.zeros(2), top, max_rank=max_rank)
+    with pytest.raises(ValueError, match="max_rank=0: must be 1 or more"):
+        rank_jsd(torch.zeros(2), torch.zeros(2, 0), max_rank=0)
 
 
 STRANGER = """
@@ -378,6 +619,21 @@ def no_statistic(rewards):
 
 def positional(logps, /, log1mps):
     return log1mps - logps
+
+seen = []
+
+def top(logps, max_logps, ranks, top_logps, *, max_rank=6):
+    seen.append((logps, max_logps, ranks, top_logps))
+    return top_logps[:, 0] - logps
+
+def unbounded(logps, top_logps):
+    return top_logps[:, 0] - logps
+
+def ranked(logps, *, max_rank=1.5):
+    return max_rank * logps
+
+def open_rank(logps, top_logps, *, max_rank):
+    return top_logps[:, 0] - logps
 
 constant = 3
 """
@@ -473,6 +729,22 @@ def test_a_loss_in_a_module():
             ["its parameter beta is neither", "options stand after a lone *"],
         ),
         (dict(import_path="my_loss.py:no_statistic"), ["takes no token statistic"]),
+        (
+            dict(import_path="my_loss.py:unbounded"),
+            ["takes top_logps without saying how many", "max_rank=8 after a lone *"],
+        ),
+        (dict(import_path="my_loss.py:open_rank"), ["option max_rank has no default"]),
+        (dict(name="rank_jsd", max_rank=0), ["name=rank_jsd", "max_rank=0 must be a whole number"]),
+        (dict(name="rank_jsd", options={"max_rank": 2.5}), ["max_rank=2.5 must be a whole number"]),
+        (dict(name="rank_jsd", options={"max_rank": True}), ["max_rank=True must be a whole"]),
+        (
+            dict(name="nll", max_rank=4),
+            ["actor.loss.max_rank=4: no option of actor.loss.name=nll"],
+        ),
+        (
+            dict(name="rank_jsd", gate=True),
+            ["actor.loss.gate=True: no option of", "it takes max_rank, detach_target"],
+        ),
     ],
 )
 def test_errors_name_key_value_and_way_out(stranger, changes, parts):

@@ -69,6 +69,30 @@ def test_cpu_asked_for_on_a_cuda_machine(composed):
     assert (config.actor.dtype, config.rollout.dtype) == ("float32", "float32")
 
 
+@pytest.mark.parametrize("name", ["ppo", "sft"])
+def test_triton_without_what_it_needs(composed, name):
+    for overrides, cuda in [((), False), (("actor.device=cpu",), True)]:
+        config = composed(name, "actor.token_stats=triton", *overrides)
+        with pytest.raises(ConfigError, match="^actor.token_stats=triton: needs CUDA.*; use auto"):
+            apply_fallbacks(config, cuda, {"triton"})
+    config = composed(name, "actor.token_stats=triton")
+    with pytest.raises(ConfigError, match="^actor.token_stats=triton: needs triton.*; use auto"):
+        apply_fallbacks(config, True, ALL)
+    config = composed(name, "actor.token_stats=triton")
+    assert apply_fallbacks(config, True, {"triton"}) == []
+    assert config.actor.token_stats == "triton"
+    for value in ("auto", "naive", "tiled", "compiled"):
+        config = composed(name, f"actor.token_stats={value}")
+        assert apply_fallbacks(config, False, set()) == []
+        assert config.actor.token_stats == value
+
+
+def test_triton_for_the_reference_alone(composed):
+    config = composed("ppo", "ref_actor.token_stats=triton")
+    with pytest.raises(ConfigError, match="^ref_actor.token_stats=triton: needs CUDA"):
+        apply_fallbacks(config, False, {"triton"})
+
+
 def test_cuda_asked_for_without_one(composed):
     with pytest.raises(ConfigError, match="actor.device=cuda: this machine has no CUDA device"):
         apply_fallbacks(composed("sft", "actor.device=cuda"), False, ALL)

@@ -5,6 +5,7 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
+from RL2.algorithms import LOSSES, resolve_loss
 from RL2.config import RLConfig, SFTConfig, register_schemas
 from RL2.config.schema import SCHEMAS, key_types
 from tests.config.support import CONFIG_DIR, RL_REQUIRED, SFT_REQUIRED, compose_config
@@ -74,7 +75,7 @@ def test_defaults_that_carry_meaning(composed):
 
 
 def loss_options(config) -> dict:
-    names = ("clip_low", "clip_high", "detach_target", "target", "gate")
+    names = ("clip_low", "clip_high", "detach_target", "target", "gate", "max_rank")
     loss = config.actor.loss
     return {name: loss[name] for name in names if name in loss and loss[name] is not None}
 
@@ -87,10 +88,42 @@ def test_options_follow_their_loss(composed):
     assert loss_options(composed("sft")) == {}
     for name in NAMES:
         assert loss_options(composed(name, "actor.loss.name=fixed_target_kl")) == fixed
+        ranked = composed(name, "actor.loss.name=rank_jsd")
+        assert loss_options(ranked) == {"detach_target": True, "max_rank": 8}
+        assert loss_options(composed(name, "actor.loss.name=max_target_kl")) == {
+            "detach_target": False
+        }
         assert loss_options(composed(name, "actor.loss.import_path=my_loss.py:my_loss")) == {}
     both = composed("ppo", "actor.clip=0.3", "actor.loss.clip_high=0.4")
     assert loss_options(both) == {"clip_low": 0.3, "clip_high": 0.4}
     assert loss_options(composed("spo", "actor.loss.detach_target=true")) == {"detach_target": True}
+    chosen = ("actor.loss.max_rank=4", "actor.loss.detach_target=false")
+    assert loss_options(composed("spo", "actor.loss.name=rank_jsd", *chosen)) == {
+        "detach_target": False,
+        "max_rank": 4,
+    }
+    own = composed("ppo", "actor.loss.import_path=my_loss.py:my_loss", "actor.loss.max_rank=3")
+    assert loss_options(own) == {"max_rank": 3}
+
+
+@pytest.mark.parametrize("name", ["max_target_kl", "fixed_target_kl", "rank_jsd", "nll"])
+@pytest.mark.parametrize("trainer", NAMES)
+def test_every_loss_resolves_under_every_trainer_with_its_own_defaults(composed, trainer, name):
+    """What the yaml files give as an option's default is that of the function."""
+    written = resolve_loss(composed(trainer, f"actor.loss.name={name}").actor.loss)
+    assert written.function.keywords == (LOSSES[name].__kwdefaults__ or {})
+
+
+def test_token_stats(composed):
+    for name in NAMES:
+        assert composed(name).actor.token_stats == "auto"
+        for value in ("naive", "tiled", "compiled", "triton"):
+            assert composed(name, f"actor.token_stats={value}").actor.token_stats == value
+        with pytest.raises(ConfigCompositionException):
+            compose_config(name, ["actor.token_stats=fused"])
+    config = composed("ppo", "actor.token_stats=tiled")
+    assert config.ref_actor.token_stats == "tiled"
+    assert composed("ppo", "ref_actor.token_stats=naive").actor.token_stats == "auto"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -54,6 +54,7 @@ def test_required(message, name, override):
         "actor.update_per_rollout=0",
         "actor.tp_size=0",
         "actor.loss.target=1.0",
+        "actor.loss.max_rank=0",
         "actor.clip=0.0",
         "rollout.train_sampling_params.temperature=0.0",
         "rollout.test_sampling_params.temperature=-0.1",

@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 from omegaconf import OmegaConf
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, LlamaConfig, Qwen3Config
 
 from RL2.algorithms import resolve_loss
 from RL2.config import ConfigError, TrainingError
@@ -36,6 +38,7 @@ LOSSES = {
     "ppo": {"name": "ppo", "clip_low": 0.2, "clip_high": 0.2},
     "spo": {"name": "max_target_kl"},
     "spo_0p5": {"name": "fixed_target_kl"},
+    "rank_jsd": {"name": "rank_jsd", "max_rank": 3},
 }
 LEVELS = ("token", "sequence", "correct")
 
@@ -53,7 +56,7 @@ def actor_config(model, **changes):
         "ddp_size": 1, "lr": 1e-3, "weight_decay": 0.01, "max_grad_norm": 1.0,
         "scheduler": "constant", "warmup_ratio": 0.0, "freeze_steps": 0, "temperature": 0.9,
         "max_length_per_device": 64, "max_inference_length_per_device": 64,
-        "update_per_rollout": 1, "avg_level": "sequence", "tis_coef": 0.0,
+        "update_per_rollout": 1, "avg_level": "sequence", "tis_coef": 0.0, "token_stats": "auto",
         "entropy": {"coef": 0.0},
         "kl": {"coef": 0.0, "type": None, "loss_estimator": "k3"},
     }  # fmt: skip
@@ -148,6 +151,68 @@ def test_update_is_the_same_on_one_and_two_ranks_and_for_any_packing(tmp_path):
                 # AdamW divides by the gradient's size, so tiny gradients amplify rounding
                 torch.testing.assert_close(other_weights[name], weight, rtol=0, atol=2e-5)
     assert reference[-1][0]["actor/skipped"] == 1.0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_implementation_of_the_head_makes_the_same_update(tmp_path, shape):
+    model = make_model(tmp_path, shape)
+    cases = [
+        (loss, {"token_stats": how, "entropy": {"coef": coef}}, as_spo(make_batch()))
+        for loss, coef in (("ppo", 0.0), ("spo", 0.0), ("spo", -0.5), ("rank_jsd", 0.1))
+        for how in ("naive", "tiled")
+    ]
+    (results,) = run_on_ranks(1, many_updates, model, cases)
+    for (naive, naive_weights), (tiled, tiled_weights) in zip(
+        results[::2], results[1::2], strict=True
+    ):
+        assert naive.keys() == tiled.keys() and naive["actor/grad_norm"] > 0
+        for name, value in naive.items():
+            assert tiled[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+        for name, weight in naive_weights.items():
+            # a step of AdamW is 1e-3, also where the gradient is next to nothing
+            torch.testing.assert_close(tiled_weights[name], weight, rtol=0, atol=1e-4)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that any operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.numel = max([self.numel, *(tensor.numel() for tensor in tensors)])
+        return result
+
+
+def largest_tensor_of_an_update(model, batch, implementation):
+    actor = make_actor(
+        model, "spo", token_stats=implementation, max_length_per_device=4096,
+        max_inference_length_per_device=4096,
+    )  # fmt: skip
+    n_actions = int(batch["action_mask"].sum())
+    with LargestTensor() as largest:
+        batch = actor.compute_logps(batch, "old_logps")
+        metrics = actor.update(batch, 1)
+    assert metrics["actor/grad_norm"] > 0
+    return largest.numel, n_actions
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_update_never_holds_the_logits(tmp_path, tied):
+    n_columns = 40_000
+    torch.manual_seed(0)
+    config = Qwen3Config(**(SHAPES["qwen3"].to_dict() | {"vocab_size": n_columns}))
+    config.tie_word_embeddings, config.hidden_size = tied, 8
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    batch = as_spo(make_batch(n_rows=64))
+    for implementation, holds in (("naive", True), ("tiled", False)):
+        arguments = (largest_tensor_of_an_update, str(tmp_path), batch, implementation)
+        ((numel, n_actions),) = run_on_ranks(1, *arguments)
+        assert n_actions * 8 > 64 * 64  # enough tokens for the bound to mean something
+        assert (numel >= n_actions * n_columns) == holds
+        if not holds:  # the weights are the largest tensor around, or a tile
+            assert numel <= max(n_columns * 8, 512 * 4096)
 
 
 def plain_logits(model, batch, temperature):
@@ -298,6 +363,24 @@ def load_missing(folder):
 def test_a_folder_without_a_model_is_named(tmp_path):
     (message,) = run_on_ranks(1, load_missing, str(tmp_path))
     assert f"actor.model_name={tmp_path}" in message
+
+
+def load_scaled_logits(folder):
+    config = GraniteConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, logits_scaling=8.0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for implementation in ("auto", "naive"):
+        make_actor(str(folder), token_stats=implementation)
+    with pytest.raises(ConfigError) as error:
+        make_actor(str(folder), token_stats="tiled")
+    return str(error.value)
+
+
+def test_a_head_that_is_not_linear_refuses_tiles_by_name(tmp_path):
+    (message,) = run_on_ranks(1, load_scaled_logits, tmp_path)
+    assert message.startswith("actor.token_stats=tiled: ") and message.endswith("use auto")
 
 
 def test_the_logged_rate_is_the_one_that_was_used(tmp_path):

@@ -10,6 +10,8 @@ written, `m = argmax z` (the lowest index wins a tie) and `S` the entropy:
     max_log1mps   log(1 - p_m)               as log1mps, with m for a
     entropy       -sum_j p_j log p_j         -p_j (log p_j + S)
     ranks         1 + #{j : z_j > z_a}       none
+    top_logps     log p_{i_1 … i_K}, the K   delta_{i_k} - p
+                  largest, descending [T, K]
 
 This is the plain version: it holds the full logits and leaves the backward pass to autograd.
 """
@@ -20,7 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from RL2.ops.token_stats.stats import NEG_INF, TokenStats, check_arguments, statistics_dtype
+from RL2.ops.token_stats.stats import (
+    NEG_INF,
+    TokenStats,
+    check_arguments,
+    check_head,
+    statistics_dtype,
+)
 
 
 def naive_token_stats(
@@ -30,6 +38,8 @@ def naive_token_stats(
     temperature: float,
     wanted: Sequence[str],
     bias: Tensor | None = None,
+    *,
+    top_k: int = 0,
 ) -> TokenStats:
     """Statistics of `softmax((hidden @ weight.T + bias) / temperature)` at `actions`.
 
@@ -40,28 +50,26 @@ def naive_token_stats(
         temperature: > 0.
         wanted: names out of `STATISTICS`; nothing else is computed.
         bias: `[V]` or None. -inf marks columns that are no tokens (padded vocabulary).
+        top_k: K of `top_logps`; no effect on the others.
 
     bf16 and fp16 inputs are promoted before the product: logits rounded to bf16 would cost
     0.1 in log(1 - p). Autocast has no effect in here for the same reason.
 
     Raises:
-        ValueError: wrong shapes, an unknown name in `wanted`, a temperature that is not positive.
+        ValueError: wrong shapes, an unknown name in `wanted`, a temperature that is not positive,
+            `top_logps` with `top_k` below 1.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}: "
-            "expected [T, H] and [V, H]"
-        )
+    check_head(hidden, weight, actions, temperature, wanted, top_k)
     dtype = statistics_dtype(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = F.linear(
             hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         )
-        return token_stats(logits, actions, temperature, wanted)
+        return token_stats(logits, actions, temperature, wanted, top_k)
 
 
 def token_stats(
-    logits: Tensor, actions: Tensor, temperature: float, wanted: Sequence[str]
+    logits: Tensor, actions: Tensor, temperature: float, wanted: Sequence[str], top_k: int = 0
 ) -> TokenStats:
     """Statistics of `softmax(logits / temperature)` at `actions`.
 
@@ -69,20 +77,23 @@ def token_stats(
         logits: `[T, V]`, left as they are. A row needs one finite entry; -inf entries are
             tokens of probability 0. Where only one token is possible, `max_log1mps` is -inf
             and has no gradient.
-        actions, temperature, wanted: as in `naive_token_stats`.
+        actions, temperature, wanted, top_k: as in `naive_token_stats`.
 
     Raises:
-        ValueError: wrong shapes, an unknown name in `wanted`, a temperature that is not positive.
+        ValueError: wrong shapes, an unknown name in `wanted`, a temperature that is not positive,
+            `top_logps` with `top_k` below 1.
     """
-    check_arguments(logits, actions, temperature, wanted)
+    check_arguments(logits, actions, temperature, wanted, top_k)
     z = logits.to(statistics_dtype(logits)) / temperature
     chosen = actions.unsqueeze(-1)
     maxima = z.detach().argmax(-1, keepdim=True)  # the first of equal maxima
     stats = {}
 
-    if "ranks" in wanted:  # before the shift, which may round different logits onto each other
+    # Order is looked up before the shift, which may round different logits onto each other.
+    if "ranks" in wanted:
         with torch.no_grad():
             stats["ranks"] = 1 + (z > z.gather(-1, chosen)).sum(-1).to(z.dtype)
+    largest = _largest(z.detach(), top_k) if "top_logps" in wanted else None
     if not set(wanted) - {"ranks"}:
         return TokenStats(**stats)
 
@@ -99,9 +110,12 @@ def token_stats(
         stats["logps"] = logps
     if "max_logps" in wanted:
         stats["max_logps"] = -lse
+    if largest is not None:
+        top_z = z.gather(-1, largest.clamp(min=0))
+        stats["top_logps"] = (top_z - lse.unsqueeze(-1)).masked_fill(largest < 0, NEG_INF)
     if "log1mps" in wanted or "max_log1mps" in wanted:
         max_log1mps = torch.where(
-            odds_rest < 1, log_odds_rest - lse, _log1mexp(-lse, odds_rest >= 1)
+            odds_rest < 1, log_odds_rest - lse, _log1mexp(-lse, ~(odds_rest < 1))
         )
         if "max_log1mps" in wanted:
             stats["max_log1mps"] = max_log1mps
@@ -124,6 +138,17 @@ def _logsumexp_without(z: Tensor, excluded: Tensor) -> Tensor:
     # one over numbers around -1000 has lost three digits: let the largest be 0.
     rest = (rest - top).masked_fill(alone, 0.0)
     return (rest.logsumexp(-1, keepdim=True) + top).squeeze(-1)
+
+
+def _largest(z: Tensor, k: int) -> Tensor:
+    """Columns `[T, k]` of the k largest entries, descending, the lowest column first among equal
+    ones (`topk` leaves those to chance); -1 where no finite entry is left."""
+    rest, columns = z.clone(), []
+    for _ in range(k):
+        column = rest.argmax(-1, keepdim=True)
+        columns.append(column.masked_fill(rest.gather(-1, column) == NEG_INF, -1))
+        rest.scatter_(-1, column, NEG_INF)
+    return torch.cat(columns, -1)
 
 
 def _log1mexp(logp: Tensor, where: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """What a token statistic is: names, container, argument checks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class TokenStats:
     max_log1mps: Tensor | None = None
     entropy: Tensor | None = None
     ranks: Tensor | None = None
+    top_logps: Tensor | None = None
 
     def as_dict(self) -> dict[str, Tensor]:
         """The statistics that were computed, by name (the tensors themselves, not copies)."""
@@ -33,19 +35,78 @@ class TokenStats:
 STATISTICS: tuple[str, ...] = tuple(field.name for field in fields(TokenStats))
 
 
+# (statistics of consecutive tokens, their slice of all) -> (sum of losses, {metric: sum})
+LossFunction = Callable[[TokenStats, slice], tuple[Tensor, dict[str, Tensor]]]
+
+
+class VocabularyShard(Protocol):
+    """This rank's part of a vocabulary that is split over the ranks of a tensor-parallel group.
+
+    `weight` and `bias` then hold the columns `start`, `start + 1`, … `start + columns - 1` of the
+    vocabulary (rows of `weight` beyond `columns` are padding, `columns` may be 0), and every rank
+    of the group makes the same call with the same `hidden` and `actions`.
+    """
+
+    start: int
+    columns: int
+    widest: int  # the largest `columns` of all ranks, so that all cut the tokens alike
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """`[n_ranks, *tensor.shape]`, in the order of `start`."""
+        ...
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum over the ranks, in place."""
+        ...
+
+
 def check_arguments(
-    logits: Tensor, actions: Tensor, temperature: float, wanted: Sequence[str]
+    logits: Tensor, actions: Tensor, temperature: float, wanted: Sequence[str], top_k: int = 0
 ) -> None:
+    """Raises ValueError for what `token_stats` cannot take."""
     if logits.dim() != 2 or logits.shape[1] == 0 or actions.shape != logits.shape[:1]:
         raise ValueError(
             f"logits {tuple(logits.shape)} and actions {tuple(actions.shape)}: "
             "expected [T, V] with V >= 1 and [T]"
         )
+    _check_request(temperature, wanted, top_k)
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    temperature: float,
+    wanted: Sequence[str],
+    top_k: int = 0,
+    shard: VocabularyShard | None = None,
+) -> None:
+    """Raises ValueError for what `linear_token_stats` cannot take."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}: "
+            "expected [T, H] and [V, H]"
+        )
+    if (shard is None and len(weight) == 0) or actions.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} and actions {tuple(actions.shape)}: "
+            f"expected [V, H] with V >= 1 and [{len(hidden)}]"
+        )
+    if shard is not None and not 0 <= shard.columns <= len(weight):
+        raise ValueError(
+            f"shard.columns={shard.columns}: must be between 0 and the {len(weight)} rows of weight"
+        )
+    _check_request(temperature, wanted, top_k)
+
+
+def _check_request(temperature: float, wanted: Sequence[str], top_k: int) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be positive")
     unknown = [name for name in wanted if name not in STATISTICS]
     if isinstance(wanted, str) or unknown:
         raise ValueError(f"wanted={wanted!r}: expected a list of names out of {STATISTICS}")
+    if "top_logps" in wanted and top_k < 1:
+        raise ValueError(f"top_k={top_k}: top_logps needs at least 1")
 
 
 def statistics_dtype(*tensors: Tensor) -> torch.dtype:

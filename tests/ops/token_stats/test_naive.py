@@ -1,10 +1,14 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from RL2.ops import STATISTICS, linear_token_stats, token_stats
+from RL2.ops.token_stats import STATISTICS, naive
 
+TOP_K = 4
+token_stats = partial(naive.token_stats, top_k=TOP_K)
+linear_token_stats = partial(naive.naive_token_stats, top_k=TOP_K)
 DIFFERENTIABLE = [name for name in STATISTICS if name != "ranks"]
 
 
@@ -27,6 +31,10 @@ def textbook(logits, actions, temperature):
         logp = z.log_softmax(-1)[rows, index]
         return torch.where(logp > math.log(0.5), torch.log1p(-log1m(index).exp()), logp)
 
+    V = z.shape[1]
+    order = z.sort(dim=-1, descending=True, stable=True).indices
+    missing = torch.full_like(z[:, 0], float("-inf"))
+
     return {
         "logps": log(actions),
         "log1mps": log1m(actions),
@@ -34,6 +42,9 @@ def textbook(logits, actions, temperature):
         "max_log1mps": log1m(maxima),
         "entropy": torch.special.entr(p).sum(-1),
         "ranks": 1 + (z > z[rows, actions].unsqueeze(-1)).sum(-1).double(),
+        "top_logps": torch.stack(
+            [log(order[:, k]) if k < V else missing for k in range(TOP_K)], -1
+        ),
     }
 
 
@@ -59,6 +70,8 @@ def test_hand_made_distribution():
     entropy = [-sum(q * math.log(q) for q in row) for row in p.tolist()]
     torch.testing.assert_close(stats.entropy, torch.tensor(entropy), **close)
     assert stats.ranks.tolist() == [2, 1, 2]
+    top = torch.tensor([[0.5, 0.3, 0.2, 0], [0.7, 0.2, 0.1, 0], [0.5, 0.25, 0.25, 0]])
+    torch.testing.assert_close(stats.top_logps.exp(), top, **close)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 2.0])
@@ -122,6 +135,11 @@ def test_gradients_equal_their_closed_forms():
     for name, value in expected.items():
         (gradient,) = torch.autograd.grad(getattr(stats, name).sum(), z, retain_graph=True)
         torch.testing.assert_close(gradient, value, rtol=1e-10, atol=1e-12, msg=name)
+    order = z.argsort(-1, descending=True)
+    for k in range(TOP_K):
+        at_k = torch.nn.functional.one_hot(order[:, k], z.shape[1])
+        (gradient,) = torch.autograd.grad(stats.top_logps[:, k].sum(), z, retain_graph=True)
+        torch.testing.assert_close(gradient, at_k - p, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", STATISTICS)
@@ -277,9 +295,75 @@ def test_entropy_of_a_sharp_distribution_at_an_offset():
     torch.testing.assert_close(stats.entropy.double(), exact, rtol=1e-5, atol=0)
 
 
-def test_ranks_see_differences_that_the_shift_rounds_away():
-    logits = torch.tensor([[300.0, 1e-8, 0.0]])
-    assert token_stats(logits, torch.tensor([2]), 1.0, ["ranks"]).ranks.item() == 3
+def test_order_sees_differences_that_the_shift_rounds_away():
+    logits = torch.tensor([[300.0, 0.0, 1e-8]], requires_grad=True)
+    actions = torch.tensor([1])
+    assert token_stats(logits, actions, 1.0, ["ranks"]).ranks.item() == 3
+    second = token_stats(logits, actions, 1.0, ["top_logps"]).top_logps[0, 1]
+    (gradient,) = torch.autograd.grad(second, logits)
+    assert gradient.tolist() == [[-1, 0, 1]]
+
+
+# ---------------------------------------------------------------- the most likely tokens
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [1, 3, 11, 15])
+def test_top_logps_are_the_largest(temperature, top_k):
+    hidden, weight, bias, actions = random_case(T=64)
+    found = naive.naive_token_stats(
+        hidden, weight, actions, temperature, ["top_logps"], bias, top_k=top_k
+    ).top_logps
+    everything = ((hidden @ weight.T + bias) / temperature).log_softmax(-1)
+    expected = everything.sort(-1, descending=True).values[:, :top_k]
+    assert found.shape == (64, top_k) and found.dtype == torch.float64
+    torch.testing.assert_close(found[:, :11], expected, rtol=1e-12, atol=1e-12)
+    assert (found[:, 11:] == float("-inf")).all()
+
+
+def test_the_first_of_the_top_is_the_maximum_and_one_of_them_the_action():
+    logits = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
+    actions = torch.arange(100) % 6
+    wanted = ["logps", "max_logps", "ranks", "top_logps"]
+    stats = naive.token_stats(logits, actions, 0.7, wanted, 6)
+    assert torch.equal(stats.top_logps[:, 0], stats.max_logps)
+    at_rank = stats.top_logps.gather(-1, stats.ranks.long()[:, None] - 1)[:, 0]
+    assert torch.equal(at_rank, stats.logps)  # bit for bit: losses compare them
+    (one,) = naive.token_stats(logits, actions, 0.7, ["top_logps"], 1).as_dict().values()
+    assert torch.equal(one, stats.max_logps[:, None])
+
+
+def test_lowest_index_comes_first_among_equals():
+    logits = torch.tensor([[1.0, 3.0, 1.0, 3.0, 1.0, 3.0]]).requires_grad_()
+    top = naive.token_stats(logits, torch.tensor([0]), 1.0, ["top_logps"], 5).top_logps[0]
+    assert top[0] == top[1] == top[2] and top[3] == top[4] < top[2]
+    gradients = [torch.autograd.grad(one, logits, retain_graph=True)[0][0] for one in top]
+    assert [gradient.argmax().item() for gradient in gradients] == [1, 3, 5, 0, 2]
+
+
+def test_missing_tokens_are_minus_infinity_without_gradient():
+    inf = float("inf")
+    logits = torch.tensor([[-inf, 2.0, -inf, 1.0], [-inf, -inf, 0.0, -inf]]).requires_grad_()
+    top = naive.token_stats(logits, torch.tensor([1, 2]), 1.0, ["top_logps"], 6).top_logps
+    p = math.exp(-1) / (1 + math.exp(-1))
+    torch.testing.assert_close(top[0, :2], torch.tensor([1 - p, p]).log())
+    assert top[1, 0] == 0 and (top[0, 2:] == -inf).all() and (top[1, 1:] == -inf).all()
+    (gradient,) = torch.autograd.grad(top[:, 1:].sum(), logits)  # of the second of row 0 alone
+    torch.testing.assert_close(gradient, torch.tensor([[0, p - 1, 0, 1 - p], [0.0] * 4]))
+
+
+def test_nan_logits_do_not_look_like_missing_tokens():
+    logits = torch.tensor([[0.0, float("nan"), 1.0]])
+    top = naive.token_stats(logits, torch.tensor([0]), 1.0, ["top_logps"], 3).top_logps
+    assert top.isnan().all()
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_top_logps_without_their_number(top_k):
+    hidden, weight, _, actions = random_case()
+    with pytest.raises(ValueError, match=f"top_k={top_k}: top_logps needs"):
+        naive.naive_token_stats(hidden, weight, actions, 1.0, ["top_logps"], top_k=top_k)
+    naive.naive_token_stats(hidden, weight, actions, 1.0, ["logps"], top_k=top_k)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -313,7 +397,8 @@ def test_few_tokens(T):
     actions = torch.zeros(T, dtype=torch.long)
     stats = linear_token_stats(hidden, weight, actions, 1.0, STATISTICS)
     values = stats.as_dict()
-    assert all(value.shape == (T,) for value in values.values())
+    for name, value in values.items():
+        assert value.shape == ((T, TOP_K) if name == "top_logps" else (T,))
     sum(value.sum() for value in values.values()).backward()
     assert weight.grad.shape == weight.shape and hidden.grad.shape == hidden.shape
     assert weight.grad.isfinite().all()

@@ -1,0 +1,143 @@
+"""The public entries, and which implementation answers."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from RL2.ops.token_stats.kernels import COMPILED, EAGER, Kernels
+from RL2.ops.token_stats.naive import naive_token_stats
+from RL2.ops.token_stats.stats import LossFunction, TokenStats, VocabularyShard, check_head
+from RL2.ops.token_stats.tiled import tiled_token_loss, tiled_token_stats
+
+# Vocabularies from which on, on CPU, a compiler's first half minute pays.
+_COMPILED_FROM = 2**15
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    temperature: float,
+    wanted: Sequence[str],
+    bias: Tensor | None = None,
+    *,
+    top_k: int = 0,
+    implementation: str = "auto",
+    shard: VocabularyShard | None = None,
+) -> TokenStats:
+    """Statistics of `softmax((hidden @ weight.T + bias) / temperature)` at `actions`.
+
+    Any differentiable function of them trains `hidden`, `weight` and `bias`; the logits are
+    computed again in its backward pass, tile by tile (but for `naive`), by tokens whose statistics
+    receive a gradient that is not exactly zero.
+
+    Args:
+        hidden: `[T, H]`, T may be 0.
+        weight: `[V, H]`, the head (tied or not), V >= 1.
+        actions: `[T]` integers in [0, V): the tokens that were written.
+        temperature: > 0.
+        wanted: names out of `STATISTICS`; nothing else is computed.
+        bias: `[V]` or None. -inf marks columns that are no tokens (padded vocabulary).
+        top_k: K of `top_logps [T, K]`.
+        implementation: a key of `IMPLEMENTATIONS`, or `auto` for the fastest on this device.
+        shard: the columns that `weight` and `bias` hold of a vocabulary that is split over a
+            tensor-parallel group. Every rank gets the statistics, and the gradient of `hidden`,
+            of the whole vocabulary.
+
+    Half-precision inputs give fp32 logits: rounded to bf16 they would cost 0.1 in log(1 - p).
+    Autocast has no effect in here for the same reason.
+
+    Raises:
+        ValueError: wrong shapes, an unknown name in `wanted` or `implementation`, a temperature
+            that is not positive, `top_logps` with `top_k` below 1, `naive` with a shard.
+        ImportError: `triton` where there is no triton.
+    """
+    check_head(hidden, weight, actions, temperature, wanted, top_k, shard)
+    kernels = _kernels(implementation, weight, shard)
+    if kernels is None:
+        return naive_token_stats(hidden, weight, actions, temperature, wanted, bias, top_k=top_k)
+    return tiled_token_stats(
+        hidden, weight, actions, temperature, wanted, bias,
+        top_k=top_k, kernels=kernels, shard=shard,
+    )  # fmt: skip
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    temperature: float,
+    wanted: Sequence[str],
+    loss_fn: LossFunction,
+    bias: Tensor | None = None,
+    *,
+    top_k: int = 0,
+    implementation: str = "auto",
+    shard: VocabularyShard | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A sum over tokens of a function of their statistics, and the sums of its metrics.
+
+    The gradients are formed in the forward pass, while a chunk's logits are there: three matrix
+    products instead of the four of `linear_token_stats`. The other arguments are the same.
+
+    Args:
+        loss_fn: `(TokenStats, rows) -> (loss, {name: metric})`, called once per chunk of
+            consecutive tokens; `rows` is their slice of the T tokens. Loss and metrics are scalars
+            that are summed over the chunks, so what divides them has to be known beforehand (as a
+            weight per token, say). Gradients go to `hidden`, `weight` and `bias`, and to nothing
+            else that `loss_fn` reads.
+
+    Returns:
+        The loss, whose `backward` may be called once, and the metrics, without gradients.
+    """
+    check_head(hidden, weight, actions, temperature, wanted, top_k, shard)
+    kernels = _kernels(implementation, weight, shard)
+    if kernels is None:
+        stats = naive_token_stats(hidden, weight, actions, temperature, wanted, bias, top_k=top_k)
+        loss, metrics = loss_fn(stats, slice(0, len(hidden)))
+        return loss, {name: value.detach() for name, value in metrics.items()}
+    return tiled_token_loss(
+        hidden, weight, actions, temperature, wanted, loss_fn, bias,
+        top_k=top_k, kernels=kernels, shard=shard,
+    )  # fmt: skip
+
+
+def _triton() -> Kernels:
+    from RL2.ops.token_stats.triton_kernels import logit_gradients, update_state
+
+    return Kernels(update_state, logit_gradients)
+
+
+# None: full logits and autograd.
+IMPLEMENTATIONS: dict[str, Callable[[], Kernels | None]] = {
+    "naive": lambda: None,
+    "tiled": lambda: EAGER,
+    "compiled": lambda: COMPILED,
+    "triton": _triton,
+}
+
+
+def _fastest(weight: Tensor) -> str:
+    """By device and vocabulary alone, so that a model is always answered by the same code."""
+    if weight.is_cuda:
+        return "triton" if importlib.util.find_spec("triton") else "compiled"
+    return "compiled" if len(weight) >= _COMPILED_FROM and _has_compiler() else "tiled"
+
+
+def _has_compiler() -> bool:
+    """Whether torch.compile finds the C++ compiler that it needs on CPU."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
+def _kernels(implementation: str, weight: Tensor, shard: VocabularyShard | None) -> Kernels | None:
+    name = _fastest(weight) if implementation == "auto" else implementation
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r}: unknown; use auto, {', '.join(IMPLEMENTATIONS)}"
+        )
+    if name == "naive" and shard is not None:
+        raise ValueError("implementation='naive': knows no shard; use 'auto' or 'tiled'")
+    return IMPLEMENTATIONS[name]()

@@ -1,0 +1,91 @@
+"""The four matrix products of a head: half-precision operands, fp32 results.
+
+Logits rounded to bf16 would cost 0.1 in log(1 - p), so they are accumulated and stored in fp32
+whatever the operands. Their gradients may be rounded to the operands' type: each is then wrong by
+a relative 2^-9 of its own, and sums over thousands of them by far less.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def logits_operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` as `logits_into` takes it; on CUDA half precision goes in as it is."""
+    return x if x.is_cuda and x.dtype in _HALF else x.to(dtype)
+
+
+def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """out `[R, n]` = hidden `[R, H]` @ weight `[n, H]`.T, in the type of `out`."""
+    product_into(out, hidden, weight.T)
+
+
+def gradient_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The type in which gradients of the logits are multiplied with hidden states and weight."""
+    return hidden.dtype if hidden.dtype == weight.dtype and hidden.dtype in _HALF else dtype
+
+
+def rounds_to_half(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether products of these come out in half precision: torch's on CPU have no other way."""
+    return not hidden.is_cuda and gradient_dtype(hidden, weight, torch.float32) in _HALF
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, accumulated in fp32 and stored in the type of `out`."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif out.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, accumulated in the type of `out` (on CPU, see `rounds_to_half`)."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    elif out.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.add_(torch.mm(a, b))
+
+
+@contextmanager
+def fast_fp32(device: torch.device) -> Iterator[None]:
+    """On CPU, fp32 products through oneDNN where that keeps all of fp32.
+
+    torch multiplies fp32 matrices with MKL, which reaches 40 % of oneDNN's speed on AMD's CPUs
+    (`benchmarks/RESULTS.md`). The switch to oneDNN also allows it to round operands to bf16, which
+    it only does on CPUs with AMX; there nothing is switched.
+    """
+    if device.type != "cpu" or not _onednn_keeps_fp32():
+        yield
+        return
+    with _onednn():
+        yield
+
+
+@contextmanager
+def _onednn() -> Iterator[None]:
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@cache
+def _onednn_keeps_fp32() -> bool:
+    """Multiplies numbers that bf16 does not have by the identity."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    numbers = 1 + torch.arange(256 * 256, dtype=torch.float32).view(256, 256) / 2**20
+    with _onednn():
+        return torch.equal(numbers @ torch.eye(256), numbers)
