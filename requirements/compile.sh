@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rewrites build.txt, base.txt and gpu.txt with uv: bash requirements/compile.sh [uv options]
+# Rewrites build.txt, base.txt, gpu.txt and triton.txt with uv: bash requirements/compile.sh [uv options]
 #   bash requirements/compile.sh --upgrade
 #   bash requirements/compile.sh --upgrade-package transformers
 # uv must find the CPU wheel of torch: UV_FIND_LINKS=<folder or page that holds it>. No header and
@@ -20,3 +20,5 @@ echo "torch==$TORCH+cpu" | compile ../pyproject.toml - --extra dev --constraints
 # The CUDA build comes from the registry, not from the folder with the CPU wheel.
 printf 'torch==%s\nliger-kernel\n' "$TORCH" | UV_FIND_LINKS='' compile - --constraints base.txt \
     --constraints build.txt --no-emit-package setuptools --output-file gpu.txt "$@"
+# For the tests of the Triton kernels on machines without CUDA: the version that gpu.txt has.
+echo triton | compile - --constraints gpu.txt --output-file triton.txt "$@"

@@ -16,6 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 REQUIREMENTS = ROOT / "requirements"
 CPU_FILES = ("build.txt", "torch-cpu.txt", "base.txt")
 GPU_FILES = ("build.txt", "gpu.txt", "base.txt")
+ALL_FILES = sorted({*CPU_FILES, *GPU_FILES, "triton.txt"})
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in [*ROOT.glob("*/*.sh"), ROOT / ".ci" / "run"]
@@ -39,7 +40,7 @@ def pinned_names(*files: str) -> set[str]:
     return {canonicalize_name(requirement.name) for requirement, _ in read_pins(*files)}
 
 
-@pytest.mark.parametrize("name", sorted({*CPU_FILES, *GPU_FILES}))
+@pytest.mark.parametrize("name", ALL_FILES)
 def test_every_entry_has_one_version_and_hashes(name):
     pins = read_pins(name)
     assert pins
@@ -50,7 +51,7 @@ def test_every_entry_has_one_version_and_hashes(name):
         assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", item) for item in hashes), requirement
 
 
-@pytest.mark.parametrize("name", sorted({*CPU_FILES, *GPU_FILES}))
+@pytest.mark.parametrize("name", ALL_FILES)
 def test_no_address_and_no_path_is_recorded(name):
     text = (REQUIREMENTS / name).read_text(encoding="utf-8")
     assert not re.search(r"://|file:|--index|--extra-index|--find-links|(?m:^\s*/)|\s/\w", text)
@@ -61,6 +62,10 @@ def test_the_cpu_files_hold_nothing_of_cuda():
     assert [name for name in pinned_names(*CPU_FILES) if cuda.match(name)] == []
     torch = [pin for pin, _ in read_pins("torch-cpu.txt") if pin.name == "torch"]
     assert {str(pin.specifier) for pin in torch} == {"==2.13.0+cpu", "==2.13.0"}
+
+
+def test_the_interpreted_kernels_are_those_of_gpu_machines():
+    assert read_pins("triton.txt")[0] in read_pins("gpu.txt")
 
 
 @pytest.mark.parametrize("files", [CPU_FILES, GPU_FILES], ids=["cpu", "gpu"])

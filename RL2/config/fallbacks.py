@@ -5,7 +5,7 @@ from collections.abc import Set
 from omegaconf import DictConfig, OmegaConf
 
 from RL2.config.errors import ConfigError
-from RL2.config.schema import Device, Dtype, EngineName, TokenStatsImplementation
+from RL2.config.schema import Device, Dtype, EngineName
 
 
 def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list[str]:
@@ -26,7 +26,7 @@ def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list
 
     Raises:
         ConfigError: `device=cuda` without a CUDA device; offloading on one (not there yet);
-            `token_stats=triton` without CUDA or triton.
+            `token_stats=triton` or `triton_fused` without CUDA or triton.
     """
     warnings = _model_fallbacks(config, "actor", cuda, available)
     if "ref_actor" in config:
@@ -73,15 +73,14 @@ def _model_fallbacks(config: DictConfig, group: str, cuda: bool, available: Set[
         elif "liger_kernel" not in available:
             why = "needs liger-kernel, which is not installed; running without it"
             fall_back("use_liger_kernel", False, why)
-    if node.token_stats == TokenStatsImplementation.triton:
+    if node.token_stats.startswith("triton"):
+        asked = f"{group}.token_stats={node.token_stats}"
         if not on_cuda:
-            raise ConfigError(
-                f"{group}.token_stats=triton: needs CUDA, and {group}.device is cpu; use auto"
-            )
+            raise ConfigError(f"{asked}: needs CUDA, and {group}.device is cpu; use auto")
         if "triton" not in available:
             raise ConfigError(
-                f"{group}.token_stats=triton: needs triton, which is not installed; use auto, or "
-                "install it (pip install triton)"
+                f"{asked}: needs triton, which is not installed; use auto, or install it "
+                "(pip install triton)"
             )
     for key in ("offload_model", "offload_optimizer"):
         if key in node and own(key) and node[key]:

@@ -68,6 +68,7 @@ class TokenStatsImplementation(StrEnum):
     tiled = "tiled"
     compiled = "compiled"
     triton = "triton"
+    triton_fused = "triton_fused"
 
 
 class EngineName(StrEnum):

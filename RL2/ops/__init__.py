@@ -4,6 +4,21 @@
 """
 
 from RL2.ops.packing import plan_packs
-from RL2.ops.token_stats import STATISTICS, TokenStats, linear_token_stats, token_stats
+from RL2.ops.token_stats import (
+    STATISTICS,
+    TokenStats,
+    VocabularyShard,
+    linear_token_loss,
+    linear_token_stats,
+    token_stats,
+)
 
-__all__ = ["STATISTICS", "TokenStats", "linear_token_stats", "plan_packs", "token_stats"]
+__all__ = [
+    "STATISTICS",
+    "TokenStats",
+    "VocabularyShard",
+    "linear_token_loss",
+    "linear_token_stats",
+    "plan_packs",
+    "token_stats",
+]

@@ -81,6 +81,9 @@ def test_triton_without_what_it_needs(composed, name):
     config = composed(name, "actor.token_stats=triton")
     assert apply_fallbacks(config, True, {"triton"}) == []
     assert config.actor.token_stats == "triton"
+    config = composed(name, "actor.token_stats=triton_fused")
+    with pytest.raises(ConfigError, match="^actor.token_stats=triton_fused: needs CUDA"):
+        apply_fallbacks(config, False, {"triton"})
     for value in ("auto", "naive", "tiled", "compiled"):
         config = composed(name, f"actor.token_stats={value}")
         assert apply_fallbacks(config, False, set()) == []

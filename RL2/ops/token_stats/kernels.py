@@ -32,16 +32,20 @@ class Kernels:
             column index    at_top
             column j        exp(z_j - second) (slope_0 + slope_1 (z_j - top)), at_chosen added if j
                             is the action; slope_1 is not read without `entropy`
+    fused_state(hidden, weight, bias, actions, start, scale, entropy): the state of all columns
+        straight from half-precision operands, without a tile of logits. Optional.
     """
 
     update_state: Callable[..., None]
     logit_gradients: Callable[..., None]
+    fused_state: Callable[..., Tensor] | None = None
 
 
 def _tile_state(logits, actions, start: int, scale: float, entropy: bool) -> Tensor:
     z = logits * scale
     top, index = z.max(-1)  # the first of equal maxima
-    others = z.scatter(-1, index.unsqueeze(-1), NEG_INF)
+    columns = torch.arange(z.shape[1], dtype=torch.int32, device=z.device)
+    others = z.masked_fill(columns == index.int().unsqueeze(-1), NEG_INF)
     second = others.amax(-1)
     base = second.masked_fill(second == NEG_INF, 0.0).unsqueeze(-1)
     gaps = others - base
@@ -69,13 +73,15 @@ def _update_state(state, logits, actions, start: int, scale: float, entropy: boo
 def _logit_gradients(
     out, logits, coefficients, actions, start: int, scale: float, entropy: bool
 ) -> None:
-    columns = torch.arange(start, start + logits.shape[1], device=logits.device)
+    columns = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
     top, index, second, slope_0, slope_1, at_top, at_chosen = coefficients.unsqueeze(-1)
     z = logits * scale
     factor = slope_0 + slope_1 * (z - top).clamp(min=LOWEST) if entropy else slope_0
     gradients = (z - second).exp() * factor
-    gradients = gradients + torch.where(columns == actions.unsqueeze(-1), at_chosen, 0.0)
-    out.copy_(torch.where(columns == index, at_top, gradients))
+    gradients = gradients + torch.where(
+        columns == (actions - start).int().unsqueeze(-1), at_chosen, 0.0
+    )
+    out.copy_(torch.where(columns == (index - start).int(), at_top, gradients))
 
 
 def _blocks(logits: Tensor) -> list[slice]:

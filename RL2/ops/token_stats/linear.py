@@ -105,10 +105,10 @@ def linear_token_loss(
     )  # fmt: skip
 
 
-def _triton() -> Kernels:
-    from RL2.ops.token_stats.triton_kernels import logit_gradients, update_state
+def _triton(fused: bool) -> Kernels:
+    from RL2.ops.token_stats.triton_kernels import fused_state, logit_gradients, update_state
 
-    return Kernels(update_state, logit_gradients)
+    return Kernels(update_state, logit_gradients, fused_state if fused else None)
 
 
 # None: full logits and autograd.
@@ -116,14 +116,15 @@ IMPLEMENTATIONS: dict[str, Callable[[], Kernels | None]] = {
     "naive": lambda: None,
     "tiled": lambda: EAGER,
     "compiled": lambda: COMPILED,
-    "triton": _triton,
+    "triton": lambda: _triton(fused=False),
+    "triton_fused": lambda: _triton(fused=True),
 }
 
 
 def _fastest(weight: Tensor) -> str:
     """By device and vocabulary alone, so that a model is always answered by the same code."""
-    if weight.is_cuda:
-        return "triton" if importlib.util.find_spec("triton") else "compiled"
+    if weight.is_cuda:  # `triton` has not been measured on a GPU yet
+        return "compiled" if importlib.util.find_spec("triton") else "tiled"
     return "compiled" if len(weight) >= _COMPILED_FROM and _has_compiler() else "tiled"
 
 

@@ -222,14 +222,24 @@ class _Seen:
     top_index: Tensor
 
 
-def _sweep(head: _Head, kept: Sequence[Tensor] | None = None) -> _Seen:
-    """One pass over the vocabulary; with `kept`, a `[T, n]` buffer per tile, logits stay there."""
+def _sweep(head: _Head, kept: Sequence[Tensor] | None = None, fused: bool = False) -> _Seen:
+    """One pass over the vocabulary; with `kept`, a `[T, n]` buffer per tile, logits stay there.
+
+    With `fused` not even a tile of them is written.
+    """
     n_tokens = len(head.hidden)
     device = head.hidden.device
     state = states.empty_state(n_tokens, head.dtype, device)
     top_z = torch.full((n_tokens, head.top_k), NEG_INF, dtype=head.dtype, device=device)
     top_index = torch.full((n_tokens, head.top_k), -1, device=device)
-    for rows, start, z in _tiles_of_logits(head, kept, fill=True):
+    if fused:
+        columns = slice(0, head.n_columns)
+        bias = None if head.bias is None else head.bias[columns]
+        state = head.kernels.fused_state(
+            head.hidden, head.weight[columns], bias, head.actions,
+            head.start, head.scale, head.entropy,
+        )  # fmt: skip
+    for rows, start, z in () if fused else _tiles_of_logits(head, kept, fill=True):
         head.kernels.update_state(
             state[:, rows], z, head.actions[rows], start, head.scale, head.entropy
         )
@@ -305,7 +315,11 @@ def _statistics(
 ) -> tuple[dict[str, Tensor], _Seen]:
     with torch.no_grad(), torch.autocast(head.hidden.device.type, enabled=False):
         with fast_fp32(head.hidden.device):
-            seen = _sweep(head, kept)
+            # Ranks and top_logps compare logits with each other, so all have to come from one
+            # kind of product.
+            fused = head.kernels.fused_state is not None and kept is None and not head.top_k
+            halves = gradient_dtype(head.hidden, head.weight, head.dtype) != head.dtype
+            seen = _sweep(head, kept, fused and halves and "ranks" not in wanted)
             values = states.statistics(seen.state, head.actions)
             if "ranks" in wanted:
                 values["ranks"] = _ranks(head, seen.state, kept)

@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from RL2.ops.token_stats import STATISTICS, linear_token_stats
+
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
@@ -461,6 +463,31 @@ def test_fused_states_of_two_shards_merge(kernels, device):
     high = kernels.fused_state(hidden, weight[123:], bias[123:], actions, 123, 1.0, True)
     expected = exact_state(exact_logits(hidden, weight, bias), actions)
     assert_same_state(merge(low, high), expected)
+
+
+def test_the_op_with_a_fused_forward(kernels, device):
+    """`triton_fused`: the forward sweep makes no tile, the backward pass makes them again."""
+    n_tokens, n_hidden, n_columns = 37, 32, 201
+    hidden, weight = (
+        torch.randn(n, n_hidden, device=device, generator=torch.Generator(device).manual_seed(n))
+        .to(HALF)
+        .requires_grad_()
+        for n in (n_tokens, n_columns)
+    )
+    actions = torch.arange(n_tokens, device=device)
+    wanted = [name for name in STATISTICS if name not in ("ranks", "top_logps")]
+    found, expected = (
+        linear_token_stats(hidden, weight, actions, 0.8, wanted, implementation=how).as_dict()
+        for how in ("triton_fused", "naive")
+    )
+    for name in wanted:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5, msg=name)
+        for inputs in (hidden, weight):
+            a, b = (
+                torch.autograd.grad(values[name].sum(), inputs, retain_graph=True)[0].float()
+                for values in (found, expected)
+            )
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * b.abs().max().item(), msg=name)
 
 
 def test_fused_state_takes_rows_apart(kernels, device):
