@@ -5,6 +5,7 @@ Both are the same two functions; `RL2.ops.token_stats.triton_kernels` has them a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -101,7 +102,25 @@ def _eager_logit_gradients(out, logits, coefficients, actions, start, scale, ent
         )
 
 
+def _logit_gradients_in_place(logits, *arguments) -> None:
+    _logit_gradients(logits, logits, *arguments)
+
+
+# Sizes of 1, strides, types and `entropy` each ask for a version of their own. Past the limit torch
+# would run eagerly without a word.
+_compile = partial(torch.compile, dynamic=True, recompile_limit=64)
+_compiled_to_buffer = _compile(_logit_gradients)
+_compiled_in_place = _compile(_logit_gradients_in_place)
+
+
+def _compiled_logit_gradients(out, logits, *arguments) -> None:
+    # One tensor must not go in twice: torch 2.13 miscomputes two arguments that are the same part
+    # of a larger buffer, and its cache on disk then does so for buffers apart as well.
+    if out.data_ptr() == logits.data_ptr():
+        _compiled_in_place(logits, *arguments)
+    else:
+        _compiled_to_buffer(out, logits, *arguments)
+
+
 EAGER = Kernels(_eager_update_state, _eager_logit_gradients)
-COMPILED = Kernels(
-    torch.compile(_update_state, dynamic=True), torch.compile(_logit_gradients, dynamic=True)
-)
+COMPILED = Kernels(_compile(_update_state), _compiled_logit_gradients)

@@ -15,7 +15,9 @@ class TokenStats:
     """Statistics of T tokens, each `[T]` in fp32 (fp64 for fp64 inputs); None if not wanted.
 
     Log-probabilities and entropy are in nats, at the temperature that was asked for. `ranks`
-    carries no gradient, counts from 1, and is a float like the others.
+    carries no gradient, counts from 1, and is a float like the others. `top_logps [T, K]` holds the
+    K largest log-probabilities in descending order, -inf where there are fewer tokens; which one
+    of several equal tokens gets a gradient is not defined.
     """
 
     logps: Tensor | None = None

@@ -60,7 +60,7 @@ class Tiling:
 
 
 # Measured on CPU (`benchmarks/RESULTS.md`): tiles of 8 MB in fp32 stay in the cache between the
-# product and the kernel. On a GPU launches cost more than memory does, so all rows go at once.
+# product and the kernel. On a GPU launches cost more than memory does: all rows at once.
 TILINGS: dict[str, Tiling] = {
     "cpu": Tiling(),
     "cuda": Tiling(columns=8192, rows=2**20, kept=16384, fewest=1024),
@@ -201,7 +201,7 @@ def _head(
         entropy="entropy" in wanted,
         top_k=top_k if "top_logps" in wanted else 0,
         kernels=kernels,
-        tiling=tiling or TILINGS[hidden.device.type],
+        tiling=tiling or TILINGS.get(hidden.device.type, Tiling()),
         shard=shard,
     )
 

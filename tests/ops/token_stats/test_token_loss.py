@@ -8,6 +8,7 @@ from RL2.ops.token_stats import kernels, linear_token_loss
 from tests.ops.token_stats.support import (
     ALL,
     OWED,
+    QUICK,
     AllocationRecorder,
     ProductCounter,
     RegisteredLoss,
@@ -22,6 +23,7 @@ from tests.ops.token_stats.support import (
 )
 
 tiled = pytest.mark.parametrize("implementation", ALL[1:])
+quick_tiled = pytest.mark.parametrize("implementation", QUICK[1:])
 WANTED = ("entropy", "ranks", "logps", "log1mps", "top_logps", "max_log1mps", "max_logps")
 # Chunks of a few tokens, of blocks of fewer, over several tiles.
 CHUNKED = Tiling(columns=4, rows=3, kept=4, fewest=1)
@@ -81,7 +83,7 @@ def test_equals_the_loss_on_full_logits(implementation, owed, dtype):
         assert not found[2][0][weights == 0].any()
 
 
-@tiled
+@quick_tiled
 @pytest.mark.parametrize("detach_target", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_registered_loss(implementation, name, detach_target):
@@ -104,7 +106,7 @@ def test_every_registered_loss(implementation, name, detach_target):
     same(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@tiled
+@quick_tiled
 @pytest.mark.parametrize("T", [0, 1, 2])
 @pytest.mark.parametrize("V", [1, 3, 11])
 def test_few_tokens_and_columns(implementation, T, V):
@@ -122,7 +124,7 @@ def test_few_tokens_and_columns(implementation, T, V):
     same(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@tiled
+@quick_tiled
 @pytest.mark.parametrize("trains", [False, True])
 def test_chunks_are_consecutive_slices_of_all_tokens(implementation, trains):
     """Also where few tokens owe, and the others give their place to the next chunk."""
@@ -144,7 +146,7 @@ def test_chunks_are_consecutive_slices_of_all_tokens(implementation, trains):
         assert len(chunks) > 2
 
 
-@tiled
+@quick_tiled
 def test_without_gradients(implementation):
     *inputs, actions = random_case()
     loss_fn = weighted(torch.ones(13, dtype=torch.float64))
@@ -155,7 +157,7 @@ def test_without_gradients(implementation):
     same(found, expected)
 
 
-@tiled
+@quick_tiled
 def test_a_loss_that_depends_on_no_parameter(implementation):
     """A micro-batch of filler, say: the graph is there, its gradients are zeros."""
     *inputs, actions = random_case()
@@ -168,7 +170,7 @@ def test_a_loss_that_depends_on_no_parameter(implementation):
     same(found, [torch.zeros_like(x) for x in inputs])
 
 
-@tiled
+@quick_tiled
 def test_autocast_has_no_effect(implementation):
     """On the products; the loss is the caller's and obeys it."""
     *inputs, actions = random_case(T=33, H=16, V=40, dtype=torch.float32)
@@ -179,7 +181,7 @@ def test_autocast_has_no_effect(implementation):
     same(cast, plain, rtol=0, atol=0)
 
 
-@tiled
+@quick_tiled
 def test_inside_a_larger_graph(implementation):
     """Gradients reach what hidden and weight were made of, and add up over two calls."""
     *inputs, actions = random_case(dtype=torch.float64)
