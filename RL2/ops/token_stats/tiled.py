@@ -46,8 +46,8 @@ class Tiling:
 
     columns: of the vocabulary, the width of a tile.
     rows: tokens whose tile is multiplied and read in one go; on CPU it then stays in the cache.
-    kept: `tiled_token_loss` keeps the logits of as many tokens as fill `[T, kept]`, but of
-    fewest: tokens at least, for the speed of its products.
+    kept: `tiled_token_loss` keeps the logits of as many tokens as fill `[T, kept]`.
+    fewest: where those are fewer than this, their products are slow, and it recomputes instead.
 
     The working memory, beyond the gradients themselves, is `[T, columns]` numbers for the one way
     and `[T, kept]` for the other.
@@ -63,7 +63,7 @@ class Tiling:
 # product and the kernel. On a GPU launches cost more than memory does: all rows at once.
 TILINGS: dict[str, Tiling] = {
     "cpu": Tiling(),
-    "cuda": Tiling(columns=8192, rows=2**20, kept=16384, fewest=1024),
+    "cuda": Tiling(columns=8192, rows=2**20, kept=16384, fewest=512),
 }
 
 
@@ -165,17 +165,18 @@ def tiled_token_loss(
     place to the next tokens, so that the products of the backward pass stay large however few
     tokens learn.
 
-    Half precision on CPU recomputes after all: its operands have to be widened for every chunk,
-    and its weight gradients rounded, which costs more than the fourth product.
+    It recomputes after all where that is faster: in half precision on CPU, whose operands have to
+    be widened for every chunk and whose weight gradients rounded, and where the buffer would hold
+    too few tokens (`Tiling.fewest`).
     """
-    if rounds_to_half(hidden, weight):
+    head = _head(hidden, weight, actions, temperature, wanted, bias, top_k, kernels, tiling, shard)
+    if rounds_to_half(hidden, weight) or _room(head) < min(len(hidden), head.tiling.fewest):
         stats = tiled_token_stats(
             hidden, weight, actions, temperature, wanted, bias,
             top_k=top_k, kernels=kernels, tiling=tiling, shard=shard,
         )  # fmt: skip
         loss, metrics = loss_fn(stats, slice(0, len(hidden)))
         return loss, {name: value.detach() for name, value in metrics.items()}
-    head = _head(hidden, weight, actions, temperature, wanted, bias, top_k, kernels, tiling, shard)
     trains = torch.is_grad_enabled()
     needs = [
         trains and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
@@ -492,15 +493,19 @@ def _clear(into: _Gradients) -> None:
 # ------------------------------------------------------- gradients in the forward pass
 
 
+def _room(head: _Head) -> int:
+    """How many tokens' logits the buffers hold; the same on all ranks of a group."""
+    widest = head.n_columns if head.shard is None else head.shard.widest
+    return min(len(head.hidden), len(head.hidden) * head.tiling.kept // widest)
+
+
 def _loss_and_gradients(
     head: _Head, wanted: Sequence[str], loss_fn: LossFunction, needs: Sequence[bool]
 ) -> tuple[Tensor, dict[str, Tensor], _Gradients]:
     n_tokens, dtype = len(head.hidden), head.dtype
     into = _buffers(head, needs, dtype)
     trains = any(needs)
-    widest = head.n_columns if head.shard is None else head.shard.widest
-    fitting = max(head.tiling.fewest, n_tokens * head.tiling.kept // widest)
-    room = min(n_tokens, fitting) if trains else n_tokens
+    room = _room(head) if trains else n_tokens
     buffers = [
         head.hidden.new_empty(room, tile.stop - tile.start, dtype=dtype) for tile in head.tiles()
     ] if trains else None  # fmt: skip
