@@ -1,8 +1,8 @@
 """The four matrix products of a head: half-precision operands, fp32 results.
 
 Logits rounded to bf16 would cost 0.1 in log(1 - p), so they are accumulated and stored in fp32
-whatever the operands. Their gradients may be rounded to the operands' type: each is then wrong by
-a relative 2^-9 of its own, and sums over thousands of them by far less.
+whatever the operands. Their gradients may be rounded to bf16 with bf16 operands: each is then wrong
+by a relative 2^-9 of its own, and sums over thousands of them by far less.
 """
 
 from collections.abc import Iterator
@@ -15,23 +15,27 @@ from torch import Tensor
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def logits_operand(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` as `logits_into` takes it; on CUDA half precision goes in as it is."""
-    return x if x.is_cuda and x.dtype in _HALF else x.to(dtype)
+def half_operands(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether both are of the same half-precision type."""
+    return hidden.dtype == weight.dtype and hidden.dtype in _HALF
 
 
-def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    """out `[R, n]` = hidden `[R, H]` @ weight `[n, H]`.T, in the type of `out`."""
-    product_into(out, hidden, weight.T)
+def logits_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The type of the operands of the logits; those on CUDA may be half with an fp32 result."""
+    return hidden.dtype if hidden.is_cuda and half_operands(hidden, weight) else dtype
 
 
 def gradient_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The type in which gradients of the logits are multiplied with hidden states and weight."""
-    return hidden.dtype if hidden.dtype == weight.dtype and hidden.dtype in _HALF else dtype
+    """The type in which gradients of the logits are multiplied with hidden states and weight.
+
+    Not fp16, in which the small ones vanish.
+    """
+    bf16 = half_operands(hidden, weight) and hidden.dtype == torch.bfloat16
+    return torch.bfloat16 if bf16 else dtype
 
 
 def rounds_to_half(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether products of these come out in half precision: torch's on CPU have no other way."""
+    """Whether products of gradients come out in half precision, as torch makes them on CPU."""
     return not hidden.is_cuda and gradient_dtype(hidden, weight, torch.float32) in _HALF
 
 

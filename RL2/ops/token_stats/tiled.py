@@ -25,8 +25,8 @@ from RL2.ops.token_stats.products import (
     add_product,
     fast_fp32,
     gradient_dtype,
-    logits_into,
-    logits_operand,
+    half_operands,
+    logits_dtype,
     product_into,
     rounds_to_half,
 )
@@ -112,9 +112,13 @@ class _Head:
         width = min(self.tiling.columns, self.n_columns)
         return self.hidden.new_empty(n_rows * width, dtype=dtype or self.dtype)
 
+    def operand(self, x: Tensor) -> Tensor:
+        """Hidden states or weight as `logits` takes them."""
+        return x.to(logits_dtype(self.hidden, self.weight, self.dtype))
+
     def logits(self, out: Tensor, hidden: Tensor, weight: Tensor, tile: slice) -> None:
-        """Logits of a tile `[R, n]` from operands (`logits_operand`) of its rows and columns."""
-        logits_into(out, hidden, weight)
+        """Logits of a tile `[R, n]` from the operands of its rows and columns."""
+        product_into(out, hidden, weight.T)
         if self.bias is not None:
             out.add_(self.bias[tile])
 
@@ -272,9 +276,9 @@ def _tiles_of_logits(
     """
     scratch = head.scratch(min(head.tiling.rows, len(head.hidden))) if kept is None else None
     compute = kept is None or fill
-    operand = logits_operand(head.hidden, head.dtype) if compute else None
+    operand = head.operand(head.hidden) if compute else None
     for t, tile in enumerate(head.tiles()):
-        weight = logits_operand(head.weight[tile], head.dtype) if compute else None
+        weight = head.operand(head.weight[tile]) if compute else None
         for rows in head.row_blocks():
             shape = (rows.stop - rows.start, tile.stop - tile.start)
             z = _view(scratch, shape) if kept is None else kept[t][rows]
@@ -319,7 +323,7 @@ def _statistics(
             # Ranks and top_logps compare logits with each other, so all have to come from one
             # kind of product.
             fused = head.kernels.fused_state is not None and kept is None and not head.top_k
-            halves = gradient_dtype(head.hidden, head.weight, head.dtype) != head.dtype
+            halves = half_operands(head.hidden, head.weight)
             seen = _sweep(head, kept, fused and halves and "ranks" not in wanted)
             values = states.statistics(seen.state, head.actions)
             if "ranks" in wanted:
@@ -380,7 +384,7 @@ def _add_gradients(
     `accumulate` added to) the others, tile by tile, from logits that were `kept` or from new
     ones."""
     n_tokens, dtype = len(head.hidden), gradient_dtype(head.hidden, head.weight, head.dtype)
-    operand = logits_operand(head.hidden, head.dtype) if kept is None else None
+    operand = head.operand(head.hidden) if kept is None else None
     own_buffer = dtype != head.dtype  # else logits turn into gradients where they are
     buffer = head.scratch(n_tokens, dtype) if own_buffer or kept is None else None
     scratch = head.scratch(min(head.tiling.rows, n_tokens)) if own_buffer and kept is None else None
@@ -389,7 +393,7 @@ def _add_gradients(
         weight = head.weight[tile]
         width = tile.stop - tile.start
         gradients = kept[t][:n_tokens] if buffer is None else _view(buffer, (n_tokens, width))
-        as_operand = logits_operand(weight, head.dtype) if kept is None else None
+        as_operand = head.operand(weight) if kept is None else None
         start = head.start + tile.start
         for rows in head.row_blocks():
             out = gradients[rows]

@@ -476,3 +476,33 @@ def test_no_tensor_of_all_logits(implementation, fits, wanted, monkeypatch):
     tile, per_token, own = 4 * T * columns, 4 * T * 64, 4 * (T * H + V * H + V)
     assert (recorder.largest <= tile) == fits
     assert (recorder.peak <= own + tile + per_token) == fits
+
+
+# ---------------------------------------------------------------- operands of other types
+
+
+@quick_tiled
+@pytest.mark.parametrize(
+    "hidden_dtype, weight_dtype",
+    [
+        (torch.float16, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+    ],
+)
+def test_operands_of_other_types(implementation, hidden_dtype, weight_dtype):
+    """Gradients come back in the types of the inputs; those of 1e-7 do not vanish in fp16."""
+    hidden, weight, _, actions = random_case(T=20, H=16, V=30)
+    hidden, weight = leaves(hidden.to(hidden_dtype), weight.to(weight_dtype))
+    found, expected = (
+        gradients(
+            stats_of(i, hidden, weight, actions, wanted=["logps", "entropy"]).logps * 1e-4,
+            [hidden, weight],
+        )
+        for i in (implementation, "naive")
+    )
+    for a, b, inputs in zip(found, expected, (hidden, weight), strict=True):
+        assert a.dtype == inputs.dtype
+        assert (a != 0).any()
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3 * b.abs().max().item())
