@@ -63,7 +63,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 def fast_fp32(device: torch.device) -> Iterator[None]:
     """On CPU, fp32 products through oneDNN where that keeps all of fp32.
 
-    torch multiplies fp32 matrices with MKL, which reaches 40 % of oneDNN's speed on AMD's CPUs
+    torch multiplies fp32 matrices with MKL, which reaches half of oneDNN's speed on AMD's CPUs
     (`benchmarks/RESULTS.md`). The switch to oneDNN also allows it to round operands to bf16, which
     it only does on CPUs with AMX; there nothing is switched.
     """
