@@ -8,7 +8,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from RL2.config import ConfigError
 from RL2.ops.attention import register_attention
-from RL2.ops.token_stats import LossFunction, linear_token_loss, linear_token_stats, token_stats
+from RL2.ops.token_stats import (
+    LossFunction,
+    linear_token_loss,
+    linear_token_stats,
+    loss_of,
+    token_stats,
+)
 
 # Models that do more than a matrix product between hidden states and logits name it so.
 _NON_LINEAR_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -88,7 +94,7 @@ class TokenStatsModel(nn.Module):
             logits = self.model(**inputs).logits[0].index_select(0, positions)
             stats = token_stats(logits, actions, temperature, wanted, top_k)
             if loss_fn is not None:
-                loss, metrics = loss_fn(stats, slice(0, len(actions)))
+                loss, metrics = loss_of(stats, len(actions), loss_fn)
                 return {"loss": loss, **metrics}
         return stats.as_dict()
 

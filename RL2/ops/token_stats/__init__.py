@@ -21,6 +21,7 @@ from RL2.ops.token_stats.stats import (
     LossFunction,
     TokenStats,
     VocabularyShard,
+    loss_of,
 )
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "VocabularyShard",
     "linear_token_loss",
     "linear_token_stats",
+    "loss_of",
     "token_stats",
 ]

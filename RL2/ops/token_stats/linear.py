@@ -9,7 +9,7 @@ from torch import Tensor
 
 from RL2.ops.token_stats.kernels import COMPILED, EAGER, Kernels
 from RL2.ops.token_stats.naive import naive_token_stats
-from RL2.ops.token_stats.stats import LossFunction, TokenStats, VocabularyShard, check_head
+from RL2.ops.token_stats.stats import LossFunction, TokenStats, VocabularyShard, check_head, loss_of
 from RL2.ops.token_stats.tiled import tiled_token_loss, tiled_token_stats
 
 # Vocabularies from which on, on CPU, a compiler's first half minute pays.
@@ -97,8 +97,7 @@ def linear_token_loss(
     kernels = _kernels(implementation, weight, shard)
     if kernels is None:
         stats = naive_token_stats(hidden, weight, actions, temperature, wanted, bias, top_k=top_k)
-        loss, metrics = loss_fn(stats, slice(0, len(hidden)))
-        return loss, {name: value.detach() for name, value in metrics.items()}
+        return loss_of(stats, len(hidden), loss_fn)
     return tiled_token_loss(
         hidden, weight, actions, temperature, wanted, loss_fn, bias,
         top_k=top_k, kernels=kernels, shard=shard,

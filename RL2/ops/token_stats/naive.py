@@ -41,19 +41,9 @@ def naive_token_stats(
     *,
     top_k: int = 0,
 ) -> TokenStats:
-    """Statistics of `softmax((hidden @ weight.T + bias) / temperature)` at `actions`.
+    """`linear_token_stats`, which explains the arguments, with all logits in fp32.
 
-    Args:
-        hidden: `[T, H]`, T may be 0.
-        weight: `[V, H]`, the head (tied or not), V >= 1.
-        actions: `[T]` integers in [0, V): the tokens that were written.
-        temperature: > 0.
-        wanted: names out of `STATISTICS`; nothing else is computed.
-        bias: `[V]` or None. -inf marks columns that are no tokens (padded vocabulary).
-        top_k: K of `top_logps`; no effect on the others.
-
-    bf16 and fp16 inputs are promoted before the product: logits rounded to bf16 would cost
-    0.1 in log(1 - p). Autocast has no effect in here for the same reason.
+    bf16 and fp16 inputs are promoted before the product, and autocast has no effect.
 
     Raises:
         ValueError: wrong shapes, an unknown name in `wanted`, a temperature that is not positive,
@@ -77,7 +67,7 @@ def token_stats(
         logits: `[T, V]`, left as they are. A row needs one finite entry; -inf entries are
             tokens of probability 0. Where only one token is possible, `max_log1mps` is -inf
             and has no gradient.
-        actions, temperature, wanted, top_k: as in `naive_token_stats`.
+        actions, temperature, wanted, top_k: as in `linear_token_stats`.
 
     Raises:
         ValueError: wrong shapes, an unknown name in `wanted`, a temperature that is not positive,

@@ -41,6 +41,14 @@ STATISTICS: tuple[str, ...] = tuple(field.name for field in fields(TokenStats))
 LossFunction = Callable[[TokenStats, slice], tuple[Tensor, dict[str, Tensor]]]
 
 
+def loss_of(
+    stats: TokenStats, n_tokens: int, loss_fn: LossFunction
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`loss_fn` over all `n_tokens` tokens in one chunk; the metrics without gradients."""
+    loss, metrics = loss_fn(stats, slice(0, n_tokens))
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
 class VocabularyShard(Protocol):
     """This rank's part of a vocabulary that is split over the ranks of a tensor-parallel group.
 

@@ -36,6 +36,7 @@ from RL2.ops.token_stats.stats import (
     TokenStats,
     VocabularyShard,
     check_head,
+    loss_of,
     statistics_dtype,
 )
 
@@ -179,8 +180,7 @@ def tiled_token_loss(
             hidden, weight, actions, temperature, wanted, bias,
             top_k=top_k, kernels=kernels, tiling=tiling, shard=shard,
         )  # fmt: skip
-        loss, metrics = loss_fn(stats, slice(0, len(hidden)))
-        return loss, {name: value.detach() for name, value in metrics.items()}
+        return loss_of(stats, len(hidden), loss_fn)
     trains = torch.is_grad_enabled()
     needs = [
         trains and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
@@ -471,9 +471,7 @@ def _gradients_of_statistics(
             head.shard.all_reduce(hidden)
         if len(rows) < n_tokens:
             hidden = hidden.new_zeros(n_tokens, hidden.shape[1]).index_copy_(0, rows, hidden)
-        hidden = hidden.to(head.hidden.dtype)
-    weight = None if into.weight is None else into.weight.to(head.weight.dtype)
-    return hidden, weight, None if into.bias is None else into.bias.to(head.bias.dtype)
+    return _in_types_of(head, hidden, into.weight, into.bias)
 
 
 def _buffers(head: _Head, needs: Sequence[bool], weight_dtype: torch.dtype) -> _Gradients:
@@ -485,6 +483,15 @@ def _buffers(head: _Head, needs: Sequence[bool], weight_dtype: torch.dtype) -> _
         if gradient is not None:
             gradient[head.n_columns :].zero_()
     return _Gradients(hidden, weight, bias)
+
+
+def _in_types_of(head: _Head, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, weight and bias in the types of those."""
+    inputs = (head.hidden, head.weight, head.bias)
+    return tuple(
+        None if gradient is None else gradient.to(like.dtype)
+        for gradient, like in zip(gradients, inputs, strict=True)
+    )
 
 
 def _clear(into: _Gradients) -> None:
@@ -546,15 +553,8 @@ def _loss_and_gradients(
         _clear(into)
     if into.hidden is not None and head.shard is not None:
         head.shard.all_reduce(into.hidden)
-    cast = [
-        None if gradient is None else gradient.to(like.dtype)
-        for gradient, like in zip(
-            (into.hidden, into.weight, into.bias),
-            (head.hidden, head.weight, head.bias),
-            strict=True,
-        )
-    ]
-    return loss, metrics, _Gradients(*cast)
+    gradients = _in_types_of(head, into.hidden, into.weight, into.bias)
+    return loss, metrics, _Gradients(*gradients)
 
 
 def _call(

@@ -176,7 +176,7 @@ def _logit_gradients_kernel(
     coefficients += row * coefficients_row_stride
     top = tl.load(coefficients)
     index = tl.load(coefficients + coefficients_stride).to(tl.int64) - start
-    rest = tl.load(coefficients + 2 * coefficients_stride)
+    second = tl.load(coefficients + 2 * coefficients_stride)
     slope_0 = tl.load(coefficients + 3 * coefficients_stride)
     at_top = tl.load(coefficients + 5 * coefficients_stride)
     at_chosen = tl.load(coefficients + 6 * coefficients_stride)
@@ -184,7 +184,7 @@ def _logit_gradients_kernel(
 
     scale = tl.full((), scale, top.dtype)
     z = tl.load(logits + row * logits_stride + columns, mask=inside, other=_NEG_INF) * scale
-    gradient = tl.exp(z - rest)
+    gradient = tl.exp(z - second)
     if ENTROPY:
         slope_1 = tl.load(coefficients + 4 * coefficients_stride)
         gradient *= slope_0 + slope_1 * tl.maximum(z - top, _LOWEST)
