@@ -5,6 +5,7 @@ from RL2.algorithms.advantages import (
     resolve_advantage,
     sample_returns,
 )
+from RL2.algorithms.importance import TIS_TYPES, importance_weights
 from RL2.algorithms.kl import KL_ESTIMATORS, approx_kl
 from RL2.algorithms.losses import LOSSES
 from RL2.algorithms.reductions import AVG_LEVELS, token_weights, weighted_sum
@@ -16,8 +17,10 @@ __all__ = [
     "FIELDS",
     "KL_ESTIMATORS",
     "LOSSES",
+    "TIS_TYPES",
     "TokenLoss",
     "approx_kl",
+    "importance_weights",
     "resolve_advantage",
     "resolve_loss",
     "sample_returns",

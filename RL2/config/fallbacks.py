@@ -19,20 +19,22 @@ def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list
         config: composed and validated.
         cuda: whether the machine has a CUDA device.
         available: names of the optional packages that can be imported (`flash_attn`,
-            `liger_kernel`, `triton`).
+            `liger_kernel`, `sglang`, `triton`, `vllm`).
 
     Returns:
         One line for each thing that was asked for and has no effect here.
 
     Raises:
         ConfigError: `device=cuda` without a CUDA device; offloading on one (not there yet);
-            `token_stats=triton` or `triton_fused` without CUDA or triton.
+            `token_stats=triton` or `triton_fused` without CUDA or triton; `rollout.engine=sglang`
+            or `vllm` where it is neither installed nor pointed to; `rollout.tp_size` above 1
+            without servers.
     """
     warnings = _model_fallbacks(config, "actor", cuda, available)
     if "ref_actor" in config:
         warnings += _model_fallbacks(config, "ref_actor", cuda, available)
     if "rollout" in config:
-        warnings += _rollout_fallbacks(config)
+        warnings += _rollout_fallbacks(config, available)
     return warnings
 
 
@@ -90,29 +92,78 @@ def _model_fallbacks(config: DictConfig, group: str, cuda: bool, available: Set[
     return warnings
 
 
-def _rollout_fallbacks(config: DictConfig) -> list[str]:
+def _rollout_fallbacks(config: DictConfig, available: Set[str]) -> list[str]:
     rollout, warnings = config.rollout, []
     on_cuda = config.actor.device == Device.cuda
     if rollout.engine == EngineName.auto:
-        rollout.engine = EngineName.transformers
+        installed = [name for name in ("sglang", "vllm") if name in available]
+        rollout.engine = installed[0] if on_cuda and installed else EngineName.transformers
+        if on_cuda and not installed:
+            warnings.append(
+                "rollout.engine=auto: neither sglang nor vllm is installed; using transformers, "
+                "which is slow for long responses of large models"
+            )
     if rollout.dtype == Dtype.auto:
         rollout.dtype = config.actor.dtype if on_cuda else Dtype.float32
     elif rollout.dtype == Dtype.bfloat16 and not on_cuda:
         warnings.append("rollout.dtype=bfloat16: needs CUDA; using float32")
         rollout.dtype = Dtype.float32
-    if rollout.gpu_memory_utilization is not None and rollout.engine == EngineName.transformers:
+    if rollout.engine == EngineName.transformers:
+        return warnings + _without_servers(rollout, on_cuda)
+
+    ours = rollout.server_url is None
+    if ours and rollout.server_python is None and rollout.engine not in available:
+        raise ConfigError(
+            f"rollout.engine={rollout.engine}: not installed here; install it (pip install "
+            f"RL2[{rollout.engine}]), or give the interpreter of an environment that has it: "
+            "rollout.server_python=<environment>/bin/python"
+        )
+    if rollout.sleep is None:
+        rollout.sleep = on_cuda and ours and rollout.staleness == 0
+    elif rollout.sleep and not on_cuda:
+        warnings.append("rollout.sleep=true: needs CUDA; the servers stay awake")
+        rollout.sleep = False
+    if rollout.gpu_memory_utilization is not None and not on_cuda:
+        warnings.append(
+            f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization}: needs CUDA; ignored"
+        )
+        rollout.gpu_memory_utilization = None
+    return warnings
+
+
+def _without_servers(rollout: DictConfig, on_cuda: bool) -> list[str]:
+    """What only servers have, taken back."""
+    if rollout.tp_size > 1:
+        raise ConfigError(
+            f"rollout.tp_size={rollout.tp_size}: belongs to server engines, and rollout.engine is "
+            "transformers; use 1"
+        )
+    warnings = []
+    if rollout.gpu_memory_utilization is not None:
         why = "the transformers engine takes memory as it needs it" if on_cuda else "needs CUDA"
         warnings.append(
             f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization}: {why}; ignored"
         )
         rollout.gpu_memory_utilization = None
-    if rollout.base_port is not None and rollout.engine == EngineName.transformers:
-        warnings.append(
-            f"rollout.base_port={rollout.base_port}: the transformers engine starts no server; "
-            "ignored"
-        )
-        rollout.base_port = None
+    for key, off in _OF_SERVERS.items():
+        if rollout[key] not in (None, off):
+            warnings.append(
+                f"rollout.{key}={_text(rollout[key])}: the transformers engine starts no server; "
+                "ignored"
+            )
+        rollout[key] = off
     return warnings
+
+
+_OF_SERVERS = {
+    "base_port": None,
+    "server_python": None,
+    "server_args": [],
+    "servers_per_node": None,
+    "weight_sync": "auto",
+    "weights_dir": None,
+    "sleep": False,
+}
 
 
 def _text(value: object) -> str:

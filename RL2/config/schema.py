@@ -78,6 +78,18 @@ class EngineName(StrEnum):
     vllm = "vllm"
 
 
+class WeightSync(StrEnum):
+    auto = "auto"
+    tensor = "tensor"
+    distributed = "distributed"
+    disk = "disk"
+
+
+class TISType(StrEnum):
+    truncate = "truncate"
+    mask = "mask"
+
+
 class Estimator(StrEnum):
     reinforce = "reinforce"
     spo = "spo"
@@ -171,6 +183,7 @@ class ActorConfig(TrainedModelConfig):
     update_per_rollout: int = MISSING
     clip: float | None = MISSING
     tis_coef: float = MISSING
+    tis_type: TISType = MISSING
     kl: KLConfig = field(default_factory=KLConfig)
     loss: RLLossConfig = field(default_factory=RLLossConfig)
 
@@ -197,13 +210,31 @@ class RolloutConfig:
     tp_size: int = MISSING
     gpu_memory_utilization: float | None = MISSING
     base_port: int | None = MISSING
+    server_url: Any = MISSING  # a text, a list of texts or null; omegaconf has no such union
+    server_python: str | None = MISSING
+    server_args: list[str] = field(default_factory=list)
+    servers_per_node: int | None = MISSING
+    server_start_timeout: float = MISSING
+    request_timeout: float = MISSING
+    request_retries: int = MISSING
+    max_restarts: int = MISSING
+    weight_sync: WeightSync = MISSING
+    weights_dir: str | None = MISSING
+    sleep: bool | None = MISSING
     max_batch_size: int = MISSING
     responses_per_prompt: int = MISSING
     max_turns: int = MISSING
     env_path: str = MISSING
     env_timeout: float = MISSING
     max_env_errors: int | None = MISSING
+    max_malformed: int | None = MISSING
+    max_in_flight: int = MISSING
     dynamic_filtering: bool = MISSING
+    max_resampled: int = MISSING
+    partial_rollout: bool = MISSING
+    over_sampling: int | None = MISSING
+    staleness: int = MISSING
+    llm_kl_alarm: float | None = MISSING
     train_sampling_params: SamplingConfig = field(default_factory=SamplingConfig)
     test_sampling_params: SamplingConfig = field(default_factory=SamplingConfig)
 

@@ -8,7 +8,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from RL2.config.errors import ConfigError
 from RL2.config.overrides import is_open, unknown_key_message
@@ -18,6 +18,7 @@ from RL2.config.schema import (
     Estimator,
     RLConfig,
     SFTConfig,
+    TISType,
     key_types,
 )
 
@@ -72,6 +73,9 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
             "rollout.tp_size",
             "rollout.max_turns",
             "rollout.max_batch_size",
+            "rollout.max_in_flight",
+            "rollout.over_sampling",
+            "rollout.servers_per_node",
             "rollout.train_sampling_params.max_new_tokens",
             "rollout.test_sampling_params.max_new_tokens",
             "trainer.n_epochs",
@@ -95,6 +99,9 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
             "ref_actor.temperature",
             "rollout.train_sampling_params.temperature",
             "rollout.env_timeout",
+            "rollout.llm_kl_alarm",
+            "rollout.server_start_timeout",
+            "rollout.request_timeout",
         ],
         _ABOVE_ZERO,
     ),
@@ -106,6 +113,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
             "actor.kl.coef",
             "rollout.test_sampling_params.temperature",
             "rollout.max_env_errors",
+            "rollout.max_malformed",
+            "rollout.max_resampled",
+            "rollout.request_retries",
+            "rollout.max_restarts",
             "trainer.seed",
         ],
         _FROM_ZERO,
@@ -120,11 +131,13 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         _PROBABILITY,
     ),
     "actor.entropy.coef": (math.isfinite, "must be finite"),
+    "rollout.staleness": (lambda x: x in (0, 1), "must be 0 (on-policy) or 1"),
     "actor.loss.target": (lambda x: 0 < x < 1, "must lie between 0 and 1"),
     "rollout.base_port": (lambda x: 1 <= x <= 65535, "must be a port, 1 to 65535"),
 }
 
 _HUB_NAME = r"[\w\-][\w.\-]*"
+_URL = re.compile(r"https?://[^/\s]+/?")
 _HUB_MODEL = re.compile(rf"{_HUB_NAME}/{_HUB_NAME}")
 _HUB_DATA = re.compile(rf"[^@]+@({_HUB_NAME}/)?{_HUB_NAME}(:[^:/]+)?")
 
@@ -152,6 +165,7 @@ def validate(config: DictConfig, world_size: int) -> None:
     _check_model(config.actor, "actor")
     if rl:
         _check_rollout(config)
+        _check_batches(config)
         _check_lengths(config)
         _check_objective(config)
         _check_data("train_data", config.train_data.path)
@@ -205,13 +219,8 @@ def _check_mesh(config: DictConfig, world_size: int) -> None:
         for key, size in sizes.items():
             if size > 1 and not key.endswith("ddp_size"):
                 raise ConfigError(f"{key}={size}: not available yet in this version; use 1")
-    if "rollout" in config and config.rollout.tp_size > 1:
-        size = config.rollout.tp_size
-        _check_divides("rollout.tp_size", size, world_size)
-        raise ConfigError(
-            f"rollout.tp_size={size}: belongs to server engines, which are not available yet in "
-            "this version; use 1"
-        )
+    if "rollout" in config:
+        _check_divides("rollout.tp_size", config.rollout.tp_size, world_size)
 
 
 def _check_divides(key: str, size: int, world_size: int) -> None:
@@ -243,11 +252,7 @@ def _check_model(node: DictConfig, group: str) -> None:
 
 def _check_rollout(config: DictConfig) -> None:
     rollout = config.rollout
-    if rollout.engine in (EngineName.sglang, EngineName.vllm):
-        raise ConfigError(
-            f"rollout.engine={rollout.engine}: not available yet in this version; use auto or "
-            "transformers"
-        )
+    _check_servers(rollout)
     if rollout.model_name != config.actor.model_name:
         raise ConfigError(
             f"rollout.model_name={rollout.model_name}: the engine generates with the weights of "
@@ -273,6 +278,80 @@ def _check_rollout(config: DictConfig) -> None:
         raise ConfigError(
             f"rollout.env_path={rollout.env_path}: no such file in {Path.cwd()}; give the python "
             "file of the environment, such as envs/gsm8k.py"
+        )
+
+
+def _check_servers(rollout: DictConfig) -> None:
+    servers = rollout.engine in (EngineName.sglang, EngineName.vllm)
+    url = rollout.server_url
+    if url is not None:
+        if not servers:
+            raise ConfigError(
+                f"rollout.server_url={url}: say which kind of server it is, rollout.engine=sglang "
+                "or rollout.engine=vllm"
+            )
+        for one in url if isinstance(url, ListConfig) else [url]:
+            if not isinstance(one, str) or not _URL.fullmatch(one):
+                raise ConfigError(
+                    f"rollout.server_url={one}: must be an address such as "
+                    "http://127.0.0.1:30000, or a list of them"
+                )
+        if not url:
+            raise ConfigError("rollout.server_url=[]: names no server; leave it out")
+        for key in ("server_python", "servers_per_node", "base_port"):
+            if rollout[key] is not None:
+                raise ConfigError(
+                    f"rollout.{key}={rollout[key]}: has no effect with rollout.server_url, whose "
+                    "servers are not started here; leave one of the two out"
+                )
+        if rollout.server_args:
+            raise ConfigError(
+                f"rollout.server_args={list(rollout.server_args)}: has no effect with "
+                "rollout.server_url, whose servers are not started here; leave one of the two out"
+            )
+    python = rollout.server_python
+    if python is not None and not os.access(Path(python).expanduser(), os.X_OK):
+        raise ConfigError(
+            f"rollout.server_python={python}: no executable file; give the python of the "
+            "environment that holds the engine, such as .venv-vllm/bin/python"
+        )
+
+
+def _check_batches(config: DictConfig) -> None:
+    """How a step's batch comes together, and what its age amounts to."""
+    rollout, actor = config.rollout, config.actor
+    if rollout.partial_rollout and rollout.staleness:
+        raise ConfigError(
+            "rollout.partial_rollout=true: its engine has to stand still between two steps, which "
+            f"it does not with rollout.staleness={rollout.staleness}; use one of the two"
+        )
+    if rollout.over_sampling is not None and not rollout.partial_rollout:
+        raise ConfigError(
+            f"rollout.over_sampling={rollout.over_sampling}: has no effect without "
+            "rollout.partial_rollout=true; set that, or leave it out"
+        )
+    if rollout.max_resampled:
+        key = f"rollout.max_resampled={rollout.max_resampled}"
+        if not rollout.dynamic_filtering:
+            raise ConfigError(
+                f"{key}: has no effect with rollout.dynamic_filtering=false, which leaves nothing "
+                "out; leave it out"
+            )
+        if rollout.responses_per_prompt == 1:
+            raise ConfigError(
+                f"{key}: has no effect with train_data.responses_per_prompt=1, as one sample of a "
+                "prompt leaves nothing to compare; raise that, or leave it out"
+            )
+    if rollout.sleep and rollout.staleness:
+        raise ConfigError(
+            "rollout.sleep=true: the engine generates all the time with "
+            f"rollout.staleness={rollout.staleness}; leave it out"
+        )
+    if actor.tis_type == TISType.mask and actor.tis_coef < 1:
+        advice = "has no effect with" if actor.tis_coef == 0 else "leaves no token with"
+        raise ConfigError(
+            f"actor.tis_type=mask: {advice} actor.tis_coef={actor.tis_coef}; set actor.tis_coef to "
+            "1 or more, such as 2"
         )
 
 

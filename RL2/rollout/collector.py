@@ -1,22 +1,17 @@
 """The collector: prompts in, a batch of judged token sequences and metrics out.
 
-Every rank answers its share of the prompts with its own engine; rank 0 gets everything. What is
-sampled depends on the run's seed, the step and a prompt's place in the step, not on the number of
-ranks. Token ids go in and come out: the ids that the engine sampled are the ids that are trained
-on; text is made from them for the environment only.
+Some ranks drive an engine. Each of them answers its share of the prompts; rank 0 gets everything.
+What is sampled depends on the run's seed, the step and a prompt's place in the step, not on the
+number of drivers, nor on which answer comes first: a batch holds the first groups, in the order
+of the prompts, that teach something. (`rollout.partial_rollout` alone goes by who is first.)
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
-import logging
-import math
-import os
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,139 +23,105 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from RL2.config.errors import EngineError, EnvError
-from RL2.datasets.base import collate
-from RL2.rollout.engine import Completion, Engine, SamplingParams
+from RL2.rollout.engine import Engine, SamplingParams
 from RL2.rollout.environments import Environment, load_environment
+from RL2.rollout.event_loop import EventLoopThread
+from RL2.rollout.flight import Flight
+from RL2.rollout.player import Gate, Player
+from RL2.rollout.samples import Group, Sample, drop_equal_groups, dump, summarise, to_batch
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
-_MASK_64 = (1 << 64) - 1
+Item = dict[str, Any]
+Draw = Callable[[int], list[Item]]
 
 
-def stable_seed(*parts: int) -> int:
-    """Mix integers into one of 63 bits; the same on every machine and in every process.
+@dataclass(frozen=True)
+class _Step:
+    """What is asked for. wanted: groups that shall teach something. spare: prompts in flight
+    beyond those. budget: prompts to draw at most for those that teach nothing. cut: the step
+    ends with the last group wanted, and the others are carried to the next."""
 
-    A chain of splitmix64 steps, so that neighbouring samples get unrelated seeds.
-    """
-    state = 0
-    for part in parts:
-        state = ((state ^ (part & _MASK_64)) + 0x9E3779B97F4A7C15) & _MASK_64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK_64
-        state ^= state >> 31
-    return state >> 1
-
-
-def action_text(
-    completion: Completion, sampling: SamplingParams, tokenizer: PreTrainedTokenizerBase
-) -> str:
-    """The text of a completion that an environment judges.
-
-    The end-of-sequence token is cut off; every other special token (`</think>` where it is one)
-    stays. With `no_stop_trim=False` the text ends before the stop string.
-    """
-    ids = completion.token_ids
-    if completion.finish_reason == "stop" and ids and ids[-1] in tokenizer.all_special_ids:
-        # Any special token that ended the completion, since a model may have several
-        # end-of-sequence tokens; but not one that is a stop string itself.
-        last = tokenizer.decode([ids[-1]], skip_special_tokens=False)
-        if not any(stop in last for stop in sampling.stop):
-            ids = ids[:-1]
-    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if completion.finish_reason == "stop" and not sampling.no_stop_trim:
-        found = [text.find(stop) for stop in sampling.stop if stop in text]
-        text = text[: min(found)] if found else text
-    return text
+    number: int
+    train: bool
+    n_responses: int
+    draw: Draw
+    wanted: int
+    spare: int = 0
+    budget: int = 0
+    cut: bool = False
 
 
 @dataclass
-class Turn:
-    """One action and what the environment said to it."""
+class _Report:
+    """What one rank tells the others after a round.
 
-    state: str
-    action: str
-    length: int
-    finish_reason: str
-    reward: float
-    score: float
-
-
-@dataclass
-class Sample:
-    """One answer to one prompt, over all its turns.
-
-    position: place of the prompt in the step. response: number of the answer to that prompt.
-    sequences: token sequences as `RL2.datasets.base.collate` takes them; more than one where a
-        turn's state does not continue the turn before.
-    error: why the sample counts for nothing (None for a good one).
+    n_teach: groups for the batch. taken: positions that are done with. kept: those that stay in
+    flight there, in order. n_refilled: prompts that it drew on its own.
     """
 
-    position: int
-    response: int
-    turns: list[Turn] = field(default_factory=list)
-    sequences: list[dict[str, list]] = field(default_factory=list)
-    prompt: str | None = None
-    answer: Any = None
-    error: str | None = None
-    error_is_env: bool = False
-
-    @property
-    def reward(self) -> float:
-        return math.fsum(turn.reward for turn in self.turns)
-
-    @property
-    def score(self) -> float:
-        return math.fsum(turn.score for turn in self.turns)
-
-    @property
-    def length(self) -> int:
-        return sum(turn.length for turn in self.turns)
+    n_teach: int = 0
+    taken: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    n_refilled: int = 0
+    env: list[str] = field(default_factory=list)
+    malformed: list[str] = field(default_factory=list)
+    failure: str | None = None
 
 
 class Collector:
     """Collects rollouts; every rank makes one and calls its methods together.
 
+    Its event loop runs in a thread of its own, for the whole run: what an engine supervises there
+    goes on while this thread trains.
+
     Args:
-        config: the `rollout` node: env_path, env_timeout, max_env_errors, max_turns,
-            responses_per_prompt, dynamic_filtering, train_sampling_params, test_sampling_params.
+        config: the `rollout` node: env_path, env_timeout, max_env_errors, max_malformed,
+            max_turns, max_in_flight, responses_per_prompt, dynamic_filtering, max_resampled,
+            partial_rollout, over_sampling, train_sampling_params, test_sampling_params.
         tokenizer: of the policy.
-        engine: this rank's engine; the collector closes it.
+        engine: this rank's engine, None where it does not drive one; the collector starts and
+            closes it.
         seed: of the run.
         environment: None loads `config.env_path`.
         rollouts_dir: where rank 0 writes every rollout as jsonl; None writes nothing.
         n_ranks, rank: of the default process group, or of `group`.
-        group: process group that can carry CPU objects; None is the default group.
+        drivers: the ranks that have an engine, None for all.
+        group: process group that can carry CPU objects; None is the default group. A rollout in
+            another thread than the one that trains needs a group of its own.
         test_responses_per_prompt: answers per prompt in evaluation.
         max_length: most tokens in one sequence; a sample whose next turn might not fit ends.
         progress: True shows a progress bar, False does not, None does on a terminal.
+        device: of this rank.
 
-    Raises ConfigError for an environment file that cannot be used.
+    Raises ConfigError for an environment file that cannot be used, EngineError when the engine
+    does not start.
     """
 
     def __init__(
         self,
         config: DictConfig,
         tokenizer: PreTrainedTokenizerBase,
-        engine: Engine,
+        engine: Engine | None,
         *,
         seed: int,
         environment: Environment | None = None,
         rollouts_dir: str | Path | None = None,
         n_ranks: int = 1,
         rank: int = 0,
+        drivers: tuple[int, ...] | None = None,
         group: dist.ProcessGroup | None = None,
         test_responses_per_prompt: int = 1,
         max_length: int | None = None,
         progress: bool | None = None,
+        device: torch.device | None = None,
     ):
         self.environment = environment or load_environment(
             config.env_path, timeout=float(config.env_timeout)
         )
-        self.tokenizer = tokenizer
         self.engine = engine
-        self.seed = seed
         self.rollouts_dir = None if rollouts_dir is None else Path(rollouts_dir)
         self.n_ranks, self.rank, self.group = n_ranks, rank, group
+        self.drivers = tuple(range(n_ranks)) if drivers is None else drivers
         self.responses_per_prompt = {
             True: int(config.responses_per_prompt),
             False: test_responses_per_prompt,
@@ -169,101 +130,339 @@ class Collector:
             True: SamplingParams.from_config(config.train_sampling_params),
             False: SamplingParams.from_config(config.test_sampling_params),
         }
-        self.max_turns = int(config.max_turns)
         self.dynamic_filtering = bool(config.dynamic_filtering)
+        self.max_resampled = int(config.max_resampled)
+        self.partial_rollout = bool(config.partial_rollout)
+        self.over_sampling: int | None = config.over_sampling
+        self.max_in_flight = int(config.max_in_flight)
         self.max_env_errors: int | None = config.max_env_errors
-        limits = [limit for limit in (max_length, engine.context_length) if limit is not None]
-        self.max_length = min(limits, default=None)
+        self.max_malformed: int | None = config.max_malformed
         self.progress = progress
-        self.env_errors = 0
-        self._runner = asyncio.Runner()
+        self.env_errors = self.malformed = 0
+        self._carried: list[list[Item]] = [[] for _ in self.drivers]
+        self._loop = EventLoopThread(device)
+        self._player: Player | None = None
+        self._flight: Flight | None = None  # of training, where groups go on from step to step
+        if engine is None:
+            return
+        try:
+            self.run(engine.start())
+        except BaseException:
+            self.close()
+            raise
+        limits = [limit for limit in (max_length, engine.context_length) if limit is not None]
+        self._player = Player(
+            engine,
+            self.environment,
+            tokenizer,
+            seed=seed,
+            max_turns=int(config.max_turns),
+            max_length=min(limits, default=None),
+        )
+
+    @property
+    def driver(self) -> int | None:
+        """This rank's place among the drivers."""
+        return self.drivers.index(self.rank) if self.rank in self.drivers else None
+
+    @property
+    def carried(self) -> list[Item]:
+        """Prompts that were begun and whose answers are in no batch yet, the same on all ranks."""
+        return [item for items in self._carried for item in items]
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine (of the engine, say) on the collector's event loop."""
-        return self._runner.run(coroutine)
+        return self._loop.run(coroutine)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Give this rank's engine new weights. Raises EngineError naming a parameter."""
-        self.run(self.engine.update_weights(named_tensors, version))
+        """Give the engines new weights: a collective where drawing the tensors is one, which a
+        rank without an engine takes part in. Raises EngineError naming a parameter."""
+
+        async def draw() -> None:
+            for _ in named_tensors:
+                pass
+
+        update = self.engine.update_weights(named_tensors, version) if self.engine else draw()
+        self.run(update)
+
+    def sleep(self) -> None:
+        """Let the engine release memory until `wake`."""
+        if self.engine is not None:
+            self.run(self.engine.sleep())
+
+    def wake(self) -> None:
+        """Undo `sleep`. Does nothing when awake."""
+        if self.engine is not None:
+            self.run(self.engine.wake())
 
     def close(self) -> None:
-        """Close the engine and the event loop. May be called twice."""
-        if self._runner is None:
+        """Close the engine and the event loop, whatever runs there. May be called twice."""
+        if self._loop is None:
             return
-        runner, self._runner = self._runner, None
-        with runner:
-            runner.run(self.engine.close())
+        loop, self._loop = self._loop, None
+        try:
+            loop.cancel()
+            if self._flight is not None:
+                loop.run(self._flight.abandon())
+            if self.engine is not None:
+                loop.run(self.engine.close())
+        finally:
+            loop.close()
 
     def collect(
         self,
-        items: list[dict[str, Any]],
+        items: list[Item],
         step: int,
         train: bool,
         responses_per_prompt: int | None = None,
     ) -> tuple[dict[str, Tensor] | None, dict[str, float]]:
-        """Answer and judge `items`, the same list on every rank (a collective).
+        """Answer and judge `items`, exactly these, the same list on every rank (a collective).
 
         items: dicts with `extra_info`, and `prompt` and `prompt_ids` where the environment's
             `reset` does not give them.
 
         Returns (batch, metrics) on rank 0 and (None, {}) on the others. The batch holds the
-        fields of `collate` and sample_ids, group_ids [B] int64, correct [B] bool; it is None in
-        evaluation and when no sample is left to learn from.
+        fields of `to_batch`; it is None in evaluation and when no sample is left to learn from.
 
-        `rollout/env_errors` counts the whole run so far, as `rollout.max_env_errors` does.
+        `rollout/env_errors` and `rollout/malformed` count the whole run so far, as
+        `rollout.max_env_errors` and `rollout.max_malformed` do.
 
         Raises EnvError when environments failed more than `rollout.max_env_errors` times in the
-        run, EngineError when an engine failed; on every rank.
+        run, EngineError when an engine failed, or answered without sense more than
+        `rollout.max_malformed` times; on every rank.
         """
+        left = iter(items)
+        return self._collect(
+            _Step(
+                step,
+                train,
+                responses_per_prompt or self.responses_per_prompt[train],
+                draw=lambda n: [item for _, item in zip(range(n), left, strict=False)],
+                wanted=len(items),
+            )
+        )
+
+    def collect_step(
+        self, draw: Draw, n_prompts: int, step: int
+    ) -> tuple[dict[str, Tensor] | None, dict[str, float]]:
+        """A training batch of `n_prompts` groups, as far as the settings allow (a collective).
+
+        With `rollout.dynamic_filtering` up to `rollout.max_resampled` further prompts take the
+        place of those that teach nothing. With `rollout.partial_rollout` more prompts than needed
+        are in flight; the step ends with the last group that it needs, and what is unfinished
+        then goes on in the next.
+
+        draw: `draw(n)` gives the next n prompts, the same on every rank; it is called by this
+            thread or, while this thread waits, by the event loop's.
+
+        Returns and raises as `collect`.
+        """
+        n_responses = self.responses_per_prompt[True]
+        spare = 0
+        if self.partial_rollout:
+            spare = n_prompts // 2 if self.over_sampling is None else self.over_sampling
+        return self._collect(
+            _Step(
+                step,
+                True,
+                n_responses,
+                draw,
+                wanted=n_prompts,
+                spare=spare,
+                budget=self.max_resampled if self._filters(n_responses) else 0,
+                cut=self.partial_rollout,
+            )
+        )
+
+    def _filters(self, n_responses: int) -> bool:
+        # One answer to a prompt leaves nothing to compare.
+        return self.dynamic_filtering and n_responses > 1
+
+    def _collect(self, step: _Step) -> tuple[dict[str, Tensor] | None, dict[str, float]]:
         start = time.perf_counter()
-        n_responses = responses_per_prompt or self.responses_per_prompt[train]
-        samples = self._gather(lambda: self._answer(items, step, train, n_responses), train)
+        samples, n_resampled = self._answer(step)
+        samples = self._gather(samples)
         if samples is None:
             return None, {}
         seconds = time.perf_counter() - start
         samples.sort(key=lambda sample: (sample.position, sample.response))
+        name = "train" if step.train else "test"
         if self.rollouts_dir is not None:
-            name = "train" if train else "test"
-            dump(samples, self.rollouts_dir / f"step{step:06d}_{name}.jsonl")
+            dump(samples, self.rollouts_dir / f"step{step.number:06d}_{name}.jsonl")
         good = [sample for sample in samples if sample.error is None]
-        metrics = summarise(good, "train" if train else "test")
+        metrics = summarise(good, name)
         metrics["rollout/env_errors"] = float(self.env_errors)
-        if not train:
+        metrics["rollout/malformed"] = float(self.malformed)
+        if self.engine is not None:
+            metrics |= self.engine.metrics()
+        if not step.train:
             return None, metrics
         metrics["rollout/tokens_per_s"] = sum(sample.length for sample in good) / seconds
-        if self.dynamic_filtering and n_responses > 1:
+        if self._filters(step.n_responses):
             good, metrics["rollout/dynamic_filtering_ratio"] = drop_equal_groups(good)
-        return to_batch(good, n_responses), metrics
+            metrics["rollout/resampled"] = float(n_resampled)
+        if step.cut:
+            metrics["rollout/unfinished"] = float(len(self.carried))
+        return to_batch(good, step.n_responses), metrics
 
-    def _gather(self, answer: Callable[[], list[Sample]], train: bool) -> list[Sample] | None:
-        """Run `answer` and bring the samples of all ranks to rank 0; None elsewhere.
+    def _answer(self, step: _Step) -> tuple[list[Sample], int]:
+        """This rank's samples of a step, and how many prompts were drawn to replace others.
 
-        The ranks tell each other about failures first, so that all of them stop together.
+        The drivers answer in rounds; a second one is for the prompts that take the place of
+        those that taught nothing. (A single driver draws them as it goes.) Every rank keeps the
+        same books: what was drawn, who has it, what is left.
         """
-        samples, failure = [], None
+        flight = self._flight_of(step)
         try:
-            samples = answer()
+            return self._rounds(step, flight)
+        except BaseException:
+            self._carried = [[] for _ in self.drivers]
+            if flight is not None and self._loop is not None:
+                self.run(flight.abandon())
+            raise
+
+    def _rounds(self, step: _Step, flight: Flight | None) -> tuple[list[Sample], int]:
+        carried = self._carried if step.cut else [[] for _ in self.drivers]
+        held = [len(of_driver) for of_driver in carried]  # groups on each driver
+        items: list[Item] = [item for of_driver in carried for item in of_driver]  # by position
+        if step.cut and flight is not None:
+            first = sum(held[: self.driver])
+            for position, group in enumerate(flight.groups, start=first):
+                group.renumber(position)
+        samples: list[Sample] = []
+        n_new = max(0, step.wanted + step.spare - len(items))
+        missing, budget, n_resampled = step.wanted, step.budget, 0
+        with self._bar(step) as bar:
+            while True:
+                drawn = step.draw(n_new)
+                first, refilled = len(items), []
+                items += drawn
+                own = []
+                for position, owner in enumerate(spread(held, len(drawn)), start=first):
+                    held[owner] += 1
+                    if owner == self.driver:
+                        own.append(self._begin(step, position, items[position]))
+
+                wanted = shares(held, missing)[self.driver or 0] if step.cut else missing
+                fly = None
+                if flight is not None and (own or wanted or not step.cut):
+                    fly = partial(
+                        flight.fly, own, wanted, cut=step.cut, progress=bar.update,
+                        refill=self._refill(step, len(items), budget, refilled),
+                    )  # fmt: skip
+                groups, reports = self._round(fly, flight, refilled)
+                samples += [sample for group in groups for sample in group.samples]
+                n_refilled = sum(report.n_refilled for report in reports)
+                items += refilled or step.draw(n_refilled)
+                kept = [reports[rank].kept for rank in self.drivers]
+                held = [len(positions) for positions in kept]
+                missing -= sum(report.n_teach for report in reports)
+                n_resampled += n_refilled
+                budget -= n_refilled
+                n_new = max(0, min(budget, missing - sum(held)))
+                if missing <= 0 or not (n_new or any(held)):
+                    break
+                n_resampled += n_new
+                budget -= n_new
+        if step.cut:
+            self._carried = [[items[position] for position in positions] for positions in kept]
+        return samples, n_resampled
+
+    def _refill(
+        self, step: _Step, first: int, limit: int, refilled: list[Item]
+    ) -> Callable[[], Group | None]:
+        """For `Flight.fly`: what a single driver draws at once, several draw in the next round.
+
+        first: position of the first one. limit: how many at most. refilled: filled with them.
+        """
+
+        def refill() -> Group | None:
+            if len(self.drivers) > 1 or len(refilled) == limit:
+                return None
+            more = step.draw(1)
+            if not more:
+                return None
+            refilled.extend(more)
+            return self._begin(step, first + len(refilled) - 1, more[0])
+
+        return refill
+
+    @staticmethod
+    def _begin(step: _Step, position: int, item: Item) -> Group:
+        return Group.begin(position, item, step.n_responses, step.number)
+
+    def _flight_of(self, step: _Step) -> Flight | None:
+        """Where this rank's groups are, None if it does not drive an engine."""
+        if self._player is None:
+            return None
+        if step.cut and self._flight is not None:
+            return self._flight
+        sampling, player = self.sampling[step.train], self._player
+
+        async def play(sample: Sample, item: Item, gate: Gate) -> None:
+            await player.play(sample, item, sampling, gate, train=step.train)
+
+        filtering = step.train and self._filters(step.n_responses)
+        flight = Flight(play, self.engine, self.max_in_flight, filtering)
+        if step.cut:
+            self._flight = flight
+        return flight
+
+    def _round(
+        self,
+        fly: Callable[[], Coroutine[Any, Any, list[Group]]] | None,
+        flight: Flight | None,
+        refilled: list[Item],
+    ) -> tuple[list[Group], list[_Report]]:
+        """This rank's groups of one round, and the reports of all ranks.
+
+        The ranks tell each other about failures, so that all of them stop together.
+        """
+        groups, report, failure = [], _Report(), None
+        try:
+            if fly is not None:
+                groups = self.run(fly())
+            if flight is not None:
+                report.n_teach = sum(group.teaches(flight.filtering) for group in groups)
+                report.kept = [group.position for group in flight.groups]
         except Exception as error:
             if self.n_ranks == 1:
                 raise
-            failure = error
-        errors = [sample.error for sample in samples if sample.error_is_env]
-        reports = [(errors, None if failure is None else f"{type(failure).__name__}: {failure}")]
+            failure, report.failure = error, f"{type(error).__name__}: {error}"
+        report.n_refilled = len(refilled)
+        samples = [sample for group in groups for sample in group.samples]
+        report.env = [sample.error for sample in samples if sample.cause == "env"]
+        report.malformed = [sample.error for sample in samples if sample.cause == "malformed"]
+        reports = [report]
         if self.n_ranks > 1:
-            own, reports = reports[0], [None] * self.n_ranks
-            dist.all_gather_object(reports, own, group=self.group)
+            reports = [None] * self.n_ranks
+            dist.all_gather_object(reports, report, group=self.group)
         if failure is not None:
             raise failure
-        for rank, (_, message) in enumerate(reports):
-            if message is not None:
-                raise EngineError(f"rollout stopped because rank {rank} failed: {message}")
-        errors = [error for rank_errors, _ in reports for error in rank_errors]
-        self.env_errors += len(errors)
+        for rank, other in enumerate(reports):
+            if other.failure is not None:
+                raise EngineError(f"rollout stopped because rank {rank} failed: {other.failure}")
+        self._count_failures(reports)
+        return groups, reports
+
+    def _count_failures(self, reports: list[_Report]) -> None:
+        env = [error for report in reports for error in report.env]
+        malformed = [error for report in reports for error in report.malformed]
+        self.env_errors += len(env)
+        self.malformed += len(malformed)
         if self.max_env_errors is not None and self.env_errors > self.max_env_errors:
             raise EnvError(
                 f"rollout.max_env_errors={self.max_env_errors}: environments failed "
-                f"{self.env_errors} times in this run; last: {errors[-1]}"
+                f"{self.env_errors} times in this run; last: {(env or malformed)[-1]}"
             )
+        if self.max_malformed is not None and self.malformed > self.max_malformed:
+            raise EngineError(
+                f"rollout.max_malformed={self.max_malformed}: {self.malformed} replies of the "
+                f"engine in this run made no sense; last: {(malformed or env)[-1]}"
+            )
+
+    def _gather(self, samples: list[Sample]) -> list[Sample] | None:
+        """The samples of all ranks on rank 0; None elsewhere."""
         if self.n_ranks == 1:
             return samples
         gathered = [None] * self.n_ranks if self.rank == 0 else None
@@ -272,231 +471,33 @@ class Collector:
             return None
         return [sample for rank_samples in gathered for sample in rank_samples]
 
-    def _answer(
-        self, items: list[dict[str, Any]], step: int, train: bool, n_responses: int
-    ) -> list[Sample]:
-        """This rank's samples."""
-        own = [
-            Sample(position, response)
-            for position in range(self.rank, len(items), self.n_ranks)
-            for response in range(n_responses)
-        ]
-        bar = tqdm(
-            total=len(own),
-            desc=f"{'rollout' if train else 'evaluation'} {step}",
+    def _bar(self, step: _Step) -> tqdm:
+        return tqdm(
+            total=len(range(0, step.wanted, len(self.drivers))) * step.n_responses,
+            desc=f"{'rollout' if step.train else 'evaluation'} {step.number}",
             unit="sample",
             leave=False,
             disable=True if self.rank else None if self.progress is None else not self.progress,
         )
 
-        async def run_all() -> None:
-            tasks = []
-            for sample in own:
-                task = asyncio.create_task(self._run(sample, items[sample.position], step, train))
-                task.add_done_callback(lambda _: bar.update())
-                tasks.append(task)
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
 
-        with bar:
-            self.run(run_all())
-        return own
-
-    async def _run(self, sample: Sample, item: dict[str, Any], step: int, train: bool) -> None:
-        """Play all turns of a sample; an environment's failure ends this sample only."""
-        try:
-            await self._play(sample, item, step, train)
-        except EnvError as error:
-            sample.error, sample.error_is_env = str(error), True
-            logger.warning(
-                "sample dropped: prompt %d, response %d of step %d: %s",
-                sample.position, sample.response, step, error,
-            )  # fmt: skip
-
-    async def _play(self, sample: Sample, item: dict[str, Any], step: int, train: bool) -> None:
-        sampling = self.sampling[train]
-        extra_info = deepcopy(dict(item.get("extra_info") or {}))
-        sample.answer = extra_info.get("answer")
-        state, ids = item.get("prompt"), item.get("prompt_ids")
-        if state is None:
-            state, extra_info = await self.environment.reset(extra_info)
-            ids = None
-        sample.prompt = state
-        sequence = _start(self._encode(state) if ids is None else list(ids))
-        sample.sequences.append(sequence)
-        for turn in range(self.max_turns):
-            seed = stable_seed(self.seed, step, int(train), sample.position, sample.response, turn)
-            completion = await self.engine.generate(
-                list(sequence["token_ids"]), sampling, seed=seed
-            )
-            _check(completion)
-            if completion.finish_reason == "abort":
-                sample.error = "the engine aborted the completion"
-                logger.warning("sample dropped: prompt %d of step %d: %s", sample.position, step,
-                               sample.error)  # fmt: skip
-                return
-            action = action_text(completion, sampling, self.tokenizer)
-            _extend(sequence, completion.token_ids, completion.logps)
-            result = await self.environment.step(state, action, extra_info)
-            _add_reward(sequence, result.reward)
-            sample.turns.append(
-                Turn(
-                    state,
-                    action,
-                    len(completion.token_ids),
-                    completion.finish_reason,
-                    result.reward,
-                    result.score,
-                )  # fmt: skip
-            )
-            if result.done or turn + 1 == self.max_turns:
-                return
-            prefix = state + action
-            continues = result.next_state.startswith(prefix)
-            new = self._encode(result.next_state[len(prefix) :] if continues else result.next_state)
-            if continues and new and completion.finish_reason == "stop":
-                # A chat template closes the action with the end token that the policy wrote.
-                last = completion.token_ids[-1:]
-                if new[:1] == last and last[0] in self.tokenizer.all_special_ids:
-                    new = new[1:]
-            begun = len(sequence["token_ids"]) if continues else 0
-            if (
-                self.max_length is not None
-                and begun + len(new) + sampling.max_new_tokens > self.max_length
-            ):
-                return
-            if continues:
-                _extend(sequence, new)
-            else:
-                sequence = _start(new)
-                sample.sequences.append(sequence)
-            state, extra_info = result.next_state, result.extra_info
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+def spread(held: list[int], n: int) -> list[int]:
+    """Who gets each of n more groups: whoever has the fewest, the first among equals."""
+    held = list(held)
+    owners = []
+    for _ in range(n):
+        owner = held.index(min(held))
+        held[owner] += 1
+        owners.append(owner)
+    return owners
 
 
-def _start(token_ids: list[int]) -> dict[str, list]:
-    """A sequence that so far holds only what the policy was given."""
-    sequence = {"token_ids": [], "action_mask": [], "llm_logps": [], "rewards": []}
-    _extend(sequence, token_ids)
-    return sequence
-
-
-def _extend(
-    sequence: dict[str, list], token_ids: list[int], logps: list[float] | None = None
-) -> None:
-    """Append tokens: the policy's with their log-probabilities, or the environment's without."""
-    sequence["token_ids"] += token_ids
-    sequence["action_mask"] += [logps is not None] * len(token_ids)
-    sequence["llm_logps"] += [0.0] * len(token_ids) if logps is None else logps
-    sequence["rewards"] += [0.0] * len(token_ids)
-
-
-def _add_reward(sequence: dict[str, list], reward: float) -> None:
-    """Put a turn's reward on the last action token; an empty action leaves it to the one before.
-
-    A sequence without any action token has nowhere to put it, and nothing to learn.
-    """
-    for index in range(len(sequence["action_mask"]) - 1, -1, -1):
-        if sequence["action_mask"][index]:
-            sequence["rewards"][index] += reward
-            return
-
-
-def _check(completion: Completion) -> None:
-    if len(completion.token_ids) != len(completion.logps):
-        raise EngineError(
-            f"the engine returned {len(completion.token_ids)} tokens and "
-            f"{len(completion.logps)} log-probabilities"
-        )
-    if not all(map(math.isfinite, completion.logps)):
-        raise EngineError("the engine returned a log-probability that is not finite")
-
-
-def drop_equal_groups(samples: list[Sample]) -> tuple[list[Sample], float]:
-    """Drop the groups in which all rewards are equal, which teach nothing against their mean.
-
-    Returns the samples that stay and the fraction of groups that went (0 without groups).
-    """
-    rewards: dict[int, set[float]] = {}
-    for sample in samples:
-        rewards.setdefault(sample.position, set()).add(sample.reward)
-    equal = {position for position, values in rewards.items() if len(values) == 1}
-    kept = [sample for sample in samples if sample.position not in equal]
-    return kept, len(equal) / max(1, len(rewards))
-
-
-def to_batch(samples: list[Sample], n_responses: int) -> dict[str, Tensor] | None:
-    """One row per sequence, in the samples' order; None without samples."""
-    rows = [(sample, sequence) for sample in samples for sequence in sample.sequences]
-    if not rows:
-        return None
-    batch = collate([sequence for _, sequence in rows])
-    return batch | {
-        "sample_ids": torch.tensor([s.position * n_responses + s.response for s, _ in rows]),
-        "group_ids": torch.tensor([s.position for s, _ in rows]),
-        "correct": torch.tensor([s.reward > 0 for s, _ in rows]),
-    }
-
-
-def summarise(samples: list[Sample], prefix: str) -> dict[str, float]:
-    """Means over samples; only `{prefix}/n_samples` when there is none."""
-    metrics = {f"{prefix}/n_samples": float(len(samples))}
-    if not samples:
-        return metrics
-    turns = [turn for sample in samples for turn in sample.turns]
-
-    def mean(values: Iterable[float]) -> float:
-        return math.fsum(values) / len(samples)
-
-    return metrics | {
-        f"{prefix}/score": mean(sample.score for sample in samples),
-        f"{prefix}/reward": mean(sample.reward for sample in samples),
-        f"{prefix}/avg_response_length": mean(sample.length for sample in samples),
-        f"{prefix}/length_clip_ratio": mean(
-            any(turn.finish_reason == "length" for turn in sample.turns) for sample in samples
-        ),
-        f"{prefix}/n_turns": mean(len(sample.turns) for sample in samples),
-        f"{prefix}/empty_actions": float(sum(turn.length == 0 for turn in turns)),
-    }
-
-
-def dump(samples: list[Sample], path: Path) -> None:
-    """Write samples as jsonl, all or nothing (temporary file, then rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for sample in samples:
-            file.write(json.dumps(_record(sample), ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
-
-
-def _record(sample: Sample) -> dict[str, Any]:
-    failed = sample.error is not None
-    record = {
-        "group": sample.position,
-        "response_index": sample.response,
-        "prompt": sample.prompt,
-        "response": "".join(turn.action for turn in sample.turns),
-        "score": None if failed else sample.score,
-        "reward": None if failed else sample.reward,
-        "length": sample.length,
-        "finish_reason": sample.turns[-1].finish_reason if sample.turns else None,
-        "n_turns": len(sample.turns),
-    }
-    if len(sample.turns) > 1:
-        record["turns"] = [vars(turn) for turn in sample.turns]
-    if failed:
-        record["error"] = sample.error
-    if sample.answer is not None:
-        try:
-            json.dumps(sample.answer)
-        except (TypeError, ValueError):
-            return record
-        record["answer"] = sample.answer
-    return record
+def shares(held: list[int], n: int) -> list[int]:
+    """How many of its groups each driver has to bring to an end, n in all: as evenly as what they
+    hold allows."""
+    left, share = list(held), [0] * len(held)
+    for _ in range(min(n, sum(held))):
+        owner = left.index(max(left))
+        left[owner] -= 1
+        share[owner] += 1
+    return share

@@ -9,12 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Protocol
 
+import torch
+from omegaconf import DictConfig
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from RL2.config.errors import ConfigError
+from RL2.config.errors import ConfigError, EngineError
+
+
+class MalformedReply(EngineError):
+    """An engine's reply that cannot be what a model wrote: wrong counts, NaN, no JSON, nothing.
+
+    It says nothing about the weights or the prompt, so the sample goes and the run stays.
+    """
 
 
 @dataclass(frozen=True)
@@ -71,34 +80,61 @@ class Completion:
     token_ids: the sampled tokens, the end-of-sequence token included when it was sampled.
     logps: fp32 log-probability of each token under softmax(logits / temperature), before top_p;
         at temperature 0 under the untempered distribution.
-    finish_reason: "stop" (end-of-sequence token or stop string), "length" or "abort".
-    weight_version: version of the weights that wrote the tokens.
+    finish_reason: "stop" (end-of-sequence token or stop string), "length", or "abort": what was
+        written until then, which may be nothing.
+    weight_versions: version of the weights that wrote each token.
     """
 
     token_ids: list[int]
     logps: list[float]
     finish_reason: str
-    weight_version: int
+    weight_versions: list[int]
 
 
 class Engine(Protocol):
     """An inference engine. Every method raises EngineError, naming what went wrong.
 
-    context_length: most tokens of prompt and completion together; None where there is no limit.
+    context_length: most tokens of prompt and completion together, known after `start`; None where
+        there is no limit.
+    weight_version: of the weights that write now.
     """
 
     context_length: int | None
+    weight_version: int
+
+    async def start(self) -> None:
+        """Get ready to generate. Called once, on the event loop that all other calls come from."""
+        ...
 
     async def generate(
         self, token_ids: list[int], sampling: SamplingParams, *, seed: int
     ) -> Completion:
-        """Complete one prompt. Equal arguments and weights give equal tokens."""
+        """Complete one prompt. Equal arguments and weights give equal tokens.
+
+        Raises MalformedReply where the engine's answer makes no sense, after the engine's own
+        retries.
+        """
         ...
 
     async def update_weights(
         self, named_tensors: Iterable[tuple[str, Tensor]], version: int
     ) -> None:
-        """Replace the weights; completions that start afterwards carry `version`."""
+        """Replace the weights; tokens that are written afterwards carry `version`.
+
+        Between `pause` and `resume` requests may be open; they go on with the new weights.
+        """
+        ...
+
+    async def abort(self) -> None:
+        """Every open request returns soon, finish reason "abort", with what it has so far."""
+        ...
+
+    async def pause(self) -> None:
+        """When this returns nothing is written until `resume`; open requests stay open."""
+        ...
+
+    async def resume(self) -> None:
+        """Undo `pause`."""
         ...
 
     async def sleep(self) -> None:
@@ -106,7 +142,15 @@ class Engine(Protocol):
         ...
 
     async def wake(self) -> None:
-        """Undo `sleep`."""
+        """Undo `sleep`. Does nothing when awake."""
+        ...
+
+    async def healthy(self) -> bool:
+        """Whether a request would be answered now."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What it counts over the run, as `rollout/…`."""
         ...
 
     async def close(self) -> None:
@@ -114,26 +158,48 @@ class Engine(Protocol):
         ...
 
 
-def _transformers(**options: Any) -> Engine:
+def _transformers(
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Engine:
     from RL2.rollout.transformers_engine import TransformersEngine
 
-    return TransformersEngine(**options)
+    return TransformersEngine(
+        config.rollout.model_name,
+        tokenizer=tokenizer,
+        dtype=config.rollout.dtype,
+        device=device,
+        max_batch_size=config.rollout.max_batch_size,
+        eager=config.rollout.partial_rollout,
+        trust_remote_code=config.actor.trust_remote_code,
+    )
 
 
-ENGINES: dict[str, Callable[..., Engine]] = {"transformers": _transformers}
+def _sglang(config: DictConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Engine:
+    from RL2.rollout.server_engine import server_engine
+    from RL2.rollout.sglang_engine import SGLang
+
+    return server_engine(SGLang(), config, tokenizer, device)
 
 
-def build_engine(name: str, **options: Any) -> Engine:
-    """Build the engine that `rollout.engine` names; `auto` is the in-process one.
+def _vllm(config: DictConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Engine:
+    from RL2.rollout.server_engine import server_engine
+    from RL2.rollout.vllm_engine import VLLM
 
-    options: keyword arguments of the engine's constructor.
-    Raises ConfigError for a name that is not in `ENGINES`.
+    return server_engine(VLLM(), config, tokenizer, device)
+
+
+ENGINES: dict[str, Callable[[DictConfig, PreTrainedTokenizerBase, torch.device], Engine]] = {
+    "transformers": _transformers,
+    "sglang": _sglang,
+    "vllm": _vllm,
+}
+
+
+def build_engine(
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Engine:
+    """The engine that `rollout.engine` names. Servers start at once; `Engine.start` waits for them.
+
+    config: of the whole run, checked and resolved (`RL2.config`).
     """
-    name = getattr(name, "value", name)
-    if name == "auto":
-        name = "transformers"
-    if name not in ENGINES:
-        close = get_close_matches(name, ENGINES, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ConfigError(f"rollout.engine={name}: {hint}use one of auto, {', '.join(ENGINES)}")
-    return ENGINES[name](**options)
+    return ENGINES[str(config.rollout.engine)](config, tokenizer, device)

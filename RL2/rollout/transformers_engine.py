@@ -12,7 +12,8 @@ Three things make it more than a call of `generate`:
   the last bits of a logit do depend on the shape of a batch, so that two candidates closer than
   about 1e-6 may swap.
 - When half of a batch's rows have ended, the rest goes on as a smaller batch with its part of
-  the key-value cache, so that a few long responses do not cost a full batch of steps.
+  the key-value cache, so that a few long responses do not cost a full batch of steps. `abort` and
+  `pause` break a batch off in the same way, between two tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -121,7 +123,7 @@ class _RowEnds(StoppingCriteria):
 
     lengths: [B] number of response tokens of a row at its end, 0 while it goes on.
     When at most half of the rows go on, it ends the whole call so that the caller can continue
-    the rest as a smaller batch.
+    the rest as a smaller batch; likewise when `interrupted()`.
     """
 
     def __init__(
@@ -130,7 +132,9 @@ class _RowEnds(StoppingCriteria):
         prompt_width: int,
         eos_ids: Tensor,
         stop_strings: StopStringCriteria | None,
+        interrupted: Callable[[], bool],
     ):
+        self.interrupted = interrupted
         self.prompt_width = prompt_width
         self.eos_ids = eos_ids
         self.stop_strings = stop_strings
@@ -145,6 +149,8 @@ class _RowEnds(StoppingCriteria):
         length = input_ids.shape[1] - self.prompt_width
         self.lengths.masked_fill_(ended & (self.lengths == 0), length)
         done = self.lengths > 0
+        if self.interrupted():
+            return torch.ones_like(done)
         return done | ((~done).sum() <= self.shrink_at)
 
 
@@ -154,6 +160,42 @@ class _Request:
     sampling: SamplingParams
     seed: int
     future: asyncio.Future
+    aborted: bool = False
+
+
+class _Switch:
+    """Lets the worker thread run the model, or not: pause, and the wait until it has paused."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self.paused = self._running = False
+
+    def set_paused(self, paused: bool) -> None:
+        with self._changed:
+            self.paused = paused
+            self._changed.notify_all()
+
+    def poke(self) -> None:
+        """Have `begin` look again whether its work is still wanted."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def begin(self, unwanted: Callable[[], bool]) -> bool:
+        """Worker: wait while paused. False where the work has become unwanted."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self.paused or unwanted())
+            self._running = not unwanted()
+            return self._running
+
+    def end(self) -> None:
+        """Worker: the model does not run any more."""
+        with self._changed:
+            self._running = False
+            self._changed.notify_all()
+
+    def wait_until_still(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running or not self.paused)
 
 
 class TransformersEngine:
@@ -163,6 +205,10 @@ class TransformersEngine:
     dtype, device, attn_implementation: as `from_pretrained` takes them, but that "auto" is
         float32 on a CPU; "auto" for the attention leaves the choice to transformers.
     max_batch_size: most requests in one batch (bounds the key-value cache).
+    eager: what partial rollouts need: first come, first served, and completions are handed out
+        while the rest of their batch goes on, each time that it gets smaller. Else requests of
+        similar length share a batch, which comes back as a whole, so that requests of a next
+        turn come in an order that does not depend on what was written.
 
     Raises EngineError when the model cannot be loaded.
     """
@@ -177,6 +223,7 @@ class TransformersEngine:
         attn_implementation: str | None = "auto",
         max_batch_size: int = 256,
         trust_remote_code: bool = False,
+        eager: bool = False,
     ):
         if max_batch_size < 1:
             raise EngineError(f"rollout.max_batch_size={max_batch_size}: must be 1 or more")
@@ -195,6 +242,7 @@ class TransformersEngine:
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
+        self.eager = eager
         self.weight_version = 0
         text_config = model.config.get_text_config()
         self.context_length: int | None = getattr(text_config, "max_position_embeddings", None)
@@ -210,9 +258,15 @@ class TransformersEngine:
         )
         self._stop_criteria: dict[tuple[str, ...], StopStringCriteria] = {}
         self._waiting: list[_Request] = []
+        self._open: list[_Request] = []  # in a batch, or in line for one
+        self._switch = _Switch()
+        self._n_updates = 0
         self._batcher: asyncio.Task | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="transformers-engine")
         self._closed = False
+
+    async def start(self) -> None:
+        """Nothing to wait for: the model was loaded by the constructor."""
 
     async def generate(
         self, token_ids: list[int], sampling: SamplingParams, *, seed: int
@@ -246,13 +300,43 @@ class TransformersEngine:
     ) -> None:
         """Copy tensors into the model by parameter name, cast to the model's dtype.
 
-        Waits until no request is open. A tied parameter may come under one of its names.
+        Waits until no request is open, unless paused: then open requests go on with the new
+        weights after `resume`, on a key-value cache that is made anew. A tied parameter may come
+        under one of its names.
         Raises EngineError naming a parameter that is unknown, misshapen or missing; the weights
         are then partly new, and the run should stop.
         """
-        await self._idle()
+        if not self._switch.paused:
+            await self._idle()
         # In the caller's thread, as drawing the tensors may be a collective that needs its device.
         self._copy_weights(named_tensors, version)
+
+    async def abort(self) -> None:
+        """End every open request: with what is written, or with nothing where it only waits."""
+        for request in self._waiting:
+            if not request.future.done():
+                request.future.set_result(_aborted())
+        self._waiting = []
+        for request in self._open:
+            request.aborted = True
+        self._switch.poke()
+
+    async def pause(self) -> None:
+        """Nothing is written from the return of this until `resume`."""
+        self._switch.set_paused(True)
+        await asyncio.to_thread(self._switch.wait_until_still)
+
+    async def resume(self) -> None:
+        """Go on where `pause` broke off."""
+        self._switch.set_paused(False)
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing to count."""
+        return {}
+
+    async def healthy(self) -> bool:
+        """Whether it is open."""
+        return not self._closed
 
     async def sleep(self) -> None:
         """Nothing to release: the key-value cache lives only while a batch runs."""
@@ -261,12 +345,13 @@ class TransformersEngine:
         """Nothing to restore."""
 
     async def close(self) -> None:
-        """Stop the worker thread and drop the model. Requests that wait raise EngineError."""
+        """Stop the worker thread and drop the model. Requests that wait raise EngineError, those
+        in the model are aborted."""
         if self._closed:
             return
         self._closed = True
         _fail(self._waiting, EngineError("transformers engine: closed with requests waiting"))
-        self._waiting = []
+        await self.abort()
         await self._idle()
         await asyncio.to_thread(self._worker.shutdown, wait=True, cancel_futures=True)
         self.model = None
@@ -281,19 +366,33 @@ class TransformersEngine:
         loop = asyncio.get_running_loop()
         while self._waiting:
             await self._quiet()
-            requests, self._waiting = self._waiting, []
-            for batch in _plan_batches(requests, self.max_batch_size):
+            self._open, self._waiting = self._waiting, []
+            for batch in _plan_batches(self._open, self.max_batch_size, sort=not self.eager):
+                for request in batch:
+                    if request.aborted and not request.future.done():
+                        request.future.set_result(_aborted())
                 batch = [request for request in batch if not request.future.done()]
                 if not batch:
                     continue
+
+                def deliver(completions: list[Completion | None], batch=batch) -> None:
+                    for request, completion in zip(batch, completions, strict=True):
+                        if completion is not None and not request.future.done():
+                            request.future.set_result(completion)
+
+                def deliver_soon(completions: list[Completion | None], deliver=deliver) -> None:
+                    if self.eager:
+                        loop.call_soon_threadsafe(deliver, list(completions))
+
                 try:
-                    completions = await loop.run_in_executor(self._worker, self._complete, batch)
+                    deliver(
+                        await loop.run_in_executor(
+                            self._worker, self._complete, batch, deliver_soon
+                        )
+                    )
                 except Exception as error:  # belongs to whoever waits for the batch
                     _fail(batch, error)
-                    continue
-                for request, completion in zip(batch, completions, strict=True):
-                    if not request.future.done():
-                        request.future.set_result(completion)
+            self._open = []
 
     async def _quiet(self) -> None:
         """Return when `_QUIET_TURNS` turns of the event loop brought no new request."""
@@ -303,8 +402,13 @@ class TransformersEngine:
             count = len(self._waiting)
             await asyncio.sleep(0)
 
-    def _complete(self, batch: list[_Request]) -> list[Completion]:
-        """Complete a batch of requests with equal sampling parameters (worker thread)."""
+    def _complete(
+        self, batch: list[_Request], so_far: Callable[[list[Completion | None]], None]
+    ) -> list[Completion]:
+        """Complete a batch of requests with equal sampling parameters (worker thread).
+
+        so_far: called with what is complete each time that the batch gets smaller.
+        """
         sampling = batch[0].sampling
         device = self.model.device
         width = max(len(request.token_ids) for request in batch)
@@ -319,36 +423,60 @@ class TransformersEngine:
         eos = torch.tensor(self.eos_ids, dtype=torch.int64, device=device)
         stop_strings = self._stop_strings(sampling.stop)
 
+        def unwanted() -> bool:
+            return all(request.aborted or request.future.done() for request in batch)
+
         completions: list[Completion | None] = [None] * len(batch)
         rows = torch.arange(len(batch), device=device)
         logps = torch.empty((len(batch), 0), device=device)
-        cache = None
+        versions: list[int] = []  # of the weights, by token: all rows are equally far
+        cache, n_updates = None, self._n_updates
         while rows.numel():
+            if not self._switch.begin(unwanted):
+                stopped = torch.zeros_like(rows, dtype=torch.bool)
+                lengths = torch.full_like(rows, ids.shape[1] - width)
+                self._finish(
+                    completions, rows, ~stopped, stopped, lengths, ids[:, width:], logps, versions,
+                    otherwise="abort",
+                )  # fmt: skip
+                break
+            if n_updates != self._n_updates:
+                cache, n_updates = None, self._n_updates  # it was made by other weights
             sampler = _Sampler(sampling, seeds, width)
-            ends = _RowEnds(len(rows), width, eos, stop_strings)
-            output = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=cache,
-                logits_processor=LogitsProcessorList([sampler]),
-                stopping_criteria=StoppingCriteriaList([ends]),
-                max_new_tokens=width + sampling.max_new_tokens - ids.shape[1],
-                do_sample=False,
-                use_cache=True,
-                return_dict_in_generate=True,
+            ends = _RowEnds(
+                len(rows), width, eos, stop_strings, lambda: self._switch.paused or unwanted()
             )
+            try:
+                output = self.model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    logits_processor=LogitsProcessorList([sampler]),
+                    stopping_criteria=StoppingCriteriaList([ends]),
+                    max_new_tokens=width + sampling.max_new_tokens - ids.shape[1],
+                    do_sample=False,
+                    use_cache=True,
+                    return_dict_in_generate=True,
+                )
+            finally:
+                version = self.weight_version
+                self._switch.end()
             # Without a cache that it knows how to return, a model reads its rows again.
             ids, cache = output.sequences, output.get("past_key_values")
             logps = torch.cat([logps, torch.stack(sampler.logps, 1)], 1)
             written = ids.shape[1] - width
+            versions += [version] * (written - len(versions))
             stopped = ends.lengths > 0
             out_of_room = written >= sampling.max_new_tokens
             ended = stopped | out_of_room
             lengths = torch.where(stopped, ends.lengths, written)
-            self._finish(completions, rows, ended, stopped, lengths, ids[:, width:], logps)
+            self._finish(
+                completions, rows, ended, stopped, lengths, ids[:, width:], logps, versions
+            )
             keep = (~ended).nonzero().squeeze(1)
             if not keep.numel():
                 break
+            so_far(completions)
             if cache is not None:
                 cache.reorder_cache(keep)  # index_select of the rows, in every kind of layer
             rows, seeds, ids, logps = rows[keep], seeds[keep], ids[keep], logps[keep]
@@ -364,8 +492,13 @@ class TransformersEngine:
         lengths: Tensor,
         tokens: Tensor,
         logps: Tensor,
+        versions: list[int],
+        otherwise: str = "length",
     ) -> None:
-        """Write the completions of rows that ended; `rows` are their places in the batch."""
+        """Write the completions of rows that ended; `rows` are their places in the batch.
+
+        otherwise: finish reason of those that did not stop.
+        """
         table = zip(rows.tolist(), ended.tolist(), stopped.tolist(), lengths.tolist(), strict=True)
         tokens, logps = tokens.cpu(), logps.cpu()
         for i, (row, has_ended, has_stopped, length) in enumerate(table):
@@ -380,8 +513,8 @@ class TransformersEngine:
             completions[row] = Completion(
                 token_ids=tokens[i, :length].tolist(),
                 logps=row_logps,
-                finish_reason="stop" if has_stopped else "length",
-                weight_version=self.weight_version,
+                finish_reason="stop" if has_stopped else otherwise,
+                weight_versions=versions[:length],
             )
 
     def _stop_strings(self, stop: tuple[str, ...]) -> StopStringCriteria | None:
@@ -417,6 +550,12 @@ class TransformersEngine:
                 f"weight update {version}: {missing[0]} is missing ({len(missing)} in all)"
             )
         self.weight_version = version
+        self._n_updates += 1
+
+
+def _aborted() -> Completion:
+    """The completion of a request that was aborted before it had a token."""
+    return Completion([], [], "abort", [])
 
 
 def _eos_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -428,14 +567,17 @@ def _eos_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> tupl
     return tuple(dict.fromkeys(ids))
 
 
-def _plan_batches(requests: list[_Request], max_batch_size: int) -> list[list[_Request]]:
-    """Cut requests into batches: equal sampling parameters, neighbours in prompt length."""
+def _plan_batches(
+    requests: list[_Request], max_batch_size: int, sort: bool
+) -> list[list[_Request]]:
+    """Cut requests into batches: equal sampling parameters, with `sort` neighbours in length."""
     groups: dict[SamplingParams, list[_Request]] = {}
     for request in requests:
         groups.setdefault(request.sampling, []).append(request)
     batches = []
     for group in groups.values():
-        group.sort(key=lambda request: len(request.token_ids))  # stable: arrival order within
+        if sort:
+            group.sort(key=lambda request: len(request.token_ids))  # stable: arrival order within
         batches += [group[i : i + max_batch_size] for i in range(0, len(group), max_batch_size)]
     return batches
 

@@ -27,7 +27,12 @@ logger = logging.getLogger(__name__)
 
 # What the keys that only rollouts have amount to when the tokens come from a data set.
 _ON_DATA = OmegaConf.create(
-    {"update_per_rollout": 1, "tis_coef": 0.0, "kl": {"coef": 0.0, "type": None}}
+    {
+        "update_per_rollout": 1,
+        "tis_coef": 0.0,
+        "tis_type": "truncate",
+        "kl": {"coef": 0.0, "type": None},
+    }
 )
 
 
@@ -103,6 +108,7 @@ class Trainer:
         self.config, self.device = config, device
         self.is_rl = "rollout" in config
         self.timers = Timers()
+        self.alarmed = False
         self.metrics: Metrics | None = None
         torch.manual_seed(config.trainer.seed + rank())
 
@@ -132,28 +138,46 @@ class Trainer:
             if done == 0:
                 if metrics := self._evaluate(0):
                     self._log(0, metrics)
-            items = self._batches()
             for step in range(done + 1, self.n_steps + 1):
                 with self.timers("step"):
-                    metrics = self._step(next(items), step)
+                    metrics = self._step(step)
                 self._log(step, metrics)
                 if self._due(self.config.trainer.save_freq, step):
                     self._save(step)
                 bar.update()
         self._finish(max(done, self.n_steps))
 
-    def _step(self, items: list, step: int) -> dict[str, float]:
+    def _step(self, step: int) -> dict[str, float]:
         with self.timers("rollout"):
-            batch, metrics = self.source.collect(items, step)
+            batch, metrics = self.source.collect(step, last=step == self.n_steps)
         if self.is_rl:
             batch = self._annotate(batch)
         with self.timers("update_actor"):
             metrics |= self.actor.update(batch, step)
+        if self.is_rl:
+            metrics |= self._compare(metrics)
+        with self.timers("rollout"):
+            self.source.finish()
         with self.timers("update_rollout"):
             self.source.publish(self.actor, step)
         if self._due(self.config.trainer.get("test_freq"), step):
             metrics |= self._evaluate(step)
         return metrics
+
+    def _compare(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Whether engine and trainer disagree too much; warned of when it begins."""
+        bound, kl = self.config.rollout.llm_kl_alarm, metrics.get("rollout/llm_kl")
+        if bound is None or kl is None:
+            return {}
+        if kl > bound and not self.alarmed:
+            logger.warning(
+                "rollout/llm_kl is %.3g, above rollout.llm_kl_alarm=%g: engine and trainer give "
+                "the sampled tokens different probabilities; look at rollout/staleness, at "
+                "rollout.dtype and actor.dtype, and whether rollout.train_sampling_params matches "
+                "actor.temperature; actor.tis_type=mask leaves such tokens out", kl, bound,
+            )  # fmt: skip
+        self.alarmed = kl > bound
+        return {"rollout/llm_kl_alarm": float(self.alarmed)}
 
     def _annotate(self, batch: Batch | None) -> Batch | None:
         """What the loss needs beside the rollout: other policies' logps, and advantages."""
@@ -175,11 +199,6 @@ class Trainer:
                     save_model(self.actor, self.tokenizer, self._path("best"))
             self.best = {"step": step, "test/score": score}
         return metrics
-
-    def _batches(self):
-        """Items of one step after the other, epoch after epoch."""
-        while True:
-            yield from self.source.loader
 
     def _resume(self) -> int:
         state = None

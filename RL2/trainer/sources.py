@@ -1,24 +1,90 @@
 """What a step learns from: rollouts of the policy, or rows of a data set."""
 
 import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
+from RL2.config.schema import EngineName
 from RL2.datasets import RLDataset, SFTDataset, collate, make_loader
-from RL2.distributed import full_tensors, rank, world_size
+from RL2.distributed import full_tensors, rank, second_group, world_size
 from RL2.distributed.comm import Batch
 from RL2.rollout import Collector, build_engine, load_environment
+from RL2.rollout.event_loop import in_thread
+from RL2.rollout.samples import staleness
 from RL2.workers import Actor
 
 logger = logging.getLogger(__name__)
 
+Result = tuple[Batch | None, dict[str, float]]
+
+
+class PromptStream:
+    """The batches of a loader as one stream, epoch after epoch, from which any number is drawn.
+
+    Its state is exact wherever it stands: that of the loader before the batch that is being used
+    up, and how much of that is gone.
+    """
+
+    def __init__(self, dataset: Dataset, loader: StatefulDataLoader):
+        self.dataset, self.loader = dataset, loader
+        self._first: list[Any] = []  # what comes before all else
+        self._batches: Iterator[list[Any]] | None = None
+        self._batch: list[Any] = []
+        self._before: dict[str, Any] = {}  # the loader's state before `_batch`
+        self._used = 0  # of `_batch`
+
+    def draw(self, n: int) -> list[Any]:
+        """The next n items."""
+        drawn, self._first = self._first[:n], self._first[n:]
+        while len(drawn) < n:
+            if self._used == len(self._batch):
+                self._before = self.loader.state_dict()
+                self._batch, self._used = self._next_batch(), 0
+            more = self._batch[self._used :][: n - len(drawn)]
+            self._used += len(more)
+            drawn += more
+        return drawn
+
+    def state_dict(self, unfinished: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """unfinished: items to draw again, before all others, when the state is loaded."""
+        within = self._used < len(self._batch)
+        return {
+            "loader": self._before if within else self.loader.state_dict(),
+            "used": self._used if within else 0,
+            "first": [item["index"] for item in (*unfinished, *self._first)],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was called, of this version or an older one."""
+        self.loader.load_state_dict(state["loader"])
+        self._first, self._batches, self._batch, self._used = [], None, [], 0
+        self.draw(state.get("used", 0))
+        self._first = [self.dataset[index] for index in state.get("first", ())]
+
+    def _next_batch(self) -> list[Any]:
+        while True:
+            if self._batches is None:
+                self._batches = iter(self.loader)
+            for batch in self._batches:
+                return batch
+            self._batches = None
+
 
 class RolloutSource:
     """Prompts, answered by an engine that serves the actor's weights, graded by an environment.
+
+    With `rollout.staleness=1` the next step is generated while this one trains: `collect` hands
+    out what is ready and begins the next one, and `finish` waits for that.
 
     Args:
         config: the whole run's config.
@@ -43,25 +109,20 @@ class RolloutSource:
                 config.test_data, tokenizer, key="test_data",
                 max_prompt_length=config.test_data.max_prompt_length or longest,
             )  # fmt: skip
-        self.loader = make_loader(
-            self.train, config.train_data.prompts_per_rollout, seed=config.trainer.seed
-        )
+        self.n_prompts = config.train_data.prompts_per_rollout
+        self.loader = make_loader(self.train, self.n_prompts, seed=config.trainer.seed)
+        self.prompts = PromptStream(self.train, self.loader)
+        self.ahead = config.rollout.staleness > 0
+        # What is generated ahead: its result or error, and the state before it.
+        self._pending: tuple[Future[Result], dict[str, Any]] | None = None
 
     def start(self, device: torch.device) -> None:
         """Load the engine. Until `publish`, it serves the model it was loaded from."""
-        rollout = self.config.rollout
-        engine = build_engine(
-            rollout.engine,
-            model_name=rollout.model_name,
-            dtype=rollout.dtype,
-            device=device,
-            tokenizer=self.tokenizer,
-            max_batch_size=rollout.max_batch_size,
-            trust_remote_code=self.config.actor.trust_remote_code,
-        )
+        drivers = self._drivers()
+        engine = build_engine(self.config, self.tokenizer, device) if rank() in drivers else None
         dumps = Path(self.config.trainer.save_dir) / "rollouts"
         self.collector = Collector(
-            rollout,
+            self.config.rollout,
             self.tokenizer,
             engine,
             seed=self.config.trainer.seed,
@@ -69,31 +130,84 @@ class RolloutSource:
             rollouts_dir=dumps if self.config.trainer.dump_rollouts else None,
             rank=rank(),
             n_ranks=world_size(),
+            drivers=drivers,
+            group=second_group(),
             test_responses_per_prompt=self.config.test_data.responses_per_prompt,
             max_length=self.config.actor.max_length_per_device,
+            device=device,
         )
 
-    def collect(self, items: list[Any], step: int) -> tuple[Batch | None, dict[str, float]]:
-        return self.collector.collect(items, step, train=True)
+    def _drivers(self) -> tuple[int, ...]:
+        """The ranks with an engine: all of them in process, with servers one on each machine."""
+        if self.config.rollout.engine == EngineName.transformers or world_size() == 1:
+            return tuple(range(world_size()))
+        local_ranks = [None] * world_size()
+        dist.all_gather_object(local_ranks, int(os.environ.get("LOCAL_RANK", "0")))
+        return tuple(which for which, local in enumerate(local_ranks) if local == 0)
+
+    def collect(self, step: int, last: bool = False) -> Result:
+        """The batch of a step and its metrics, on rank 0 (a collective).
+
+        last: no step follows, so none is generated ahead.
+        """
+        if self._pending is None:
+            result = self._generate(step)
+        else:
+            result, self._pending = self._pending[0].result(), None
+        if self.ahead and not last:
+            state = self._state()
+            self._pending = in_thread(lambda: self._generate(step + 1)), state
+        batch, metrics = result
+        if batch is not None:
+            metrics["rollout/staleness"] = staleness(batch, step - 1)
+        return batch, metrics
+
+    def finish(self) -> None:
+        """Wait for what is generated ahead; raises its errors."""
+        if self._pending is not None:
+            self._pending[0].result()
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Greedy score on the whole test set (metrics on rank 0)."""
         if self.test is None:
             return {}
+        self.finish()
+        self._wake()
         items = [self.test[i] for i in range(len(self.test))]
         return self.collector.collect(items, step, train=False)[1]
 
     def publish(self, actor: Actor, step: int) -> None:
         """Serve the actor's weights from now on (a collective)."""
+        self.finish()
+        self._wake()
         self.collector.update_weights(full_tensors(actor.hf_model), version=step)
 
+    def _generate(self, step: int) -> Result:
+        self._wake()
+        result = self.collector.collect_step(self.prompts.draw, self.n_prompts, step)
+        if self.config.rollout.sleep:
+            self.collector.sleep()
+        return result
+
+    def _wake(self) -> None:
+        if self.config.rollout.sleep:
+            self.collector.wake()
+
     def state_dict(self) -> dict[str, Any]:
-        """Position in the data, and the failures that `rollout.max_env_errors` has counted."""
-        return {"loader": self.loader.state_dict(), "env_errors": self.collector.env_errors}
+        """Position in the data and the failures counted so far, without what was generated ahead:
+        a run that resumes generates that anew."""
+        return self._state() if self._pending is None else self._pending[1]
+
+    def _state(self) -> dict[str, Any]:
+        return self.prompts.state_dict(self.collector.carried) | {
+            "env_errors": self.collector.env_errors,
+            "malformed": self.collector.malformed,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loader.load_state_dict(state["loader"])
+        self.prompts.load_state_dict(state)
         self.collector.env_errors = state["env_errors"]
+        self.collector.malformed = state.get("malformed", 0)
 
     def close(self) -> None:
         if hasattr(self, "collector"):
@@ -105,12 +219,16 @@ class DatasetSource:
 
     def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase):
         self.data = SFTDataset(config.data, tokenizer, key="data")
-        self.loader = make_loader(self.data, config.data.batch_size, seed=config.trainer.seed)
+        self.batch_size = config.data.batch_size
+        self.loader = make_loader(self.data, self.batch_size, seed=config.trainer.seed)
+        self.rows = PromptStream(self.data, self.loader)
 
     def start(self, device: torch.device) -> None:
         """Nothing to load."""
 
-    def collect(self, items: list[Any], step: int) -> tuple[Batch | None, dict[str, float]]:
+    def collect(self, step: int, last: bool = False) -> Result:
+        """The next rows, on rank 0."""
+        items = self.rows.draw(self.batch_size)
         if rank() != 0:
             return None, {}
         batch = collate(items)
@@ -121,15 +239,18 @@ class DatasetSource:
     def evaluate(self, step: int) -> dict[str, float]:
         return {}
 
+    def finish(self) -> None:
+        """Nothing goes on beside the training."""
+
     def publish(self, actor: Actor, step: int) -> None:
         """Nobody else holds the weights."""
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the data."""
-        return {"loader": self.loader.state_dict()}
+        return self.rows.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loader.load_state_dict(state["loader"])
+        self.rows.load_state_dict(state)
 
     def close(self) -> None:
         """Nothing is open."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from RL2.algorithms.importance import importance_weights
 from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.reductions import token_weights, weighted_sum
 from RL2.algorithms.token_loss import TokenLoss
@@ -150,8 +151,10 @@ class Actor(Worker):
         if not loss.uses_advantages and config.avg_level != "correct":
             losses = losses * tokens["advantages"]
         llm_logps = tokens.get("llm_logps")
+        weights = None
         if config.tis_coef > 0 and llm_logps is not None:
-            losses = losses * (logps.detach() - llm_logps).exp().clamp(max=config.tis_coef)
+            weights = importance_weights(logps, llm_logps, config.tis_coef, config.tis_type)
+            losses = losses.masked_fill(weights == 0, 0.0) * weights
 
         objective = losses
         if config.entropy.coef != 0:  # else entropy is a metric, and costs no gradient
@@ -166,6 +169,8 @@ class Actor(Worker):
         if llm_logps is not None:
             # k3 on the engine's own samples: KL(engine || trainer), zero if both are one policy
             metrics["rollout/llm_kl"] = approx_kl(llm_logps, old_logps, "k3").sum()
+        if weights is not None and config.tis_type == "mask":
+            metrics["actor/tis_masked"] = (weights == 0).to(weights).sum()
         return weighted_sum(objective, tokens["loss_weights"]), metrics
 
     def _reject(self, metrics: dict[str, float]) -> dict[str, float]:

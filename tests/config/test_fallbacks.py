@@ -2,13 +2,59 @@ import pytest
 
 from RL2.config import ConfigError, apply_fallbacks
 
-ALL = {"flash_attn", "liger_kernel"}
+ALL = {"flash_attn", "liger_kernel", "sglang"}
 
 
 @pytest.mark.parametrize("name", ["ppo", "sft"])
 def test_defaults_warn_of_nothing(composed, name):
-    for cuda, available in [(False, set()), (False, ALL), (True, set()), (True, ALL)]:
+    for cuda, available in [(False, set()), (False, ALL), (True, ALL)]:
         assert apply_fallbacks(composed(name), cuda, available) == []
+
+
+def test_engine_by_what_there_is(composed):
+    def engine(cuda, *available, changes=()):
+        config = composed("ppo", *changes)
+        warnings = apply_fallbacks(config, cuda, set(available))
+        return config.rollout.engine, warnings
+
+    assert engine(False, "sglang", "vllm") == ("transformers", [])
+    assert engine(True, "vllm", "sglang") == ("sglang", [])
+    assert engine(True, "vllm") == ("vllm", [])
+    name, (warning,) = engine(True)
+    assert name == "transformers"
+    assert "neither sglang nor vllm is installed" in warning
+    for name in ("sglang", "vllm"):
+        with pytest.raises(ConfigError, match=f"rollout.engine={name}: not installed here"):
+            engine(False, changes=[f"rollout.engine={name}"])
+        for way in ("rollout.server_python=python3", "rollout.server_url=http://127.0.0.1:1"):
+            assert engine(False, changes=[f"rollout.engine={name}", way]) == (name, [])
+    with pytest.raises(ConfigError, match="rollout.tp_size=2: belongs to server engines"):
+        engine(False, changes=["rollout.tp_size=2"])
+
+
+def test_servers_sleep_on_cuda_only(composed):
+    def sleep(cuda, *changes):
+        config = composed("ppo", "rollout.engine=vllm", "rollout.server_python=python3", *changes)
+        return apply_fallbacks(config, cuda, set()), config.rollout.sleep
+
+    assert sleep(True)[1] is True
+    assert sleep(True, "rollout.staleness=1")[1] is False
+    assert sleep(True, "rollout.sleep=false")[1] is False
+    assert sleep(False) == ([], False)
+    lines, value = sleep(False, "rollout.sleep=true")
+    assert value is False
+    assert lines == ["rollout.sleep=true: needs CUDA; the servers stay awake"]
+
+
+def test_what_only_servers_have_is_ignored_with_a_line(composed):
+    config = composed(
+        "ppo", "rollout.server_python=python3", "rollout.server_args=[--a]", "rollout.sleep=true",
+        "rollout.servers_per_node=2", "rollout.weight_sync=disk", "rollout.weights_dir=here",
+    )  # fmt: skip
+    lines = apply_fallbacks(config, False, set())
+    assert all(line.endswith("the transformers engine starts no server; ignored") for line in lines)
+    assert len(lines) == 6
+    assert apply_fallbacks(config, False, set()) == []
 
 
 def test_auto_on_cpu(composed):
@@ -58,7 +104,7 @@ def test_one_warning_for_each_thing_without_cuda(composed):
 
 def test_missing_packages_on_cuda(composed):
     config = composed("spo", "actor.attn_implementation=flash_attention_2")
-    lines = apply_fallbacks(config, True, set())
+    lines = apply_fallbacks(config, True, {"vllm"})
     assert ["not installed" in line for line in lines] == [True, True]
     assert apply_fallbacks(composed("spo"), True, ALL) == []
 
@@ -79,7 +125,7 @@ def test_triton_without_what_it_needs(composed, name):
     with pytest.raises(ConfigError, match="^actor.token_stats=triton: needs triton.*; use auto"):
         apply_fallbacks(config, True, ALL)
     config = composed(name, "actor.token_stats=triton")
-    assert apply_fallbacks(config, True, {"triton"}) == []
+    assert apply_fallbacks(config, True, {"triton", "sglang"}) == []
     assert config.actor.token_stats == "triton"
     config = composed(name, "actor.token_stats=triton_fused")
     with pytest.raises(ConfigError, match="^actor.token_stats=triton_fused: needs CUDA"):

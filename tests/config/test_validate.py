@@ -53,6 +53,11 @@ def test_required(message, name, override):
         "actor.entropy.coef=nan",
         "actor.update_per_rollout=0",
         "actor.tp_size=0",
+        "rollout.servers_per_node=0",
+        "rollout.server_start_timeout=0.0",
+        "rollout.request_timeout=0.0",
+        "rollout.request_retries=-1",
+        "rollout.max_restarts=-1",
         "actor.loss.target=1.0",
         "actor.loss.max_rank=0",
         "actor.clip=0.0",
@@ -65,6 +70,13 @@ def test_required(message, name, override):
         "rollout.base_port=99999",
         "rollout.env_timeout=0.0",
         "rollout.max_env_errors=-1",
+        "rollout.max_malformed=-1",
+        "rollout.max_in_flight=0",
+        "rollout.max_resampled=-1",
+        "rollout.over_sampling=0",
+        "rollout.staleness=2",
+        "rollout.staleness=-1",
+        "rollout.llm_kl_alarm=0.0",
         "trainer.n_epochs=0",
         "trainer.max_steps=0",
         "trainer.save_freq=-1",
@@ -89,7 +101,7 @@ def test_mesh(message, composed):
     assert "must divide world_size=2; use 1 or 2" in message(
         "spo", "rollout.tp_size=3", world_size=2
     )
-    assert "server engines" in message("spo", "rollout.tp_size=2", world_size=2)
+    validate(composed("spo", "rollout.tp_size=2"), 2)
     assert message("spo", "ref_actor.ddp_size=3", world_size=4).startswith("ref_actor.ddp_size=3")
     validate(composed("spo", "actor.ddp_size=2"), 4)
 
@@ -126,10 +138,33 @@ def test_data_path(message, composed, workdir):
     validate(composed("spo", "train_data.path=null"), 1)
 
 
+def test_servers(message, composed, workdir):
+    here = "rollout.server_url=http://127.0.0.1:30000"
+    assert message("spo", here) == (
+        "rollout.server_url=http://127.0.0.1:30000: say which kind of server it is, "
+        "rollout.engine=sglang or rollout.engine=vllm"
+    )
+    validate(composed("spo", here, "rollout.engine=vllm"), 1)
+    validate(composed("spo", f"{here[:19]}[http://a:1,https://b:2/]", "rollout.engine=vllm"), 1)
+    for url in ("localhost:1", "[http://a:1,b]", "http://a/path", "3"):
+        text = message("spo", f"rollout.server_url={url}", "rollout.engine=sglang")
+        assert "must be an address such as http://127.0.0.1:30000" in text
+    text = message("spo", "rollout.server_url=[]", "rollout.engine=sglang")
+    assert text == "rollout.server_url=[]: names no server; leave it out"
+    for override in (
+        "rollout.server_python=python3", "rollout.servers_per_node=2", "rollout.base_port=1234",
+        "rollout.server_args=[--x]",
+    ):  # fmt: skip
+        text = message("spo", here, "rollout.engine=vllm", override)
+        assert text.startswith(override.partition("=")[0])
+        assert "has no effect with rollout.server_url" in text
+    text = message("spo", "rollout.engine=vllm", "rollout.server_python=nowhere/python")
+    assert text.startswith("rollout.server_python=nowhere/python: no executable file")
+    (workdir / "python").touch(mode=0o755)
+    validate(composed("spo", "rollout.engine=vllm", "rollout.server_python=python"), 1)
+
+
 def test_rollout(message, workdir):
-    for engine in ("sglang", "vllm"):
-        text = message("spo", f"rollout.engine={engine}")
-        assert text.startswith(f"rollout.engine={engine}: not available yet")
     text = message("spo", "rollout.responses_per_prompt=4")
     assert "must equal train_data.responses_per_prompt=1" in text
     assert "leave it out" in message("spo", "rollout.model_name=Qwen/other")
@@ -143,6 +178,35 @@ def test_rollout(message, workdir):
 @pytest.mark.parametrize("stop", ["null", "'</answer>'", "[a,b]"])
 def test_stop(composed, stop):
     validate(composed("spo", f"rollout.train_sampling_params.stop={stop}"), 1)
+
+
+def test_how_batches_come_together(message, composed):
+    text = message("spo", "rollout.partial_rollout=true", "rollout.staleness=1")
+    assert text.startswith("rollout.partial_rollout=true: ") and "use one of the two" in text
+    text = message("spo", "rollout.over_sampling=4")
+    assert "has no effect without rollout.partial_rollout=true" in text
+    text = message("spo", "rollout.max_resampled=8", "rollout.dynamic_filtering=false")
+    assert "has no effect with rollout.dynamic_filtering=false" in text
+    text = message("spo", "rollout.max_resampled=8")
+    assert "has no effect with train_data.responses_per_prompt=1" in text
+    text = message("spo", "rollout.sleep=true", "rollout.staleness=1")
+    assert text.startswith("rollout.sleep=true: ") and "rollout.staleness=1" in text
+    for overrides in (
+        ["rollout.staleness=1"],
+        ["rollout.partial_rollout=true"],
+        ["rollout.partial_rollout=true", "rollout.over_sampling=4"],
+        ["rollout.max_resampled=8", "train_data.responses_per_prompt=2"],
+        ["rollout.llm_kl_alarm=null", "rollout.max_malformed=null"],
+    ):
+        validate(composed("spo", *overrides), 1)
+
+
+def test_masked_importance_weights_need_a_band(message, composed):
+    text = message("spo", "actor.tis_type=mask")  # spo has none of it
+    assert text.startswith("actor.tis_type=mask: has no effect with actor.tis_coef=0.0; set ")
+    text = message("ppo", "actor.tis_type=mask", "actor.tis_coef=0.5")
+    assert text.startswith("actor.tis_type=mask: leaves no token with actor.tis_coef=0.5; set ")
+    validate(composed("ppo", "actor.tis_type=mask"), 1)
 
 
 def test_lengths(message):

@@ -118,9 +118,12 @@ def test_one_warning_for_each_thing_that_needs_cuda(text):
         "actor.use_liger_kernel=true: needs CUDA; running without it",
         "rollout.gpu_memory_utilization=0.3: needs CUDA; ignored",
     ]
-    # the embedded engine is still the default on CUDA, and takes no share of the memory
-    (line,) = warnings(text, True, {"liger_kernel", "flash_attn"})
-    assert line.startswith("rollout.gpu_memory_utilization=0.3:")
+    everything = {"liger_kernel", "flash_attn", "sglang"}
+    assert warnings(text, True, everything) == []
+    # the embedded engine is not made for these, and takes no share of the memory
+    engine, memory = warnings(text, True, everything - {"sglang"})
+    assert engine.startswith("rollout.engine=auto: neither sglang nor vllm is installed")
+    assert memory.startswith("rollout.gpu_memory_utilization=0.3:")
 
 
 def settings(text: str) -> tuple:

@@ -2,7 +2,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from RL2.config.errors import ConfigError
-from RL2.rollout.engine import SamplingParams, build_engine
+from RL2.config.schema import EngineName
+from RL2.rollout.engine import ENGINES, SamplingParams
 
 
 def test_sampling_params_are_read_from_config():
@@ -33,11 +34,6 @@ def test_sampling_params_without_meaning_are_refused(wrong, named):
         SamplingParams(**{"temperature": 1.0, "max_new_tokens": 4} | wrong)
 
 
-def test_unknown_engine_is_named_with_a_suggestion():
-    with pytest.raises(ConfigError, match="rollout.engine=transformer: did you mean 'transformers"):
-        build_engine("transformer")
-
-
-def test_auto_builds_the_in_process_engine(byte_model, byte_tokenizer):
-    engine = build_engine("auto", model_name=byte_model, tokenizer=byte_tokenizer)
-    assert engine.context_length == 256
+def test_every_engine_that_the_config_names_can_be_built():
+    """What `auto` is on a machine is decided before (`RL2.config.apply_fallbacks`)."""
+    assert ENGINES.keys() == {name.value for name in EngineName} - {"auto"}

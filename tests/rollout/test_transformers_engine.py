@@ -232,8 +232,8 @@ def test_new_weights_are_served_under_their_version(engine, tmp_path, byte_token
     expected = complete(fresh, UNEQUAL_PROMPTS, sampling)
     assert [c.token_ids for c in new] == [c.token_ids for c in expected]
     assert [c.logps for c in new] == [c.logps for c in expected]
-    assert {c.weight_version for c in new} == {7}
-    assert {c.weight_version for c in old} == {0}
+    assert {v for c in new for v in c.weight_versions} == {7}
+    assert {v for c in old for v in c.weight_versions} == {0}
     assert new[2].token_ids != old[2].token_ids
 
 
@@ -246,7 +246,7 @@ def test_weights_wait_for_open_requests(engine, tmp_path):
         await engine.update_weights(weights_of(other).items(), 1)
         return await request
 
-    assert asyncio.run(both()).weight_version == 0
+    assert set(asyncio.run(both()).weight_versions) == {0}
     assert engine.weight_version == 1
 
 
@@ -280,6 +280,171 @@ def test_nan_logits_are_an_error(engine, byte_model):
     for temperature in (0.0, 1.0):
         with pytest.raises(EngineError, match="NaN.*version 3"):
             complete(engine, [[5, 6], [7]], SamplingParams(temperature, 4))
+
+
+# ------------------------------------------------------------------------ abort, pause
+
+
+async def until(condition):
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def watch(engine):
+    """Counts the model's forward passes, so that tests can act in the middle of a batch."""
+    passes = []
+    engine.model.register_forward_hook(lambda *_: passes.append(engine.weight_version))
+    return passes
+
+
+LONG = SamplingParams(1.0, 200, stop=("no such text",))
+
+
+@pytest.fixture
+def endless(tmp_path, byte_tokenizer):
+    """An engine whose model has no end token."""
+    engine = TransformersEngine(make_model(tmp_path), tokenizer=byte_tokenizer, max_batch_size=4)
+    engine.eos_ids = ()
+    engine.model.generation_config.eos_token_id = None
+    yield engine
+    asyncio.run(engine.close())
+
+
+def test_abort_returns_what_is_written_and_nothing_of_what_waits(endless):
+    whole = complete(endless, [[5 + i] for i in range(7)], LONG)
+    passes = watch(endless)
+
+    async def aborted():
+        requests = [asyncio.create_task(endless.generate([5 + i], LONG, seed=i)) for i in range(7)]
+        await until(lambda: len(passes) > 10)
+        late = asyncio.create_task(endless.generate([50], LONG, seed=9))
+        await asyncio.sleep(0)
+        await endless.abort()
+        after = asyncio.create_task(endless.generate([5], SamplingParams(1.0, 3), seed=0))
+        return await asyncio.gather(*requests, late), await after
+
+    parts, after = asyncio.run(aborted())
+    assert {c.finish_reason for c in parts} == {"abort"}
+    n = [len(c.token_ids) for c in parts]
+    assert all(10 <= k < 190 for k in n[:4]) and n[4:] == [0] * 4
+    for part, all_of_it in zip(parts, whole, strict=False):
+        k = len(part.token_ids)
+        assert part.token_ids == all_of_it.token_ids[:k]
+        assert part.logps == all_of_it.logps[:k]
+        assert part.weight_versions == [0] * k
+    # A request that comes after the abort is none of its business.
+    assert after.token_ids == whole[0].token_ids[:3] and after.finish_reason == "length"
+
+
+def test_nothing_is_written_while_paused_and_nothing_is_different_after(endless):
+    prompts = [[5 + i] * (1 + i) for i in range(6)]  # two batches
+    whole = complete(endless, prompts, LONG)
+    passes = watch(endless)
+
+    async def interrupted():
+        requests = [
+            asyncio.create_task(endless.generate(p, LONG, seed=i)) for i, p in enumerate(prompts)
+        ]
+        for n in (5, 60, 250):
+            await until(lambda n=n: len(passes) > n)
+            await endless.pause()
+            before = len(passes)
+            await asyncio.sleep(0.05)
+            assert len(passes) == before
+            assert not all(request.done() for request in requests)
+            assert await endless.healthy()
+            await endless.resume()
+        return await asyncio.gather(*requests)
+
+    for one, other in zip(asyncio.run(interrupted()), whole, strict=True):
+        assert one.token_ids == other.token_ids and one.finish_reason == other.finish_reason
+        assert one.logps == pytest.approx(other.logps, abs=1e-5)
+
+
+def test_weights_that_come_in_a_pause_write_the_rest(endless, tmp_path):
+    other = make_model(tmp_path / "other", seed=1)
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder).eval()
+        for folder in (endless.model.name_or_path, other)
+    ]
+    passes = watch(endless)
+    prompts = [[5, 6], [7], [8, 9, 10]]
+
+    async def updated():
+        requests = [
+            asyncio.create_task(endless.generate(p, LONG, seed=i)) for i, p in enumerate(prompts)
+        ]
+        await until(lambda: len(passes) > 20)
+        await endless.pause()
+        await endless.update_weights(models[1].state_dict().items(), 1)
+        await endless.resume()
+        return await asyncio.gather(*requests)
+
+    for prompt, completion in zip(prompts, asyncio.run(updated()), strict=True):
+        versions = torch.tensor(completion.weight_versions)
+        assert versions.tolist() == sorted(versions.tolist()) and set(versions.tolist()) == {0, 1}
+        # The rest reads its prompt anew: by the new weights on all tokens, not on an old cache.
+        expected = torch.stack(
+            [reference_logps(model, prompt, completion.token_ids, 1.0) for model in models]
+        ).gather(0, versions[None])[0]
+        assert torch.allclose(torch.tensor(completion.logps), expected, atol=1e-5, rtol=0)
+
+
+def test_abort_and_close_reach_a_paused_engine(endless):
+    passes = watch(endless)
+
+    async def stopped(stop):
+        request = asyncio.create_task(endless.generate([5], LONG, seed=0))
+        n = len(passes)
+        await until(lambda: len(passes) > n + 5)
+        await endless.pause()
+        await stop()
+        completion = await asyncio.wait_for(request, 10)
+        await endless.resume()
+        return completion
+
+    for stop in (endless.abort, endless.close):
+        completion = asyncio.run(stopped(stop))
+        assert completion.finish_reason == "abort" and len(completion.token_ids) > 4
+    assert not asyncio.run(endless.healthy())
+
+
+def test_a_batch_that_nobody_waits_for_is_broken_off(endless):
+    passes = watch(endless)
+
+    async def cancelled():
+        request = asyncio.create_task(endless.generate([5], LONG, seed=0))
+        await until(lambda: len(passes) > 5)
+        request.cancel()
+        return await endless.generate([6], SamplingParams(1.0, 3), seed=0)
+
+    assert len(asyncio.run(cancelled()).token_ids) == 3
+    assert len(passes) < 100
+
+
+def test_an_eager_engine_hands_out_what_is_complete(byte_model, byte_tokenizer):
+    prompts, sampling = [[5 + i] for i in range(16)], SamplingParams(1.0, 100)
+
+    def run(eager):
+        engine = TransformersEngine(byte_model, tokenizer=byte_tokenizer, eager=eager)
+        passes, at = watch(engine), []
+
+        async def one(i):
+            completion = await engine.generate(prompts[i], sampling, seed=i)
+            at.append(len(passes))
+            return completion
+
+        async def all_of_them():
+            done = await asyncio.gather(*(one(i) for i in range(16)))
+            await engine.close()
+            return done
+
+        return asyncio.run(all_of_them()), at
+
+    (whole, together), (same, at) = run(False), run(True)
+    assert same == whole
+    assert len(set(together)) == 1 and len(set(at)) > 2
 
 
 # ------------------------------------------------------------------------ refusals

@@ -56,7 +56,8 @@ def actor_config(model, **changes):
         "ddp_size": 1, "lr": 1e-3, "weight_decay": 0.01, "max_grad_norm": 1.0,
         "scheduler": "constant", "warmup_ratio": 0.0, "freeze_steps": 0, "temperature": 0.9,
         "max_length_per_device": 64, "max_inference_length_per_device": 64,
-        "update_per_rollout": 1, "avg_level": "sequence", "tis_coef": 0.0, "token_stats": "auto",
+        "update_per_rollout": 1, "avg_level": "sequence", "tis_coef": 0.0, "tis_type": "truncate",
+        "token_stats": "auto",
         "entropy": {"coef": 0.0},
         "kl": {"coef": 0.0, "type": None, "loss_estimator": "k3"},
     }  # fmt: skip
@@ -393,3 +394,32 @@ def test_the_logged_rate_is_the_one_that_was_used(tmp_path):
 def three_rates(model, changes, batch):
     actor = make_actor(model, **changes)
     return [actor.update(batch, step)["actor/lr"] for step in (1, 2, 3)]
+
+
+def tis_update(model, batch, kind, coef):
+    actor = make_actor(model, "ppo", tis_type=kind, tis_coef=coef, avg_level="token")
+    return actor.update(batch, 1)
+
+
+def test_masked_tokens_teach_nothing_and_their_share_is_told(tmp_path):
+    """Engine and trainer agree but on some tokens, which are then as if they had no advantage."""
+    model, batch = make_model(tmp_path), make_batch()
+    del batch["old_logps"]
+    (own,) = run_on_ranks(1, compute_logps, model, batch, 1)
+    mask, off = batch["action_mask"], torch.zeros_like(batch["action_mask"])
+    off[::2, ::3] = True
+    off &= mask
+    either_side = torch.where(torch.arange(len(mask)) % 4 == 0, 1.0, -1.0)[:, None]
+    batch["llm_logps"] = own + off * either_side
+    without = batch | {"advantages": batch["advantages"] * ~off, "llm_logps": own}
+    (masked,) = run_on_ranks(1, tis_update, model, batch, "mask", 2.0)
+    (reference,) = run_on_ranks(1, tis_update, model, without, "mask", 2.0)
+    share = off.sum().item() / mask.sum().item()
+    assert 0.1 < share < 0.9
+    assert masked["actor/tis_masked"] == pytest.approx(share)
+    assert reference["actor/tis_masked"] == 0
+    for name in ("actor/loss", "actor/grad_norm"):
+        assert masked[name] == pytest.approx(reference[name], rel=1e-4)
+    (truncated,) = run_on_ranks(1, tis_update, model, batch, "truncate", 2.0)
+    assert "actor/tis_masked" not in truncated
+    assert truncated["actor/grad_norm"] != pytest.approx(masked["actor/grad_norm"], rel=1e-3)

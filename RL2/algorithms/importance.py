@@ -1,0 +1,39 @@
+"""Weights for tokens that another distribution sampled than the one that is trained."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from RL2.config.errors import ConfigError
+
+
+def _truncate(ratio: Tensor, bound: float) -> Tensor:
+    return ratio.clamp(max=bound)
+
+
+def _mask(ratio: Tensor, bound: float) -> Tensor:
+    return ratio.masked_fill((ratio > bound) | (ratio < 1 / bound), 0.0)
+
+
+TIS_TYPES: dict[str, Callable[[Tensor, float], Tensor]] = {"truncate": _truncate, "mask": _mask}
+
+
+def importance_weights(logps: Tensor, llm_logps: Tensor, bound: float, kind: str) -> Tensor:
+    """Weight of each token, from its ratio r = exp(logps - llm_logps), without gradient.
+
+    `truncate`: min(r, bound), truncated importance sampling (Yao et al. 2025, "Your Efficient RL
+    Framework Secretly Brings You Off-Policy RL Training"). The tokens beyond stay, with a bias.
+    `mask`: r where 1/bound <= r <= bound, else 0, double-sided masking (IcePop; Ling Team 2025,
+    "Every Step Evolves: Scaling Reinforcement Learning for Trillion-Scale Thinking Model",
+    arXiv:2510.18855). On such tokens the engine and the trainer disagree, so they teach nothing.
+
+    Args:
+        logps: under the policy that is trained; llm_logps: under the one that sampled.
+        bound: C, 1 or more for `mask`.
+
+    Raises:
+        ConfigError: an unknown kind.
+    """
+    if kind not in TIS_TYPES:
+        raise ConfigError(f"actor.tis_type={kind}: unknown; use {', '.join(TIS_TYPES)}")
+    return TIS_TYPES[kind]((logps.detach() - llm_logps).exp(), bound)

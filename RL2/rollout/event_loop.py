@@ -1,0 +1,102 @@
+"""One event loop in a thread of its own, which goes on while the main thread trains."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+_CANCEL_SECONDS = 10.0  # for coroutines to clean up after themselves
+
+
+class EventLoopThread:
+    """An asyncio event loop in a daemon thread: requests, environments and servers live there.
+
+    device: what the thread's CUDA calls go to; a new thread would start out on device 0.
+    """
+
+    def __init__(self, device: torch.device | None = None):
+        self._loop = asyncio.new_event_loop()
+        self._tasks: set[asyncio.Task] = set()
+        self._device = device
+        self._thread = threading.Thread(target=self._serve, name="rollout-loop", daemon=True)
+        self._thread.start()
+
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine beside what runs already; the future can be waited for anywhere."""
+        return asyncio.run_coroutine_threadsafe(self._tracked(coroutine), self._loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine and wait for it, outside of the loop's thread.
+
+        An interrupt of the waiting thread (Ctrl-C) cancels the coroutine.
+        """
+        future = self.start(coroutine)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # without effect on one that has ended
+            raise
+
+    def cancel(self) -> None:
+        """Cancel what `run` and `start` began and has not ended, and wait until it has."""
+
+        async def cancel_all() -> None:
+            tasks = self._tasks - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks, timeout=_CANCEL_SECONDS)
+
+        asyncio.run_coroutine_threadsafe(cancel_all(), self._loop).result()
+
+    def close(self) -> None:
+        """Cancel everything, stop the loop and join the thread. May be called twice."""
+        if self._loop.is_closed():
+            return
+        self.cancel()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _tracked(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.current_task()
+        self._tasks.add(task)
+        try:
+            return await coroutine
+        finally:
+            self._tasks.discard(task)
+
+    def _serve(self) -> None:
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            left = asyncio.all_tasks(self._loop)
+            for task in left:
+                task.cancel()
+            if left:
+                self._loop.run_until_complete(asyncio.wait(left, timeout=_CANCEL_SECONDS))
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+
+
+def in_thread(function: Callable[[], T]) -> Future[T]:
+    """Call a function in a daemon thread, so that one that hangs does not hold up the exit."""
+    future: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # whoever asks for the result gets it
+            future.set_exception(error)
+
+    threading.Thread(target=call, name="rollout-ahead", daemon=True).start()
+    return future

@@ -1,0 +1,136 @@
+"""Groups in flight on one driver: begun, judged as they complete, and carried to the next step."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+from RL2.rollout.engine import Engine
+from RL2.rollout.player import Gate
+from RL2.rollout.samples import Group, Sample
+
+Play = Callable[[Sample, dict[str, Any], Gate], Coroutine[Any, Any, None]]
+
+
+class Flight:
+    """The groups that one driver answers. All of its methods run on one event loop.
+
+    play: plays one sample to its end. engine: what the samples' requests go to.
+    limit: most requests at a time.
+    filtering: whether groups of equal rewards count for nothing.
+    """
+
+    def __init__(self, play: Play, engine: Engine, limit: int, filtering: bool = False):
+        self.play = play
+        self.engine = engine
+        self.gate = Gate(limit)
+        self.filtering = filtering
+        self._open: list[Group] = []
+        self._complete: list[Group] = []
+        self._tasks: dict[asyncio.Task, Group] = {}
+        self._ended = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._progress: Callable[[], object] = lambda: None
+
+    @property
+    def groups(self) -> list[Group]:
+        """All that it holds, by position."""
+        return sorted(self._complete + self._open, key=lambda group: group.position)
+
+    async def fly(
+        self,
+        groups: Iterable[Group],
+        wanted: int,
+        *,
+        cut: bool = False,
+        refill: Callable[[], Group | None] = lambda: None,
+        progress: Callable[[], object] = lambda: None,
+    ) -> list[Group]:
+        """Answer groups, new ones and those that were carried here; returns what the step gets.
+
+        wanted: groups that shall teach something. Without `cut` all groups are finished.
+        cut: stop as soon as `wanted` is reached. The rest stays here: samples in the engine are
+            aborted and wait, with what is written, for the next `fly`; those in an environment
+            go on there.
+        refill: asked for another group, until it has none, as soon as `wanted` is out of reach
+            because groups came out that teach nothing.
+        progress: called once for each sample that ends.
+
+        A failure of the engine ends all groups and is raised.
+        """
+        self._progress = progress
+        try:
+            self.gate.open()  # first, so that what was carried here comes first
+            for group in groups:
+                self._begin(group)
+            n_seen = n_teach = 0
+            while True:
+                self._raise_failure()
+                fresh = self._complete[n_seen:]
+                n_seen += len(fresh)
+                n_teach += sum(group.teaches(self.filtering) for group in fresh)
+                while n_teach + len(self._open) < wanted and (more := refill()) is not None:
+                    self._begin(more)
+                if not self._open or (cut and n_teach >= wanted):
+                    break
+                self._ended.clear()
+                await self._ended.wait()
+            if self._open:
+                await self.gate.shut(self.engine)
+                self._raise_failure()
+        except BaseException:
+            await self.abandon()
+            raise
+        finally:
+            self._progress = lambda: None
+        return self._take(wanted if cut else None)
+
+    async def abandon(self) -> None:
+        """Cancel what is in flight and forget it."""
+        tasks, self._tasks = list(self._tasks), {}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._complete, self._open, self._failure = [], [], None
+
+    def _begin(self, group: Group) -> None:
+        self._open.append(group)
+        for sample in group.samples:
+            task = asyncio.create_task(self.play(sample, group.item, self.gate))
+            self._tasks[task] = group
+            group.unfinished += 1
+            task.add_done_callback(self._end)
+
+    def _end(self, task: asyncio.Task) -> None:
+        group = self._tasks.pop(task, None)
+        if group is None or task.cancelled():
+            return  # abandoned
+        if task.exception() is not None:
+            self._failure = self._failure or task.exception()
+            self._ended.set()
+            return
+        self._progress()
+        group.unfinished -= 1
+        if not group.unfinished:
+            self._open.remove(group)
+            self._complete.append(group)
+            self._ended.set()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _take(self, wanted: int | None) -> list[Group]:
+        """Remove what is complete: all of it, or the first `wanted` that teach something and
+        what teaches nothing."""
+        taken, kept, n_teach = [], [], 0
+        for group in sorted(self._complete, key=lambda group: group.position):
+            teaches = group.teaches(self.filtering)
+            if teaches and wanted is not None and n_teach >= wanted:
+                kept.append(group)
+                continue
+            n_teach += teaches
+            taken.append(group)
+        self._complete = kept
+        return taken

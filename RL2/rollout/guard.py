@@ -1,0 +1,111 @@
+"""A small process between the trainer and a server that leaves nothing behind.
+
+    python guard.py <pid of the trainer> <command of the server> ...
+
+A trainer that is killed cannot clean up after itself, and a server has children of its own. The
+guard ends all of them when the trainer is gone, when it is told to (SIGTERM), or when the server
+itself ends, and then exits with the server's status. Where the trainer is gone it removes the
+trainer's copy of the weights as well, which may lie in memory. It needs nothing but the standard
+library, and knows children that other children left behind on Linux only.
+"""
+
+import ctypes
+import glob
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+_GRACE = 3.0  # seconds between asking and killing
+_POLL = 0.2
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def _descendants(root: int) -> list[int]:
+    """All processes below `root`, parents first."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc") if os.path.isdir("/proc") else []:
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat") as file:
+                    # "pid (name) state ppid": a name may hold spaces and brackets.
+                    parent = int(file.read().rpartition(")")[2].split()[1])
+            except (OSError, ValueError):
+                continue  # it ended meanwhile
+            children.setdefault(parent, []).append(int(entry))
+    found, queue = [], [root]
+    while queue:
+        below = children.get(queue.pop(0), [])
+        found += below
+        queue += below
+    return found
+
+
+def _kill(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        return
+
+
+def _reap() -> None:
+    """Collect children that were left to us, so that they do not count as alive."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return
+
+
+def _end(server: subprocess.Popen) -> None:
+    # The server first, alone: it knows how to end its own children, and what to clean up.
+    if server.poll() is None:
+        _kill(server.pid, signal.SIGTERM)
+    deadline = time.monotonic() + _GRACE
+    while time.monotonic() < deadline:
+        server.poll()
+        _reap()
+        if server.returncode is not None and not _descendants(os.getpid()):
+            return
+        time.sleep(_POLL / 4)
+    for pid in _descendants(os.getpid()) or [server.pid]:
+        _kill(pid, signal.SIGKILL)
+    server.poll()
+    _reap()
+
+
+def main(trainer: int, command: list[str]) -> int:
+    asked = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: asked.append(True))
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    # A session of its own: Ctrl-C in the trainer's terminal is for the trainer. Should the guard
+    # itself be killed, the server goes with it.
+    server = subprocess.Popen(
+        command,
+        start_new_session=True,
+        preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
+    )
+    while server.poll() is None and os.getppid() == trainer and not asked:
+        time.sleep(_POLL)
+    status = server.poll()
+    _end(server)
+    if os.getppid() != trainer:
+        for parent in ("/dev/shm", tempfile.gettempdir()):
+            for folder in glob.glob(f"{parent}/rl2-weights-{trainer}-*"):
+                shutil.rmtree(folder, ignore_errors=True)
+    if status is None:
+        return 0
+    return status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

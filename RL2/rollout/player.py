@@ -1,0 +1,279 @@
+"""One sample from its prompt to its end: the engine writes, the environment answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from RL2.config.errors import EnvError
+from RL2.rollout.engine import Completion, Engine, MalformedReply, SamplingParams
+from RL2.rollout.environments import Environment
+from RL2.rollout.samples import (
+    Sample,
+    Turn,
+    action_text,
+    add_reward,
+    extend,
+    stable_seed,
+    start_sequence,
+)
+
+logger = logging.getLogger(__name__)
+
+_ABORT_AGAIN = 1.0  # seconds after which an abort that left requests open is said again
+
+
+class Gate:
+    """Lets requests through to an engine: at most `limit` at a time, and none while closed."""
+
+    def __init__(self, limit: int):
+        self._slots = asyncio.Semaphore(limit)
+        self._opened = asyncio.Event()
+        self._opened.set()
+        self._inside = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @property
+    def is_open(self) -> bool:
+        return self._opened.is_set()
+
+    @asynccontextmanager
+    async def passing(self) -> AsyncIterator[None]:
+        """Wait until the gate is open and there is room; the body is one request."""
+        while True:
+            await self._opened.wait()
+            async with self._slots:
+                if not self.is_open:
+                    continue  # it closed while we waited for room
+                self._inside += 1
+                self._empty.clear()
+                try:
+                    yield
+                finally:
+                    self._inside -= 1
+                    if not self._inside:
+                        self._empty.set()
+                return
+
+    def open(self) -> None:
+        self._opened.set()
+
+    async def shut(self, engine: Engine) -> None:
+        """Close the gate and abort what is inside; returns when nothing is."""
+        self._opened.clear()
+        while self._inside:
+            # Again and again, as a request may reach a server after the abort did.
+            await engine.abort()
+            try:
+                await asyncio.wait_for(self._empty.wait(), _ABORT_AGAIN)
+            except TimeoutError:
+                continue
+
+
+class Player:
+    """Plays samples.
+
+    Args:
+        engine: answers; environment: judges.
+        tokenizer: of the policy. seed: of the run.
+        max_turns: model turns in one sample at most.
+        max_length: most tokens in one sequence; a sample whose next turn might not fit ends.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        environment: Environment,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int,
+        max_turns: int,
+        max_length: int | None,
+    ):
+        self.engine = engine
+        self.environment = environment
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.max_turns = max_turns
+        self.max_length = max_length
+
+    async def play(
+        self,
+        sample: Sample,
+        item: dict[str, Any],
+        sampling: SamplingParams,
+        gate: Gate,
+        *,
+        train: bool,
+    ) -> None:
+        """Play all turns of a sample. A failure of its environment, or a reply that makes no
+        sense, ends this sample only."""
+        try:
+            await self._play(sample, item, sampling, gate, train)
+        except EnvError as error:
+            sample.fail(str(error), "env")
+        except MalformedReply as error:
+            sample.fail(str(error), "malformed")
+        if sample.error is not None:
+            logger.warning(
+                "sample dropped: prompt %d, response %d of step %d: %s",
+                sample.born[1], sample.response, sample.born[0], sample.error,
+            )  # fmt: skip
+
+    async def _play(
+        self,
+        sample: Sample,
+        item: dict[str, Any],
+        sampling: SamplingParams,
+        gate: Gate,
+        train: bool,
+    ) -> None:
+        extra_info = deepcopy(dict(item.get("extra_info") or {}))
+        sample.answer = extra_info.get("answer")
+        state, ids = item.get("prompt"), item.get("prompt_ids")
+        if state is None:
+            state, extra_info = await self.environment.reset(extra_info)
+            ids = None
+        sample.prompt = state
+        sequence = start_sequence(self._encode(state) if ids is None else list(ids))
+        sample.sequences.append(sequence)
+        step, position = sample.born
+        for turn in range(self.max_turns):
+            seed = (self.seed, step, int(train), position, sample.response, turn)
+            completion = await self._action(sequence["token_ids"], sampling, seed, gate)
+            if completion.finish_reason == "abort":
+                sample.fail("the engine aborted the completion", "abort")
+                return
+            action = action_text(completion, sampling, self.tokenizer)
+            extend(sequence, completion.token_ids, completion)
+            result = await self.environment.step(state, action, extra_info)
+            add_reward(sequence, result.reward)
+            sample.turns.append(
+                Turn(
+                    state,
+                    action,
+                    len(completion.token_ids),
+                    completion.finish_reason,
+                    result.reward,
+                    result.score,
+                )  # fmt: skip
+            )
+            if result.done or turn + 1 == self.max_turns:
+                return
+            prefix = state + action
+            continues = result.next_state.startswith(prefix)
+            new = self._encode(result.next_state[len(prefix) :] if continues else result.next_state)
+            if continues and new and completion.finish_reason == "stop":
+                # A chat template closes the action with the end token that the policy wrote.
+                last = completion.token_ids[-1:]
+                if new[:1] == last and last[0] in self.tokenizer.all_special_ids:
+                    new = new[1:]
+            begun = len(sequence["token_ids"]) if continues else 0
+            if (
+                self.max_length is not None
+                and begun + len(new) + sampling.max_new_tokens > self.max_length
+            ):
+                return
+            if continues:
+                extend(sequence, new)
+            else:
+                sequence = start_sequence(new)
+                sample.sequences.append(sequence)
+            state, extra_info = result.next_state, result.extra_info
+
+    async def _action(
+        self, prompt: list[int], sampling: SamplingParams, seed: tuple[int, ...], gate: Gate
+    ) -> Completion:
+        """One whole action. Where a closing gate cuts it off, it goes on when the gate opens.
+
+        A continuation has a seed of its own: noise is a function of seed and place in the
+        response, so the same seed would repeat the noise of the beginning.
+        """
+        written = Completion([], [], "abort", [])
+        while written.finish_reason == "abort":
+            n = len(written.token_ids)
+            if n >= sampling.max_new_tokens:
+                return replace(written, finish_reason="length")
+            async with gate.passing():
+                part = await self.engine.generate(
+                    prompt + written.token_ids,
+                    replace(sampling, max_new_tokens=sampling.max_new_tokens - n),
+                    seed=stable_seed(*seed, n) if n else stable_seed(*seed),
+                )
+            check(part)
+            written = join(written, part)
+            if n:
+                written = end_at_stop(written, n, sampling.stop, self.tokenizer)
+            if gate.is_open:
+                break  # an abort that nobody here asked for
+        return written
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+def check(completion: Completion) -> None:
+    """Raise MalformedReply for a completion that no model can have written."""
+    n = len(completion.token_ids)
+    if n != len(completion.logps) or n != len(completion.weight_versions):
+        raise MalformedReply(
+            f"the engine returned {n} tokens, {len(completion.logps)} log-probabilities and "
+            f"{len(completion.weight_versions)} weight versions"
+        )
+    if not all(map(math.isfinite, completion.logps)):
+        raise MalformedReply("the engine returned a log-probability that is not finite")
+    if not n and completion.finish_reason != "abort":
+        raise MalformedReply(
+            f"the engine returned no token and the finish reason {completion.finish_reason!r}"
+        )
+
+
+def join(first: Completion, then: Completion) -> Completion:
+    """One completion of a beginning and its continuation."""
+    return Completion(
+        first.token_ids + then.token_ids,
+        first.logps + then.logps,
+        then.finish_reason,
+        first.weight_versions + then.weight_versions,
+    )
+
+
+def end_at_stop(
+    completion: Completion,
+    n_before: int,
+    stop: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Completion:
+    """End a completion that was joined from parts at its first stop string.
+
+    An engine looks for stop strings in what it writes itself, so it misses one that begins in
+    the first `n_before` tokens and ends after them.
+    """
+
+    def stops(n_tokens: int) -> bool:
+        text = tokenizer.decode(
+            completion.token_ids[:n_tokens],
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
+        )
+        return any(one in text for one in stop)
+
+    n_tokens = len(completion.token_ids)
+    if not stop or not stops(n_tokens):
+        return completion
+    first = next(n for n in range(n_before + 1, n_tokens + 1) if stops(n))
+    return Completion(
+        completion.token_ids[:first],
+        completion.logps[:first],
+        "stop",
+        completion.weight_versions[:first],
+    )

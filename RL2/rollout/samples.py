@@ -1,0 +1,275 @@
+"""What the policy wrote: samples, groups of them, and the batch, metrics and files they become.
+
+Token ids go in and come out: the ids that an engine sampled are the ids that are trained on; text
+is made from them for the environment only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from RL2.datasets.base import collate
+from RL2.rollout.engine import Completion, SamplingParams
+
+_MASK_64 = (1 << 64) - 1
+NOT_THE_POLICY = -1  # weight version of a token that the policy did not write
+
+
+def stable_seed(*parts: int) -> int:
+    """Mix integers into one of 63 bits; the same on every machine and in every process.
+
+    A chain of splitmix64 steps, so that neighbouring samples get unrelated seeds.
+    """
+    state = 0
+    for part in parts:
+        state = ((state ^ (part & _MASK_64)) + 0x9E3779B97F4A7C15) & _MASK_64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK_64
+        state ^= state >> 31
+    return state >> 1
+
+
+def action_text(
+    completion: Completion, sampling: SamplingParams, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """The text of a completion that an environment judges.
+
+    The end-of-sequence token is cut off; every other special token (`</think>` where it is one)
+    stays. With `no_stop_trim=False` the text ends before the stop string.
+    """
+    ids = completion.token_ids
+    if completion.finish_reason == "stop" and ids and ids[-1] in tokenizer.all_special_ids:
+        # Any special token that ended the completion, since a model may have several
+        # end-of-sequence tokens; but not one that is a stop string itself.
+        last = tokenizer.decode([ids[-1]], skip_special_tokens=False)
+        if not any(stop in last for stop in sampling.stop):
+            ids = ids[:-1]
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if completion.finish_reason == "stop" and not sampling.no_stop_trim:
+        found = [text.find(stop) for stop in sampling.stop if stop in text]
+        text = text[: min(found)] if found else text
+    return text
+
+
+@dataclass
+class Turn:
+    """One action and what the environment said to it."""
+
+    state: str
+    action: str
+    length: int
+    finish_reason: str
+    reward: float
+    score: float
+
+
+@dataclass
+class Sample:
+    """One answer to one prompt, over all its turns.
+
+    position: place of the prompt in the step. response: number of the answer to that prompt.
+    sequences: token sequences as `RL2.datasets.base.collate` takes them; more than one where a
+        turn's state does not continue the turn before.
+    error: why the sample counts for nothing (None for a good one).
+    cause: of the error: "env" (the environment failed), "malformed" (the engine's reply made no
+        sense) or "abort" (the engine gave up).
+    born: step and place in it in which the sample began, which seed it; None: `position` is it.
+    """
+
+    position: int
+    response: int
+    turns: list[Turn] = field(default_factory=list)
+    sequences: list[dict[str, list]] = field(default_factory=list)
+    prompt: str | None = None
+    answer: Any = None
+    error: str | None = None
+    cause: str | None = None
+    born: tuple[int, int] | None = None
+
+    @property
+    def reward(self) -> float:
+        return math.fsum(turn.reward for turn in self.turns)
+
+    @property
+    def score(self) -> float:
+        return math.fsum(turn.score for turn in self.turns)
+
+    @property
+    def length(self) -> int:
+        return sum(turn.length for turn in self.turns)
+
+    def fail(self, error: str, cause: str) -> None:
+        self.error, self.cause = error, cause
+
+
+@dataclass(eq=False)  # a group is itself, not what it holds
+class Group:
+    """All answers to one prompt.
+
+    position: place of the prompt in the step; `renumber` moves the group to another step.
+    item: the prompt, as the data set gives it. unfinished: samples that are being played.
+    """
+
+    position: int
+    item: dict[str, Any]
+    samples: list[Sample]
+    unfinished: int = 0
+
+    @classmethod
+    def begin(cls, position: int, item: dict[str, Any], n_responses: int, step: int) -> Group:
+        """A group that nobody has answered yet."""
+        samples = [
+            Sample(position, response, born=(step, position)) for response in range(n_responses)
+        ]
+        return cls(position, item, samples)
+
+    def renumber(self, position: int) -> None:
+        self.position = position
+        for sample in self.samples:
+            sample.position = position
+
+    def teaches(self, filtering: bool) -> bool:
+        """Whether a finished group goes into a batch: some sample is good and, with `filtering`,
+        the rewards differ."""
+        rewards = {sample.reward for sample in self.samples if sample.error is None}
+        return len(rewards) > int(filtering)
+
+
+def start_sequence(token_ids: list[int]) -> dict[str, list]:
+    """A sequence that so far holds only what the policy was given."""
+    names = ("token_ids", "action_mask", "llm_logps", "rewards", "weight_versions")
+    sequence: dict[str, list] = {name: [] for name in names}
+    extend(sequence, token_ids)
+    return sequence
+
+
+def extend(
+    sequence: dict[str, list], token_ids: list[int], completion: Completion | None = None
+) -> None:
+    """Append tokens: those of a completion, or the environment's."""
+    n = len(token_ids)
+    wrote = completion is not None
+    sequence["token_ids"] += token_ids
+    sequence["action_mask"] += [wrote] * n
+    sequence["llm_logps"] += completion.logps if wrote else [0.0] * n
+    sequence["weight_versions"] += completion.weight_versions if wrote else [NOT_THE_POLICY] * n
+    sequence["rewards"] += [0.0] * n
+
+
+def add_reward(sequence: dict[str, list], reward: float) -> None:
+    """Put a turn's reward on the last action token; an empty action leaves it to the one before.
+
+    A sequence without any action token has nowhere to put it, and nothing to learn.
+    """
+    for index in range(len(sequence["action_mask"]) - 1, -1, -1):
+        if sequence["action_mask"][index]:
+            sequence["rewards"][index] += reward
+            return
+
+
+def drop_equal_groups(samples: list[Sample]) -> tuple[list[Sample], float]:
+    """Drop the groups in which all rewards are equal, which teach nothing against their mean.
+
+    Returns the samples that stay and the fraction of groups that went (0 without groups).
+    """
+    rewards: dict[int, set[float]] = {}
+    for sample in samples:
+        rewards.setdefault(sample.position, set()).add(sample.reward)
+    equal = {position for position, values in rewards.items() if len(values) == 1}
+    kept = [sample for sample in samples if sample.position not in equal]
+    return kept, len(equal) / max(1, len(rewards))
+
+
+def to_batch(samples: list[Sample], n_responses: int) -> dict[str, Tensor] | None:
+    """One row per sequence, in the samples' order; None without samples.
+
+    The fields of `collate` and sample_ids, group_ids [B] int64, correct [B] bool, and
+    weight_versions [B, T] int64: which weights wrote the token, -1 where the policy did not.
+    """
+    rows = [(sample, sequence) for sample in samples for sequence in sample.sequences]
+    if not rows:
+        return None
+    versions = [torch.tensor(sequence["weight_versions"][1:]).long() for _, sequence in rows]
+    batch = collate([{k: v for k, v in one.items() if k != "weight_versions"} for _, one in rows])
+    return batch | {
+        "sample_ids": torch.tensor([s.position * n_responses + s.response for s, _ in rows]),
+        "group_ids": torch.tensor([s.position for s, _ in rows]),
+        "correct": torch.tensor([s.reward > 0 for s, _ in rows]),
+        "weight_versions": pad_sequence(versions, True, NOT_THE_POLICY),
+    }
+
+
+def staleness(batch: dict[str, Tensor], version: int) -> float:
+    """By how many versions the weights that wrote a token are behind `version`, mean over the
+    action tokens; 0 without any."""
+    written = batch["weight_versions"][batch["action_mask"]]
+    return (version - written.double()).mean().item() if len(written) else 0.0
+
+
+def summarise(samples: list[Sample], prefix: str) -> dict[str, float]:
+    """Means over samples; only `{prefix}/n_samples` when there is none."""
+    metrics = {f"{prefix}/n_samples": float(len(samples))}
+    if not samples:
+        return metrics
+    turns = [turn for sample in samples for turn in sample.turns]
+
+    def mean(values: Iterable[float]) -> float:
+        return math.fsum(values) / len(samples)
+
+    return metrics | {
+        f"{prefix}/score": mean(sample.score for sample in samples),
+        f"{prefix}/reward": mean(sample.reward for sample in samples),
+        f"{prefix}/avg_response_length": mean(sample.length for sample in samples),
+        f"{prefix}/length_clip_ratio": mean(
+            any(turn.finish_reason == "length" for turn in sample.turns) for sample in samples
+        ),
+        f"{prefix}/n_turns": mean(len(sample.turns) for sample in samples),
+        f"{prefix}/empty_actions": float(sum(not turn.action for turn in turns)),
+    }
+
+
+def dump(samples: list[Sample], path: Path) -> None:
+    """Write samples as jsonl, all or nothing (temporary file, then rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            file.write(json.dumps(_record(sample), ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def _record(sample: Sample) -> dict[str, Any]:
+    failed = sample.error is not None
+    record = {
+        "group": sample.position,
+        "response_index": sample.response,
+        "prompt": sample.prompt,
+        "response": "".join(turn.action for turn in sample.turns),
+        "score": None if failed else sample.score,
+        "reward": None if failed else sample.reward,
+        "length": sample.length,
+        "finish_reason": sample.turns[-1].finish_reason if sample.turns else None,
+        "n_turns": len(sample.turns),
+    }
+    if len(sample.turns) > 1:
+        record["turns"] = [vars(turn) for turn in sample.turns]
+    if failed:
+        record["error"] = sample.error
+    if sample.answer is not None:
+        try:
+            json.dumps(sample.answer)
+        except (TypeError, ValueError):
+            return record
+        record["answer"] = sample.answer
+    return record
