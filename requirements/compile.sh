@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Rewrites build.txt, base.txt, gpu.txt and triton.txt with uv: bash requirements/compile.sh [uv options]
+# Rewrites build.txt, base.txt, gpu.txt, triton.txt and engines/*.txt with uv:
+#   bash requirements/compile.sh [uv options]
 #   bash requirements/compile.sh --upgrade
 #   bash requirements/compile.sh --upgrade-package transformers
 # uv must find the CPU wheel of torch: UV_FIND_LINKS=<folder or page that holds it>. No header and
@@ -22,3 +23,11 @@ printf 'torch==%s\nliger-kernel\n' "$TORCH" | UV_FIND_LINKS='' compile - --const
     --constraints build.txt --no-emit-package setuptools --output-file gpu.txt "$@"
 # For the tests of the Triton kernels on machines without CUDA: the version that gpu.txt has.
 echo triton | compile - --constraints gpu.txt --output-file triton.txt "$@"
+# The environments that tests/engines/setup.sh makes. SGLang's wheel is for this platform only, and
+# a package is left out by a marker that is never true, which --universal would keep.
+for engine in sglang vllm; do
+    uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_34 \
+        --generate-hashes --no-header --no-emit-index-url --no-emit-find-links \
+        engines/$engine.in --overrides engines/$engine.overrides.txt --no-emit-package torch \
+        --output-file engines/$engine.txt "$@" >/dev/null
+done

@@ -3,6 +3,9 @@
 # paths relative to the repository root:
 #   bash tests/run.sh                       everything
 #   bash tests/run.sh tests/ops -k packing  some
+#   bash tests/run.sh engines               the rollout engines against real servers, whose
+#                                           environments (.venv-vllm, .venv-sglang) it makes first
+#   bash tests/run.sh engines vllm ...      one of them
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/_install.sh"
 
@@ -15,4 +18,17 @@ python -c 'import triton' 2>/dev/null ||
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 # Nothing may reach for a hub, an account or a screen.
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline MPLBACKEND=Agg
+
+if [[ ${1:-} == engines ]]; then
+    shift
+    engines=(vllm sglang) selection=()
+    if [[ ${1:-} == vllm || ${1:-} == sglang ]]; then
+        engines=("$1") selection=(-k "$1")
+        shift
+    fi
+    for engine in "${engines[@]}"; do
+        bash tests/engines/setup.sh "$engine"
+    done
+    set -- tests/engines "${selection[@]}" "$@"
+fi
 exec python -m pytest "$@"

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Makes .venv-sglang or .venv-vllm in the repository root, once, for the tests against real servers:
+#   bash tests/engines/setup.sh sglang            SGLang on CPU, with tests/engines/sglang_stand_in
+#   bash tests/engines/setup.sh vllm              vLLM's CPU build
+#   PYTHON=<path> bash tests/engines/setup.sh ... chooses the interpreter
+# Both are for Linux on x86-64. Nothing of RL2 goes in: a server is a program of its own.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+die() {
+    echo "engines: $*" >&2
+    exit 1
+}
+
+engine=${1:-}
+case $engine in
+    sglang) newest=11 versions="Python 3.11" ;; # its wheel is for no other
+    vllm) newest=13 versions="Python 3.11 to 3.13" ;;
+    *) die "name an engine: bash tests/engines/setup.sh sglang|vllm" ;;
+esac
+[[ $(uname -sm) == "Linux x86_64" ]] || die "$engine: the pinned packages are for Linux on x86-64"
+
+fits() {
+    "$1" -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, $newest))" 2>/dev/null
+}
+
+venv=.venv-$engine
+stamp=$venv/rl2-installed
+log=$venv/rl2-install.log
+wanted=$(cat requirements/torch-cpu.txt "requirements/engines/$engine.txt" | cksum)
+[[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]] && exit
+
+if [[ -x $venv/bin/python ]]; then
+    fits "$venv/bin/python" || die "$venv does not hold $versions; remove it and run again"
+else
+    python=
+    for candidate in ${PYTHON:-python3.11 python3 python3.12 python3.13 python}; do
+        fits "$candidate" && python=$candidate && break
+    done
+    [[ -n $python ]] ||
+        die "$engine needs $versions, which ${PYTHON:-none on PATH} is not; install it, or name" \
+            "it: PYTHON=<path> bash tests/engines/setup.sh $engine"
+    echo "engines: making $venv with $("$python" --version)" >&2
+    "$python" -m venv "$venv" >/dev/null 2>&1 ||
+        die "$python -m venv $venv failed; on Debian and Ubuntu install python3-venv"
+fi
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 ||
+    "$venv/bin/python" -m ensurepip >/dev/null 2>&1 ||
+    die "$venv has no pip; remove it and run again"
+
+rm -f "$stamp"
+start=$SECONDS
+echo "engines: pinned packages of $engine; once, a few minutes" >&2
+for file in torch-cpu.txt "engines/$engine.txt"; do
+    if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input --no-deps \
+        --require-hashes -r "requirements/$file" >"$log" 2>&1; then
+        tail -n 20 "$log" >&2
+        [[ $file == torch-cpu.txt ]] && die "no CPU torch 2.13.0 found; point pip to PyTorch's CPU" \
+            "wheel index (PIP_EXTRA_INDEX_URL=<address>, see pytorch.org/get-started)"
+        die "pip could not install requirements/$file; see above"
+    fi
+done
+echo "$wanted" >"$stamp"
+echo "engines: $venv is ready after $((SECONDS - start)) s" >&2

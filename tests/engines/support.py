@@ -1,0 +1,88 @@
+"""Models that every engine accepts, and where the engines' interpreters are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+
+from RL2.config import apply_fallbacks, validate
+from tests.rollout.support import EOS, PAD, VOCAB, make_tokenizer
+from tests.trainer.support import ENVIRONMENT, composed
+
+ROOT = Path(__file__).resolve().parents[2]
+STAND_IN = Path(__file__).with_name("sglang_stand_in")
+
+
+def engine_python(name: str) -> str:
+    """Interpreter of the engine's own environment; skips the test where there is none.
+
+    name: "vllm" or "sglang".
+    """
+    python = ROOT / f".venv-{name}" / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"no .venv-{name}: make it with `bash tests/engines/setup.sh {name}`")
+    return str(python)
+
+
+def engine_config(family: str = "qwen3", *, tied: bool = True) -> PretrainedConfig:
+    """2 layers, 4 heads of 32 (vLLM's CPU attention refuses 8 and 16), 259 tokens (no multiple of
+    64, so that engines pad the embedding), 512 positions."""
+    common = dict(
+        vocab_size=VOCAB, hidden_size=128, intermediate_size=192, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
+        initializer_range=0.2, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=EOS,
+        pad_token_id=PAD, dtype="float32",
+    )  # fmt: skip
+    return LlamaConfig(**common) if family == "llama" else Qwen3Config(**common)
+
+
+def make_engine_model(
+    path: Path, *, family: str = "qwen3", tied: bool = True, seed: int = 0, **generation: object
+) -> str:
+    """Save a random fp32 model and the byte tokenizer; returns the folder.
+
+    generation: entries of the generation config, for example `eos_token_id=[1, 60]`.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(engine_config(family, tied=tied))
+    for key, value in generation.items():
+        setattr(model.generation_config, key, value)
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def engine_run(name: str, model: str, root: Path, **changes: object) -> tuple[DictConfig, dict]:
+    """Config of a run that generates with an engine, and what its servers need around them.
+
+    name: "transformers", "vllm" or "sglang" (SGLang on CPU, with the kernel stand-in); the test
+    is skipped where its environment is missing. changes: further keys, a dot written as `__`.
+
+    Returns the config, validated and resolved, and environment variables.
+    """
+    (root / "env.py").write_text(ENVIRONMENT)
+    lines = {
+        "train_data.path": "null", "train_data.prompts_per_rollout": 8,
+        "actor.model_name": model, "actor.max_length_per_device": 512,
+        "rollout.train_sampling_params.max_new_tokens": 64, "rollout.env_path": root / "env.py",
+        "rollout.engine": name, "trainer.save_dir": root / "run", "trainer.use_wandb": "false",
+    }  # fmt: skip
+    variables = {}
+    if name != "transformers":
+        lines["rollout.server_python"] = engine_python(name)
+    if name == "sglang":
+        variables["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(STAND_IN), os.environ.get("PYTHONPATH")])
+        )
+    lines |= {key.replace("__", "."): value for key, value in changes.items()}
+    config = composed("ppo", [f"{key}={value}" for key, value in lines.items()])
+    validate(config, 1)
+    apply_fallbacks(config, cuda=False, available=set())
+    OmegaConf.resolve(config)
+    return config, variables
