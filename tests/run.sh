@@ -5,7 +5,7 @@
 #   bash tests/run.sh tests/ops -k packing  some
 #   bash tests/run.sh engines               the rollout engines against real servers, whose
 #                                           environments (.venv-vllm, .venv-sglang) it makes first
-#   bash tests/run.sh engines vllm ...      one of them
+#   bash tests/run.sh engines vllm ...      one of them, beside the embedded engine
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/_install.sh"
 
@@ -23,7 +23,7 @@ if [[ ${1:-} == engines ]]; then
     shift
     engines=(vllm sglang) selection=()
     if [[ ${1:-} == vllm || ${1:-} == sglang ]]; then
-        engines=("$1") selection=(-k "$1")
+        engines=("$1") selection=(-k "$1 or transformers")
         shift
     fi
     for engine in "${engines[@]}"; do

@@ -208,8 +208,9 @@ class Trainer:
             )
         state = state or {"step": 0, "best": {}, "run_id": None}
         self.best = state["best"]
-        if state["step"] > 0:
-            self.source.publish(self.actor, state["step"])
+        # At the start, too: servers may hold anything, and weights that do not arrive stop the run
+        # before the first rollout.
+        self.source.publish(self.actor, state["step"])
         if rank() == 0:
             self.checkpoints.set_aside(state["step"])
             self.metrics = Metrics(self.config, state["step"], state["run_id"])

@@ -117,7 +117,7 @@ class RolloutSource:
         self._pending: tuple[Future[Result], dict[str, Any]] | None = None
 
     def start(self, device: torch.device) -> None:
-        """Load the engine. Until `publish`, it serves the model it was loaded from."""
+        """Load the engine, or start its servers. It serves the actor after `publish`."""
         drivers = self._drivers()
         engine = build_engine(self.config, self.tokenizer, device) if rank() in drivers else None
         dumps = Path(self.config.trainer.save_dir) / "rollouts"
@@ -138,9 +138,12 @@ class RolloutSource:
         )
 
     def _drivers(self) -> tuple[int, ...]:
-        """The ranks with an engine: all of them in process, with servers one on each machine."""
+        """The ranks with an engine: all of them in process, with servers one on each machine, with
+        servers of somebody else's the first one."""
         if self.config.rollout.engine == EngineName.transformers or world_size() == 1:
             return tuple(range(world_size()))
+        if self.config.rollout.server_url is not None:
+            return (0,)
         local_ranks = [None] * world_size()
         dist.all_gather_object(local_ranks, int(os.environ.get("LOCAL_RANK", "0")))
         return tuple(which for which, local in enumerate(local_ranks) if local == 0)

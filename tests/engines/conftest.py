@@ -45,12 +45,12 @@ def running(request, tmp_path_factory):
     eos = [1, *range(60, 64)]  # one token in fifty ends a response
     folder = make_engine_model(root / "model", eos_token_id=eos)
     other = make_engine_model(root / "other", seed=1, eos_token_id=eos)
-    config, variables = engine_run(request.param, folder, root)
+    run = engine_run(request.param, folder, root)
     before = dict(os.environ)
-    os.environ.update(variables)
+    os.environ.update(run.variables)
     loop = EventLoopThread()
     try:
-        engine = build_engine(config, make_tokenizer(), torch.device("cpu"))
+        engine = build_engine(run.config(), make_tokenizer(), torch.device("cpu"))
         loop.run(engine.start())
         yield Running(request.param, engine, loop, folder, other)
         loop.run(engine.close())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -58,31 +59,45 @@ def make_engine_model(
     return str(path)
 
 
-def engine_run(name: str, model: str, root: Path, **changes: object) -> tuple[DictConfig, dict]:
-    """Config of a run that generates with an engine, and what its servers need around them.
+@dataclass(frozen=True)
+class EngineRun:
+    """A run that generates with an engine. lines: overrides of `ppo`. variables: what its servers
+    need in the environment."""
 
-    name: "transformers", "vllm" or "sglang" (SGLang on CPU, with the kernel stand-in); the test
-    is skipped where its environment is missing. changes: further keys, a dot written as `__`.
+    engine: str
+    lines: list[str]
+    variables: dict[str, str]
+    save_dir: Path
 
-    Returns the config, validated and resolved, and environment variables.
+    def config(self) -> DictConfig:
+        """Composed, validated and resolved."""
+        config = composed("ppo", self.lines)
+        validate(config, 1)
+        apply_fallbacks(config, cuda=False, available=set())
+        OmegaConf.resolve(config)
+        return config
+
+
+def engine_run(engine: str, model: str, root: Path, **changes: object) -> EngineRun:
+    """A tiny run in `root`; skips the test where the engine's environment is missing.
+
+    engine: "transformers", "vllm" or "sglang" (SGLang on CPU, with the kernel stand-in).
+    changes: further keys, a dot written as `__`.
     """
     (root / "env.py").write_text(ENVIRONMENT)
     lines = {
         "train_data.path": "null", "train_data.prompts_per_rollout": 8,
         "actor.model_name": model, "actor.max_length_per_device": 512,
         "rollout.train_sampling_params.max_new_tokens": 64, "rollout.env_path": root / "env.py",
-        "rollout.engine": name, "trainer.save_dir": root / "run", "trainer.use_wandb": "false",
+        "rollout.engine": engine, "trainer.save_dir": root / "run", "trainer.use_wandb": "false",
     }  # fmt: skip
     variables = {}
-    if name != "transformers":
-        lines["rollout.server_python"] = engine_python(name)
-    if name == "sglang":
+    if engine != "transformers":
+        lines["rollout.server_python"] = engine_python(engine)
+    if engine == "sglang":
         variables["PYTHONPATH"] = os.pathsep.join(
             filter(None, [str(STAND_IN), os.environ.get("PYTHONPATH")])
         )
     lines |= {key.replace("__", "."): value for key, value in changes.items()}
-    config = composed("ppo", [f"{key}={value}" for key, value in lines.items()])
-    validate(config, 1)
-    apply_fallbacks(config, cuda=False, available=set())
-    OmegaConf.resolve(config)
-    return config, variables
+    overrides = [f"{key}={value}" for key, value in lines.items()]
+    return EngineRun(engine, overrides, variables, Path(lines["trainer.save_dir"]))

@@ -18,9 +18,10 @@ from RL2.distributed import process_group
 from RL2.rollout.engine import SamplingParams
 from RL2.rollout.guard import _descendants
 from RL2.trainer.loop import Trainer
+from RL2.trainer.main import launch
 from tests.engines.support import engine_run, make_engine_model
 from tests.rollout.support import make_tokenizer, reference_logps
-from tests.trainer.support import ENVIRONMENT, environ, rows_of
+from tests.trainer.support import ENVIRONMENT, ROOT, composed, environ, rows_of
 
 SERVERS = ("vllm", "sglang")
 N_PROMPTS = 16
@@ -28,7 +29,7 @@ N_PROMPTS = 16
 
 @pytest.fixture(params=SERVERS)
 def setup(request, tmp_path):
-    """setup(changes) -> (config, variables) of a small run with the servers of one kind."""
+    """setup(changes) -> a small run with the servers of one kind."""
     make_engine_model(tmp_path / "model")
     (tmp_path / "env.py").write_text(ENVIRONMENT)
     rows = [{"prompt": f"{i} + {3 * i % 7} = "} for i in range(N_PROMPTS)]
@@ -47,26 +48,20 @@ def setup(request, tmp_path):
     return setup
 
 
-def command_line(config, variables):
-    """The same run as a process of its own."""
-    from omegaconf import OmegaConf
-
-    path = Path(config.trainer.save_dir).with_name("config")
-    path.mkdir(exist_ok=True)
-    OmegaConf.save(config, path / "run.yaml")
-    run = (
-        "import sys; from omegaconf import OmegaConf; from RL2.trainer.main import launch;"
-        "from tests.trainer.support import composed;"
-        "given = OmegaConf.load(sys.argv[1]); config = composed('ppo', ['train_data.path=null',"
-        "'train_data.prompts_per_rollout=1', 'actor.model_name=x/y', 'rollout.env_path=x.py',"
-        "'actor.max_length_per_device=1', 'rollout.train_sampling_params.max_new_tokens=1']);"
-        "launch(OmegaConf.merge(config, given))"
-    )
+def command_line(run, n_ranks=1):
+    """The run as a user starts it."""
+    start = [sys.executable, "-m"]
+    if n_ranks > 1:
+        start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}", "-m"]
+    errors = run.save_dir.with_name("stderr")
     return subprocess.Popen(
-        [sys.executable, "-c", run, str(path / "run.yaml")],
-        env=environ() | {"PYTHONPATH": variables.get("PYTHONPATH", "") + os.pathsep + os.getcwd()},
-        stdout=subprocess.DEVNULL, stderr=(path / "stderr").open("w"),
+        [*start, "RL2.trainer.ppo", *run.lines], env=environ() | {"PYTHONPATH": with_root(run)},
+        stdout=subprocess.DEVNULL, stderr=errors.open("w"), stdin=subprocess.DEVNULL,
     )  # fmt: skip
+
+
+def with_root(run):
+    return os.pathsep.join(filter(None, [str(ROOT), run.variables.get("PYTHONPATH")]))
 
 
 def wait_for(condition, seconds, process=None):
@@ -77,14 +72,14 @@ def wait_for(condition, seconds, process=None):
         time.sleep(0.1)
 
 
-def test_a_step_with_a_large_learning_rate_is_served(setup, monkeypatch):
-    config, variables = setup(trainer__max_steps=1)
-    for name, value in variables.items():
+def test_a_step_with_a_large_learning_rate_is_served(setup, tmp_path, monkeypatch):
+    run = setup(trainer__max_steps=1)
+    for name, value in run.variables.items():
         monkeypatch.setenv(name, value)
     params = SamplingParams(temperature=1.0, max_new_tokens=32)
     prompt = make_tokenizer().encode("3 + 2 = ")
     with process_group("cpu") as device:
-        trainer = Trainer(config, device)
+        trainer = Trainer(run.config(), device)
         try:
             trainer.train()
             collector = trainer.source.collector
@@ -92,23 +87,23 @@ def test_a_step_with_a_large_learning_rate_is_served(setup, monkeypatch):
             assert served.weight_versions == [1] * len(served.token_ids)
         finally:
             trainer.close()
-    (row,) = rows_of(Path(config.trainer.save_dir))
+    (row,) = rows_of(run.save_dir)
     assert row["actor/skipped"] == 0
     assert row["rollout/llm_kl"] < 1e-6
-    new = AutoModelForCausalLM.from_pretrained(Path(config.trainer.save_dir) / "final").eval()
-    old = AutoModelForCausalLM.from_pretrained(config.actor.model_name).eval()
+    new = AutoModelForCausalLM.from_pretrained(run.save_dir / "final").eval()
+    old = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     logps = torch.tensor(served.logps)
     assert (logps - reference_logps(new, prompt, served.token_ids, 1.0)).abs().max() < 1e-4
     assert (logps - reference_logps(old, prompt, served.token_ids, 1.0)).abs().max() > 0.1
 
 
 def test_servers_killed_at_random_lose_and_repeat_nothing(setup):
-    config, variables = setup(
+    run = setup(
         rollout__servers_per_node=2, trainer__n_epochs=6,
         rollout__train_sampling_params__max_new_tokens=64, rollout__max_restarts=20,
     )  # fmt: skip
-    process = command_line(config, variables)
-    save_dir = Path(config.trainer.save_dir)
+    process = command_line(run)
+    save_dir = run.save_dir
     generator = torch.Generator().manual_seed(0)
     kills = 0
     try:
@@ -120,7 +115,7 @@ def test_servers_killed_at_random_lose_and_repeat_nothing(setup):
                 os.kill(victim, signal.SIGKILL)
                 kills += 1
             time.sleep(1.0 + 8 * torch.rand(1, generator=generator).item())
-        assert process.wait(timeout=500) == 0, (save_dir.with_name("config") / "stderr").read_text()
+        assert process.wait(timeout=500) == 0, save_dir.with_name("stderr").read_text()
     finally:
         process.kill()
     assert kills >= 2, "the run was over before two kills"
@@ -135,6 +130,65 @@ def test_servers_killed_at_random_lose_and_repeat_nothing(setup):
         dump = save_dir / "rollouts" / f"step{step:06d}_train.jsonl"
         samples = [json.loads(line) for line in dump.read_text().splitlines()]
         assert Counter(s["group"] for s in samples) == {group: 4 for group in range(8)}
+
+
+def test_with_no_server_left_the_run_stops_within_a_minute(setup):
+    """Both servers are killed and killed again, faster than they can start."""
+    run = setup(rollout__servers_per_node=2, trainer__n_epochs=100, rollout__max_restarts=0)
+    process = command_line(run)
+    metrics = run.save_dir / "metrics.jsonl"
+    try:
+        wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0, 200, process)
+        for server in servers_of(process.pid):
+            os.kill(server, signal.SIGKILL)
+        start = time.monotonic()
+        assert process.wait(timeout=60) == 1
+        assert time.monotonic() - start < 60
+    finally:
+        process.kill()
+    message = run.save_dir.with_name("stderr").read_text()
+    name = run.engine
+    assert f"EngineError: no {name} server is left" in message
+    for index in range(2):
+        assert f"{name} server {index} (127.0.0.1:" in message
+    assert "rollout.max_restarts" in message
+    assert "  | " in message  # the end of a log
+
+
+def test_two_ranks_one_drives_two_servers(setup):
+    run = setup(rollout__servers_per_node=2, trainer__n_epochs=2)
+    process = command_line(run, n_ranks=2)
+    try:
+        assert process.wait(timeout=280) == 0
+    finally:
+        process.kill()
+    rows = rows_of(run.save_dir)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert row["train/n_samples"] == 32
+        assert row["rollout/llm_kl"] < 1e-6
+    logs = sorted(p.name for p in (run.save_dir / "servers").iterdir())
+    assert logs == [f"{run.engine}{index}.log" for index in range(2)]
+
+
+@pytest.mark.parametrize("way", ["staleness=1", "partial_rollout=true"])
+def test_tokens_of_older_weights_are_told_apart(setup, monkeypatch, way):
+    key, _, value = way.partition("=")
+    run = setup(
+        trainer__n_epochs=2, rollout__train_sampling_params__max_new_tokens=200,
+        rollout__llm_kl_alarm="null", **{f"rollout__{key}": value},
+    )  # fmt: skip
+    for name, value in run.variables.items():
+        monkeypatch.setenv(name, value)
+    launch(composed("ppo", run.lines))
+    rows = rows_of(run.save_dir)
+    assert [row["train/n_samples"] for row in rows] == [32] * 4
+    staleness = [row["rollout/staleness"] for row in rows]
+    assert staleness[0] == 0
+    if key == "staleness":
+        assert staleness[1:] == [1, 1, 1]
+    else:
+        assert 0 < max(staleness) < 2
 
 
 def servers_of(trainer: int) -> list[int]:
@@ -160,10 +214,10 @@ def command_of(pid: int) -> str:
 
 
 def test_it_listens_on_loopback_and_leaves_nothing_when_it_is_killed(setup):
-    config, variables = setup(trainer__n_epochs=100)
-    process = command_line(config, variables)
+    run = setup(trainer__n_epochs=100)
+    process = command_line(run)
     try:
-        metrics = Path(config.trainer.save_dir) / "metrics.jsonl"
+        metrics = run.save_dir / "metrics.jsonl"
         wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0, 200, process)
         family = _descendants(process.pid)
         assert len(servers_of(process.pid)) == 1
