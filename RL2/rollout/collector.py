@@ -450,15 +450,15 @@ class Collector:
         malformed = [error for report in reports for error in report.malformed]
         self.env_errors += len(env)
         self.malformed += len(malformed)
-        if self.max_env_errors is not None and self.env_errors > self.max_env_errors:
+        if env and self.max_env_errors is not None and self.env_errors > self.max_env_errors:
             raise EnvError(
                 f"rollout.max_env_errors={self.max_env_errors}: environments failed "
-                f"{self.env_errors} times in this run; last: {(env or malformed)[-1]}"
+                f"{self.env_errors} times in this run; last: {env[-1]}"
             )
-        if self.max_malformed is not None and self.malformed > self.max_malformed:
+        if malformed and self.max_malformed is not None and self.malformed > self.max_malformed:
             raise EngineError(
                 f"rollout.max_malformed={self.max_malformed}: {self.malformed} replies of the "
-                f"engine in this run made no sense; last: {(malformed or env)[-1]}"
+                f"engine in this run made no sense; last: {malformed[-1]}"
             )
 
     def _gather(self, samples: list[Sample]) -> list[Sample] | None:
