@@ -33,6 +33,8 @@ from tests.engines.support import engine_python, engine_run, make_engine_model
 from tests.rollout.support import make_tokenizer, reference_logps
 from tests.trainer.support import ENVIRONMENT, ROOT, composed, environ, rows_of
 
+pytestmark = pytest.mark.slow
+
 SERVERS = ("vllm", "sglang")
 N_PROMPTS = 16
 
@@ -107,6 +109,7 @@ def test_a_step_with_a_large_learning_rate_is_served(setup, tmp_path, monkeypatc
     assert (logps - reference_logps(old, prompt, served.token_ids, 1.0)).abs().max() > 0.1
 
 
+@pytest.mark.timeout(600)
 def test_servers_killed_at_random_lose_and_repeat_nothing(setup):
     run = setup(
         rollout__servers_per_node=2, trainer__n_epochs=6,
@@ -125,7 +128,7 @@ def test_servers_killed_at_random_lose_and_repeat_nothing(setup):
                 os.kill(victim, signal.SIGKILL)
                 kills += 1
             time.sleep(1.0 + 8 * torch.rand(1, generator=generator).item())
-        assert process.wait(timeout=500) == 0, save_dir.with_name("stderr").read_text()
+        assert process.wait(timeout=400) == 0, save_dir.with_name("stderr").read_text()
     finally:
         process.kill()
     assert kills >= 2, "the run was over before two kills"

@@ -4,8 +4,9 @@
 
 It answers /generate with tokens that are a function of prompt, seed and weights, so that a test
 sees which weights answered. Files in the state folder say what goes wrong: `reply` (a JSON list of
-answers that come first; "hang", "exit" or a raw text), `slow` (seconds for an answer), `no_start`
-(exit at once), `deaf` (a weight update is acknowledged but not done).
+answers that come first; "hang", "exit", "500" or a raw text), `slow` (seconds for an answer),
+`no_start` (exit at once), `deaf` (a weight update is acknowledged but not done), `sick` (the
+process of that id answers with 500, to health checks as well).
 """
 
 import asyncio
@@ -17,7 +18,10 @@ from pathlib import Path
 from aiohttp import web
 
 port, folder = int(sys.argv[1]), Path(sys.argv[2])
-state = {"weights": 0.0, "version": None, "paused": asyncio.Event(), "abort": asyncio.Event()}
+state = {
+    "weights": 0.0, "version": None, "paused": asyncio.Event(), "abort": asyncio.Event(),
+    "asleep": False,
+}  # fmt: skip
 
 
 def answer(body: dict, count: int, finish: str) -> dict:
@@ -43,8 +47,13 @@ async def authorised(request: web.Request, handler):
     return await handler(request)
 
 
+def sick() -> bool:
+    path = folder / "sick"
+    return path.exists() and path.read_text() == str(os.getpid())
+
+
 async def health(request: web.Request) -> web.Response:
-    return web.Response()
+    return web.Response(status=500 if sick() else 200)
 
 
 async def generate(request: web.Request) -> web.Response:
@@ -54,6 +63,8 @@ async def generate(request: web.Request) -> web.Response:
     special = scripted()
     if special == "exit":
         os._exit(7)
+    if special == "500" or sick() or state["asleep"]:
+        return web.Response(status=500, text="cannot")
     if special == "hang":
         await asyncio.sleep(3600)
     if special is not None:
@@ -86,6 +97,18 @@ async def abort(request: web.Request) -> web.Response:
     return web.Response()
 
 
+async def sleep(request: web.Request) -> web.Response:
+    state["asleep"] = True
+    return web.Response()
+
+
+async def wake(request: web.Request) -> web.Response:
+    """As with real servers, waking starts one that was paused."""
+    state["asleep"] = False
+    state["paused"].clear()
+    return web.Response()
+
+
 async def load(request: web.Request) -> web.Response:
     body = await request.json()
     if not (folder / "deaf").exists():
@@ -94,7 +117,10 @@ async def load(request: web.Request) -> web.Response:
 
 
 async def held(request: web.Request) -> web.Response:
-    return web.json_response({"weights": state["weights"], "version": state["version"]})
+    about = {"weights": state["weights"], "version": state["version"]}
+    if request.path == "/state":
+        about |= {"asleep": state["asleep"], "paused": state["paused"].is_set()}
+    return web.json_response(about)
 
 
 if (folder / "no_start").exists():
@@ -103,7 +129,8 @@ app = web.Application(middlewares=[authorised])
 app.add_routes(
     [web.get("/health", health), web.post("/generate", generate), web.post("/pause", pause),
      web.post("/resume", resume), web.post("/abort", abort), web.post("/load", load),
-     web.get("/held", held)]
+     web.get("/held", held), web.get("/state", held), web.post("/sleep", sleep),
+     web.post("/wake", wake)]
 )  # fmt: skip
 sys.stdout.write(f"scripted server on {port}\n")
 sys.stdout.flush()

@@ -66,10 +66,10 @@ class ScriptedDialect:
         await server.post("/resume")
 
     async def sleep(self, server):
-        raise ServerRefused("cannot", 400, "cannot")
+        await server.post("/sleep")
 
     async def wake(self, server):
-        raise ServerRefused("cannot", 400, "cannot")
+        await server.post("/wake")
 
     async def load_weights(self, server, weights, method):
         value = dict(weights)["w"].item()
@@ -333,6 +333,56 @@ def test_weights_change_while_paused(run):
         assert not task.done()
         await engine.resume()
         assert (await task).logps == [-2.0] * 4
+
+    run(play)
+
+
+def test_servers_sleep_and_wake_as_they_were(run):
+    async def states(engine):
+        return [await member.server.get("/state") for member in engine._members]
+
+    async def play(engine, *folders):
+        await engine.sleep()
+        await engine.sleep()
+        assert all(state["asleep"] for state in await states(engine))
+        # One that dies asleep sleeps when it is back.
+        os.kill(pids(engine)[0], signal.SIGKILL)
+        while engine.restarts < 1 or not await both_serve(engine):
+            await asyncio.sleep(0.05)
+        assert all(state["asleep"] for state in await states(engine))
+        await engine.pause()
+        await engine.wake()
+        assert [(s["asleep"], s["paused"]) for s in await states(engine)] == [(False, True)] * 2
+        await engine.resume()
+        await engine.wake()
+        assert (await ask(engine, 1)).token_ids == expected(1)
+
+    async def both_serve(engine):
+        return all(member.state == "serving" for member in engine._members)
+
+    run(play, n_servers=2)
+
+
+def test_an_error_of_a_healthy_server_is_asked_again(run):
+    async def play(engine, folder):
+        (folder / "reply").write_text(json.dumps(["500"]))
+        assert (await ask(engine, 5)).token_ids == expected(5)
+        (folder / "reply").write_text(json.dumps(["500"] * 4))
+        with pytest.raises(ServerRefused, match="HTTP 500: cannot"):
+            await ask(engine, 5)
+        assert engine.restarts == 0
+
+    run(play)
+
+
+def test_a_server_that_lives_but_is_sick_is_replaced(run):
+    async def play(engine, folder):
+        await engine.update_weights(weights(1), 1)
+        (folder / "sick").write_text(str(pids(engine)[0]))
+        answers = await asyncio.gather(*(ask(engine, seed) for seed in range(8)))
+        assert [a.token_ids for a in answers] == [expected(seed) for seed in range(8)]
+        assert {tuple(a.logps) for a in answers} == {(-1.0,) * 4}
+        assert engine.metrics() == {"rollout/server_restarts": 1.0}
 
     run(play)
 
