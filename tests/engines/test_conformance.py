@@ -11,6 +11,7 @@ import asyncio
 
 import pytest
 import torch
+from transformers import TopPLogitsWarper
 
 from RL2.config.errors import EngineError
 from RL2.rollout.engine import SamplingParams
@@ -84,15 +85,21 @@ def test_samples_differ_by_seed_and_repeat_with_it(running):
     assert [c.token_ids for c in first] == [c.token_ids for c in again]
 
 
-def test_samples_follow_the_distribution(running):
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8)])
+def test_samples_follow_the_distribution(running, temperature, top_p):
     """First tokens of many samples: total variation to the model's own distribution."""
     prompt, n = "distribution", 512
-    answers = ask(running, [prompt] * n, sampling(max_new_tokens=1), seeds=range(n))
+    params = sampling(temperature, max_new_tokens=1, top_p=top_p)
     counts = torch.zeros(259)
-    for completion in answers:
+    for completion in ask(running, [prompt] * n, params, seeds=range(n)):
         counts[completion.token_ids[0]] += 1
-    model = running.model()
-    probabilities = model(torch.tensor([encode(prompt)])).logits[0, -1].float().softmax(-1)
+    ids = torch.tensor([encode(prompt)])
+    scores = running.model()(ids).logits[:, -1].float() / temperature
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(ids, scores)
+        assert scores.isinf().sum() > 20  # the nucleus leaves something out
+    probabilities = scores[0].softmax(-1)
+    assert not counts[probabilities == 0].any()
     # n samples of the right distribution: 1/2 sum sqrt(2 p (1 - p) / (pi n)) expected
     expected = (2 * probabilities * (1 - probabilities) / (torch.pi * n)).sqrt().sum() / 2
     distance = (counts / n - probabilities).abs().sum() / 2
