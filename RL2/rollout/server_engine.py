@@ -1,6 +1,6 @@
 """An engine made of servers: requests spread over them, failures repaired, weights delivered.
 
-What differs between SGLang and vLLM is a `Dialect`. Everything else is here, once:
+What differs between SGLang and vLLM is a `Dialect` (dialect.py). Everything else is here, once:
 
 - A request goes to the server with the fewest open ones. It has a deadline and a bounded number
   of repetitions; a server that died under it does not count, as restarts have a bound of their own.
@@ -21,7 +21,6 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import torch
@@ -30,6 +29,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from RL2.config.errors import ConfigError, EngineError
+from RL2.rollout.dialect import Dialect
 from RL2.rollout.engine import Completion, MalformedReply, SamplingParams
 from RL2.rollout.servers import (
     HOST,
@@ -53,73 +53,6 @@ _FAILED_STARTS = 2  # in a row, after which a server is given up
 _LOST_FOR = 30.0  # seconds in which no server of somebody else's answers, after which we stop
 _BACKOFF = (0.2, 5.0)  # seconds before the first repetition, and at most
 _ABORT_AGAIN = 0.5  # a request may reach its server after the abort did
-
-
-class Dialect(Protocol):
-    """What one kind of server wants to hear, and how its answers are read. Without state.
-
-    name: "sglang" or "vllm". health_path: answers GET with 200 once the server can generate.
-    weight_methods: of "tensor", "distributed" and "disk", those it can do, the best on one machine
-    first.
-    """
-
-    name: str
-    health_path: str
-    weight_methods: tuple[str, ...]
-
-    def command(self, options: ServerOptions, port: int) -> list[str]:
-        """argv of a server on loopback; without a secret, as every user can read it."""
-        ...
-
-    def environment(self, options: ServerOptions, key: str) -> dict[str, str]:
-        """Variables of the server's process; the key that it asks of its clients among them."""
-        ...
-
-    def headers(self, key: str) -> dict[str, str]:
-        """Headers of a request that carry the key."""
-        ...
-
-    async def context_length(self, server: Server) -> int | None:
-        """Most tokens of prompt and completion together."""
-        ...
-
-    def request(
-        self, token_ids: list[int], sampling: SamplingParams, seed: int, request_id: str
-    ) -> tuple[str, dict[str, Any]]:
-        """Path and JSON body of a completion."""
-        ...
-
-    def completion(self, reply: Any, sampling: SamplingParams, version: int) -> Completion:
-        """Read the answer. `version`: of the weights, where the server does not tell.
-
-        Raises MalformedReply for one that cannot be trained on: another number of
-        log-probabilities than tokens, one that is not finite, a field that is missing or odd.
-        """
-        ...
-
-    async def abort(self, server: Server) -> None:
-        """End all requests; each answers with what it has."""
-        ...
-
-    async def pause(self, server: Server) -> None:
-        """Nothing is written until `resume`; requests stay open."""
-        ...
-
-    async def resume(self, server: Server) -> None: ...
-
-    async def sleep(self, server: Server) -> None:
-        """Release weights and key-value cache."""
-        ...
-
-    async def wake(self, server: Server) -> None: ...
-
-    async def load_weights(self, server: Server, weights: HostWeights, method: str) -> None:
-        """Bring `weights` into an idle or paused server and drop what it has cached."""
-        ...
-
-    async def mismatch(self, server: Server, weights: HostWeights) -> str | None:
-        """None where the server holds `weights` exactly, else a line that names a parameter."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What an SGLang server wants to hear, and how its answers are read (`server_engine.Dialect`).
+"""What an SGLang server wants to hear, and how its answers are read (`dialect.Dialect`).
 
 Nothing of SGLang is imported: its servers run in an environment of their own, started by the
 module `server_side/rl2_sglang.py`. For servers that somebody else starts, too:
@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import ipaddress
 import json
 import math
 import os
-import socket
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
 from RL2.config.errors import EngineError
+from RL2.rollout.dialect import address_towards, token_versions
 from RL2.rollout.engine import Completion, MalformedReply, SamplingParams
 from RL2.rollout.servers import HOST, Server, ServerOptions, ServerRefused, free_port
 from RL2.rollout.weight_group import WeightGroup
@@ -47,7 +45,7 @@ _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 
 
 class SGLang:
-    """The dialect of SGLang (see `server_engine.Dialect` for the methods).
+    """The dialect of SGLang (see `dialect.Dialect` for the methods).
 
     Weights: for "tensor" the server maps the file of `HostWeights`, which is shared memory where
     there is some, and takes it bucket by bucket; for "disk" it loads the folder as it loads any
@@ -266,26 +264,11 @@ def _logp(entry: Any, token: int) -> float:
 
 
 def _versions(meta: dict[str, Any], count: int, version: int) -> list[int]:
-    """Version of the weights of each token, from spans that follow one another.
-
-    A server that was started without a number says "default"; `version` stands for that.
-    """
-    spans = meta.get("weight_versions", [])
-    versions: list[int] = []
-    try:
-        for span in spans or [{"version": meta["weight_version"], "start": 0, "end": count}]:
-            if span["start"] != len(versions) or span["end"] < span["start"]:
-                raise ValueError("gap")
-            number = version if span["version"] == "default" else int(span["version"])
-            versions += [number] * (span["end"] - span["start"])
-        if len(versions) != count:
-            raise ValueError("length")
-    except (KeyError, TypeError, ValueError) as error:
-        raise MalformedReply(
-            f"sglang: weight versions of {count} tokens: {spans!r:.200}, "
-            f"{meta.get('weight_version')!r:.50}"
-        ) from error
-    return versions
+    spans = meta.get("weight_versions")
+    if not spans and count:
+        # Without an update in between there may be no spans.
+        spans = [{"version": meta.get("weight_version"), "start": 0, "end": count}]
+    return token_versions("sglang", spans or [], count, version)
 
 
 # ---------------------------------------------------------------------- comparing weights
@@ -396,7 +379,7 @@ async def _send_by_memory(
 async def _group(server: Server, ranks: int, device: str) -> AsyncIterator[tuple[WeightGroup, str]]:
     """A process group with the server's ranks, and its name there."""
     name = f"rl2-{uuid.uuid4().hex}"
-    address, port = _address_for(server.url), free_port()
+    address, port = address_towards(server.url), free_port()
     backend = "nccl" if device == "cuda" else "gloo"
     join = {
         "master_address": address, "master_port": port, "rank_offset": 1,
@@ -445,16 +428,3 @@ async def _beside(request: Coroutine[Any, Any, Any], ours: Coroutine[Any, Any, T
             # A thread cannot be cancelled: it ends with its own timeout, and nobody asks for it.
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
     return tasks[1].result()
-
-
-def _address_for(url: str) -> str:
-    """Our address as the server at `url` sees it."""
-    host = urlsplit(url).hostname or HOST
-    with suppress(ValueError):
-        if ipaddress.ip_address(host).is_loopback:
-            return host
-    if host == "localhost":
-        return HOST
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # sends nothing, but takes a route
-        return probe.getsockname()[0]

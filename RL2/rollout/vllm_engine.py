@@ -11,16 +11,15 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import sys
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from RL2.config.errors import ConfigError, EngineError
+from RL2.rollout.dialect import address_towards, token_versions
 from RL2.rollout.engine import Completion, MalformedReply, SamplingParams
 from RL2.rollout.servers import HOST, Server, ServerOptions, free_port
 from RL2.rollout.weight_group import WeightGroup
@@ -37,7 +36,7 @@ _MOST_SEQUENCES = {"cpu": 256, "cuda": 1024}  # more in one step is slower or do
 
 
 class VLLM:
-    """Dialect of vLLM 0.32 (see `server_engine.Dialect`).
+    """Dialect of vLLM 0.32 (see `dialect.Dialect`).
 
     Weights: "tensor" maps the file in which `HostWeights` lie, "distributed" is a process group
     with the trainer, "disk" is vLLM's own loader on the folder of that file.
@@ -157,9 +156,8 @@ class VLLM:
             token_ids, reason = choice["token_ids"], choice["finish_reason"]
             content = choice["logprobs"]["content"]
             told = [(entry["token_id"], entry["logprob"]) for entry in content or []]
-            spans = [
-                (span["version"], span["start"], span["end"])
-                for span in choice["weight_versions"] or []
+            spans = choice["weight_versions"] or [
+                {"version": version, "start": 0, "end": len(token_ids)}
             ]
         except (KeyError, TypeError, ValueError) as error:
             raise _odd(f"no completion in {str(reply)[:200]}") from error
@@ -178,7 +176,7 @@ class VLLM:
             token_ids,
             [min(float(logp), 0.0) for _, logp in told],
             reason,
-            _versions(spans, len(token_ids), version),
+            token_versions(self.name, spans if token_ids else [], len(token_ids), version),
         )
 
     # ------------------------------------------------------------------ control
@@ -243,7 +241,7 @@ class VLLM:
         [device, *_] = await _call(server, "rl2_device")
         world_size = 1 + (await server.get("/get_world_size?include_dp=false"))["world_size"]
         plan = {
-            "address": _address_towards(server.url),
+            "address": address_towards(server.url),
             "port": free_port(),
             "world_size": world_size,
             "name": f"rl2-{uuid.uuid4().hex}",
@@ -318,35 +316,11 @@ def _send(plan: dict[str, Any], weights: HostWeights) -> None:
         group.close()
 
 
-def _address_towards(url: str) -> str:
-    """The address of this machine from which it reaches a server: loopback for one beside us."""
-    parts = urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname, parts.port or 80))  # sends nothing
-        return probe.getsockname()[0]
-
-
 async def _call(server: Server, method: str, *args: str) -> list[Any]:
     """Call a method of all workers; their results."""
     body = {"method": method, "args": list(args)}
     reply = await server.post("/collective_rpc", body, timeout=_WEIGHTS_TIMEOUT)
     return reply["results"]
-
-
-def _versions(spans: list[tuple[Any, Any, Any]], count: int, version: int) -> list[int]:
-    """Version of each token. `version` where the server was never told one."""
-    versions: list[int] = []
-    for label, start, end in spans:
-        if start != len(versions) or not _is_count(end) or end <= start:
-            raise _odd(f"versions {spans} of {count} tokens")
-        try:
-            number = version if label == "default" else int(label)
-        except (TypeError, ValueError) as error:
-            raise _odd(f"weights of version {label!r}") from error
-        versions += [number] * (min(end, count + 1) - start)
-    if spans and len(versions) != count:
-        raise _odd(f"versions {spans} of {count} tokens")
-    return versions or [version] * count
 
 
 def _is_count(value: Any) -> bool:
