@@ -91,6 +91,21 @@ class Completion:
     weight_versions: list[int]
 
 
+def check_request(
+    token_ids: list[int], sampling: SamplingParams, context_length: int | None
+) -> None:
+    """Raises EngineError for a prompt without tokens, and for one that leaves no room."""
+    if not token_ids:
+        raise EngineError("generate: the prompt has no tokens")
+    needed = len(token_ids) + sampling.max_new_tokens
+    if context_length is not None and needed > context_length:
+        raise EngineError(
+            f"max_new_tokens={sampling.max_new_tokens}: with a prompt of {len(token_ids)} tokens "
+            f"exceeds the engine's context of {context_length}; shorten the prompt or lower "
+            "max_new_tokens"
+        )
+
+
 class Engine(Protocol):
     """An inference engine. Every method raises EngineError, naming what went wrong.
 

@@ -30,7 +30,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from RL2.config.errors import ConfigError, EngineError
 from RL2.rollout.dialect import Dialect
-from RL2.rollout.engine import Completion, MalformedReply, SamplingParams
+from RL2.rollout.engine import Completion, MalformedReply, SamplingParams, check_request
 from RL2.rollout.servers import (
     HOST,
     Server,
@@ -201,7 +201,9 @@ class ServerEngine:
         `Limits.retries` times, and when no server is left; MalformedReply when the last of these
         attempts brought an answer that makes no sense.
         """
-        self._check(token_ids, sampling)
+        if self._closed:
+            raise EngineError(f"{self.dialect.name} engine: generate called after close")
+        check_request(token_ids, sampling, self.context_length)
         aborts, failures, repetitions = self._aborts, 0, 0
         done: asyncio.Future = asyncio.get_running_loop().create_future()
         self._open.add(done)
@@ -255,19 +257,6 @@ class ServerEngine:
                 self._check_left()
                 await self._changed.wait()
         return None
-
-    def _check(self, token_ids: list[int], sampling: SamplingParams) -> None:
-        if self._closed:
-            raise EngineError(f"{self.dialect.name} engine: generate called after close")
-        if not token_ids:
-            raise EngineError(f"{self.dialect.name} engine: the prompt has no tokens")
-        needed = len(token_ids) + sampling.max_new_tokens
-        if self.context_length is not None and needed > self.context_length:
-            raise EngineError(
-                f"max_new_tokens={sampling.max_new_tokens}: with a prompt of {len(token_ids)} "
-                f"tokens exceeds the servers' context of {self.context_length}; shorten the "
-                "prompt or lower max_new_tokens"
-            )
 
     async def abort(self) -> None:
         """See `Engine.abort`. Raises EngineError if a request is open a minute later."""

@@ -42,7 +42,7 @@ from transformers import (
 )
 
 from RL2.config.errors import EngineError
-from RL2.rollout.engine import Completion, SamplingParams
+from RL2.rollout.engine import Completion, SamplingParams, check_request
 
 logger = logging.getLogger(__name__)
 
@@ -278,15 +278,7 @@ class TransformersEngine:
         """
         if self._closed:
             raise EngineError("transformers engine: generate called after close")
-        if not token_ids:
-            raise EngineError("transformers engine: the prompt has no tokens")
-        needed = len(token_ids) + sampling.max_new_tokens
-        if self.context_length is not None and needed > self.context_length:
-            raise EngineError(
-                f"max_new_tokens={sampling.max_new_tokens}: with a prompt of {len(token_ids)} "
-                f"tokens exceeds the model's context of {self.context_length}; "
-                "shorten the prompt or lower max_new_tokens"
-            )
+        check_request(token_ids, sampling, self.context_length)
         request = _Request(
             token_ids, sampling, _signed(seed), asyncio.get_running_loop().create_future()
         )
