@@ -9,11 +9,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/_install.sh"
 
-# The CPU build of torch does without triton, the tests of the Triton kernels (interpreted) do not.
-python -c 'import triton' 2>/dev/null ||
-    rl2_pip .venv/rl2-triton.log --require-hashes -r requirements/triton.txt ||
-    echo "no triton for this machine: the tests of the Triton kernels skip" >&2
-
 # One thread a process: the models of the tests are tiny, and more threads slow them down.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 # Nothing may reach for a hub, an account or a screen.
@@ -30,5 +25,11 @@ if [[ ${1:-} == engines ]]; then
         bash tests/engines/setup.sh "$engine"
     done
     set -- tests/engines "${selection[@]}" "$@"
+else
+    # The CPU build of torch does without triton, the tests of the Triton kernels (interpreted) do
+    # not. Not for the engines: CI runs both at once, and two installations would meet.
+    python -c 'import triton' 2>/dev/null ||
+        rl2_pip .venv/rl2-triton.log --require-hashes -r requirements/triton.txt ||
+        echo "no triton for this machine: the tests of the Triton kernels skip" >&2
 fi
 exec python -m pytest "$@"
