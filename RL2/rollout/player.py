@@ -28,8 +28,6 @@ from RL2.rollout.samples import (
 
 logger = logging.getLogger(__name__)
 
-_ABORT_AGAIN = 1.0  # seconds after which an abort that left requests open is said again
-
 
 class Gate:
     """Lets requests through to an engine: at most `limit` at a time, and none while closed."""
@@ -70,13 +68,9 @@ class Gate:
     async def shut(self, engine: Engine) -> None:
         """Close the gate and abort what is inside; returns when nothing is."""
         self._opened.clear()
-        while self._inside:
-            # Again and again, as a request may reach a server after the abort did.
-            await engine.abort()
-            try:
-                await asyncio.wait_for(self._empty.wait(), _ABORT_AGAIN)
-            except TimeoutError:
-                continue
+        if self._inside:
+            await engine.abort()  # which ends all that is open, late arrivals at a server included
+        await self._empty.wait()
 
 
 class Player:

@@ -120,15 +120,9 @@ class ServerEngine:
         self.weights = weights
         self.weight_version = 0
         self.context_length: int | None = None
-        self.restarts = 0
         self._limits = limits or Limits()
         self._key, self._log_dir, self._base_port = key, Path(log_dir), base_port
-        self._method = dialect.weight_methods[0] if weight_sync == "auto" else weight_sync
-        if self._method not in dialect.weight_methods:
-            raise EngineError(
-                f"rollout.weight_sync={weight_sync}: {dialect.name} servers take "
-                f"{', '.join(dialect.weight_methods)} here"
-            )
+        self._method = _weight_method(weight_sync, dialect, urls)
         self._members = [
             _Member(f"{dialect.name} server {url}", Server(url, dialect.headers(key)))
             for url in urls
@@ -181,6 +175,11 @@ class ServerEngine:
             await member.server.close()
             await self._set(member, "gone", "closed")
         self.weights.close()
+
+    @property
+    def restarts(self) -> int:
+        """Of all servers in the run so far."""
+        return sum(member.restarts for member in self._members)
 
     def metrics(self) -> dict[str, float]:
         """See `Engine.metrics`."""
@@ -442,7 +441,6 @@ class ServerEngine:
             fresh = self._launch(index, member.options)
             member.server, member.process = fresh.server, fresh.process
             member.restarts += 1
-            self.restarts += 1
             await self._set(member, "starting", member.problem)
             await self._until_ready(member)
         else:
@@ -529,7 +527,7 @@ def server_engine(
         key=os.environ.get("RL2_SERVER_KEY", "") if urls else secrets.token_urlsafe(32),
         log_dir=Path(config.trainer.save_dir) / "servers",
         base_port=rollout.base_port,
-        weight_sync=_weight_sync(str(rollout.weight_sync), dialect, urls),
+        weight_sync=str(rollout.weight_sync),
         limits=Limits(
             request_timeout=rollout.request_timeout,
             retries=rollout.request_retries,
@@ -578,9 +576,14 @@ def _server_options(
     ]
 
 
-def _weight_sync(asked: str, dialect: Dialect, urls: Sequence[str]) -> str:
-    """`auto` resolved: memory is shared with servers of this machine only."""
-    near = all(urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") for url in urls)
-    if asked == "auto" and not near:
-        return "distributed"
+def _weight_method(asked: str, dialect: Dialect, urls: Sequence[str]) -> str:
+    """`auto` resolved: only servers of this machine can be reached in other ways than a group."""
+    if asked == "auto":
+        near = all(urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") for url in urls)
+        asked = dialect.weight_methods[0] if near else "distributed"
+    if asked not in dialect.weight_methods:
+        raise EngineError(
+            f"rollout.weight_sync={asked}: {dialect.name} servers take "
+            f"{', '.join(dialect.weight_methods)} here"
+        )
     return asked

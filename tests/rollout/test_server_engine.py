@@ -409,6 +409,21 @@ def test_an_unknown_way_of_sending_weights_is_named(run):
         run(play, weight_sync="tensor")
 
 
+@pytest.mark.parametrize(
+    ("urls", "method"),
+    [
+        ([], "disk"),
+        (["http://127.0.0.1:1", "http://localhost:2"], "disk"),
+        (["http://127.0.0.1:1", "http://10.0.0.5:2"], "distributed"),
+    ],
+)
+def test_weights_go_by_a_group_where_a_server_is_elsewhere(urls, method):
+    dialect = ScriptedDialect()
+    dialect.weight_methods = ("disk", "distributed")
+    assert server_engine._weight_method("auto", dialect, urls) == method
+    assert server_engine._weight_method("disk", dialect, urls) == "disk"
+
+
 def test_a_server_that_cannot_start_stops_the_run(run, tmp_path):
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "no_start").touch()
