@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +14,42 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from RL2.config import apply_fallbacks, validate
+from RL2.rollout.dialect import Dialect
+from RL2.rollout.event_loop import EventLoopThread
+from RL2.rollout.servers import HOST, Server, ServerOptions, ServerProcess, wait_until_healthy
 from tests.rollout.support import EOS, PAD, VOCAB, make_tokenizer
 from tests.trainer.support import ENVIRONMENT, composed
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = Path(__file__).with_name("sglang_stand_in")
+
+
+CONTEXT = 512  # of the models here
+TOLERANCE = 1e-4  # nats, fp32
+# A generation config that would change every sample if a server took it over.
+TRAPS = {"do_sample": True, "top_k": 1, "temperature": 0.1, "repetition_penalty": 3.0}
+
+
+@contextmanager
+def served_by(
+    dialect: Dialect, options: ServerOptions, log: Path, port: int, key: str, **variables: str
+) -> Iterator[tuple[ServerProcess, Server, EventLoopThread]]:
+    """A real server that answers, how to talk to it, and the event loop to do so on.
+
+    variables: of the server's environment, beside the dialect's.
+    """
+    loop = EventLoopThread()
+    process = ServerProcess(
+        dialect.command(options, port), dialect.environment(options, key) | variables, log
+    )
+    server = Server(f"http://{HOST}:{port}", dialect.headers(key))
+    try:
+        loop.run(wait_until_healthy(server, process, dialect.health_path, dialect.name, 250.0))
+        yield process, server, loop
+    finally:
+        loop.run(server.close())
+        loop.run(process.stop())
+        loop.close()
 
 
 def engine_python(name: str) -> str:
@@ -35,7 +68,7 @@ def engine_config(family: str = "qwen3", *, tied: bool = True) -> PretrainedConf
     64, so that engines pad the embedding), 512 positions."""
     common = dict(
         vocab_size=VOCAB, hidden_size=128, intermediate_size=192, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=CONTEXT,
         initializer_range=0.2, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=EOS,
         pad_token_id=PAD, dtype="float32",
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """Whole runs with real servers: the update arrives, kills are survived, nothing is left behind."""
 
-import asyncio
 import json
 import os
 import signal
@@ -19,17 +18,14 @@ from RL2.distributed import process_group
 from RL2.rollout.engine import SamplingParams
 from RL2.rollout.guard import _descendants
 from RL2.rollout.servers import (
-    Server,
     ServerOptions,
-    ServerProcess,
     free_port,
-    wait_until_healthy,
 )
 from RL2.rollout.sglang_engine import SGLang
 from RL2.rollout.vllm_engine import VLLM
 from RL2.trainer.loop import Trainer
 from RL2.trainer.main import launch
-from tests.engines.support import engine_python, engine_run, make_engine_model
+from tests.engines.support import engine_python, engine_run, make_engine_model, served_by
 from tests.rollout.support import make_tokenizer, reference_logps
 from tests.trainer.support import ENVIRONMENT, ROOT, composed, environ, rows_of
 
@@ -218,27 +214,11 @@ def test_a_server_of_somebody_else_gets_the_weights_and_stays(setup, tmp_path, m
     )  # fmt: skip
     for name, value in (run.variables | {"RL2_SERVER_KEY": "somebody's"}).items():
         monkeypatch.setenv(name, value)
-    process = ServerProcess(
-        dialect.command(options, port), dialect.environment(options, "somebody's"),
-        tmp_path / "server.log",
-    )  # fmt: skip
-
-    async def play(action):
-        server = Server(f"http://127.0.0.1:{port}", dialect.headers("somebody's"))
-        try:
-            await action(server)
-        finally:
-            await server.close()
-
-    try:
-        asyncio.run(
-            play(lambda s: wait_until_healthy(s, process, dialect.health_path, "server", 120))
-        )
+    key, log = "somebody's", tmp_path / "server.log"
+    with served_by(dialect, options, log, port, key) as (process, server, loop):
         launch(composed("ppo", run.lines))
         assert process.status is None
-        asyncio.run(play(lambda s: s.get(dialect.health_path)))
-    finally:
-        asyncio.run(process.stop())
+        loop.run(server.get(dialect.health_path))
     rows = rows_of(run.save_dir)
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["rollout/llm_kl"] < 1e-6 for row in rows)

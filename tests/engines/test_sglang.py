@@ -23,27 +23,29 @@ from RL2.config.errors import EngineError
 from RL2.rollout.engine import SamplingParams
 from RL2.rollout.event_loop import EventLoopThread
 from RL2.rollout.servers import (
-    HOST,
     Server,
     ServerOptions,
     ServerProcess,
     ServerRefused,
     free_port,
-    wait_until_healthy,
 )
 from RL2.rollout.sglang_engine import SGLang
 from RL2.rollout.weights import HostWeights
-from tests.engines.support import STAND_IN, engine_python, make_engine_model
+from tests.engines.support import (
+    CONTEXT,
+    STAND_IN,
+    TOLERANCE,
+    TRAPS,
+    engine_python,
+    make_engine_model,
+    served_by,
+)
 from tests.rollout.support import reference_logps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 DIALECT = SGLang()
-TOLERANCE = 1e-4  # nats, fp32
-CONTEXT = 512
 PROMPTS = [[40 + i, 50, 60 + 2 * i] for i in range(4)]
-# A generation config that would change every sample if the server took it over.
-TRAPS = {"do_sample": True, "top_k": 1, "temperature": 0.1, "repetition_penalty": 3.0}
 
 
 @dataclass
@@ -105,19 +107,13 @@ def served(request, tmp_path_factory):
         for seed in (0, 1)
     ]
     models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders]
-    key, port, loop = secrets.token_hex(16), free_port(), EventLoopThread()
+    key, port = secrets.token_hex(16), free_port()
     options = ServerOptions(folders[0], dtype="float32", python=python)
-    variables = DIALECT.environment(options, key) | {"OMP_NUM_THREADS": "1"}
-    variables["PYTHONPATH"] += os.pathsep + str(STAND_IN)
-    process = ServerProcess(DIALECT.command(options, port), variables, root / "server.log")
-    server = Server(f"http://{HOST}:{port}", DIALECT.headers(key))
-    try:
-        loop.run(wait_until_healthy(server, process, DIALECT.health_path, "sglang", 300))
+    path = DIALECT.environment(options, key)["PYTHONPATH"] + os.pathsep + str(STAND_IN)
+    with served_by(
+        DIALECT, options, root / "server.log", port, key, PYTHONPATH=path, OMP_NUM_THREADS="1"
+    ) as (process, server, loop):
         yield Served(process, server, loop, models, key)
-    finally:
-        loop.run(server.close())
-        loop.run(process.stop())
-        loop.close()
 
 
 @pytest.fixture

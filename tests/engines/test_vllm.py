@@ -21,26 +21,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from RL2.rollout.engine import SamplingParams
 from RL2.rollout.event_loop import EventLoopThread
 from RL2.rollout.servers import (
-    HOST,
     Server,
     ServerOptions,
     ServerProcess,
     ServerRefused,
     free_port,
-    wait_until_healthy,
 )
 from RL2.rollout.vllm_engine import VLLM
 from RL2.rollout.weights import HostWeights
-from tests.engines.support import engine_python, make_engine_model
+from tests.engines.support import (
+    CONTEXT,
+    TOLERANCE,
+    TRAPS,
+    engine_python,
+    make_engine_model,
+    served_by,
+)
 from tests.rollout.support import reference_logps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 DIALECT = VLLM()
-TOLERANCE = 1e-4  # nats, fp32
-CONTEXT = 512
-# A generation config that would change every sample if the server took it over.
-TRAPS = {"do_sample": True, "top_k": 1, "temperature": 0.1, "repetition_penalty": 3.0}
 
 
 @dataclass
@@ -108,18 +109,8 @@ def served(request, tmp_path_factory):
         python=engine_python("vllm"),
     )  # fmt: skip
     key, port = secrets.token_hex(16), free_port()
-    loop = EventLoopThread()
-    process = ServerProcess(
-        DIALECT.command(options, port), DIALECT.environment(options, key), root / "vllm.log"
-    )
-    try:
-        server = Server(f"http://{HOST}:{port}", DIALECT.headers(key))
-        loop.run(wait_until_healthy(server, process, DIALECT.health_path, "vllm", 400.0))
+    with served_by(DIALECT, options, root / "vllm.log", port, key) as (process, server, loop):
         yield Served(process, server, loop, models, folders[0], key, tied == "tied")
-        loop.run(server.close())
-    finally:
-        loop.run(process.stop())
-        loop.close()
 
 
 @pytest.fixture
