@@ -15,8 +15,9 @@ from RL2.algorithms import resolve_loss
 from RL2.config import check_overrides, validate
 from RL2.config.overrides import is_open
 from RL2.config.schema import RLConfig, SFTConfig, key_types
-from RL2.rollout.collector import Sample, summarise
 from RL2.rollout.environments import load_environment
+from RL2.rollout.sample_table import SampleTable, summarise
+from RL2.rollout.samples import Sample
 from tests.config.support import compose_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,14 +190,16 @@ def explained_metrics() -> list[str]:
 
 
 def written_metrics() -> set[str]:
-    """Names that the sources of RL2 spell out, those of `summarise`, and the timers."""
+    """Names that the sources of RL2 spell out, those of `summarise` and of `Traffic`."""
     names = {
         f"{prefix}/{name.partition('/')[2]}"
         for prefix in ("train", "test")
-        for name in summarise([Sample(0, 0)], prefix)
+        for name in summarise(SampleTable.of([Sample(0, 0)]), prefix)
     }
     for path in (ROOT / "RL2").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        text = path.read_text(encoding="utf-8")
+        names |= {f"comm/{name}_bytes" for name in re.findall(r'traffic\.add\("(\w+)"', text)}
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 pattern = r"(actor|critic|train|test|rollout|memory)/\w+"
                 names |= {node.value} if re.fullmatch(pattern, node.value) else set()

@@ -108,7 +108,7 @@ def test_the_pins_are_complete():
 
 
 def test_extras_and_python_range():
-    assert {"gpu", "sglang", "vllm", "dev"} <= set(PROJECT["optional-dependencies"])
+    assert {"gpu", "lora", "sglang", "vllm", "dev"} <= set(PROJECT["optional-dependencies"])
     assert PROJECT["requires-python"] == ">=3.11"
 
 

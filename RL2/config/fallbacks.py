@@ -19,17 +19,22 @@ def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list
         config: composed and validated.
         cuda: whether the machine has a CUDA device.
         available: names of the optional packages that can be imported (`flash_attn`,
-            `liger_kernel`, `sglang`, `triton`, `vllm`).
+            `liger_kernel`, `peft`, `sglang`, `triton`, `vllm`).
 
     Returns:
         One line for each thing that was asked for and has no effect here.
 
     Raises:
-        ConfigError: `device=cuda` without a CUDA device; offloading on one (not there yet);
-            `token_stats=triton` or `triton_fused` without CUDA or triton; `rollout.engine=sglang`
-            or `vllm` where it is neither installed nor pointed to; `rollout.tp_size` above 1
-            without servers.
+        ConfigError: `device=cuda` without a CUDA device; `token_stats=triton` or `triton_fused`
+            without CUDA or triton; `actor.lora` without peft; `rollout.engine=sglang` or `vllm`
+            where it is neither installed nor pointed to; `rollout.tp_size` above 1 without servers.
     """
+    rank = config.actor.lora.rank
+    if rank is not None and "peft" not in available:
+        raise ConfigError(
+            f"actor.lora.rank={rank}: needs peft, which is not installed; install it "
+            "(pip install RL2[lora]), or leave it out"
+        )
     warnings = _model_fallbacks(config, "actor", cuda, available)
     if "ref_actor" in config:
         warnings += _model_fallbacks(config, "ref_actor", cuda, available)
@@ -84,10 +89,8 @@ def _model_fallbacks(config: DictConfig, group: str, cuda: bool, available: Set[
                 f"{asked}: needs triton, which is not installed; use auto, or install it "
                 "(pip install triton)"
             )
-    for key in ("offload_model", "offload_optimizer"):
-        if key in node and own(key) and node[key]:
-            if on_cuda:
-                raise ConfigError(f"{group}.{key}=true: not available yet on CUDA; use false")
+    for key in ("offload_model", "offload_optimizer", "offload_activations"):
+        if not on_cuda and key in node and own(key) and node[key]:
             fall_back(key, False, "everything is in CPU memory already; ignored")
     return warnings
 

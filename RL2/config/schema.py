@@ -123,6 +123,15 @@ class EntropyConfig:
 
 
 @dataclass
+class LoRAConfig:
+    rank: int | None = MISSING
+    alpha: int = MISSING
+    dropout: float = MISSING
+    target_modules: Any = MISSING  # a text or a list of texts; omegaconf has no such union
+    seed: int = MISSING
+
+
+@dataclass
 class LossConfig:
     name: str = MISSING
     import_path: str | None = MISSING
@@ -160,6 +169,8 @@ class ModelConfig:
 @dataclass
 class TrainedModelConfig(ModelConfig):
     gradient_checkpointing: bool = MISSING
+    offload_activations: bool = MISSING
+    compile: bool = MISSING
     max_length_per_device: int = MISSING
     avg_level: AvgLevel = MISSING
     lr: float = MISSING
@@ -170,6 +181,7 @@ class TrainedModelConfig(ModelConfig):
     freeze_steps: int = MISSING
     offload_optimizer: bool = MISSING
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
 
 @dataclass

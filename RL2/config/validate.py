@@ -70,6 +70,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
             ),
             "actor.update_per_rollout",
             "actor.loss.max_rank",
+            "actor.lora.rank",
+            "actor.lora.alpha",
             "rollout.tp_size",
             "rollout.max_turns",
             "rollout.max_batch_size",
@@ -111,6 +113,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
             "actor.tis_coef",
             "actor.freeze_steps",
             "actor.kl.coef",
+            "actor.lora.seed",
             "rollout.test_sampling_params.temperature",
             "rollout.max_env_errors",
             "rollout.max_malformed",
@@ -131,6 +134,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         _PROBABILITY,
     ),
     "actor.entropy.coef": (math.isfinite, "must be finite"),
+    "actor.lora.dropout": (lambda x: 0 <= x < 1, "must be 0 or more and below 1"),
     "rollout.staleness": (lambda x: x in (0, 1), "must be 0 (on-policy) or 1"),
     "actor.loss.target": (lambda x: 0 < x < 1, "must lie between 0 and 1"),
     "rollout.base_port": (lambda x: 1 <= x <= 65535, "must be a port, 1 to 65535"),
@@ -163,6 +167,12 @@ def validate(config: DictConfig, world_size: int) -> None:
     _check_ranges(config, schema)
     _check_mesh(config, world_size)
     _check_model(config.actor, "actor")
+    if config.actor.compile and config.actor.tp_size > 1:
+        raise ConfigError(
+            "actor.compile=true: torch does not compile layers that "
+            f"actor.tp_size={config.actor.tp_size} has split; use one of the two"
+        )
+    _check_lora(config.actor)
     if rl:
         _check_rollout(config)
         _check_batches(config)
@@ -212,13 +222,17 @@ def _check_mesh(config: DictConfig, world_size: int) -> None:
     for group in ("actor", "ref_actor"):
         if group not in config:
             continue
-        sizes = {f"{group}.{name}": config[group][name] for name in ("tp_size", "sp_size")}
-        sizes[f"{group}.ddp_size"] = config[group].ddp_size
-        for key, size in sizes.items():
-            _check_divides(key, size, world_size)
-        for key, size in sizes.items():
-            if size > 1 and not key.endswith("ddp_size"):
-                raise ConfigError(f"{key}={size}: not available yet in this version; use 1")
+        node = config[group]
+        sizes = {name: node[name] for name in ("tp_size", "sp_size", "ddp_size")}
+        for name, size in sizes.items():
+            _check_divides(f"{group}.{name}", size, world_size)
+        for other in ("sp_size", "ddp_size"):
+            product = node.tp_size * node[other]
+            if world_size % product:
+                raise ConfigError(
+                    f"{group}.tp_size={node.tp_size} * {group}.{other}={node[other]} = {product}: "
+                    f"must divide world_size={world_size}; lower one of them"
+                )
     if "rollout" in config:
         _check_divides("rollout.tp_size", config.rollout.tp_size, world_size)
 
@@ -248,6 +262,37 @@ def _check_model(node: DictConfig, group: str) -> None:
             f"{key}: no such folder in {Path.cwd()}, and not a hub id; give a folder made by "
             "save_pretrained, or org/name such as Qwen/Qwen3-4B-Thinking-2507"
         )
+
+
+def _check_lora(actor: DictConfig) -> None:
+    lora = actor.lora
+    for name, unchanged in _WITHOUT_LORA.items():
+        if lora.rank is None and lora[name] != unchanged:
+            raise ConfigError(
+                f"actor.lora.{name}={lora[name]}: has no effect without actor.lora.rank; set that, "
+                "such as 16, or leave it out"
+            )
+    names = lora.target_modules
+    names = [*names] if isinstance(names, ListConfig) else [names]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(
+            f"actor.lora.target_modules={lora.target_modules}: must be all-linear, or a list of "
+            "names of layers such as [q_proj,v_proj]"
+        )
+    if len(names) > 1 and "all-linear" in names:
+        raise ConfigError(
+            f"actor.lora.target_modules={lora.target_modules}: all-linear stands alone; leave out "
+            "that or the others"
+        )
+    if lora.dropout > 0 and actor.tp_size > 1:
+        raise ConfigError(
+            f"actor.lora.dropout={lora.dropout}: tensor-parallel ranks would leave out different "
+            f"inputs of one adapter; use 0, or actor.tp_size=1 instead of {actor.tp_size}"
+        )
+
+
+# What the keys of actor.lora are in ppo.yaml and sft.yaml.
+_WITHOUT_LORA = {"alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
 
 
 def _check_rollout(config: DictConfig) -> None:
@@ -357,24 +402,27 @@ def _check_batches(config: DictConfig) -> None:
 
 def _check_lengths(config: DictConfig) -> None:
     actor, new = config.actor, config.rollout.train_sampling_params.max_new_tokens
-    room = f"actor.max_length_per_device={actor.max_length_per_device}"
-    if new >= actor.max_length_per_device:
+    longest = actor.max_length_per_device * actor.sp_size
+    room = _room(actor)
+    if new >= longest:
         raise ConfigError(
             f"rollout.train_sampling_params.max_new_tokens={new}: must be below {room}, which "
             "holds prompt and response; raise that or lower this"
         )
     prompt = config.train_data.max_prompt_length
-    if prompt is not None and prompt + new > actor.max_length_per_device:
+    if prompt is not None and prompt + new > longest:
         raise ConfigError(
             f"train_data.max_prompt_length={prompt}: with max_new_tokens={new} more than {room}; "
-            f"use at most {actor.max_length_per_device - new}"
+            f"use at most {longest - new}"
         )
     for group in ("actor", "ref_actor"):
-        length = config[group].max_inference_length_per_device
-        if length < actor.max_length_per_device:
+        node = config[group]
+        length = node.max_inference_length_per_device
+        if length * node.sp_size < longest:
+            times = f" * {group}.sp_size={node.sp_size}" if node.sp_size > 1 else ""
             raise ConfigError(
-                f"{group}.max_inference_length_per_device={length}: must be at least {room}, the "
-                "longest sequence; leave it out or raise it"
+                f"{group}.max_inference_length_per_device={length}{times}: must be at least "
+                f"{room}, the longest sequence; leave it out or raise it"
             )
 
 
@@ -444,12 +492,17 @@ def _check_sft(config: DictConfig) -> None:
             "actor.avg_level=correct: in sft every sequence counts as correct; use token or "
             "sequence"
         )
-    length, room = config.data.max_length, config.actor.max_length_per_device
-    if length > room:
+    length, actor = config.data.max_length, config.actor
+    if length > actor.max_length_per_device * actor.sp_size:
         raise ConfigError(
-            f"data.max_length={length}: must be at most actor.max_length_per_device={room}; lower "
-            "this or raise that"
+            f"data.max_length={length}: must be at most {_room(actor)}; lower this or raise that"
         )
+
+
+def _room(actor: DictConfig) -> str:
+    """What holds the longest sequence, in words."""
+    times = f" * actor.sp_size={actor.sp_size}" if actor.sp_size > 1 else ""
+    return f"actor.max_length_per_device={actor.max_length_per_device}{times}"
 
 
 def _check_data(group: str, path: str | None) -> None:

@@ -1,43 +1,125 @@
 """How a batch on rank 0 becomes packed micro-batches on every rank, and results come back.
 
 A batch is a dict of right-padded `[B, T]` tensors with `lengths [B]` (see `RL2.datasets.base`).
-A micro-batch is a dict of *flat* tensors: its rows, without padding, one after the other, with
-their `lengths`. Only valid tokens travel, as tensors.
+A micro-batch is a dict of *flat* tensors: its rows, without padding, one after the other, or this
+rank's slice of that. Only valid tokens travel, as one buffer of bytes for each rank; where each
+token goes is an index that is computed once for all of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from RL2.distributed.mesh import Layout
 from RL2.distributed.process_group import rank, world_size
+from RL2.distributed.traffic import Traffic
 from RL2.ops.packing import plan_packs
+from RL2.ops.ragged import ranges
 
-Batch = dict[str, torch.Tensor]
+# A micro-batch also has `start`, an int.
+Batch = dict[str, Tensor]
+
+# Numbered, so that a field's dtype travels as an integer.
+_DTYPES = (
+    torch.int64, torch.float64, torch.int32, torch.float32, torch.float16, torch.bfloat16,
+    torch.int16, torch.int8, torch.uint8, torch.bool,
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScatterPlan:
-    """Which rows form which micro-batch, and on which rank.
+    """Which rows form which micro-batch, and on which ranks.
+
+    A *pack* is some rows, one after the other, and filler tokens that owe nothing, as many as
+    make it divisible by `sp_size` and not empty: every rank must run the same number of forwards
+    and backwards. Pack p is the (p // dp_size)-th micro-batch of data-parallel place p % dp_size,
+    whose sequence-parallel ranks hold consecutive slices of it, of one size.
 
     Attributes:
-        packs: rows of each micro-batch; rank r owns the r-th run of `len(packs) / world size`
-            packs. A pack may be empty: its rank then works on one filler token that owes
-            nothing, because every rank must run the same number of forwards and backwards.
-        lengths: tokens of each row of the batch.
+        lengths: `[B]` tokens of each row of the batch.
+        rows: `[B]` the rows of the first pack, in order, then those of the second, ...
+        counts: `[n_packs]` rows of each pack.
+        layout: who works on what.
     """
 
-    packs: tuple[tuple[int, ...], ...]
-    lengths: tuple[int, ...]
+    lengths: Tensor
+    rows: Tensor
+    counts: Tensor
+    layout: Layout = field(default_factory=Layout)
 
-    def of_rank(self, which: int, n_ranks: int) -> tuple[tuple[int, ...], ...]:
-        per_rank = len(self.packs) // n_ranks
-        return self.packs[which * per_rank : (which + 1) * per_rank]
+    @classmethod
+    def make(
+        cls, lengths: Tensor, max_length: int, layout: Layout, quadratic: float = 0.0
+    ) -> "ScatterPlan":
+        """See `plan_packs`, which also says what it raises; `max_length` is per device."""
+        packs = plan_packs(lengths.tolist(), max_length * layout.sp_size, layout.dp_size, quadratic)
+        rows = torch.tensor([row for pack in packs for row in pack], dtype=torch.int64)
+        return cls(lengths, rows, torch.tensor([len(pack) for pack in packs]), layout)
 
-    def pack_size(self, pack: tuple[int, ...]) -> int:
-        """Tokens of a pack; an empty one holds a single filler token."""
-        return sum(self.lengths[row] for row in pack) or 1
+    @cached_property
+    def tokens(self) -> Tensor:
+        """`[n_packs]` tokens of each pack without its filler."""
+        pack_of_row = torch.repeat_interleave(torch.arange(len(self.counts)), self.counts)
+        tokens = torch.zeros(len(self.counts), dtype=torch.int64)
+        return tokens.index_add_(0, pack_of_row, self.lengths[self.rows])
+
+    @cached_property
+    def slice_sizes(self) -> Tensor:
+        """`[n_packs]` tokens of each of a pack's slices."""
+        sp_size = self.layout.sp_size
+        return (self.tokens.clamp(min=1) + sp_size - 1) // sp_size
+
+    @cached_property
+    def fillers(self) -> Tensor:
+        """`[n_packs]` filler tokens at the end of each pack."""
+        return self.slice_sizes * self.layout.sp_size - self.tokens
+
+    @cached_property
+    def share_sizes(self) -> list[int]:
+        """Tokens of each rank's share: its slices of its packs, one after the other."""
+        of_place = self.slice_sizes.view(-1, self.layout.dp_size).sum(0).tolist()
+        return [of_place[self.layout.coordinates(r)[0]] for r in range(self.layout.world_size)]
+
+    def slices(self, which: int) -> list[tuple[int, Tensor, int]]:
+        """A rank's slices as (size, lengths, start): `lengths` of the whole pack, of whose
+        sequences the filler is one more; `start` is the slice's first token in the pack."""
+        dp, sp, _ = self.layout.coordinates(which)
+        lengths = self.lengths[self.rows].split(self.counts.tolist())
+        sizes, fillers = self.slice_sizes.tolist(), self.fillers[:, None]
+        return [
+            (sizes[p], torch.cat([lengths[p], fillers[p][fillers[p] > 0]]), sp * sizes[p])
+            for p in range(dp, len(sizes), self.layout.dp_size)
+        ]
+
+    def index(self, width: int) -> Tensor:
+        """Where each token of the shares stands in the flattened `[B, width]` batch, beyond its
+        end for filler: the shares of all places (dp, sp), one after the other."""
+        layout, n_packs = self.layout, len(self.counts)
+        # In the stream of all packs: rows and fillers, and where the slices begin.
+        pack_ends = (self.slice_sizes * layout.sp_size).cumsum(0)
+        lengths = torch.cat([self.lengths[self.rows], self.fillers])
+        source = torch.cat([self.rows * width, torch.full((n_packs,), len(self.rows) * width)])
+        pack = torch.arange(n_packs)
+        order = torch.cat([pack.repeat_interleave(self.counts), pack]).argsort(stable=True)
+        order = order[lengths[order] > 0]
+        lengths, source = lengths[order], source[order]
+        starts = lengths.cumsum(0) - lengths
+        sizes = self.slice_sizes.repeat_interleave(layout.sp_size)
+        slice_starts = sizes.cumsum(0) - sizes
+
+        # Cut at both, and sort the cuttings by place and turn.
+        cuts = torch.cat([starts, slice_starts]).unique()
+        lengths = torch.cat([cuts, pack_ends[-1:]]).diff()
+        piece = torch.searchsorted(starts, cuts, right=True) - 1
+        which = torch.searchsorted(slice_starts, cuts, right=True) - 1
+        pack, sp = which // layout.sp_size, which % layout.sp_size
+        place = pack % layout.dp_size * layout.sp_size + sp
+        order = (place * n_packs + pack).argsort(stable=True)
+        return ranges((source[piece] + cuts - starts[piece])[order], lengths[order])
 
 
 def broadcast(value: Any) -> Any:
@@ -49,98 +131,176 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+def sum_over_ranks(values: Tensor) -> Tensor:
     """Element-wise sum of a tensor over all ranks."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
-def _flatten(field: torch.Tensor, lengths: torch.Tensor, rows: tuple[int, ...]) -> torch.Tensor:
-    if not rows:
-        return field.new_zeros(1)
-    index = torch.tensor(rows)
-    valid = torch.arange(field.shape[1]) < lengths[index, None]
-    return field[index][valid]
-
-
 def scatter(
-    batch: Batch | None, fields: tuple[str, ...], max_length: int
+    batch: Batch | None,
+    fields: tuple[str, ...],
+    max_length: int,
+    layout: Layout | None = None,
+    quadratic: float = 0.0,
+    traffic: Traffic | None = None,
 ) -> tuple[list[Batch], ScatterPlan]:
     """Spread rank 0's batch over all ranks as micro-batches of at most `max_length` tokens.
 
     Args:
         batch: `[B, T]` fields and `lengths [B]` on rank 0, ignored elsewhere.
         fields: names of the `[B, T]` fields that travel.
-        max_length: tokens a micro-batch may hold.
+        max_length: tokens of a micro-batch on a rank; a pack holds `sp_size` times as many.
+        layout: None is data parallelism over all ranks.
+        quadratic: of `plan_packs`. traffic: counts the bytes, as `scatter`.
 
     Returns:
-        This rank's micro-batches in CPU memory (the same number on every rank), each holding flat
-        `[N]` tensors of `fields` and `lengths [rows]`; and the plan that `gather` needs.
+        This rank's micro-batches in CPU memory (the same number on every rank), and the plan that
+        `gather` needs. Each holds flat `[n]` tensors of `fields`, this rank's slice of a pack;
+        `lengths`, those of the whole pack's sequences, filler included; and the int `start`, the
+        first token of the slice in the pack.
     """
-    n_ranks, own = world_size(), rank()
-    plan, dtypes = None, None
-    if own == 0:
-        lengths = batch["lengths"].tolist()
-        plan = ScatterPlan(
-            tuple(tuple(pack) for pack in plan_packs(lengths, max_length, multiple_of=n_ranks)),
-            tuple(lengths),
-        )
-        dtypes = {field: batch[field].dtype for field in fields}
-    plan, dtypes = broadcast((plan, dtypes))
-    sizes = [sum(map(plan.pack_size, plan.of_rank(r, n_ranks))) for r in range(n_ranks)]
+    layout = layout or Layout(world_size=world_size())
+    plan, dtypes = _share_plan(batch, fields, max_length, layout, quadratic, traffic)
+    # Bytes of each field one after the other, wide ones first, so that all are aligned.
+    n_bytes = [
+        size * sum(wire.itemsize for _, wire in dtypes.values()) for size in plan.share_sizes
+    ]
+    width = -(-max(n_bytes) // 8) * 8  # dist.scatter wants equal shapes
 
-    received = {}
-    for field in fields:
-        shares = None
-        if own == 0:
-            shares = []
-            for r in range(n_ranks):
-                flat = torch.cat(
-                    [_flatten(batch[field], batch["lengths"], p) for p in plan.of_rank(r, n_ranks)]
-                )
-                # dist.scatter wants equal shapes
-                shares.append(torch.nn.functional.pad(flat, (0, max(sizes) - len(flat))))
-        if n_ranks == 1:
-            received[field] = shares[0]
-        else:
-            received[field] = torch.empty(max(sizes), dtype=dtypes[field])
-            dist.scatter(received[field], shares, src=0)
-        received[field] = received[field][: sizes[own]]
+    buffers = _fill_buffers(batch, dtypes, plan, width) if rank() == 0 else None
+    if layout.world_size == 1:
+        received = buffers[0]
+    else:
+        received = torch.empty(width, dtype=torch.uint8)
+        dist.scatter(received, buffers, src=0)
+    if traffic is not None:
+        traffic.add("scatter", width * (layout.world_size - 1))
 
-    packs = plan.of_rank(own, n_ranks)
-    split = {
-        field: flat.split([plan.pack_size(pack) for pack in packs])
-        for field, flat in received.items()
-    }
+    slices = plan.slices(rank())
+    sizes = [size for size, _, _ in slices]
+    split, offset = {}, 0
+    for name, (dtype, wire) in dtypes.items():
+        n = sum(sizes) * wire.itemsize
+        split[name] = received[offset : offset + n].view(wire).to(dtype).split(sizes)
+        offset += n
     return [
-        {field: parts[i] for field, parts in split.items()}
-        | {"lengths": torch.tensor([plan.lengths[row] for row in pack] or [1])}
-        for i, pack in enumerate(packs)
+        {name: split[name][i] for name in fields} | {"lengths": lengths, "start": start}
+        for i, (_, lengths, start) in enumerate(slices)
     ], plan
 
 
-def gather(values: list[torch.Tensor], plan: ScatterPlan) -> torch.Tensor | None:
-    """Bring one flat `[N]` tensor per micro-batch back as `[B, T]` on rank 0 (None elsewhere)."""
-    n_ranks = world_size()
-    flat = torch.cat(values).cpu()
-    sizes = [sum(map(plan.pack_size, plan.of_rank(r, n_ranks))) for r in range(n_ranks)]
-    if n_ranks == 1:
-        shares = [flat]
-    else:
-        flat = torch.nn.functional.pad(flat, (0, max(sizes) - len(flat)))
-        shares = [torch.empty_like(flat) for _ in sizes] if rank() == 0 else None
-        dist.gather(flat, shares, dst=0)
-        if rank() != 0:
-            return None
-    out = flat.new_zeros(len(plan.lengths), max(plan.lengths))
-    for r, share in enumerate(shares):
-        start = 0
-        for pack in plan.of_rank(r, n_ranks):
-            offset = start
-            for row in pack:
-                length = plan.lengths[row]
-                out[row, :length] = share[offset : offset + length]
-                offset += length
-            start += plan.pack_size(pack)
-    return out
+def _share_plan(
+    batch: Batch | None,
+    fields: tuple[str, ...],
+    max_length: int,
+    layout: Layout,
+    quadratic: float,
+    traffic: Traffic | None,
+) -> tuple[ScatterPlan, dict[str, tuple[torch.dtype, torch.dtype]]]:
+    """Rank 0's plan on every rank, and `{field: (dtype, dtype in which it travels)}`, the widest
+    first."""
+    header = torch.zeros(2 + 2 * len(fields), dtype=torch.int64)
+    if rank() == 0:
+        plan = ScatterPlan.make(batch["lengths"].cpu(), max_length, layout, quadratic)
+        own = [batch[name].dtype for name in fields]
+        wire = [_wire_dtype(batch[name]) for name in fields]
+        codes = [_DTYPES.index(dtype) for dtype in own + wire]
+        header = torch.tensor([len(plan.lengths), len(plan.counts), *codes])
+    if layout.world_size > 1:
+        dist.broadcast(header, src=0)
+        n_rows, n_packs = header[:2].tolist()
+        tables = torch.empty(2 * n_rows + n_packs, dtype=torch.int64)
+        if rank() == 0:
+            torch.cat([plan.lengths, plan.rows, plan.counts], out=tables)
+        dist.broadcast(tables, src=0)
+        plan = ScatterPlan(*tables.split([n_rows, n_rows, n_packs]), layout)
+        if traffic is not None:
+            traffic.add("scatter", 8 * (len(header) + len(tables)) * (layout.world_size - 1))
+    codes = header[2:].view(2, -1).T.tolist()
+    dtypes = {
+        name: (_DTYPES[own], _DTYPES[wire]) for name, (own, wire) in zip(fields, codes, strict=True)
+    }
+    return plan, dict(sorted(dtypes.items(), key=lambda item: -item[1][1].itemsize))
+
+
+def _wire_dtype(values: Tensor) -> torch.dtype:
+    """int32 for integers that fit (token ids do), else the tensor's own."""
+    if values.dtype != torch.int64 or not values.numel():
+        return values.dtype
+    limits = torch.iinfo(torch.int32)
+    low, high = values.aminmax()
+    return torch.int32 if limits.min <= low and high <= limits.max else torch.int64
+
+
+def _fill_buffers(
+    batch: Batch, dtypes: dict[str, tuple[torch.dtype, torch.dtype]], plan: ScatterPlan, width: int
+) -> list[Tensor]:
+    """`[width]` bytes for each rank; tensor-parallel ranks have theirs in common."""
+    layout = plan.layout
+    n_places = layout.world_size // layout.tp_size
+    flat = {name: batch[name].to(wire).flatten() for name, (_, wire) in dtypes.items()}
+    index = plan.index(batch[next(iter(flat))].shape[1])
+    end = next(iter(flat.values())).numel()
+    of_places = torch.empty(n_places, width, dtype=torch.uint8)
+    for share, source in zip(
+        of_places, index.split(plan.share_sizes[:: layout.tp_size]), strict=True
+    ):
+        filler = (source >= end).nonzero().squeeze(1)
+        source = source.clamp(max=end - 1)
+        offset = 0
+        for values in flat.values():
+            n = len(source) * values.itemsize
+            target = share[offset : offset + n].view(values.dtype)
+            torch.index_select(values, 0, source, out=target)
+            target.index_fill_(0, filler, 0)
+            offset += n
+    return [of_places[r // layout.tp_size] for r in range(layout.world_size)]
+
+
+def gather(
+    values: list[Tensor], plan: ScatterPlan, traffic: Traffic | None = None
+) -> Tensor | None:
+    """Bring one flat `[n]` tensor per micro-batch back as `[B, T]` on rank 0 (None elsewhere).
+
+    Tensor-parallel ranks have the same values, so the first of each group answers. traffic:
+    counts the bytes, as `gather`.
+    """
+    layout = plan.layout
+    sizes = [0 if r % layout.tp_size else size for r, size in enumerate(plan.share_sizes)]
+    flat = torch.cat(values).cpu()[: sizes[rank()]]
+    flat = concatenate_on_rank_0(flat, sizes)
+    if traffic is not None:
+        traffic.add("gather", sum(sizes[1:]) * values[0].itemsize)
+    if flat is None:
+        return None
+    n_rows, n_tokens = len(plan.lengths), int(plan.lengths.max())
+    out = flat.new_zeros(n_rows * n_tokens + layout.sp_size)  # filler goes to the end
+    out.scatter_(0, plan.index(n_tokens), flat)
+    return out[: n_rows * n_tokens].view(n_rows, n_tokens)
+
+
+def concatenate_on_rank_0(
+    values: Tensor, sizes: list[int], group: dist.ProcessGroup | None = None
+) -> Tensor | None:
+    """All ranks' `[sizes[rank]]` CPU tensors of one dtype, one after the other, on rank 0 (None
+    elsewhere). Only what counts crosses; who has nothing sends nothing."""
+    own = 0 if len(sizes) == 1 else dist.get_rank(group)
+    if own != 0:
+        if sizes[own]:
+            dist.send(values.contiguous(), group=group, group_dst=0)
+        return None
+    if len(sizes) == 1:
+        return values
+    result = values.new_empty(sum(sizes))
+    parts = result.split(sizes)
+    parts[0].copy_(values)
+    requests = [
+        dist.irecv(part, group=group, group_src=r)
+        for r, part in enumerate(parts)
+        if r and len(part)
+    ]
+    for request in requests:
+        request.wait()
+    return result

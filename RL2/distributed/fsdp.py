@@ -1,12 +1,13 @@
 """Fully sharded data parallelism (FSDP2) over a module that wraps a transformers model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
 def shard(
@@ -18,12 +19,25 @@ def shard(
     `compute_dtype` and gradients are reduced in fp32. Gradients are *summed* over ranks, never
     averaged: the losses are divided by counts over the whole optimizer batch beforehand, and a
     mean over ranks on top would make the update depend on how many there are.
+
+    Args:
+        root: on its device, or on the meta device.
+        mesh: `(ddp, fsdp)`, of a mesh that holds the one of tensor parallelism, if any.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    n_shards = mesh["fsdp"].size()
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        """Along the other dimension than tensor parallelism has cut, where that goes evenly."""
+        cut = isinstance(parameter, DTensor) and parameter.placements[0] == Shard(0)
+        if cut and parameter.ndim > 1 and parameter.shape[1] % n_shards == 0:
+            return Shard(1)
+        return None  # Shard(0)
+
     for module in root.modules():
         if type(module).__name__ in layer_classes:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(root, mesh=mesh, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
+    fully_shard(root, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -39,3 +53,20 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Clip to `max_norm`; returns the norm before clipping, over all ranks.
+
+    torch takes the norm of tensors on one mesh, and with tensor parallelism split and whole
+    parameters lie on different ones.
+    """
+    groups: dict[DeviceMesh, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups.setdefault(parameter.device_mesh, []).append(parameter)
+    norms = [get_total_norm([p.grad for p in group]).full_tensor() for group in groups.values()]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    for group in groups.values():
+        clip_grads_with_norm_(group, max_norm, total)
+    return total

@@ -1,9 +1,22 @@
-"""A head whose vocabulary is split over the ranks of a process group (tensor parallelism)."""
+"""Tensor parallelism: a decoder whose layers, and a head whose vocabulary, is split over ranks."""
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
+from transformers import PreTrainedModel
+
+from RL2.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,7 @@ class ProcessGroupShard:
         if tensor.numel():
             # The flat form is the one that every backend takes.
             flat = tensor.contiguous().view(-1)
-            dist.all_gather_into_tensor(parts.view(-1), flat, group=self.group)
+            dist.all_gather_single(parts.view(-1), flat, group=self.group)
         return parts
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -58,3 +71,111 @@ def shard_of(vocab_size: int, group: dist.ProcessGroup | None = None) -> Process
     size = -(-vocab_size // dist.get_world_size(group))
     start = min(own * size, vocab_size)
     return ProcessGroupShard(group, start, min(size, vocab_size - start), widest=size)
+
+
+# What transformers' plans ask for, in torch's terms. Inputs and outputs are plain tensors: whole,
+# or, between a column-wise and a row-wise layer, this rank's part of the last dimension.
+_STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    "colwise": ColwiseParallel,
+    "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "rowwise": RowwiseParallel,
+    "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
+}
+_SUM_GRADIENTS = "replicated_with_grad_allreduce"
+# With peft's adapters a layer `q_proj` is `q_proj.base_layer`, `q_proj.lora_A.default`, ….
+_LAYER_AND_PART = re.compile(r"(?P<layer>.*?)(\.base_layer|\.(?P<part>lora_A|lora_B)\.\w+)?")
+
+
+def tensor_parallel_plan(model: PreTrainedModel, size: int) -> dict[str, str]:
+    """`{module name: style}` of transformers' plan for a decoder, one entry per module.
+
+    Args:
+        model: a causal LM, possibly on the meta device.
+        size: of the tensor-parallel group.
+
+    Raises:
+        ConfigError: transformers has no plan for the model, the plan asks for something that is
+            not available here (mixtures of experts), or `size` does not divide heads or widths.
+    """
+    key, kind = f"actor.tp_size={size}", model.config.model_type
+    patterns = {
+        re.compile(re.escape(name).replace(r"\*", r"\d+")): style
+        for name, style in (model.config.base_model_tp_plan or {}).items()
+    }
+    if not patterns:
+        raise ConfigError(
+            f"{key}: transformers has no tensor-parallel plan for {kind} models; use 1 (the "
+            "weights are sharded over all ranks anyway) or actor.sp_size"
+        )
+    unknown = sorted(set(patterns.values()) - {*_STYLES, _SUM_GRADIENTS})
+    if unknown:
+        raise ConfigError(
+            f"{key}: the plan of {kind} models has {', '.join(unknown)}, which is not available; "
+            "use 1 (the weights are sharded over all ranks anyway) or actor.sp_size"
+        )
+    plan = {}
+    for name, module in model.base_model.named_modules():
+        if hasattr(module, "base_layer"):
+            continue  # a layer with an adapter: its parts are split, not itself
+        layer, part = _LAYER_AND_PART.fullmatch(name).group("layer", "part")
+        for pattern, style in patterns.items():
+            # Of an adapter, that matrix which is as wide as the split side of the layer.
+            whole = {"lora_A": "colwise", "lora_B": "rowwise"}.get(part)
+            if pattern.fullmatch(layer) and (whole is None or not style.startswith(whole)):
+                plan[f"{model.base_model_prefix}.{name}"] = style
+    _check_sizes(model, plan, key, size)
+    return plan
+
+
+def _check_sizes(model: PreTrainedModel, plan: dict[str, str], key: str, size: int) -> None:
+    config = model.config
+    counts = {"num_attention_heads": config.num_attention_heads}
+    counts["num_key_value_heads"] = getattr(config, "num_key_value_heads", None) or 0
+    if any("k_proj" in name and style == "colwise" for name, style in plan.items()):
+        for name, count in counts.items():
+            if count % size:
+                raise ConfigError(
+                    f"{key}: must divide {name}={count} of the model; use a divisor of it, or "
+                    "actor.sp_size"
+                )
+    for name, style in plan.items():
+        module = model.get_submodule(name)
+        if style in _STYLES and (width := module.weight.shape[style.startswith("row")]) % size:
+            raise ConfigError(
+                f"{key}: must divide the width {width} of {name}; use a divisor of it, or "
+                "actor.sp_size"
+            )
+
+
+def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> list[str]:
+    """Split a decoder's layers, embedding and head over a tensor-parallel mesh, in place.
+
+    Layers follow transformers' plan; embedding and head are split along the vocabulary, of which
+    `shard_of` gives this rank's part. What is not split stays a plain parameter, equal on all
+    ranks of the mesh.
+
+    Args:
+        model: with the same weights on all ranks, or on the meta device.
+        mesh: one-dimensional.
+
+    Returns:
+        The names of whole parameters of which each rank sees only a part of the gradient, because
+        they stand between split layers: those gradients have to be summed over the mesh.
+
+    Raises:
+        ConfigError: as `tensor_parallel_plan`.
+    """
+    plan = tensor_parallel_plan(model, mesh.size())
+    styles = {name: _STYLES[style]() for name, style in plan.items() if style in _STYLES}
+    names = {module: name for name, module in model.named_modules()}
+    styles[names[model.get_input_embeddings()]] = RowwiseParallel(input_layouts=Replicate())
+    styles[names[model.get_output_embeddings()]] = _STYLES["colwise_gather_output"]()
+    # None: every rank holds the weights already (or none does), so nothing has to be sent.
+    parallelize_module(model, mesh, styles, src_data_rank=None)
+    model.tie_weights()
+    return [
+        f"{name}.{parameter}"
+        for name, style in plan.items()
+        if style == _SUM_GRADIENTS
+        for parameter, _ in model.get_submodule(name).named_parameters()
+    ]

@@ -2,9 +2,13 @@
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
+
+from RL2.config.errors import ConfigError
 
 NAME = "sdpa_varlen"
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def sdpa_varlen(
@@ -17,6 +21,7 @@ def sdpa_varlen(
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention in which every sequence of a pack sees only itself.
@@ -30,10 +35,17 @@ def sdpa_varlen(
         attention_mask: unused (the layout follows from `cu_seq_lens_q`).
         cu_seq_lens_q: `[n + 1]` offsets of the n sequences, as flash-attention takes them.
         max_length_q: tokens of the longest sequence.
+        sliding_window: how many tokens, itself included, a token sees; None for all before it.
 
     Returns:
         `[1, N, heads, d]` and no attention weights, as transformers' interface asks.
+
+    Raises:
+        NotImplementedError: a model that caps attention's logits or adds sinks to them.
     """
+    unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    if unknown:
+        raise NotImplementedError(f"{NAME}: knows no {', '.join(unknown)}; use flash_attention_2")
     n_rows, n_tokens, width = len(cu_seq_lens_q) - 1, query.shape[2], query.shape[3]
     row = torch.repeat_interleave(
         cu_seq_lens_q.diff().to(torch.int64), output_size=n_tokens
@@ -47,17 +59,38 @@ def sdpa_varlen(
         padded = padded.index_copy(0, slot, packed[0].transpose(0, 1))
         return padded.view(n_rows, max_length_q, heads, width).transpose(1, 2)
 
+    mask = None
+    if sliding_window is not None and sliding_window < max_length_q:
+        mask = torch.ones(max_length_q, max_length_q, dtype=torch.bool, device=query.device)
+        mask = mask.tril().triu(1 - sliding_window)
     out = F.scaled_dot_product_attention(
         spread(query),
         spread(key),
         spread(value),
-        is_causal=True,
+        attn_mask=mask,
+        is_causal=mask is None,
         scale=scaling,
         dropout_p=dropout,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     out = out.transpose(1, 2).reshape(n_rows * max_length_q, -1, width)
     return out.index_select(0, slot)[None], None
+
+
+def check_attention(config: PretrainedConfig, attention: str) -> None:
+    """ConfigError where packs of sequences would not be what each sequence is alone."""
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS)
+    if others:
+        raise ConfigError(
+            f"actor.model_name: {config.model_type} has layers of type {', '.join(others)}, in "
+            "which the sequences of a pack would see each other; use a model whose layers are full "
+            "or sliding attention"
+        )
+    if attention == NAME and getattr(config, "attn_logit_softcapping", None):
+        raise ConfigError(
+            f"actor.attn_implementation={NAME}: {config.model_type} caps the logits of attention, "
+            "which this kernel does not; use flash_attention_2"
+        )
 
 
 def register_attention() -> str:

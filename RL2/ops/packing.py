@@ -4,35 +4,51 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
+Bins = list[list[int]]
 
-def plan_packs(lengths: Sequence[int], max_length: int, multiple_of: int = 1) -> list[list[int]]:
-    """Distribute rows over bins of at most `max_length` tokens, as evenly as possible.
+
+def plan_packs(
+    lengths: Sequence[int], max_length: int, multiple_of: int = 1, quadratic: float = 0.0
+) -> Bins:
+    """Distribute rows over bins of at most `max_length` tokens, at costs as even as possible.
+
+    A row of l tokens costs l + quadratic * l**2, a bin the sum of that over its rows: what is
+    linear in the tokens of a model, and its attention.
 
     Args:
         lengths: tokens of each row, >= 0.
         max_length: tokens that a bin may hold.
         multiple_of: the number of bins is a multiple of it (the data-parallel size, so that
             every rank runs equally many micro-batches); bins may be empty.
+        quadratic: cost of attention per token pair, as a multiple of the cost of one token in
+            all the rest of the model.
 
     Returns:
-        For each bin its row indices in ascending order; every row lies in exactly one bin. Bins
-        come in descending order of tokens, so that `multiple_of` neighbours, which different
-        ranks run at the same time, are of about one size. No rows: no bins. The same lengths
-        always give the same plan.
+        For each bin its row indices in ascending order; every row lies in exactly one bin. Bin b
+        is the (b // multiple_of)-th micro-batch of place b % multiple_of. Bins of the same turn
+        are of about one cost, as all places wait for the slowest, and dearer turns come first;
+        within a turn the places with the least work so far get the dearest bins. No rows: no
+        bins. The same lengths always give the same plan.
 
     The number of bins is what best-fit decreasing needs (at most 11/9 of the optimum, in
-    practice the optimum), rounded up. Over that many bins rows are spread by LPT (longest row
-    to the least loaded bin) and by MULTIFIT (the smallest capacity at which best-fit
-    decreasing still gets by with that many bins: Coffman, Garey and Johnson 1978); the plan
-    with the smaller largest bin is taken.
+    practice the optimum), rounded up. Over that many bins rows are spread by LPT (dearest row to
+    the cheapest bin with room), by Karmarkar and Karp's differencing (1982), which is best for
+    few bins of many rows, and by MULTIFIT on tokens (the smallest capacity at which best-fit
+    decreasing still gets by with that many bins: Coffman, Garey and Johnson 1978), which is best
+    for many bins of few rows. Where a single row costs more than an even share, it sets the pace
+    of its turn anyway; so the same is done once more after the other bins of such turns have been
+    filled up to that, which makes the turns after them shorter. Taken is the plan whose dearest
+    bin is the cheapest, and among equals the one that waits least, all turns together.
 
     Raises:
         ValueError: a row that is longer than `max_length` (named by its index), a negative
-            length, `multiple_of` < 1.
+            length, `multiple_of` < 1, `quadratic` < 0.
     """
     lengths = [int(length) for length in lengths]
     if multiple_of < 1:
         raise ValueError(f"multiple_of={multiple_of}: must be at least 1")
+    if not quadratic >= 0:
+        raise ValueError(f"quadratic={quadratic}: must be at least 0")
     for row, length in enumerate(lengths):
         if length < 0:
             raise ValueError(f"row {row} has a negative length: {length}")
@@ -41,35 +57,160 @@ def plan_packs(lengths: Sequence[int], max_length: int, multiple_of: int = 1) ->
     if not lengths:
         return []
 
-    longest_first = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    tightest = _best_fit(lengths, longest_first, max_length)
-    n_bins = -(-len(tightest) // multiple_of) * multiple_of
+    costs = [length + quadratic * length**2 for length in lengths]
+    rows = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    n_turns = -(-len(_best_fit(lengths, rows, max_length)) // multiple_of)
     plans = [
-        _least_loaded(lengths, longest_first, n_bins),
-        _multifit(lengths, longest_first, n_bins, max_length),
+        _spread(lengths, costs, rows, max_length, n_turns, multiple_of),
+        _paced(lengths, costs, rows, max_length, n_turns, multiple_of),
     ]
-    bins = min(plans, key=lambda plan: max(_loads(lengths, plan)))
-    bins += [[] for _ in range(n_bins - len(bins))]
-    return sorted(map(sorted, bins), key=lambda rows: (-sum(lengths[row] for row in rows), rows))
+    return _in_places(costs, min(plans, key=lambda turns: _waits(costs, turns)))
 
 
-def _loads(lengths: list[int], bins: list[list[int]]) -> list[int]:
-    return [sum(lengths[row] for row in rows) for rows in bins]
+def _paced(
+    lengths: list[int],
+    costs: list[float],
+    order: list[int],
+    max_length: int,
+    n_turns: int,
+    n_places: int,
+) -> list[Bins]:
+    """Turns that are as long as the dearest row left, while that is more than an even share of
+    what is left; then even ones."""
+    turns: list[Bins] = []
+    for n_left in range(n_turns, 1, -1):
+        if costs[order[0]] * n_left * n_places <= sum(costs[row] for row in order):
+            break
+        bins, rest = _fill(lengths, costs, order, max_length, n_places)
+        if not rest or len(_best_fit(lengths, rest, max_length)) > (n_left - 1) * n_places:
+            break
+        turns += _in_turns(costs, bins, 1, n_places)
+        order = rest
+    turns += _spread(lengths, costs, order, max_length, n_turns - len(turns), n_places)
+    return sorted(turns, key=lambda bins: -max(_sums(costs, bins)))
 
 
-def _least_loaded(lengths: list[int], order: list[int], n_bins: int) -> list[list[int]]:
-    bins: list[list[int]] = [[] for _ in range(n_bins)]
-    heap = [(0, index) for index in range(n_bins)]
+def _spread(
+    lengths: list[int],
+    costs: list[float],
+    order: list[int],
+    max_length: int,
+    n_turns: int,
+    n_places: int,
+) -> list[Bins]:
+    """Rows over the bins of `n_turns` turns, all of about one cost."""
+    n_bins = n_turns * n_places
+    plans = [
+        _least_loaded(lengths, costs, order, n_bins, max_length),
+        _largest_differencing(costs, order, n_bins),
+        _multifit(lengths, order, n_bins, max_length),
+    ]
+    turns = [
+        _in_turns(costs, plan, n_turns, n_places)
+        for plan in plans
+        if max(_sums(lengths, plan)) <= max_length
+    ]
+    return min(turns, key=lambda plan: _waits(costs, plan))
+
+
+def _sums(values: Sequence[float], bins: Bins) -> list[float]:
+    return [sum(values[row] for row in rows) for rows in bins]
+
+
+def _in_turns(costs: list[float], bins: Bins, n_turns: int, n_places: int) -> list[Bins]:
+    """Bins, the dearest first, as many as there are turns and places."""
+    bins = list(map(sorted, bins)) + [[] for _ in range(n_turns * n_places - len(bins))]
+    bins.sort(key=lambda rows: (-sum(costs[row] for row in rows), rows))
+    return [bins[start : start + n_places] for start in range(0, len(bins), n_places)]
+
+
+def _waits(costs: list[float], turns: list[Bins]) -> tuple[float, float]:
+    """Cost of the dearest bin, and of the dearest bins of all turns."""
+    dearest = [max(_sums(costs, bins)) for bins in turns]
+    return max(dearest), sum(dearest)
+
+
+def _in_places(costs: list[float], turns: list[Bins]) -> Bins:
+    """All bins in the order of the result."""
+    totals = [0.0] * len(turns[0])
+    result = []
+    for bins in turns:
+        least_first = sorted(range(len(totals)), key=totals.__getitem__)
+        placed: Bins = [[] for _ in bins]
+        for place, rows in zip(least_first, bins, strict=True):
+            placed[place] = rows
+            totals[place] += sum(costs[row] for row in rows)
+        result += placed
+    return result
+
+
+def _fill(
+    lengths: list[int], costs: list[float], order: list[int], capacity: int, n_bins: int
+) -> tuple[Bins, list[int]]:
+    """Bins, filled up to the cost of the dearest row by best-fit decreasing; the rows left."""
+    bins: Bins = [[] for _ in range(n_bins)]
+    room = [capacity] * n_bins  # in tokens
+    free = [(costs[order[0]], index) for index in range(n_bins)]  # (cost left, bin), ascending
+    rest = []
     for row in order:
+        fitting = range(bisect_left(free, (costs[row], -1)), n_bins)
+        place = next((p for p in fitting if room[free[p][1]] >= lengths[row]), None)
+        if place is None:
+            rest.append(row)
+            continue
+        left, index = free.pop(place)
+        bins[index].append(row)
+        room[index] -= lengths[row]
+        insort(free, (left - costs[row], index))
+    return bins, rest
+
+
+def _least_loaded(
+    lengths: list[int], costs: list[float], order: list[int], n_bins: int, capacity: int
+) -> Bins:
+    """Each row into the cheapest bin that has room for it; past `capacity` where none has."""
+    bins: Bins = [[] for _ in range(n_bins)]
+    heap = [(0.0, index) for index in range(n_bins)]
+    free = [capacity] * n_bins
+    for row in order:
+        full = []
+        while free[heap[0][1]] < lengths[row] and len(heap) > 1:
+            full.append(heapq.heappop(heap))
         load, index = heap[0]
         bins[index].append(row)
-        heapq.heapreplace(heap, (load + lengths[row], index))
+        free[index] -= lengths[row]
+        heapq.heapreplace(heap, (load + costs[row], index))
+        for bin_ in full:
+            heapq.heappush(heap, bin_)
     return bins
 
 
-def _best_fit(lengths: list[int], order: list[int], capacity: int) -> list[list[int]]:
+def _largest_differencing(costs: list[float], order: list[int], n_bins: int) -> Bins:
+    """Karmarkar-Karp: join the two partial plans of the largest spread, the dearest bins of the
+    one with the cheapest of the other, until one plan is left."""
+    # A plan: (-spread, when it was made, its bins that are not empty, dearest first).
+    heap = [(-costs[row], n, [(costs[row], [row])]) for n, row in enumerate(order)]
+    heapq.heapify(heap)
+    for n in range(len(order), 2 * len(order) - 1):
+        (*_, first), (*_, second) = heapq.heappop(heap), heapq.heappop(heap)
+        n_shared = max(0, len(first) + len(second) - n_bins)
+        split_first, split_second = len(first) - n_shared, len(second) - n_shared
+        joined = [
+            (cost + other_cost, rows + other_rows)
+            for (cost, rows), (other_cost, other_rows) in zip(
+                first[split_first:], reversed(second[split_second:]), strict=True
+            )
+        ]
+        joined += first[:split_first] + second[:split_second]
+        joined.sort(key=lambda one: -one[0])
+        cheapest = joined[-1][0] if len(joined) == n_bins else 0.0
+        heapq.heappush(heap, (cheapest - joined[0][0], n, joined))
+    return [rows for _, rows in heap[0][2]]
+
+
+def _best_fit(lengths: list[int], order: list[int], capacity: int) -> Bins:
     """Each row into the fullest bin that still takes it, or a new one."""
-    bins: list[list[int]] = []
+    bins: Bins = []
     free: list[tuple[int, int]] = []  # (room left, bin), ascending
     for row in order:
         position = bisect_left(free, (lengths[row], -1))
@@ -83,9 +224,7 @@ def _best_fit(lengths: list[int], order: list[int], capacity: int) -> list[list[
     return bins
 
 
-def _multifit(
-    lengths: list[int], order: list[int], n_bins: int, max_length: int
-) -> list[list[int]]:
+def _multifit(lengths: list[int], order: list[int], n_bins: int, max_length: int) -> Bins:
     low = max(-(-sum(lengths) // n_bins), max(lengths))
     high = max_length
     best = _best_fit(lengths, order, high)

@@ -23,12 +23,14 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from RL2.config.errors import EngineError, EnvError
+from RL2.distributed.traffic import Traffic
 from RL2.rollout.engine import Engine, SamplingParams
 from RL2.rollout.environments import Environment, load_environment
 from RL2.rollout.event_loop import EventLoopThread
 from RL2.rollout.flight import Flight
 from RL2.rollout.player import Gate, Player
-from RL2.rollout.samples import Group, Sample, drop_equal_groups, dump, summarise, to_batch
+from RL2.rollout.sample_table import SampleTable, dump, gather_samples, summarise, to_batch
+from RL2.rollout.samples import Group, Sample
 
 T = TypeVar("T")
 Item = dict[str, Any]
@@ -83,10 +85,11 @@ class Collector:
             closes it.
         seed: of the run.
         environment: None loads `config.env_path`.
-        rollouts_dir: where rank 0 writes every rollout as jsonl; None writes nothing.
+        rollouts_dir: where rank 0 writes every rollout as jsonl; None writes nothing. The same
+            on every rank, as the lines are made where the samples are.
         n_ranks, rank: of the default process group, or of `group`.
         drivers: the ranks that have an engine, None for all.
-        group: process group that can carry CPU objects; None is the default group. A rollout in
+        group: process group that can carry CPU tensors; None is the default group. A rollout in
             another thread than the one that trains needs a group of its own.
         test_responses_per_prompt: answers per prompt in evaluation.
         max_length: most tokens in one sequence; a sample whose next turn might not fit ends.
@@ -281,15 +284,17 @@ class Collector:
     def _collect(self, step: _Step) -> tuple[dict[str, Tensor] | None, dict[str, float]]:
         start = time.perf_counter()
         samples, n_resampled = self._answer(step)
-        samples = self._gather(samples)
-        if samples is None:
+        traffic = Traffic()
+        table = SampleTable.of(samples, lines=self.rollouts_dir is not None)
+        table = gather_samples(table, self.n_ranks, self.group, traffic)
+        if table is None:
             return None, {}
         seconds = time.perf_counter() - start
-        samples.sort(key=lambda sample: (sample.position, sample.response))
+        table = table.sorted()
         name = "train" if step.train else "test"
         if self.rollouts_dir is not None:
-            dump(samples, self.rollouts_dir / f"step{step.number:06d}_{name}.jsonl")
-        good = [sample for sample in samples if sample.error is None]
+            dump(table, self.rollouts_dir / f"step{step.number:06d}_{name}.jsonl")
+        good = table.good()
         metrics = summarise(good, name)
         metrics["rollout/env_errors"] = float(self.env_errors)
         metrics["rollout/malformed"] = float(self.malformed)
@@ -297,9 +302,10 @@ class Collector:
             metrics |= self.engine.metrics()
         if not step.train:
             return None, metrics
-        metrics["rollout/tokens_per_s"] = sum(sample.length for sample in good) / seconds
+        metrics |= traffic.pop()
+        metrics["rollout/tokens_per_s"] = int(good.samples["length"].sum()) / seconds
         if self._filters(step.n_responses):
-            good, metrics["rollout/dynamic_filtering_ratio"] = drop_equal_groups(good)
+            good, metrics["rollout/dynamic_filtering_ratio"] = good.without_equal_groups()
             metrics["rollout/resampled"] = float(n_resampled)
         if step.cut:
             metrics["rollout/unfinished"] = float(len(self.carried))
@@ -435,7 +441,7 @@ class Collector:
         report.malformed = [sample.error for sample in samples if sample.cause == "malformed"]
         reports = [report]
         if self.n_ranks > 1:
-            reports = [None] * self.n_ranks
+            reports = [None] * self.n_ranks  # small objects; the samples go as tensors
             dist.all_gather_object(reports, report, group=self.group)
         if failure is not None:
             raise failure
@@ -460,16 +466,6 @@ class Collector:
                 f"rollout.max_malformed={self.max_malformed}: {self.malformed} replies of the "
                 f"engine in this run made no sense; last: {malformed[-1]}"
             )
-
-    def _gather(self, samples: list[Sample]) -> list[Sample] | None:
-        """The samples of all ranks on rank 0; None elsewhere."""
-        if self.n_ranks == 1:
-            return samples
-        gathered = [None] * self.n_ranks if self.rank == 0 else None
-        dist.gather_object(samples, gathered, group=self.group, group_dst=0)
-        if gathered is None:
-            return None
-        return [sample for rank_samples in gathered for sample in rank_samples]
 
     def _bar(self, step: _Step) -> tqdm:
         return tqdm(

@@ -1,4 +1,4 @@
-"""What the policy wrote: samples, groups of them, and the batch, metrics and files they become.
+"""What the policy wrote: samples, and groups of them.
 
 Token ids go in and come out: the ids that an engine sampled are the ids that are trained on; text
 is made from them for the environment only.
@@ -6,20 +6,13 @@ is made from them for the environment only.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from RL2.datasets.base import collate
 from RL2.rollout.engine import Completion, SamplingParams
 
 _MASK_64 = (1 << 64) - 1
@@ -178,98 +171,8 @@ def add_reward(sequence: dict[str, list], reward: float) -> None:
             return
 
 
-def drop_equal_groups(samples: list[Sample]) -> tuple[list[Sample], float]:
-    """Drop the groups in which all rewards are equal, which teach nothing against their mean.
-
-    Returns the samples that stay and the fraction of groups that went (0 without groups).
-    """
-    rewards: dict[int, set[float]] = {}
-    for sample in samples:
-        rewards.setdefault(sample.position, set()).add(sample.reward)
-    equal = {position for position, values in rewards.items() if len(values) == 1}
-    kept = [sample for sample in samples if sample.position not in equal]
-    return kept, len(equal) / max(1, len(rewards))
-
-
-def to_batch(samples: list[Sample], n_responses: int) -> dict[str, Tensor] | None:
-    """One row per sequence, in the samples' order; None without samples.
-
-    The fields of `collate` and sample_ids, group_ids [B] int64, correct [B] bool, and
-    weight_versions [B, T] int64: which weights wrote the token, -1 where the policy did not.
-    """
-    rows = [(sample, sequence) for sample in samples for sequence in sample.sequences]
-    if not rows:
-        return None
-    versions = [torch.tensor(sequence["weight_versions"][1:]).long() for _, sequence in rows]
-    batch = collate([{k: v for k, v in one.items() if k != "weight_versions"} for _, one in rows])
-    return batch | {
-        "sample_ids": torch.tensor([s.position * n_responses + s.response for s, _ in rows]),
-        "group_ids": torch.tensor([s.position for s, _ in rows]),
-        "correct": torch.tensor([s.reward > 0 for s, _ in rows]),
-        "weight_versions": pad_sequence(versions, True, NOT_THE_POLICY),
-    }
-
-
 def staleness(batch: dict[str, Tensor], version: int) -> float:
     """By how many versions the weights that wrote a token are behind `version`, mean over the
     action tokens; 0 without any."""
     written = batch["weight_versions"][batch["action_mask"]]
     return (version - written.double()).mean().item() if len(written) else 0.0
-
-
-def summarise(samples: list[Sample], prefix: str) -> dict[str, float]:
-    """Means over samples; only `{prefix}/n_samples` when there is none."""
-    metrics = {f"{prefix}/n_samples": float(len(samples))}
-    if not samples:
-        return metrics
-    turns = [turn for sample in samples for turn in sample.turns]
-
-    def mean(values: Iterable[float]) -> float:
-        return math.fsum(values) / len(samples)
-
-    return metrics | {
-        f"{prefix}/score": mean(sample.score for sample in samples),
-        f"{prefix}/reward": mean(sample.reward for sample in samples),
-        f"{prefix}/avg_response_length": mean(sample.length for sample in samples),
-        f"{prefix}/length_clip_ratio": mean(
-            any(turn.finish_reason == "length" for turn in sample.turns) for sample in samples
-        ),
-        f"{prefix}/n_turns": mean(len(sample.turns) for sample in samples),
-        f"{prefix}/empty_actions": float(sum(not turn.action for turn in turns)),
-    }
-
-
-def dump(samples: list[Sample], path: Path) -> None:
-    """Write samples as jsonl, all or nothing (temporary file, then rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for sample in samples:
-            file.write(json.dumps(_record(sample), ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
-
-
-def _record(sample: Sample) -> dict[str, Any]:
-    failed = sample.error is not None
-    record = {
-        "group": sample.position,
-        "response_index": sample.response,
-        "prompt": sample.prompt,
-        "response": "".join(turn.action for turn in sample.turns),
-        "score": None if failed else sample.score,
-        "reward": None if failed else sample.reward,
-        "length": sample.length,
-        "finish_reason": sample.turns[-1].finish_reason if sample.turns else None,
-        "n_turns": len(sample.turns),
-    }
-    if len(sample.turns) > 1:
-        record["turns"] = [vars(turn) for turn in sample.turns]
-    if failed:
-        record["error"] = sample.error
-    if sample.answer is not None:
-        try:
-            json.dumps(sample.answer)
-        except (TypeError, ValueError):
-            return record
-        record["answer"] = sample.answer
-    return record

@@ -3,7 +3,10 @@
 <save_dir>/checkpoints/step000020/   model and optimizer (torch.distributed.checkpoint),
                                      trainer.json, rank0.pt … (RNG and data position)
 <save_dir>/checkpoints/latest        name of the newest complete one
-<save_dir>/final, <save_dir>/best    plain `save_pretrained` folders
+                                     where adapters are trained (LoRA) those alone: what is frozen
+                                     comes from actor.model_name
+<save_dir>/final, <save_dir>/best    plain `save_pretrained` folders, adapters merged; the adapters
+                                     themselves in `adapter`, as peft saves them
 <save_dir>/before1 …                 what earlier runs left in the folder and this one does not
                                      continue
 """
@@ -29,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from RL2.config import CheckpointError, RL2Error
 from RL2.distributed import broadcast, rank, sum_over_ranks
 from RL2.workers import Actor
+from RL2.workers.lora import has_adapters, merged, save_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +51,7 @@ def _fsync(path: Path) -> None:
 def _publish(temporary: Path, final: Path) -> None:
     """Make a finished folder appear under its name: durable first, then one rename."""
     for path in temporary.rglob("*"):
-        if path.is_file():
-            _fsync(path)
+        _fsync(path)
     _fsync(temporary)
     if final.exists():
         shutil.rmtree(final)
@@ -61,6 +64,13 @@ def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
+
+
+def _trained(actor: Actor, state: dict[str, Any]) -> dict[str, Any]:
+    """A model's state without its frozen parameters."""
+    parameters = actor.model.named_parameters(remove_duplicate=False)  # a tied head, too
+    frozen = {name for name, parameter in parameters if not parameter.requires_grad}
+    return {name: value for name, value in state.items() if name not in frozen}
 
 
 class Checkpoints:
@@ -113,6 +123,7 @@ class Checkpoints:
         dist.barrier()
         # get_state_dict, not optimizer.state_dict(): DCP drops AdamW's moments of the latter
         model, optimizer = get_state_dict(actor.model, actor.optimizer)
+        model = _trained(actor, model)
         dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=temporary)
         # One file a rank: a plain value under one key would be stored once for all ranks.
         torch.save(
@@ -179,7 +190,9 @@ class Checkpoints:
     def _load(folder: Path, actor: Actor, source: Any) -> dict[str, Any]:
         state = json.loads((folder / "trainer.json").read_text())
         model, optimizer = get_state_dict(actor.model, actor.optimizer)
-        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+        trained = _trained(actor, model)
+        dcp.load({"model": trained, "optimizer": optimizer}, checkpoint_id=folder)
+        model |= trained
         set_state_dict(
             actor.model, actor.optimizer, model_state_dict=model, optim_state_dict=optimizer
         )
@@ -197,16 +210,19 @@ class Checkpoints:
 
 
 def save_model(actor: Actor, tokenizer: Any, folder: Path) -> None:
-    """Write the whole model where `AutoModelForCausalLM.from_pretrained` finds it (collective)."""
+    """Write the whole model where `AutoModelForCausalLM.from_pretrained` finds it, adapters merged
+    (collective). The adapters themselves go to `<folder>/adapter`."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(actor.model, options=options)
     if rank() == 0:
         temporary = folder.with_name(f".writing-{folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)
-        weights = {
-            name.removeprefix(_PREFIX): tensor.to(actor.dtype) for name, tensor in state.items()
-        }
-        actor.hf_model.save_pretrained(temporary, state_dict=weights)
+        model = actor.hf_model
+        tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
+        weights = {name: tensor.to(actor.dtype) for name, tensor in merged(model, tensors.items())}
+        model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
+        if has_adapters(model):
+            save_adapters(model, tensors, temporary / "adapter")
         _publish(temporary, folder)
     dist.barrier()

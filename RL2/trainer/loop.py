@@ -16,7 +16,7 @@ from RL2.algorithms.advantages import resolve_advantage
 from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
 from RL2.config import ConfigError
-from RL2.distributed import broadcast, rank
+from RL2.distributed import Traffic, broadcast, rank
 from RL2.distributed.comm import Batch
 from RL2.trainer.checkpoint import Checkpoints, save_model
 from RL2.trainer.metrics import Metrics, Timers
@@ -107,7 +107,7 @@ class Trainer:
     def __init__(self, config: DictConfig, device: torch.device):
         self.config, self.device = config, device
         self.is_rl = "rollout" in config
-        self.timers = Timers()
+        self.timers, self.traffic = Timers(), Traffic()
         self.alarmed = False
         self.metrics: Metrics | None = None
         torch.manual_seed(config.trainer.seed + rank())
@@ -122,11 +122,12 @@ class Trainer:
         self.n_steps = min(n_steps, config.trainer.max_steps or n_steps)
 
         actor = config.actor if self.is_rl else OmegaConf.merge(_ON_DATA, config.actor)
-        self.actor = Actor(actor, device, self.loss, config.trainer.max_bad_steps)
+        self.actor = Actor(actor, device, self.loss, config.trainer.max_bad_steps, self.traffic)
         self.actor.prepare_scheduler(self.n_steps * actor.update_per_rollout)
         self.policies = {"old_logps": self.actor}
         if "ref_logps" in self.required:
-            self.policies["ref_logps"] = Actor(config.ref_actor, device)
+            self.policies["ref_logps"] = Actor(config.ref_actor, device, traffic=self.traffic)
+            self.policies["ref_logps"].offload()
         self.source.start(device)
         self.checkpoints = Checkpoints(config.trainer.save_dir, config.trainer.keep_last)
         self.best: dict[str, float] = {}
@@ -159,7 +160,7 @@ class Trainer:
         with self.timers("rollout"):
             self.source.finish()
         with self.timers("update_rollout"):
-            self.source.publish(self.actor, step)
+            self._publish(step)
         if self._due(self.config.trainer.get("test_freq"), step):
             metrics |= self._evaluate(step)
         return metrics
@@ -196,7 +197,7 @@ class Trainer:
         if score > self.best.get("test/score", -1.0):
             if self.best and self.config.trainer.keep_best:
                 with self.timers("save"):
-                    save_model(self.actor, self.tokenizer, self._path("best"))
+                    self._save_model("best")
             self.best = {"step": step, "test/score": score}
         return metrics
 
@@ -210,11 +211,17 @@ class Trainer:
         self.best = state["best"]
         # At the start, too: servers may hold anything, and weights that do not arrive stop the run
         # before the first rollout.
-        self.source.publish(self.actor, state["step"])
+        self._publish(state["step"])
         if rank() == 0:
             self.checkpoints.set_aside(state["step"])
             self.metrics = Metrics(self.config, state["step"], state["run_id"])
         return state["step"]
+
+    def _publish(self, step: int) -> None:
+        """The actor's weights to the engine, which from then on has the device's memory."""
+        self.actor.load()
+        self.source.publish(self.actor, step)
+        self.actor.offload()
 
     def _save(self, step: int) -> None:
         with self.timers("save"):
@@ -226,14 +233,19 @@ class Trainer:
         saved = self.checkpoints.folder / f"step{step:06d}"
         if not broadcast(saved.exists()):
             self._save(step)
-        save_model(self.actor, self.tokenizer, self._path("final"))
+        self._save_model("final")
         logger.info("model: %s", self._path("final"))
         if self.best:
             logger.info("best evaluation: test %(test/score).4f at step %(step)d", self.best)
         logger.info("metrics: %s", self._path("metrics.jsonl"))
 
+    def _save_model(self, name: str) -> None:
+        self.actor.load()
+        save_model(self.actor, self.tokenizer, self._path(name))
+        self.actor.offload()
+
     def _log(self, step: int, metrics: dict[str, float]) -> None:
-        metrics = metrics | self.timers.pop()
+        metrics = metrics | self.timers.pop() | self.traffic.pop()
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
         else:

@@ -14,7 +14,7 @@ from RL2.config import RL2Error, apply_fallbacks, check_overrides, register_sche
 logger = logging.getLogger("RL2")
 
 _WAIT_FOR_RANK_0 = 10.0  # seconds; a process takes one to three to get to its checks
-_OPTIONAL = ("flash_attn", "liger_kernel", "sglang", "triton", "vllm")
+_OPTIONAL = ("flash_attn", "liger_kernel", "peft", "sglang", "triton", "vllm")
 
 
 def _fail(error: RL2Error) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from RL2.config.schema import EngineName
 from RL2.datasets import RLDataset, SFTDataset, collate, make_loader
-from RL2.distributed import full_tensors, rank, second_group, world_size
+from RL2.distributed import rank, second_group, world_size
 from RL2.distributed.comm import Batch
 from RL2.rollout import Collector, build_engine, load_environment
 from RL2.rollout.event_loop import in_thread
@@ -97,7 +97,8 @@ class RolloutSource:
             config.rollout.env_path, timeout=config.rollout.env_timeout
         )
         longest = (
-            config.actor.max_length_per_device - config.rollout.train_sampling_params.max_new_tokens
+            config.actor.max_length_per_device * config.actor.sp_size
+            - config.rollout.train_sampling_params.max_new_tokens
         )
         self.train = RLDataset(
             config.train_data, tokenizer, key="train_data",
@@ -133,7 +134,7 @@ class RolloutSource:
             drivers=drivers,
             group=second_group(),
             test_responses_per_prompt=self.config.test_data.responses_per_prompt,
-            max_length=self.config.actor.max_length_per_device,
+            max_length=self.config.actor.max_length_per_device * self.config.actor.sp_size,
             device=device,
         )
 
@@ -183,7 +184,7 @@ class RolloutSource:
         """Serve the actor's weights from now on (a collective)."""
         self.finish()
         self._wake()
-        self.collector.update_weights(full_tensors(actor.hf_model), version=step)
+        self.collector.update_weights(actor.weights(), version=step)
 
     def _generate(self, step: int) -> Result:
         self._wake()

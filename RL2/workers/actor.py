@@ -10,13 +10,18 @@ from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.reductions import token_weights, weighted_sum
 from RL2.algorithms.token_loss import TokenLoss
 from RL2.config import TrainingError
-from RL2.distributed import broadcast, gather, rank, scatter, sum_over_ranks
+from RL2.distributed import Traffic, broadcast, gather, rank, scatter, sum_over_ranks
 from RL2.distributed.comm import Batch
 from RL2.ops.token_stats import TokenStats
 from RL2.workers.base import Worker
 
 _ALWAYS = ("states", "actions", "action_mask")
-_OF_THE_PACK = {"states", "lengths", "positions"}  # the others are [N], one per action token
+_OF_THE_PACK = {
+    "states",
+    "lengths",
+    "start",
+    "positions",
+}  # the others are [N], one per action token
 
 
 def split_batch(batch: Batch, n_parts: int) -> list[Batch]:
@@ -35,12 +40,18 @@ class Actor(Worker):
         device: this rank's device.
         loss: what `update` minimises; None for a reference.
         max_bad_steps: non-finite updates in a row after which `update` raises.
+        traffic: counts what crosses ranks.
     """
 
     def __init__(
-        self, config, device: torch.device, loss: TokenLoss | None = None, max_bad_steps: int = 1
+        self,
+        config,
+        device: torch.device,
+        loss: TokenLoss | None = None,
+        max_bad_steps: int = 1,
+        traffic: Traffic | None = None,
     ):
-        super().__init__(config, device, train=loss is not None)
+        super().__init__(config, device, train=loss is not None, traffic=traffic)
         self.loss = loss
         self.max_bad_steps = max_bad_steps
         self.bad_steps = 0
@@ -48,15 +59,19 @@ class Actor(Worker):
     @torch.no_grad()
     def compute_logps(self, batch: Batch | None, field: str) -> Batch | None:
         """Add this model's log-probabilities of the actions as `field [B, T]` (rank 0)."""
+        self.load()
         self.model.eval()
-        micro_batches, plan = scatter(batch, _ALWAYS, self.config.max_inference_length_per_device)
+        length = self.config.max_inference_length_per_device
+        micro_batches, plan = self._scatter(batch, _ALWAYS, length)
         logps = []
         for micro_batch in micro_batches:
             stats = self.forward(self.to_device(micro_batch), ("logps",))
             flat = torch.zeros(len(micro_batch["states"]))
             flat[micro_batch["action_mask"]] = stats["logps"].cpu()
             logps.append(flat)
-        values = gather(logps, plan)
+        values = gather(logps, plan, self.traffic)
+        if self.optimizer is None:  # a reference has nothing else to do in this step
+            self.offload()
         return batch if values is None else batch | {field: values}
 
     def update(self, batch: Batch | None, step: int) -> dict[str, float]:
@@ -74,6 +89,7 @@ class Actor(Worker):
             return {}
         n_parts = self.config.update_per_rollout
         parts = [None] * n_parts if batch is None else split_batch(batch, n_parts)
+        self.load(optimizer=True)
         self.model.train()
         rate = self.scheduler.get_last_lr()[0]
         metrics = [self._optimizer_step(part) for part in parts]
@@ -88,7 +104,7 @@ class Actor(Worker):
             return {"actor/skipped": 1.0}
         n_actions, fields = order
 
-        micro_batches, _ = scatter(batch, fields, self.config.max_length_per_device)
+        micro_batches, _ = self._scatter(batch, fields, self.config.max_length_per_device)
         sums: dict[str, Tensor] = {}
         for micro_batch in micro_batches:
             loss, metrics = self._losses(self.to_device(micro_batch))
@@ -98,6 +114,7 @@ class Actor(Worker):
         # One collective and one wait for the device, however many metrics there are.
         names = sorted(sums)
         totals = sum_over_ranks(torch.stack([sums[name] for name in names]).double())
+        totals = totals / self.layout.tp_size  # whose ranks counted the same tokens
         grad_norm = self.clip_gradients()
         totals, norm = totals.tolist(), grad_norm.item()
         metrics = {
@@ -112,6 +129,9 @@ class Actor(Worker):
         self.optimizer.zero_grad()
         self.scheduler.step()
         return metrics
+
+    def _scatter(self, batch: Batch | None, fields: tuple[str, ...], max_length: int):
+        return scatter(batch, fields, max_length, self.layout, self.attention_cost, self.traffic)
 
     def _count(self, batch: Batch | None) -> tuple[Batch | None, tuple | None]:
         """Rank 0, before the first backward: what divides the loss, or None to skip."""

@@ -1,38 +1,78 @@
 """What every worker is: a sharded model on this rank, and an optimizer where it trains."""
 
+from collections.abc import Iterator
+
 import torch
-from torch.nn.utils import clip_grad_norm_
+import torch.distributed as dist
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from RL2.distributed import build_mesh, shard
+from RL2.distributed import (
+    Layout,
+    Traffic,
+    build_mesh,
+    clip_gradients,
+    full_tensors,
+    parallelize,
+    sequence_parallel_mesh,
+    shard,
+    world_size,
+)
 from RL2.distributed.comm import Batch
 from RL2.ops.token_stats import LossFunction
-from RL2.workers.model import load_model
+from RL2.workers.loading import materialize
+from RL2.workers.lora import has_adapters, init_adapters, merged
+from RL2.workers.model import attention_cost, load_model
 
 
 class Worker:
-    """A model sharded over all ranks.
+    """A model spread over all ranks.
 
     Args:
         config: an `actor` or `ref_actor` node.
         device: this rank's device.
         train: whether it gets an optimizer (AdamW over fp32 weights).
+        traffic: counts what crosses ranks.
     """
 
-    def __init__(self, config, device: torch.device, *, train: bool):
+    def __init__(
+        self, config, device: torch.device, *, train: bool, traffic: Traffic | None = None
+    ):
         self.config = config
         self.device = device
-        self.model, dtype = load_model(config, train=train)
-        self.model.to(device)
+        self.traffic = traffic or Traffic()
+        self.layout = Layout(world_size(), config.sp_size, config.tp_size)
+        self.model, self.dtype, files = load_model(config, train=train)
+        self.attention_cost = attention_cost(self.hf_model)
+        mesh = build_mesh(device.type, config.ddp_size, config.tp_size)
+        self.tp_group: dist.ProcessGroup | None = None
+        partial: list[str] = []
+        if config.tp_size > 1:
+            self.tp_group = self.model.tp_group = mesh["tp"].get_group()
+            partial = parallelize(self.hf_model, mesh["tp"])
+        if config.sp_size > 1:
+            sp_mesh = sequence_parallel_mesh(device.type, self.layout)
+            self.model.sp_group = sp_mesh.get_group()
         layers = set(self.hf_model._no_split_modules or ())
-        shard(self.model, layers, build_mesh(device.type, config.ddp_size), dtype)
-        self.dtype = dtype
+        if train and config.compile:
+            for module in self.hf_model.modules():
+                if type(module).__name__ in layers:
+                    module.compile(dynamic=True)  # packs differ in length
+        if files is None:
+            self.model.to(device)
+        shard(self.model, layers, mesh["ddp", "fsdp"], self.dtype)
+        if files is not None:
+            materialize(self.model, self.hf_model, files, device)
+        if has_adapters(self.hf_model):
+            init_adapters(self.hf_model, config.lora.seed)
+        # Whole parameters of which a tensor-parallel rank sees a part of the gradient.
+        self.partial: list[nn.Parameter] = [self.hf_model.get_parameter(name) for name in partial]
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: LRScheduler | None = None
         if train:
             self.optimizer = torch.optim.AdamW(
-                self.model.parameters(),
+                [parameter for parameter in self.model.parameters() if parameter.requires_grad],
                 lr=config.lr,
                 weight_decay=config.weight_decay,
                 fused=True,
@@ -44,6 +84,17 @@ class Worker:
     def hf_model(self):
         """The transformers model inside, its parameters sharded."""
         return self.model.model
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """`(name, whole tensor)` of the model, one by one, adapters merged into them: what engines
+        serve. A collective: every rank must iterate."""
+        return merged(self.hf_model, self._full_tensors())
+
+    def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in full_tensors(self.hf_model):
+            held = self.hf_model.get_parameter(name).to_local()
+            self.traffic.add("weights", tensor.nbytes - held.nbytes)
+            yield name, tensor
 
     def prepare_scheduler(self, n_updates: int) -> None:
         """Warm-up and decay of the learning rate over `n_updates` optimizer steps."""
@@ -59,21 +110,21 @@ class Worker:
     def to_device(self, micro_batch: Batch) -> Batch:
         """Keep what the statistics need of a micro-batch and put it on the device.
 
-        Every field but `states` and `lengths` shrinks from all `[N]` tokens to the `[A]` action
-        tokens; `positions [A]` says where those stand in the pack.
+        Every field but `states`, `lengths` and `start` shrinks from all `[N]` tokens to the `[A]`
+        action tokens; `positions [A]` says where those stand.
         """
         positions = micro_batch["action_mask"].nonzero().squeeze(-1)
         whole = {"states": micro_batch["states"], "positions": positions}
         chosen = {
             name: field[positions]
             for name, field in micro_batch.items()
-            if name not in ("states", "lengths", "action_mask")
+            if name not in ("states", "lengths", "start", "action_mask")
         }
         moved = {
             name: field.to(self.device, non_blocking=True)
             for name, field in (whole | chosen).items()
         }
-        return moved | {"lengths": micro_batch["lengths"]}
+        return moved | {name: micro_batch[name] for name in ("lengths", "start")}
 
     def forward(
         self,
@@ -95,9 +146,35 @@ class Worker:
             wanted,
             top_k,
             loss_fn,
+            micro_batch["start"],
         )
 
     def clip_gradients(self) -> torch.Tensor:
-        """Clip to `max_grad_norm`; returns the norm before clipping, over all ranks."""
-        norm = clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        """Bring the gradients to an end and clip them to `max_grad_norm`; returns the norm before
+        clipping, over all ranks."""
+        for parameter in self.partial:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad.to_local(), group=self.tp_group)
+        return clip_gradients(self.model.parameters(), self.config.max_grad_norm)
+
+    def load(self, *, optimizer: bool = False) -> None:
+        """Bring what `offload` has put away back to the device, the moments if `optimizer`."""
+        if self.config.offload_model:
+            self.model.to(self.device)
+        if optimizer and self.config.get("offload_optimizer"):
+            _move_moments(self.optimizer, self.device)
+
+    def offload(self) -> None:
+        """Put model and moments into CPU memory, as far as `offload_model` and
+        `offload_optimizer` say. Only `load` may follow."""
+        if self.config.offload_model:
+            self.model.to("cpu")
+        if self.config.get("offload_optimizer"):
+            _move_moments(self.optimizer, torch.device("cpu"))
+
+
+def _move_moments(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 0:  # the step count stays
+                state[name] = value.to(device)

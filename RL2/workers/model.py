@@ -1,13 +1,25 @@
 """A transformers causal LM behind the one question the losses ask: statistics per token."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch.autograd.graph import save_on_cpu
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from RL2.config import ConfigError
-from RL2.ops.attention import register_attention
+from RL2.distributed import shard_of
+from RL2.distributed.sequence_parallel import check_heads, register_sequence_parallel
+from RL2.ops.attention import check_attention, register_attention
 from RL2.ops.token_stats import (
     LossFunction,
     linear_token_loss,
@@ -15,6 +27,8 @@ from RL2.ops.token_stats import (
     loss_of,
     token_stats,
 )
+from RL2.workers.loading import holds_all, weight_files
+from RL2.workers.lora import add_adapters
 
 # Models that do more than a matrix product between hidden states and logits name it so.
 _NON_LINEAR_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -29,12 +43,23 @@ class TokenStatsModel(nn.Module):
     Args:
         model: the causal LM.
         implementation: of `RL2.ops.token_stats.linear_token_stats`.
+        offload_activations: keep what the backbone's backward needs in CPU memory until then.
+
+    `sp_group` and `tp_group` are the groups over which packs and weights are split, None without.
     """
 
-    def __init__(self, model: PreTrainedModel, implementation: str = "auto"):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        implementation: str = "auto",
+        offload_activations: bool = False,
+    ):
         super().__init__()
         self.model = model
         self.implementation = implementation
+        self.offload_activations = offload_activations
+        self.sp_group: dist.ProcessGroup | None = None
+        self.tp_group: dist.ProcessGroup | None = None
         head = model.get_output_embeddings()
         self.linear_head = isinstance(head, nn.Linear) and not any(
             getattr(model.config, name, None) for name in _NON_LINEAR_HEADS
@@ -50,95 +75,155 @@ class TokenStatsModel(nn.Module):
         wanted: Sequence[str],
         top_k: int = 0,
         loss_fn: LossFunction | None = None,
+        start: int = 0,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
-            states: `[N]` input tokens, sequences one after the other.
-            lengths: `[n]` tokens of each sequence, summing to N; in CPU memory, so that no
+            states: `[N]` input tokens, sequences one after the other; with sequence parallelism
+                this rank's slice of them.
+            lengths: `[n]` tokens of each sequence of the whole pack; in CPU memory, so that no
                 kernel waits for the host.
-            positions: `[A]` indices into the pack whose next token is asked about.
+            positions: `[A]` indices into `states` whose next token is asked about.
             actions: `[A]` those next tokens.
             temperature: divides the logits.
             wanted: names of the statistics, of `RL2.ops.token_stats.STATISTICS`.
             top_k: how many `top_logps`.
             loss_fn: as in `linear_token_loss`.
+            start: where in the pack the slice begins.
 
         Returns:
             `{name: [A]}` in fp32 (`top_logps [A, top_k]`), or with `loss_fn` the sums of its loss,
             as `loss`, and of its metrics. A plain dict, because FSDP finds its hooks' tensors in
             those.
         """
-        device, longest = states.device, int(lengths.max())
-        offsets = nn.functional.pad(lengths.cumsum(0), (1, 0))
-        starts = torch.repeat_interleave(offsets[:-1], lengths).to(device)
-        offsets = offsets.to(device, torch.int32)
-        inputs = {
-            "input_ids": states[None],
-            "position_ids": (torch.arange(len(states), device=device) - starts)[None],
-            "use_cache": False,
-            "cu_seq_lens_q": offsets,
-            "cu_seq_lens_k": offsets,
-            "max_length_q": longest,
-            "max_length_k": longest,
-        }
-        if self.linear_head:
-            hidden = self.model.base_model(**inputs).last_hidden_state[0]
-            head = self.model.get_output_embeddings()
-            arguments = hidden.index_select(0, positions), head.weight, actions, temperature, wanted
-            options = {"bias": head.bias, "top_k": top_k, "implementation": self.implementation}
-            if loss_fn is not None:
-                loss, metrics = linear_token_loss(*arguments, loss_fn, **options)
-                return {"loss": loss, **metrics}
-            stats = linear_token_stats(*arguments, **options)
-        else:
+        inputs = self._inputs(states, lengths, start)
+        if not self.linear_head:
             logits = self.model(**inputs).logits[0].index_select(0, positions)
             stats = token_stats(logits, actions, temperature, wanted, top_k)
             if loss_fn is not None:
                 loss, metrics = loss_of(stats, len(actions), loss_fn)
                 return {"loss": loss, **metrics}
-        return stats.as_dict()
+            return stats.as_dict()
+
+        offload = self.offload_activations and torch.is_grad_enabled()
+        with save_on_cpu(pin_memory=states.is_cuda) if offload else nullcontext():
+            hidden = self.model.base_model(**inputs).last_hidden_state[0]
+        weight, bias = self._head()
+        arguments = hidden.index_select(0, positions), weight, actions, temperature, wanted
+        options = {"bias": bias, "top_k": top_k, "implementation": self.implementation}
+        if self.tp_group is not None:
+            vocab_size = self.model.get_output_embeddings().weight.shape[0]
+            options["shard"] = shard_of(vocab_size, self.tp_group)
+        if loss_fn is not None:
+            loss, metrics = linear_token_loss(*arguments, loss_fn, **options)
+            return {"loss": loss, **metrics}
+        return linear_token_stats(*arguments, **options).as_dict()
+
+    def _inputs(self, states: torch.Tensor, lengths: torch.Tensor, start: int) -> dict:
+        device, longest = states.device, int(lengths.max())
+        offsets = nn.functional.pad(lengths.cumsum(0), (1, 0))
+        token = torch.arange(start, start + len(states))
+        row = torch.searchsorted(offsets, token, right=True) - 1
+        offsets_32 = offsets.to(device, torch.int32)
+        inputs = {
+            "input_ids": states[None],
+            "position_ids": (token - offsets[row]).to(device)[None],
+            "use_cache": False,
+            "cu_seq_lens_q": offsets_32,
+            "cu_seq_lens_k": offsets_32,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+        return inputs if self.sp_group is None else inputs | {"sp_group": self.sp_group}
+
+    def _head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of the head, or this rank's columns of them."""
+        head = self.model.get_output_embeddings()
+        return tuple(
+            x.to_local() if isinstance(x, DTensor) else x for x in (head.weight, head.bias)
+        )
 
 
-def load_model(config, *, train: bool) -> tuple[TokenStatsModel, torch.dtype]:
-    """Load `config.model_name` with fp32 weights for FSDP to shard.
+def load_model(
+    config, *, train: bool
+) -> tuple[TokenStatsModel, torch.dtype, dict[str, Path] | None]:
+    """Build `config.model_name` with fp32 weights, to be split, sharded and then filled.
 
     Args:
         config: an `actor` or `ref_actor` node (model_name, dtype, attn_implementation, …).
         train: whether gradients will be asked for (decides on gradient checkpointing).
 
     Returns:
-        The model and the dtype to compute in (`config.dtype`, or what the checkpoint says).
+        The model, the dtype to compute in (`config.dtype`, or what the checkpoint says), and the
+        files that `RL2.workers.loading.materialize` reads its weights from: it is on the meta
+        device then. No files: the model holds its weights.
 
     Raises:
-        ConfigError: the model cannot be loaded.
+        ConfigError: the model cannot be loaded, or not be spread as the config says.
     """
     register_attention()
+    name, options = config.model_name, {"trust_remote_code": config.trust_remote_code}
     try:
-        saved = AutoConfig.from_pretrained(
-            config.model_name, trust_remote_code=config.trust_remote_code
-        )
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model_name,
-            dtype=torch.float32,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        )
+        saved = AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"actor.model_name={config.model_name}: cannot be loaded as a causal language model "
-            f"({str(error).splitlines()[0]}); give a folder made by save_pretrained or a model id"
-        ) from error
+        raise _not_loadable(name, error) from error
+    attention = config.attn_implementation
+    check_attention(saved, attention)
+    if config.sp_size > 1:
+        check_heads(saved, config.sp_size, config.tp_size)
+        attention = register_sequence_parallel(attention)
+    options |= {"dtype": torch.float32, "attn_implementation": attention}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(saved, **options)
+        files = weight_files(name)
+        if not holds_all(files, model):
+            model, files = AutoModelForCausalLM.from_pretrained(name, **options), None
+    except (OSError, ValueError) as error:
+        raise _not_loadable(name, error) from error
+    if files is not None:
+        with suppress(OSError):  # not every checkpoint has one
+            model.generation_config = GenerationConfig.from_pretrained(name)
     if config.use_liger_kernel:
         from transformers.integrations.liger import apply_liger_kernel
 
         apply_liger_kernel(model, None)
     if train and config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if train and config.lora.rank is not None:
+        add_adapters(model, config.lora)
     dtype = config.dtype if config.dtype != "auto" else saved.dtype or torch.float32
-    model = TokenStatsModel(model, str(config.token_stats))
+    model = TokenStatsModel(model, str(config.token_stats), train and config.offload_activations)
+    if config.tp_size > 1 and model.linear_head and model.implementation == "naive":
+        raise ConfigError(
+            "actor.token_stats=naive: takes whole logits, which no rank has with "
+            f"actor.tp_size={config.tp_size}; use auto or tiled"
+        )
     if not model.linear_head and model.implementation not in ("auto", "naive"):
         raise ConfigError(
             f"actor.token_stats={model.implementation}: {config.model_name} does more than one "
             "matrix product between hidden states and logits, which are computed whole; use auto"
         )
-    return model, getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return model, getattr(torch, dtype) if isinstance(dtype, str) else dtype, files
+
+
+def _not_loadable(name: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"actor.model_name={name}: cannot be loaded as a causal language model "
+        f"({str(error).splitlines()[0]}); give a folder made by save_pretrained or a model id"
+    )
+
+
+def attention_cost(model: PreTrainedModel) -> float:
+    """How much an n-token sequence's attention costs beside the rest: n + attention_cost * n^2
+    multiplications, in units of what the weights cost for one token.
+
+    A causal layer multiplies each token's query with n/2 keys on average and as many values:
+    2 * heads * head_dim * n/2 multiplications a token, against one per weight.
+    """
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    embedding = model.get_input_embeddings().weight.numel()
+    n_weights = sum(p.numel() for p in model.parameters()) - embedding
+    return config.num_hidden_layers * heads * head_dim / n_weights

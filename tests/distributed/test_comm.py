@@ -1,67 +1,169 @@
+import random
+
 import pytest
 import torch
 
-from RL2.distributed import broadcast, gather, rank, scatter, sum_over_ranks
-from RL2.distributed.comm import ScatterPlan
+from RL2.distributed import Layout, ScatterPlan, broadcast, gather, rank, scatter, sum_over_ranks
+from RL2.distributed.comm import concatenate_on_rank_0
+from RL2.distributed.traffic import Traffic
+from RL2.ops import plan_packs
 from tests.ranks import run_on_ranks
 
+FIELDS = ("states", "values", "action_mask", "wide", "half")
+# (dp, sp, tp)
+SHAPES = [
+    (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (3, 1, 1), (1, 3, 1),
+    (2, 2, 1), (2, 1, 2), (1, 2, 2), (4, 1, 1), (1, 4, 1), (1, 1, 4),
+]  # fmt: skip
 
-def make_batch(lengths):
+
+def make_batch(lengths, width=None):
     generator = torch.Generator().manual_seed(0)
-    n_tokens = max(lengths)
-    valid = torch.arange(n_tokens) < torch.tensor(lengths)[:, None]
-    shape = (len(lengths), n_tokens)
+    shape = (len(lengths), width or max(lengths))
+    valid = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
     return {
         "states": torch.randint(1, 100, shape, generator=generator) * valid,
         "values": torch.rand(shape, generator=generator) * valid,
         "action_mask": (torch.rand(shape, generator=generator) < 0.5) & valid,
+        "wide": torch.randint(-(2**40), 2**40, shape, generator=generator) * valid,
+        "half": torch.rand(shape, generator=generator).bfloat16() * valid,
         "lengths": torch.tensor(lengths),
     }
 
 
-def round_trip(lengths, max_length):
-    batch = make_batch(lengths) if rank() == 0 else None
-    micro_batches, plan = scatter(batch, ("states", "values", "action_mask"), max_length)
-    total = sum_over_ranks(sum(m["values"].sum() for m in micro_batches))
-    sizes = [len(m["states"]) for m in micro_batches]
-    n_filler = sum(int((m["states"] == 0).sum()) for m in micro_batches)
-    own_lengths = [m["lengths"].tolist() for m in micro_batches]
-    dtypes = {name: field.dtype for name, field in micro_batches[0].items()}
-    back = gather([m["values"] for m in micro_batches], plan)
-    return total, sizes, own_lengths, dtypes, n_filler, back
+def random_lengths(seed):
+    generator = random.Random(seed)
+    return [generator.randint(1, 12) for _ in range(generator.randint(1, 14))]
 
 
-CASES = [([5, 3, 9, 1, 7], 10), ([4], 8), ([8, 8, 8], 8)]
+CASES = [
+    ([5, 3, 9, 1, 7], 10),
+    ([4], 8),
+    ([8, 8, 8], 8),
+    ([3, 0, 2], 4),
+    *((random_lengths(seed), 12 + seed) for seed in range(6)),
+]
 
 
-def all_cases():
-    return [round_trip(*case) for case in CASES]
+def layout_of(shape):
+    dp, sp, tp = shape
+    return Layout(world_size=dp * sp * tp, sp_size=sp, tp_size=tp)
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2, 3])
-def test_scatter_and_gather_give_the_batch_back(n_ranks):
-    by_rank = run_on_ranks(n_ranks, all_cases)
+def there_and_back(lengths, max_length, layout, width=None):
+    batch = make_batch(lengths, width) if rank() == 0 else {"states": "ignored"}
+    traffic = Traffic()
+    micro_batches, plan = scatter(batch, FIELDS, max_length, layout, 0.01, traffic)
+    backs = [
+        gather([m[name] for m in micro_batches], plan, traffic) for name in ("values", "states")
+    ]
+    return micro_batches, backs, traffic.pop()
+
+
+def all_cases(shape):
+    return [there_and_back(*case, layout_of(shape)) for case in CASES]
+
+
+def expected_packs(batch, lengths, max_length, layout):
+    """The whole padded packs, as lists of python numbers, and their lengths."""
+    for pack in plan_packs(lengths, max_length * layout.sp_size, layout.dp_size, 0.01):
+        n = sum(lengths[row] for row in pack)
+        n_filler = -n % layout.sp_size if n else layout.sp_size
+        flat = {
+            name: [x for row in pack for x in batch[name][row, : lengths[row]].tolist()]
+            + [0] * n_filler
+            for name in FIELDS
+        }
+        yield flat | {"lengths": [lengths[row] for row in pack] + [n_filler] * (n_filler > 0)}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_slices_are_those_of_the_packs_and_come_back(shape):
+    layout = layout_of(shape)
+    by_rank = run_on_ranks(layout.world_size, all_cases, shape)
     for i, (lengths, max_length) in enumerate(CASES):
         batch = make_batch(lengths)
-        results = [cases[i] for cases in by_rank]
-        assert torch.equal(results[0][-1], batch["values"])
-        assert all(back is None for *_, back in results[1:])
-        for total, sizes, own_lengths, dtypes, *_ in results:
-            torch.testing.assert_close(total, batch["values"].sum())
-            assert all(size <= max_length for size in sizes)
-            assert sizes == [sum(pack) for pack in own_lengths]
-            assert dtypes["states"] == torch.int64 and dtypes["action_mask"] == torch.bool
-        # every rank runs the same number of micro-batches, and every token arrives once
-        assert len({len(sizes) for _, sizes, *_ in results}) == 1
-        n_filler = sum(result[-2] for result in results)
-        assert sum(sum(sizes) for _, sizes, *_ in results) == sum(lengths) + n_filler
+        packs = list(expected_packs(batch, lengths, max_length, layout))
+        for which, (micro_batches, backs, _) in enumerate(cases[i] for cases in by_rank):
+            dp, sp, _ = layout.coordinates(which)
+            own = packs[dp :: layout.dp_size]
+            assert len(micro_batches) == len(own) == len(packs) // layout.dp_size
+            for micro_batch, pack in zip(micro_batches, own, strict=True):
+                n = len(pack["states"]) // layout.sp_size
+                assert n <= max_length
+                assert (type(micro_batch["start"]), micro_batch["start"]) == (int, sp * n)
+                assert micro_batch["lengths"].tolist() == pack["lengths"]
+                for name in FIELDS:
+                    assert micro_batch[name].dtype == batch[name].dtype
+                    assert micro_batch[name].tolist() == pack[name][sp * n :][:n]
+            if which == 0:
+                assert torch.equal(backs[0], batch["values"])
+                assert torch.equal(backs[1], batch["states"])
+            else:
+                assert backs == [None, None]
 
 
-def test_an_empty_pack_is_one_filler_token():
-    plan = ScatterPlan(packs=((0, 1), ()), lengths=(3, 2))
-    assert plan.pack_size(plan.packs[0]) == 5
-    assert plan.pack_size(()) == 1
-    assert plan.of_rank(1, 2) == ((),)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bytes_are_counted(shape):
+    layout = layout_of(shape)
+    n_ranks = layout.world_size
+    by_rank = run_on_ranks(n_ranks, all_cases, shape)
+    for i, (lengths, _) in enumerate(CASES):
+        shares = [sum(len(m["states"]) for m in cases[i][0]) for cases in by_rank]
+        n_packs = len(by_rank[0][i][0]) * layout.dp_size
+        # int32, float32, bool, int64 and bfloat16, in multiples of 8
+        width = -(-max(shares) * (4 + 4 + 1 + 8 + 2) // 8) * 8
+        table = 8 * (2 + 2 * len(FIELDS)) + 8 * (2 * len(lengths) + n_packs)
+        counted = sum(shares[layout.tp_size :: layout.tp_size])
+        expected = {
+            "comm/scatter_bytes": float((n_ranks - 1) * (width + table)),  # 0 for one rank
+            "comm/gather_bytes": float(counted * (4 + 8)),
+        }
+        for cases in by_rank:
+            assert cases[i][2] == expected
+
+
+def test_a_batch_may_be_wider_than_its_rows():
+    ((micro_batches, (back, _), _),) = run_on_ranks(
+        1, there_and_back, [3, 2], 8, Layout(), 7
+    )  # as parts of a batch are
+    assert micro_batches[0]["values"].shape == (5,)
+    assert torch.equal(back, make_batch([3, 2], 7)["values"][:, :3])
+
+
+def without_layout():
+    batch = make_batch([5, 3, 9]) if rank() == 0 else None
+    micro_batches, plan = scatter(batch, FIELDS, 10)
+    total = sum_over_ranks(sum(m["values"].double().sum() for m in micro_batches))
+    return total, plan.layout, gather([m["values"] * 2 for m in micro_batches], plan)
+
+
+def test_data_parallel_without_a_layout():
+    batch = make_batch([5, 3, 9])
+    for which, (total, layout, back) in enumerate(run_on_ranks(3, without_layout)):
+        torch.testing.assert_close(total, batch["values"].double().sum())
+        assert layout == Layout(world_size=3)
+        assert back is None if which else torch.equal(back, batch["values"] * 2)
+
+
+def test_the_packs_of_a_turn_are_of_about_one_size():
+    lengths = torch.tensor([9, 8, 7, 6, 5, 4, 3, 2])
+    plan = ScatterPlan.make(lengths, 11, Layout(world_size=2))
+    own, other = ([size for size, _, _ in plan.slices(which)] for which in (0, 1))
+    assert len(own) == 2 and sum(own) == sum(other) == 22
+    assert max(abs(a - b) for a, b in zip(own, other, strict=True)) <= 1
+
+
+def concatenated(sizes):
+    values = torch.full((sizes[rank()],), rank())
+    return concatenate_on_rank_0(values, sizes)
+
+
+@pytest.mark.parametrize("sizes", [[2], [1, 2], [0, 3], [2, 0], [0, 0]])
+def test_each_rank_sends_what_it_has(sizes):
+    results = run_on_ranks(len(sizes), concatenated, sizes)
+    assert results[0].tolist() == [r for r, size in enumerate(sizes) for _ in range(size)]
+    assert results[1:] == [None] * (len(sizes) - 1)
 
 
 def share_an_object():

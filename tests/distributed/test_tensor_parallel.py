@@ -4,8 +4,11 @@ import functools
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config, Qwen3MoeConfig
 
+from RL2.config import ConfigError
 from RL2.distributed import ProcessGroupShard, rank, shard_of
+from RL2.distributed.tensor_parallel import tensor_parallel_plan
 from RL2.ops.token_stats import STATISTICS
 from tests.ops.token_stats.support import (
     NEG_INF,
@@ -207,3 +210,50 @@ def test_collectives():
 def test_shard_of_refuses():
     with pytest.raises(RuntimeError, match="vocab_size=0"):
         run_on_ranks(2, shard_of, 0)
+
+
+# ------------------------------------------------------------------------------ decoders
+
+TINY = {
+    "vocab_size": 67, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 1,
+    "num_attention_heads": 6, "num_key_value_heads": 3,
+}  # fmt: skip
+
+
+def plan_of(config, size):
+    with torch.device("meta"):
+        return tensor_parallel_plan(AutoModelForCausalLM.from_config(config), size)
+
+
+def test_the_plan_names_modules():
+    plan = plan_of(Qwen3Config(**TINY), 3)
+    layer = "model.layers.0"
+    assert plan == {
+        f"{layer}.self_attn.q_proj": "colwise",
+        f"{layer}.self_attn.k_proj": "colwise",
+        f"{layer}.self_attn.v_proj": "colwise",
+        f"{layer}.self_attn.q_norm": "replicated_with_grad_allreduce",
+        f"{layer}.self_attn.k_norm": "replicated_with_grad_allreduce",
+        f"{layer}.self_attn.o_proj": "rowwise",
+        f"{layer}.mlp.gate_proj": "colwise",
+        f"{layer}.mlp.up_proj": "colwise",
+        f"{layer}.mlp.down_proj": "rowwise",
+    }
+
+
+@pytest.mark.parametrize(
+    "config, size, message",
+    [
+        (GPT2Config(n_embd=24, n_head=6, n_layer=1), 2, "no tensor-parallel plan for gpt2 models"),
+        (Qwen3MoeConfig(**TINY, num_experts=2), 3, "qwen3_moe models has moe_tp_experts"),
+        (Qwen3Config(**TINY), 2, "actor.tp_size=2: must divide num_key_value_heads=3"),
+        (Qwen3Config(**TINY), 4, "actor.tp_size=4: must divide num_attention_heads=6"),
+        (
+            Qwen3Config(**TINY | {"intermediate_size": 37}), 3,
+            "must divide the width 37 of model.layers.0.mlp.gate_proj",
+        ),
+    ],
+)  # fmt: skip
+def test_models_that_cannot_be_split_are_refused(config, size, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_of(config, size)

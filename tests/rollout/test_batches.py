@@ -173,6 +173,7 @@ def test_ranks_draw_and_train_on_the_same_prompts(tmp_path, byte_model, drivers)
                 assert torch.allclose(batch[name], expected[name], atol=1e-5)
             else:
                 assert torch.equal(batch[name], expected[name]), name
+        assert metrics.pop("comm/samples_bytes") > expected_metrics.pop("comm/samples_bytes") == 0
         for each in (metrics, expected_metrics):
             del each["rollout/tokens_per_s"]
         assert metrics == pytest.approx(expected_metrics)

@@ -499,6 +499,8 @@ def test_the_number_of_ranks_changes_nothing(tmp_path, byte_model):
                 assert torch.equal(batch[name], expected[name])
         expected_metrics.pop("rollout/tokens_per_s", None)
         metrics.pop("rollout/tokens_per_s", None)
+        assert expected_metrics.pop("comm/samples_bytes", 0) == 0
+        assert (metrics.pop("comm/samples_bytes", 0) > 0) == (batch is not None)
         assert metrics == pytest.approx(expected_metrics)
     names = sorted(p.name for p in (tmp_path / "1").iterdir())
     assert len(names) == 4

@@ -360,18 +360,24 @@ PPO = {
 
 @pytest.mark.parametrize(
     ("trainer", "changes"),
-    [("spo", {"actor__avg_level": "correct", "actor__entropy__coef": -0.1}), ("ppo", PPO)],
-    ids=["spo", "ppo"],
+    [
+        ("spo", {"actor__avg_level": "correct", "actor__entropy__coef": -0.1}),
+        ("ppo", PPO),
+        ("spo", {"actor__avg_level": "correct", "two": {"actor__tp_size": 2}}),
+        ("ppo", PPO | {"two": {"actor__sp_size": 2, "actor__max_length_per_device": 40}}),
+    ],
+    ids=["spo", "ppo", "tensor parallel", "sequence parallel"],
 )
 def test_two_processes_give_the_numbers_of_one(files, tmp_path, trainer, changes):
     """And two processes continue what one has begun."""
     changes = dict(changes)
+    spread = changes.pop("two", {})
     if "trainer__test_freq" in changes:
         changes["test_data__path"] = files / "rows.jsonl"
     one = train(files, trainer, tmp_path / "one", **changes, trainer__save_freq=2)
 
     def on_two(name, **more):
-        lines = overrides(files, trainer, tmp_path / name, **changes, **more)
+        lines = overrides(files, trainer, tmp_path / name, **(changes | spread), **more)
         done = command(trainer, lines, n_processes=2)
         assert done.returncode == 0, done.stderr
         return rows_of(tmp_path / name)

@@ -314,7 +314,7 @@ def test_an_engine_sleeps_while_the_actor_trains(files, tmp_path, monkeypatch, s
     source = RolloutSource(config, load_tokenizer(config))
     source.start(torch.device("cpu"))
     source.collect(1)
-    source.publish(SimpleNamespace(hf_model=torch.nn.Linear(2, 2)), 1)
+    source.publish(SimpleNamespace(weights=torch.nn.Linear(2, 2).named_parameters), 1)
     source.evaluate(1)
     source.collect(2)
     source.close()

@@ -1,0 +1,107 @@
+"""Sequence parallelism: a pack cut into slices, of which attention alone sees the whole.
+
+Everything in a decoder but attention works on each token for itself. Around attention two
+all-to-alls change which dimension is split: from a slice of the tokens with all heads to all tokens
+with a part of the heads, and back (Ulysses; Jacobs et al. 2023, arXiv:2309.14509). Attention itself
+stays the packed kernel that it is.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from transformers import AttentionInterface, PretrainedConfig
+
+from RL2.config import ConfigError
+
+_PREFIX = "sequence_parallel_"
+_TAKES_PACKS = ("sdpa_varlen", "flash_attention_2")
+
+
+def register_sequence_parallel(attention: str) -> str:
+    """Make `attention`, spread over a sequence-parallel group, known to transformers.
+
+    Returns:
+        Its name. The model's `forward` has to be given `sp_group`.
+
+    Raises:
+        ConfigError: an attention that does not take packs.
+    """
+    if attention not in _TAKES_PACKS:
+        raise ConfigError(
+            f"actor.attn_implementation={attention}: cannot be spread over actor.sp_size ranks; "
+            f"use {' or '.join(_TAKES_PACKS)}"
+        )
+    AttentionInterface.register(_PREFIX + attention, ulysses(AttentionInterface()[attention]))
+    return _PREFIX + attention
+
+
+def check_heads(config: PretrainedConfig, sp_size: int, tp_size: int) -> None:
+    """ConfigError unless the heads of a rank can be shared out among `sp_size` ranks."""
+    heads = config.num_attention_heads
+    if heads % (sp_size * tp_size):
+        times = f" * actor.tp_size={tp_size}" if tp_size > 1 else ""
+        raise ConfigError(
+            f"actor.sp_size={sp_size}{times}: must divide num_attention_heads={heads} of the "
+            "model; use a divisor of it"
+        )
+
+
+def ulysses(attention: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:
+    """`attention` over whole packs as one that takes and gives slices of them.
+
+    Args:
+        attention: of transformers' interface: query `[1, heads, N, d]`, key and value
+            `[1, kv_heads, N, d]` to `[1, N, heads, d]`.
+    """
+
+    def spread(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        sp_group: dist.ProcessGroup,
+        **kwargs,
+    ) -> tuple[Tensor, None]:
+        size = dist.get_world_size(sp_group)
+        repeats = _repeats(query.shape[1], key.shape[1], size)
+        if repeats > 1:
+            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+        query, key, value = (_to_whole_packs(x, size, sp_group) for x in (query, key, value))
+        out, _ = attention(module, query, key, value, attention_mask, **kwargs)
+        return _to_slices(out, size, sp_group), None
+
+    return spread
+
+
+def _repeats(heads: int, kv_heads: int, size: int) -> int:
+    """How often key and value heads are repeated so that `size` ranks get equally many."""
+    return next(
+        repeats
+        for repeats in range(1, heads // kv_heads + 1)
+        if (heads // kv_heads) % repeats == 0 and kv_heads * repeats % size == 0
+    )
+
+
+def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`parts [size, …]`, the i-th for rank i; returns what came from rank i as the i-th."""
+    flat = all_to_all_single_autograd(parts.contiguous(), None, None, group)
+    return flat.view(parts.shape)
+
+
+def _to_whole_packs(x: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:
+    """`[1, heads, n, d]` of a slice to `[1, heads / size, n * size, d]`."""
+    _, heads, n, d = x.shape
+    received = _all_to_all(x.view(size, heads // size, n, d), group)  # [slice, heads, n, d]
+    return received.transpose(0, 1).reshape(1, heads // size, size * n, d)
+
+
+def _to_slices(x: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:
+    """`[1, n * size, heads / size, d]` to `[1, n, heads, d]` of the own slice."""
+    _, n, heads, d = x.shape
+    received = _all_to_all(x.view(size, n // size, heads, d), group)  # [heads, n, heads, d]
+    return received.transpose(0, 1).reshape(1, n // size, size * heads, d)

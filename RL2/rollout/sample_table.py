@@ -1,0 +1,320 @@
+"""Samples as columns of numbers: how they come to rank 0, and the batch, metrics and files there.
+
+Nothing here goes through the samples' tokens one by one, but for `SampleTable.of`, by which every
+driver turns its own lists into tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from RL2.distributed.comm import concatenate_on_rank_0
+from RL2.distributed.traffic import Traffic
+from RL2.ops.ragged import ranges
+from RL2.rollout.samples import NOT_THE_POLICY, Sample
+
+_TYPECODES = {torch.int32: "i", torch.float32: "f", torch.bool: "b"}
+
+# What travels, and in which dtype; wide columns first, so that all are aligned.
+_SAMPLES = {
+    "position": torch.int64,
+    "response": torch.int64,
+    "length": torch.int64,
+    "n_turns": torch.int64,
+    "empty_actions": torch.int64,
+    "clipped": torch.int64,  # whether a turn was cut off at its longest
+    "failed": torch.int64,
+    "n_bytes": torch.int64,  # of its line
+    "reward": torch.float64,
+    "score": torch.float64,
+}
+_SEQUENCES = {"sample": torch.int64, "n_tokens": torch.int64}
+_TOKENS = {
+    "token_ids": torch.int32,
+    "weight_versions": torch.int32,
+    "llm_logps": torch.float32,
+    "rewards": torch.float32,
+    "action_mask": torch.bool,
+}
+_TEXT = {"text": torch.uint8}
+_PARTS = (_SAMPLES, _SEQUENCES, _TOKENS, _TEXT)
+
+Columns = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """Some samples.
+
+    Attributes:
+        samples: `[S]` columns, see `_SAMPLES`, and `start`, of its line in the text.
+        sequences: `[Q]` columns: number of the `sample`, `n_tokens`, and `start` in the tokens.
+            Ordered by sample.
+        tokens: columns of the tokens of all sequences. text: UTF-8, one line of a dump for each
+            sample, or nothing. Both may hold more than the samples at hand.
+    """
+
+    samples: Columns
+    sequences: Columns
+    tokens: Columns
+    text: Tensor
+
+    @classmethod
+    def of(cls, samples: list[Sample], lines: bool = False) -> SampleTable:
+        """A table of samples; `lines`: with what `dump` writes."""
+        text = [_line(sample) if lines else b"" for sample in samples]
+        rows = [(i, one) for i, sample in enumerate(samples) for one in sample.sequences]
+        per_sample = [
+            (
+                one.position,
+                one.response,
+                one.length,
+                len(one.turns),
+                sum(not turn.action for turn in one.turns),
+                any(turn.finish_reason == "length" for turn in one.turns),
+                one.error is not None,
+                len(line),
+                one.reward,
+                one.score,
+            )
+            for one, line in zip(samples, text, strict=True)
+        ]
+        columns = zip(*per_sample, strict=True) if per_sample else [()] * len(_SAMPLES)
+        n_tokens = [len(one["token_ids"]) for _, one in rows]
+        for name in _TOKENS:
+            if [len(one[name]) for _, one in rows] != n_tokens:
+                raise ValueError(f"a sequence has another number of {name} than tokens")
+        return cls._of_columns(
+            {
+                name: torch.tensor(values, dtype=dtype)
+                for (name, dtype), values in zip(_SAMPLES.items(), columns, strict=True)
+            },
+            {
+                "sample": torch.tensor([i for i, _ in rows], dtype=torch.int64),
+                "n_tokens": torch.tensor(n_tokens, dtype=torch.int64),
+            },
+            {name: _flat([one[name] for _, one in rows], dtype) for name, dtype in _TOKENS.items()},
+            _from_bytes(bytearray(b"".join(text)), torch.uint8),
+        )
+
+    @classmethod
+    def _of_columns(
+        cls, samples: Columns, sequences: Columns, tokens: Columns, text: Tensor
+    ) -> SampleTable:
+        return cls(
+            samples | {"start": samples["n_bytes"].cumsum(0) - samples["n_bytes"]},
+            sequences | {"start": sequences["n_tokens"].cumsum(0) - sequences["n_tokens"]},
+            tokens,
+            text,
+        )
+
+    def __len__(self) -> int:
+        return len(self.samples["position"])
+
+    def select(self, which: Tensor) -> SampleTable:
+        """The samples of these numbers `[k]`, in this order."""
+        place = torch.full((len(self),), -1)
+        place[which] = torch.arange(len(which))
+        of_sequence = place[self.sequences["sample"]]
+        rows = (of_sequence >= 0).nonzero().squeeze(1)
+        rows = rows[of_sequence[rows].argsort(stable=True)]
+        sequences = {name: column[rows] for name, column in self.sequences.items()}
+        return SampleTable(
+            {name: column[which] for name, column in self.samples.items()},
+            sequences | {"sample": of_sequence[rows]},
+            self.tokens,
+            self.text,
+        )
+
+    def sorted(self) -> SampleTable:
+        """By position and response."""
+        order = self.samples["response"].argsort(stable=True)
+        return self.select(order[self.samples["position"][order].argsort(stable=True)])
+
+    def good(self) -> SampleTable:
+        """Those that did not fail."""
+        return self.select((self.samples["failed"] == 0).nonzero().squeeze(1))
+
+    def without_equal_groups(self) -> tuple[SampleTable, float]:
+        """Drop the groups in which all rewards are equal, which teach nothing against their mean.
+
+        Returns the samples that stay and the fraction of groups that went (0 without groups).
+        """
+        positions, group = self.samples["position"].unique(return_inverse=True)
+        reward = self.samples["reward"]
+        low, high = (
+            reward.new_zeros(len(positions)).scatter_reduce_(
+                0, group, reward, how, include_self=False
+            )
+            for how in ("amin", "amax")
+        )
+        differs = low < high
+        n_equal = len(positions) - int(differs.sum())
+        kept = differs[group].nonzero().squeeze(1)
+        return self.select(kept), n_equal / max(1, len(positions))
+
+
+def gather_samples(
+    table: SampleTable, n_ranks: int, group: dist.ProcessGroup | None, traffic: Traffic
+) -> SampleTable | None:
+    """The samples of all ranks of a group on its rank 0, by rank; None elsewhere (a collective).
+
+    Two steps: everybody's sizes, then one message from each rank that has samples.
+    """
+    if n_ranks == 1:
+        traffic.add("samples", 0)
+        return table
+    parts = (table.samples, table.sequences, table.tokens, {"text": table.text})
+    columns = [part[name] for names, part in zip(_PARTS, parts, strict=True) for name in names]
+    buffer = torch.cat([column.view(torch.uint8) for column in columns])
+    buffer = torch.nn.functional.pad(buffer, (0, -len(buffer) % 8))
+    own = torch.tensor([len(next(iter(part.values()))) for part in parts] + [len(buffer)])
+    sizes = [torch.empty_like(own) for _ in range(n_ranks)]
+    dist.all_gather(sizes, own, group=group)
+    *n_rows, n_bytes = torch.stack(sizes).T.tolist()
+    # The sizes of the others come here, and all sizes go back to them.
+    traffic.add("samples", sum(n_bytes[1:]) + (n_ranks - 1) * (n_ranks + 1) * 8 * len(own))
+    buffer = concatenate_on_rank_0(buffer, n_bytes, group)
+    if buffer is None:
+        return None
+
+    received = [
+        _unpack(part, rows) for part, *rows in zip(buffer.split(n_bytes), *n_rows, strict=True)
+    ]
+    samples, sequences, tokens, text = (
+        {name: torch.cat([columns[name] for columns in of_ranks]) for name in of_ranks[0]}
+        for of_ranks in zip(*received, strict=True)
+    )
+    before = torch.tensor(n_rows[0]).cumsum(0) - torch.tensor(n_rows[0])
+    sequences["sample"] += before.repeat_interleave(torch.tensor(n_rows[1]))
+    return SampleTable._of_columns(samples, sequences, tokens, text["text"])
+
+
+def _unpack(buffer: Tensor, n_rows: Iterable[int]) -> list[Columns]:
+    """The columns of each part from one rank's bytes."""
+    parts, offset = [], 0
+    for names, n in zip(_PARTS, n_rows, strict=True):
+        columns = {}
+        for name, dtype in names.items():
+            columns[name] = buffer[offset : offset + n * dtype.itemsize].view(dtype)
+            offset += n * dtype.itemsize
+        parts.append(columns)
+    return parts
+
+
+def to_batch(table: SampleTable, n_responses: int) -> dict[str, Tensor] | None:
+    """One row per sequence, in the samples' order; None without samples.
+
+    The fields of `RL2.datasets.collate` and sample_ids, group_ids [B] int64, correct [B] bool,
+    and weight_versions [B, T] int64: which weights wrote the token, -1 where the policy did not.
+    """
+    sample, starts = table.sequences["sample"], table.sequences["start"]
+    lengths = table.sequences["n_tokens"] - 1
+    if not len(sample):
+        return None
+    n_tokens = int(lengths.max())
+    valid = torch.arange(n_tokens) < lengths[:, None]
+    place = valid.flatten().nonzero().squeeze(1)
+    states = ranges(starts, lengths)
+    actions = states + 1  # all that belongs to a token stands at the position before it
+
+    def padded(name: str, which: Tensor, dtype: torch.dtype, fill: float = 0) -> Tensor:
+        field = torch.full((len(sample) * n_tokens,), fill, dtype=dtype)
+        field[place] = table.tokens[name][which].to(dtype)
+        return field.view(-1, n_tokens)
+
+    mask = padded("action_mask", actions, torch.bool)
+    position = table.samples["position"][sample]
+    return {
+        "states": padded("token_ids", states, torch.int64),
+        "actions": padded("token_ids", actions, torch.int64),
+        "action_mask": mask,
+        "lengths": lengths,
+        "sample_ids": position * n_responses + table.samples["response"][sample],
+        "group_ids": position,
+        "llm_logps": padded("llm_logps", actions, torch.float32).masked_fill_(~mask, 0.0),
+        "rewards": padded("rewards", actions, torch.float32).masked_fill_(~mask, 0.0),
+        "correct": table.samples["reward"][sample] > 0,
+        "weight_versions": padded("weight_versions", actions, torch.int64, NOT_THE_POLICY),
+    }
+
+
+def summarise(table: SampleTable, prefix: str) -> dict[str, float]:
+    """Means over samples; only `{prefix}/n_samples` when there is none."""
+    metrics = {f"{prefix}/n_samples": float(len(table))}
+    if not len(table):
+        return metrics
+
+    def mean(name: str) -> float:
+        return math.fsum(table.samples[name].tolist()) / len(table)
+
+    return metrics | {
+        f"{prefix}/score": mean("score"),
+        f"{prefix}/reward": mean("reward"),
+        f"{prefix}/avg_response_length": mean("length"),
+        f"{prefix}/length_clip_ratio": mean("clipped"),
+        f"{prefix}/n_turns": mean("n_turns"),
+        f"{prefix}/empty_actions": float(table.samples["empty_actions"].sum()),
+    }
+
+
+def dump(table: SampleTable, path: Path) -> None:
+    """Write the samples' lines as jsonl, all or nothing (temporary file, then rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    text = table.text[ranges(table.samples["start"], table.samples["n_bytes"])]
+    temporary.write_bytes(text.numpy().tobytes())
+    os.replace(temporary, path)
+
+
+def _line(sample: Sample) -> bytes:
+    return (json.dumps(_record(sample), ensure_ascii=False) + "\n").encode()
+
+
+def _record(sample: Sample) -> dict[str, Any]:
+    failed = sample.error is not None
+    record = {
+        "group": sample.position,
+        "response_index": sample.response,
+        "prompt": sample.prompt,
+        "response": "".join(turn.action for turn in sample.turns),
+        "score": None if failed else sample.score,
+        "reward": None if failed else sample.reward,
+        "length": sample.length,
+        "finish_reason": sample.turns[-1].finish_reason if sample.turns else None,
+        "n_turns": len(sample.turns),
+    }
+    if len(sample.turns) > 1:
+        record["turns"] = [vars(turn) for turn in sample.turns]
+    if failed:
+        record["error"] = sample.error
+    if sample.answer is not None:
+        try:
+            json.dumps(sample.answer)
+        except (TypeError, ValueError):
+            return record
+        record["answer"] = sample.answer
+    return record
+
+
+def _flat(lists: Iterable[list], dtype: torch.dtype) -> Tensor:
+    """The numbers of all lists in one tensor (an array takes a third of `torch.tensor`'s time)."""
+    numbers = array(_TYPECODES[dtype])
+    for one in lists:
+        numbers.extend(one)
+    return _from_bytes(numbers, dtype)
+
+
+def _from_bytes(numbers: array | bytearray, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(numbers, dtype=dtype) if numbers else torch.empty(0, dtype=dtype)

@@ -1,0 +1,198 @@
+"""Samples as columns against the plain way: lists of samples, a row at a time."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from RL2.datasets import collate
+from RL2.distributed import rank
+from RL2.distributed.traffic import Traffic
+from RL2.rollout.sample_table import SampleTable, dump, gather_samples, summarise, to_batch
+from RL2.rollout.samples import NOT_THE_POLICY, Sample, Turn
+from tests.ranks import run_on_ranks
+
+N_RESPONSES = 4
+
+
+def make_sample(position, response):
+    """One to three turns in one or two sequences; some fail, some before their first turn."""
+    draw = random.Random(f"{position}/{response}")
+    sample = Sample(position, response, prompt=f"Frage {position}: 你好 🙂", answer={"n": position})
+    if draw.random() < 0.15:
+        sample.fail("lost\nits way", "env")
+    if sample.error is None or draw.random() < 0.5:
+        for turn in range(draw.randint(1, 3)):
+            action = draw.choice(["", "ja", "né 🙂", "a\nb"])
+            reason = draw.choice(["stop", "length"])
+            # Group 2 has equal rewards; 0.1 is no sum of powers of two.
+            reward = 0.1 if position == 2 else draw.choice([0.1, 0.7, -0.3])
+            sample.turns.append(
+                Turn(f"s{turn}", action, len(action), reason, reward, draw.random())
+            )
+        if position == 2:
+            sample.turns = sample.turns[:1]
+    for _ in range(draw.randint(1, 2) if sample.turns else draw.randint(0, 1)):
+        n = draw.randint(1, 9)
+        mask = [False] + [draw.random() < 0.5 for _ in range(n - 1)]
+        sample.sequences.append(
+            {
+                "token_ids": [draw.randrange(200_000) for _ in range(n)],
+                "action_mask": mask,
+                "llm_logps": [-draw.expovariate(1.0) if m else 0.0 for m in mask],
+                "rewards": [draw.random() if m else 0.0 for m in mask],
+                "weight_versions": [draw.randrange(9) if m else NOT_THE_POLICY for m in mask],
+            }
+        )
+    return sample
+
+
+def make_samples(positions):
+    samples = [make_sample(p, r) for p in positions for r in range(N_RESPONSES)]
+    random.Random(len(samples)).shuffle(samples)
+    return samples
+
+
+# ------------------------------------------------------------------------ the plain way
+
+
+def in_order(samples):
+    return sorted(samples, key=lambda sample: (sample.position, sample.response))
+
+
+def plain_batch(samples):
+    rows = [(sample, one) for sample in samples for one in sample.sequences]
+    batch = collate([{k: v for k, v in one.items() if k != "weight_versions"} for _, one in rows])
+    versions = [torch.tensor(one["weight_versions"][1:]).long() for _, one in rows]
+    return batch | {
+        "sample_ids": torch.tensor([s.position * N_RESPONSES + s.response for s, _ in rows]),
+        "group_ids": torch.tensor([s.position for s, _ in rows]),
+        "correct": torch.tensor([s.reward > 0 for s, _ in rows]),
+        "weight_versions": pad_sequence(versions, True, NOT_THE_POLICY),
+    }
+
+
+def plain_metrics(samples):
+    def mean(values):
+        return math.fsum(values) / len(samples)
+
+    return {
+        "train/n_samples": float(len(samples)),
+        "train/score": mean(s.score for s in samples),
+        "train/reward": mean(s.reward for s in samples),
+        "train/avg_response_length": mean(s.length for s in samples),
+        "train/length_clip_ratio": mean(
+            any(turn.finish_reason == "length" for turn in s.turns) for s in samples
+        ),
+        "train/n_turns": mean(len(s.turns) for s in samples),
+        "train/empty_actions": float(sum(not turn.action for s in samples for turn in s.turns)),
+    }
+
+
+def plain_record(sample):
+    good = sample.error is None
+    record = {
+        "group": sample.position,
+        "response_index": sample.response,
+        "prompt": sample.prompt,
+        "response": "".join(turn.action for turn in sample.turns),
+        "score": sample.score if good else None,
+        "reward": sample.reward if good else None,
+        "length": sample.length,
+        "finish_reason": sample.turns[-1].finish_reason if sample.turns else None,
+        "n_turns": len(sample.turns),
+    }
+    if len(sample.turns) > 1:
+        record["turns"] = [vars(turn) for turn in sample.turns]
+    return record | ({} if good else {"error": sample.error}) | {"answer": sample.answer}
+
+
+def same(batch, expected):
+    assert list(batch) == list(expected)
+    for name, field in expected.items():
+        assert batch[name].dtype == field.dtype, name
+        assert torch.equal(batch[name], field), name
+
+
+# ------------------------------------------------------------------------ ranks
+
+
+# Positions of each rank; some have nothing.
+SPREADS = [[[0, 1, 2, 3, 4]], [[0, 2, 4], [1, 3]], [[], [0, 1, 2, 3, 4]], [[4, 1], [], [2, 0, 3]]]
+
+
+def on_rank(spread, folder):
+    traffic = Traffic()
+    table = SampleTable.of(make_samples(spread[rank()]), lines=True)
+    table = gather_samples(table, len(spread), None, traffic)
+    n_bytes = traffic.pop()["comm/samples_bytes"]
+    if table is None:
+        return n_bytes
+    table = table.sorted()
+    dump(table, folder / "new" / "dump.jsonl")
+    good = table.good()
+    kept, ratio = good.without_equal_groups()
+    batches = [to_batch(one, N_RESPONSES) for one in (good, kept)]
+    return n_bytes, summarise(good, "train"), batches, ratio
+
+
+@pytest.mark.parametrize("spread", SPREADS, ids=str)
+def test_the_same_as_sample_by_sample(spread, tmp_path):
+    results = run_on_ranks(len(spread), on_rank, spread, tmp_path)
+    n_bytes, metrics, (batch, kept_batch), ratio = results[0]
+
+    samples = in_order(sample for positions in spread for sample in make_samples(positions))
+    good = [sample for sample in samples if sample.error is None]
+    assert 0 < len(good) < len(samples)
+    assert metrics == plain_metrics(good)  # to the last bit
+    same(batch, plain_batch(good))
+    same(kept_batch, plain_batch([sample for sample in good if sample.position != 2]))
+    assert ratio == 1 / 5
+    lines = "".join(json.dumps(plain_record(s), ensure_ascii=False) + "\n" for s in samples)
+    assert (tmp_path / "new" / "dump.jsonl").read_bytes() == lines.encode()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["dump.jsonl"]
+
+    expected = 0
+    for positions in spread[1:]:
+        sent = make_samples(positions)
+        sequences = [one for sample in sent for one in sample.sequences]
+        text = "".join(json.dumps(plain_record(s), ensure_ascii=False) + "\n" for s in sent)
+        n_tokens = sum(len(one["token_ids"]) for one in sequences)
+        one = 80 * len(sent) + 16 * len(sequences) + 17 * n_tokens + len(text.encode())
+        expected += -(-one // 8) * 8
+    # the table of sizes: five numbers of each rank, there and back to all
+    n = len(spread)
+    expected += (n - 1) * (n + 1) * 5 * 8
+    assert n_bytes == expected and results[1:] == [expected] * (n - 1)
+
+
+# ------------------------------------------------------------------------ edges
+
+
+def test_nothing_is_nothing(tmp_path):
+    table = SampleTable.of([], lines=True).sorted().good()
+    assert summarise(table, "train") == {"train/n_samples": 0.0}
+    assert to_batch(table, 4) is None
+    kept, ratio = table.without_equal_groups()
+    assert (len(kept), ratio) == (0, 0)
+    dump(table, tmp_path / "empty.jsonl")
+    assert (tmp_path / "empty.jsonl").read_bytes() == b""
+
+
+def test_rewards_that_differ_in_the_last_bit_are_not_equal():
+    samples = [Sample(0, i, turns=[Turn("", "a", 1, "stop", 0.3, 0.0)]) for i in range(2)]
+    kept, ratio = SampleTable.of(samples).without_equal_groups()
+    assert (len(kept), ratio) == (0, 1.0)
+    samples[1].turns[0].reward = math.nextafter(0.3, 1)
+    kept, ratio = SampleTable.of(samples).without_equal_groups()
+    assert (len(kept), ratio) == (2, 0.0)
+
+
+def test_a_sequence_with_a_column_too_short_is_refused():
+    sample = next(s for s in make_samples(range(5)) if s.sequences)
+    sample.sequences[0]["llm_logps"].pop()
+    with pytest.raises(ValueError, match="another number of llm_logps than tokens"):
+        SampleTable.of([sample])
