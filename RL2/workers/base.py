@@ -23,7 +23,7 @@ from RL2.distributed.comm import Batch
 from RL2.ops.token_stats import LossFunction
 from RL2.workers.loading import materialize
 from RL2.workers.lora import has_adapters, init_adapters, merged
-from RL2.workers.model import attention_cost, load_model
+from RL2.workers.model import attention_cost, compile_layers, load_model
 
 
 class Worker:
@@ -56,9 +56,7 @@ class Worker:
             self.model.sp_group = sp_mesh.get_group()
         layers = set(self.hf_model._no_split_modules or ())
         if train and config.compile:
-            for module in self.hf_model.modules():
-                if type(module).__name__ in layers:
-                    module.compile(dynamic=True)  # packs differ in length
+            compile_layers(self.hf_model, layers, config.gradient_checkpointing)
         if files is None:
             self.model.to(device)
         shard(self.model, layers, mesh["ddp", "fsdp"], self.dtype)

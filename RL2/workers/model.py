@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -188,7 +190,7 @@ def load_model(
         from transformers.integrations.liger import apply_liger_kernel
 
         apply_liger_kernel(model, None)
-    if train and config.gradient_checkpointing:
+    if train and config.gradient_checkpointing and not config.compile:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if train and config.lora.rank is not None:
         add_adapters(model, config.lora)
@@ -205,6 +207,22 @@ def load_model(
             "matrix product between hidden states and logits, which are computed whole; use auto"
         )
     return model, getattr(torch, dtype) if isinstance(dtype, str) else dtype, files
+
+
+def compile_layers(model: PreTrainedModel, layer_classes: set[str], checkpointing: bool) -> None:
+    """`torch.compile` the forward of every layer whose class is named in `layer_classes`, in place.
+
+    transformers checkpoints inside of the forward, where torch's compiler gives up on the whole
+    layer without a word; so with `checkpointing` it is done here, around the compiled forward.
+    """
+    for layer in model.modules():
+        if type(layer).__name__ in layer_classes:
+            plain = getattr(type(layer).forward, "__wrapped__", type(layer).forward)
+            # dynamic: packs differ in length
+            forward = torch.compile(plain.__get__(layer), dynamic=True)
+            if checkpointing:
+                forward = partial(checkpoint, forward, use_reentrant=False)
+            layer.forward = forward
 
 
 def _not_loadable(name: str, error: Exception) -> ConfigError:

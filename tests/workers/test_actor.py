@@ -2,10 +2,12 @@
 
 import itertools
 import math
+import shutil
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, LlamaConfig, Qwen3Config
@@ -53,10 +55,10 @@ def actor_config(model, **changes):
     config = {
         "model_name": model, "trust_remote_code": False, "attn_implementation": "sdpa_varlen",
         "dtype": "auto", "use_liger_kernel": False, "gradient_checkpointing": False,
-        "ddp_size": 1, "tp_size": 1, "sp_size": 1, "compile": False,
-        "offload_activations": False, "offload_model": False, "offload_optimizer": False, "lr": 1e-3, "weight_decay": 0.01, "max_grad_norm": 1.0,
-        "scheduler": "constant", "warmup_ratio": 0.0, "freeze_steps": 0, "temperature": 0.9,
-        "max_length_per_device": 64, "max_inference_length_per_device": 64,
+        "ddp_size": 1, "tp_size": 1, "sp_size": 1, "compile": False, "offload_activations": False,
+        "offload_model": False, "offload_optimizer": False, "lr": 1e-3, "weight_decay": 0.01,
+        "max_grad_norm": 1.0, "scheduler": "constant", "warmup_ratio": 0.0, "freeze_steps": 0,
+        "temperature": 0.9, "max_length_per_device": 64, "max_inference_length_per_device": 64,
         "update_per_rollout": 1, "avg_level": "sequence", "tis_coef": 0.0, "tis_type": "truncate",
         "token_stats": "auto",
         "entropy": {"coef": 0.0}, "lora": {"rank": None},
@@ -173,6 +175,34 @@ def test_every_implementation_of_the_head_makes_the_same_update(tmp_path, shape)
         for name, weight in naive_weights.items():
             # a step of AdamW is 1e-3, also where the gradient is next to nothing
             torch.testing.assert_close(tiled_weights[name], weight, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_compiled_layers_make_the_same_update(tmp_path, n_ranks):
+    """Two updates of other lengths, so that a layer compiled for one pack meets another."""
+    model = make_model(tmp_path)
+    batches = [as_spo(make_batch(seed=seed)) for seed in (0, 1)]
+    eager, compiled = (
+        run_on_ranks(n_ranks, updates_in_turn, model, {"compile": how}, batches)[0]
+        for how in (False, True)
+    )
+    assert not eager[2] and compiled[2] > 0
+    for metrics, other in zip(eager[0], compiled[0], strict=True):
+        assert metrics.keys() == other.keys()
+        for name, value in metrics.items():
+            assert other[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+    for name, weight in eager[1].items():
+        torch.testing.assert_close(compiled[1][name], weight, rtol=0, atol=1e-4)
+
+
+def updates_in_turn(model, changes, batches):
+    """Metrics of the updates, the weights afterwards, and how many graphs were compiled."""
+    torch.compiler.reset()
+    counters.clear()
+    actor = make_actor(model, gradient_checkpointing=True, **changes)
+    metrics = [actor.update(batch if rank() == 0 else None, 1) for batch in batches]
+    return metrics, whole(actor), counters["stats"]["unique_graphs"]
 
 
 class LargestTensor(TorchDispatchMode):

@@ -5,10 +5,6 @@ whatever the operands. Their gradients may be rounded to bf16 with bf16 operands
 by a relative 2^-9 of its own, and sums over thousands of them by far less.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -57,39 +53,3 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out.add_(torch.mm(a, b))
-
-
-@contextmanager
-def fast_fp32(device: torch.device) -> Iterator[None]:
-    """On CPU, fp32 products through oneDNN where that keeps all of fp32.
-
-    torch multiplies fp32 matrices with MKL, which reaches half of oneDNN's speed on AMD's CPUs
-    (`benchmarks/RESULTS.md`). The switch to oneDNN also allows it to round operands to bf16, which
-    it only does on CPUs with AMX; there nothing is switched.
-    """
-    if device.type != "cpu" or not _onednn_keeps_fp32():
-        yield
-        return
-    with _onednn():
-        yield
-
-
-@contextmanager
-def _onednn() -> Iterator[None]:
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-@cache
-def _onednn_keeps_fp32() -> bool:
-    """Multiplies numbers that bf16 does not have by the identity."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    numbers = 1 + torch.arange(256 * 256, dtype=torch.float32).view(256, 256) / 2**20
-    with _onednn():
-        return torch.equal(numbers @ torch.eye(256), numbers)

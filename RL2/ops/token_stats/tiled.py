@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from RL2.ops.fp32 import fast_fp32
 from RL2.ops.token_stats import state as states
 from RL2.ops.token_stats.kernels import EAGER, Kernels
 from RL2.ops.token_stats.products import (
     add_product,
-    fast_fp32,
     gradient_dtype,
     half_operands,
     logits_dtype,
