@@ -30,7 +30,6 @@ import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,6 +37,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.processes import Process  # noqa: E402
 
 EOS = list(range(4, 8))
 VOCAB = 256  # of which four ids end a response
@@ -188,23 +189,14 @@ class TRLGeneration:
     name = "trl"
 
     def __init__(self, folder: Path, work: Path, python: str):
-        environment = os.environ | {"PYTHONPATH": "", "WANDB_MODE": "disabled"}
-        self.process = subprocess.Popen(
+        self.process = Process(
             [python, "-c", TRL, str(folder), str(LONGEST), json.dumps(EOS), str(work / "trl")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            PYTHONPATH="", WANDB_MODE="disabled",
         )  # fmt: skip
-        self._answer()
-
-    def _answer(self) -> dict:
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError("the TRL process ended; see above")
+        self.process.answer()
 
     def generate(self, prompts: list[list[int]], seed: int) -> tuple[int, float]:
-        self.process.stdin.write(json.dumps({"prompts": prompts, "seed": seed}) + "\n")
-        self.process.stdin.flush()
-        answer = self._answer()
+        answer = self.process.ask({"prompts": prompts, "seed": seed})
         return answer["tokens"], answer["seconds"]
 
     def freeze(self) -> None: ...
@@ -212,8 +204,7 @@ class TRLGeneration:
     def thaw(self) -> None: ...
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.close()
 
 
 def pythons(options: argparse.Namespace) -> dict[str, str | None]:
