@@ -88,3 +88,12 @@ def test_peft_has_to_be_there(composed):
         assert str(caught.value).startswith("actor.lora.rank=4: needs peft")
         assert "pip install RL2[lora]" in str(caught.value)
         assert apply_fallbacks(config, False, {"peft"}) == []
+
+
+def test_dropout_does_not_go_with_tensor_parallelism(message):
+    text = message(
+        "sft", "actor.lora.rank=4", "actor.lora.dropout=0.1", "actor.tp_size=2", world_size=2
+    )
+    assert text.startswith(
+        "actor.lora.dropout=0.1: tensor-parallel ranks would leave out different"
+    )
