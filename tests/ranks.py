@@ -4,6 +4,7 @@ import atexit
 import os
 import socket
 from collections.abc import Callable
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -68,15 +69,17 @@ def run_on_ranks(n_ranks: int, function: Callable, *args: Any) -> list[Any]:
     pool = _POOLS[n_ranks]
     for _, pipe in pool:
         pipe.send((function, args))
-    answers = []
-    for rank, (process, pipe) in enumerate(pool):
-        while not pipe.poll(0.5):
-            if not process.is_alive():
+    # In the order in which they come: the ranks that wait for one that failed never answer.
+    answers, waiting = {}, {pipe: rank for rank, (_, pipe) in enumerate(pool)}
+    while waiting:
+        for pipe in connection.wait([*waiting], timeout=0.5):
+            rank = waiting.pop(pipe)
+            try:
+                good, answers[rank] = pipe.recv()
+            except EOFError:
+                pool[rank][0].join()
+                good, answers[rank] = False, f"died with exit code {pool[rank][0].exitcode}"
+            if not good:
                 _stop()
-                raise RuntimeError(f"rank {rank} died with exit code {process.exitcode}")
-        good, value = pipe.recv()
-        if not good:
-            _stop()
-            raise RuntimeError(f"rank {rank}: {value}")
-        answers.append(value)
-    return answers
+                raise RuntimeError(f"rank {rank}: {answers[rank]}")
+    return [answers[rank] for rank in range(n_ranks)]

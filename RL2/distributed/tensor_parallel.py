@@ -138,6 +138,12 @@ def _check_sizes(model: PreTrainedModel, plan: dict[str, str], key: str, size: i
                     f"{key}: must divide {name}={count} of the model; use a divisor of it, or "
                     "actor.sp_size"
                 )
+    vocab_size = config.vocab_size
+    if (size - 1) * -(-vocab_size // size) >= vocab_size:
+        raise ConfigError(
+            f"{key}: leaves a rank without any of the vocab_size={vocab_size} columns of the head; "
+            "use less, or actor.sp_size"
+        )
     for name, style in plan.items():
         module = model.get_submodule(name)
         if style in _STYLES and (width := module.weight.shape[style.startswith("row")]) % size:

@@ -78,9 +78,9 @@ class Actor(Worker):
         """`update_per_rollout` optimizer steps on rank 0's batch; metrics on every rank.
 
         `batch` is None on the other ranks, and on rank 0 where a rollout left nothing to train
-        on. What cannot change the weights (nothing sampled, no correct sequence for a loss that
-        learns from those) is skipped whole and counted in `actor/skipped`; a loss or gradient
-        that is not finite likewise in `actor/nonfinite`.
+        on. What cannot change the weights (nothing sampled, no correct sequence with
+        `avg_level=correct`, only zeros that a loss is multiplied by) is skipped whole and counted
+        in `actor/skipped`; a loss or gradient that is not finite likewise in `actor/nonfinite`.
 
         Raises:
             TrainingError: `max_bad_steps` non-finite updates in a row.
@@ -138,8 +138,11 @@ class Actor(Worker):
         level = self.config.avg_level
         if batch is None or not batch["action_mask"].any():
             return batch, None
-        learns_from_correct = level == "correct" or not self.loss.uses_advantages
-        if learns_from_correct and not batch["correct"].any():
+        if level == "correct":
+            learns = batch["correct"].any()
+        else:  # a loss that does not read the advantages is multiplied by them
+            learns = self.loss.uses_advantages or batch["advantages"].any()
+        if not learns:
             return batch, None
         weights = token_weights(batch["action_mask"], batch["correct"], level)
         batch = batch | {"loss_weights": weights}

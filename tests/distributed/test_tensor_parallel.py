@@ -247,6 +247,10 @@ def test_the_plan_names_modules():
         (GPT2Config(n_embd=24, n_head=6, n_layer=1), 2, "no tensor-parallel plan for gpt2 models"),
         (Qwen3MoeConfig(**TINY, num_experts=2), 3, "qwen3_moe models has moe_tp_experts"),
         (Qwen3Config(**TINY), 2, "actor.tp_size=2: must divide num_key_value_heads=3"),
+        (
+            Qwen3Config(**TINY | {"vocab_size": 4}), 3,
+            "actor.tp_size=3: leaves a rank without any of the vocab_size=4 columns",
+        ),
         (Qwen3Config(**TINY), 4, "actor.tp_size=4: must divide num_attention_heads=6"),
         (
             Qwen3Config(**TINY | {"intermediate_size": 37}), 3,

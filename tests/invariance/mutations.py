@@ -1,0 +1,244 @@
+"""Mistakes that others made, put back one by one: does a test turn red?
+
+    python -m tests.invariance.mutations [name ...]
+
+Each mutation is applied to a copy of the repository, in which its test is then run. It is red where
+the test fails, or does not end: ranks whose collectives are out of step wait for ever. The exit
+code is the number of mutations that survive. `test_mutations.py` holds that all still apply.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("RL2", "tests", "envs", "examples", "benchmarks", "pyproject.toml")
+TIMEOUT = 120  # seconds; a good run of one of the tests takes about a tenth of it
+UPDATE = "tests/invariance/test_invariance.py::test_update"
+LOGPS = "tests/invariance/test_invariance.py::test_logps"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """
+    Attributes:
+        path: of the source file.
+        old: text that occurs in it once; new: what stands there instead.
+        test: that has to turn red.
+    """
+
+    path: str
+    old: str
+    new: str
+    test: str
+
+
+ACTOR, BASE, FSDP = "RL2/workers/actor.py", "RL2/workers/base.py", "RL2/distributed/fsdp.py"
+COMM, TILED = "RL2/distributed/comm.py", "RL2/ops/token_stats/tiled.py"
+
+_BACKWARD = """            loss.backward()
+"""
+_LOCAL_COUNT = """            local = sum(one["loss_weights"].sum() for one in micro_batches) + 1e-9
+            (loss / (local * self.layout.world_size)).backward()
+"""
+
+MUTATIONS: dict[str, Mutation] = {
+    # (a) backward skipped on a rank without correct sequences
+    "a-backward-skipped-fsdp": Mutation(
+        ACTOR,
+        _BACKWARD,
+        """            if micro_batch["loss_weights"].any():
+                loss.backward()
+""",
+        f"{UPDATE}[qwen3-fsdp2-one_correct-max_target_kl-correct]",
+    ),
+    "a-backward-skipped-hsdp": Mutation(
+        ACTOR,
+        _BACKWARD,
+        """            if micro_batch["loss_weights"].any():
+                loss.backward()
+""",
+        f"{UPDATE}[qwen3-ddp2-fsdp2-one_correct-max_target_kl-correct]",
+    ),
+    # (b) gradients divided by the local count
+    "b-local-count-fsdp": Mutation(
+        ACTOR, _BACKWARD, _LOCAL_COUNT, f"{UPDATE}[qwen3-fsdp2-max_target_kl-correct-spo]"
+    ),
+    "b-local-count-ddp": Mutation(
+        ACTOR, _BACKWARD, _LOCAL_COUNT, f"{UPDATE}[qwen3-ddp2-nll-correct-spo]"
+    ),
+    # (c) summed over ranks what is one number, or averaged what is a sum
+    "c-loss-of-tp-ranks-summed": Mutation(
+        ACTOR,
+        "totals = totals / self.layout.tp_size",
+        "totals = totals / 1",
+        f"{UPDATE}[qwen3-tp2-ppo-token-reinforce]",
+    ),
+    "c-loss-not-summed": Mutation(
+        ACTOR,
+        "totals = sum_over_ranks(torch.stack([sums[name] for name in names]).double())",
+        "totals = torch.stack([sums[name] for name in names]).double()",
+        f"{UPDATE}[qwen3-sp2-ppo-token-reinforce]",
+    ),
+    "c-gradients-averaged": Mutation(
+        FSDP,
+        "module.set_gradient_divide_factor(1.0)",
+        "module.set_gradient_divide_factor(float(mesh.size()))",
+        f"{UPDATE}[qwen3-ddp2-ppo-sequence-reinforce]",
+    ),
+    "c-norm-of-one-rank": Mutation(
+        FSDP,
+        "get_total_norm([p.grad for p in group]).full_tensor()",
+        "get_total_norm([p.grad.to_local() for p in group])",
+        f"{UPDATE}[qwen3-fsdp2-clipped-gradient]",
+    ),
+    "c-qk-norms-of-one-rank": Mutation(
+        BASE,
+        "for parameter in self.partial:",
+        "for parameter in ():",
+        f"{UPDATE}[qwen3-tp2-ppo-token-reinforce]",
+    ),
+    # (d) a vocabulary shard as if it were the vocabulary
+    "d-argmax-on-a-shard": Mutation(
+        TILED,
+        "        state = states.merge_all(head.shard.all_gather(state).unbind())\n",
+        "        own = state\n"
+        "        state = states.merge_all(head.shard.all_gather(state).unbind())\n"
+        "        state = torch.cat([own[:2], state[2:]])\n",
+        f"{UPDATE}[qwen3-tp2-max_target_kl-correct-spo]",
+    ),
+    "d-columns-count-from-the-shard": Mutation(
+        TILED,
+        "return 0 if self.shard is None else self.shard.start",
+        "return 0",
+        f"{UPDATE}[qwen3-tp2-max_target_kl-correct-spo]",
+    ),
+    "d-ranks-on-a-shard": Mutation(
+        TILED,
+        "        head.shard.all_reduce(above)\n",
+        "        pass\n",
+        f"{UPDATE}[qwen3-tp2-above-token-spo]",
+    ),
+    "d-top-k-on-a-shard": Mutation(
+        TILED,
+        "all_z = head.shard.all_gather(top_z).transpose(0, 1).flatten(1)",
+        "all_z = top_z.repeat(1, len(head.shard.all_gather(top_z)))",
+        f"{UPDATE}[qwen3-tp2-rank_jsd-sequence-spo]",
+    ),
+    # (e) denominators counted per micro-batch
+    "e-loss-per-micro-batch": Mutation(
+        ACTOR,
+        _BACKWARD,
+        """            (loss / micro_batch["loss_weights"].sum().clamp(min=1e-9)).backward()
+""",
+        f"{UPDATE}[qwen3-small-ppo-token-reinforce]",
+    ),
+    "e-metrics-per-micro-batch": Mutation(
+        ACTOR,
+        "sums[name] = sums.get(name, 0.0) + value.detach()",
+        "n = 1 if name == 'actor/loss' else max(1, int(micro_batch['action_mask'].sum()))\n"
+        "                share = n_actions / (n * len(micro_batches) * self.layout.dp_size)\n"
+        "                sums[name] = sums.get(name, 0.0) + value.detach() * share",
+        f"{UPDATE}[qwen3-small-margin-token-spo]",
+    ),
+    # (f) one padding row or token too many
+    "f-padding-row-counts": Mutation(
+        ACTOR,
+        '        weights = token_weights(batch["action_mask"], batch["correct"], level)\n',
+        "        pad = torch.nn.functional.pad\n"
+        '        mask = pad(batch["action_mask"], (0, 0, 0, 1))\n'
+        '        weights = token_weights(mask, pad(batch["correct"], (0, 1)), level)[:-1]\n',
+        f"{UPDATE}[qwen3-packed-ppo-sequence-reinforce]",
+    ),
+    "f-filler-counts": Mutation(
+        COMM,
+        "            target.index_fill_(0, filler, 0)\n",
+        "            target.index_fill_(0, filler, 1 if values.dtype == torch.bool else 0)\n",
+        f"{UPDATE}[qwen3-sp2-entropy]",
+    ),
+    "f-filler-stripped-at-the-end": Mutation(
+        COMM,
+        "    out.scatter_(0, plan.index(n_tokens), flat)\n",
+        "    index = plan.index(n_tokens)\n"
+        "    valid = index < n_rows * n_tokens\n"
+        "    out[index[valid]] = flat[: int(valid.sum())]\n",
+        f"{LOGPS}[qwen3-sp2]",
+    ),
+    "f-filler-belongs-to-the-first-row": Mutation(
+        COMM,
+        "torch.cat([lengths[p], fillers[p][fillers[p] > 0]])",
+        "torch.cat([fillers[p][fillers[p] > 0], lengths[p]])",
+        f"{LOGPS}[qwen3-sp2]",
+    ),
+    "f-one-slice-too-far": Mutation(
+        COMM,
+        "sp * sizes[p])",
+        "sp * (sizes[p] + 1))",
+        f"{UPDATE}[qwen3-sp2-ppo-token-reinforce]",
+    ),
+}
+
+
+def is_red(mutation: Mutation) -> tuple[bool, str]:
+    """Whether the test fails on a mutated copy, and how."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in COPIED:
+            source, target = ROOT / name, Path(folder, name)
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            elif source.exists():
+                shutil.copy(source, target)
+        path = Path(folder, mutation.path)
+        path.write_text(apply(mutation, path.read_text()))
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", mutation.test]
+        environment = os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            return True, f"no end after {TIMEOUT} s"
+        finally:
+            try:  # the ranks, too
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
+    lines = [line for line in output.splitlines() if line.startswith("E  ")]
+    broken = any(word in line for line in lines for word in ("NameError", "AttributeError"))
+    if process.returncode not in (0, 1) or broken:  # no such test, or not the mistake it says
+        raise RuntimeError(f"pytest ended with {process.returncode}:\n{output[-2000:]}")
+    return process.returncode == 1, lines[0][1:].strip() if lines else "passed"
+
+
+def apply(mutation: Mutation, source: str) -> str:
+    """The mutated source.
+
+    Raises:
+        ValueError: the text to replace does not occur exactly once.
+    """
+    if source.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.path}: {source.count(mutation.old)} times {mutation.old!r}")
+    return source.replace(mutation.old, mutation.new)
+
+
+def main(names: list[str]) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # with all ranks
+    survivors = 0
+    for name in names or MUTATIONS:
+        red, how = is_red(MUTATIONS[name])
+        survivors += not red
+        test = MUTATIONS[name].test.rpartition("/")[2]
+        print(f"{'red' if red else 'GREEN':6}{name:36}{test}\n{'':10}{how[:150]}", flush=True)
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,159 @@
+"""The update, as its definition says: float64, each row alone, no library code but the formulas of
+the token losses, which have tests of their own."""
+
+import math
+from functools import cache
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from RL2.algorithms import resolve_loss
+
+_KL = {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: torch.exp(-d) - 1 + d}
+
+
+def statistics(logits, actions, top_k):
+    """Of `[T, V]` logits that are already divided by the temperature."""
+    logps = logits.log_softmax(-1)
+    p, chosen = logps.exp(), actions[:, None]
+    largest = logps.topk(min(top_k, logps.shape[-1]), -1).values
+    others = logits.scatter(-1, chosen, -math.inf).logsumexp(-1)
+    best = logits.argmax(-1, keepdim=True)
+    not_best = logits.scatter(-1, best, -math.inf).logsumexp(-1)
+    return {
+        "logps": logps.gather(-1, chosen)[:, 0],
+        "log1mps": others - logits.logsumexp(-1),
+        "max_logps": logps.gather(-1, best)[:, 0],
+        "max_log1mps": not_best - logits.logsumexp(-1),
+        "entropy": -(p * logps).sum(-1),
+        "ranks": 1 + (logits > logits.gather(-1, chosen)).sum(-1).double(),
+        "top_logps": largest,
+    }
+
+
+def row_weight(batch, row, level):
+    """What divides the summed loss of a row's tokens."""
+    n_actions = batch["action_mask"].sum(-1).tolist()
+    n_correct = int(batch["correct"].sum())
+    if level == "token":
+        return 1 / sum(n_actions)
+    if level == "sequence":
+        return 1 / (n_actions[row] * len(n_actions))
+    return 1 / (n_actions[row] * n_correct) if batch["correct"][row] else 0.0
+
+
+def batch_loss(hf, loss, config, batch):
+    """Loss, and metrics, of one optimizer batch; None where there is nothing to learn from."""
+    n_all = int(batch["action_mask"].sum()) if batch is not None else 0
+    if n_all == 0:
+        return None
+    if config.avg_level == "correct":
+        learns = batch["correct"].any()
+    else:
+        learns = loss.uses_advantages or batch["advantages"].any()
+    if not learns:
+        return None
+    total, sums = 0.0, {}
+    for row, length in enumerate(batch["lengths"].tolist()):
+        mask = batch["action_mask"][row, :length]
+        if not mask.any():
+            continue
+        logits = hf(batch["states"][row : row + 1, :length]).logits[0, mask] / config.temperature
+        tokens = statistics(logits, batch["actions"][row, :length][mask], loss.top_k)
+        names = ("old_logps", "ref_logps", "llm_logps", "advantages", "rewards")
+        fields = {name: batch[name][row, :length][mask].double() for name in names if name in batch}
+        tokens |= {"old_logps": tokens["logps"].detach()} | fields
+        losses, extra = loss(tokens)
+        if not loss.uses_advantages and config.avg_level != "correct":
+            losses = losses * tokens["advantages"]
+        metrics = {f"actor/{name}": values for name, values in extra.items()}
+        if "llm_logps" in fields:
+            d = tokens["llm_logps"] - tokens["old_logps"]
+            metrics["rollout/llm_kl"] = _KL["k3"](d)
+            ratio = (tokens["logps"].detach() - tokens["llm_logps"]).exp()
+            if config.tis_coef > 0 and config.tis_type == "truncate":
+                losses = losses * ratio.clamp(max=config.tis_coef)
+            elif config.tis_coef > 0:
+                outside = (ratio > config.tis_coef) | (ratio < 1 / config.tis_coef)
+                losses = torch.where(outside, 0.0, losses * ratio)
+                metrics["actor/tis_masked"] = outside.double()
+        losses = losses - config.entropy.coef * tokens["entropy"]
+        metrics["actor/entropy"] = tokens["entropy"]
+        if "ref_logps" in fields:
+            metrics["actor/kl"] = _KL[config.kl.loss_estimator](
+                tokens["logps"] - fields["ref_logps"]
+            )
+            if config.kl.type == "loss":
+                losses = losses + config.kl.coef * metrics["actor/kl"]
+        total = total + losses.sum() * row_weight(batch, row, config.avg_level)
+        for name, values in metrics.items():
+            sums[name] = sums.get(name, 0.0) + values.sum().item() / n_all
+    return total, sums
+
+
+def parts_of(batch, n_parts):
+    """The batch's samples in `n_parts` equal parts, the first ones one larger."""
+    if batch is None:
+        return [None] * n_parts
+    ids = batch["sample_ids"].tolist()
+    samples = sorted(set(ids))
+    size, more = divmod(len(samples), n_parts)
+    parts, start = [], 0
+    for part in range(n_parts):
+        own = set(samples[start : start + size + (part < more)])
+        start += len(own)
+        rows = [row for row, sample in enumerate(ids) if sample in own]
+        parts.append({name: values[rows] for name, values in batch.items()})
+    return parts
+
+
+@cache
+def plain_model(model):
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+
+
+def update(hf, config, loss_node, batch, eps):
+    """Metrics, clipped gradients `{name: tensor}` of each optimizer step, and the weights after;
+    the model stays as it is."""
+    before = {name: p.detach().clone() for name, p in hf.named_parameters()}
+    optimizer = torch.optim.AdamW(
+        hf.parameters(), lr=config.lr, weight_decay=config.weight_decay, eps=eps
+    )
+    loss = resolve_loss(loss_node)
+    logged, gradients = {}, []
+    for part in parts_of(batch, config.update_per_rollout):
+        result = batch_loss(hf, loss, config, part)
+        if result is None:
+            metrics = {"actor/skipped": 1.0}
+        else:
+            total, metrics = result
+            optimizer.zero_grad()
+            total.backward()
+            norm = math.sqrt(sum(p.grad.square().sum().item() for p in hf.parameters()))
+            for parameter in hf.parameters():
+                parameter.grad *= min(1.0, config.max_grad_norm / (norm + 1e-6))
+            gradients.append({name: p.grad.clone() for name, p in hf.named_parameters()})
+            optimizer.step()
+            metrics |= {"actor/loss": total.item(), "actor/grad_norm": norm}
+            metrics |= {"actor/skipped": 0.0, "actor/nonfinite": 0.0}
+        for name, value in metrics.items():
+            logged.setdefault(name, []).append(value)
+    counts = ("actor/skipped", "actor/nonfinite")
+    means = {
+        name: sum(values) / (1 if name in counts else len(values))
+        for name, values in logged.items()
+    }
+    weights = {name: p.detach().clone() for name, p in hf.named_parameters()}
+    hf.load_state_dict(before, strict=False)  # tied weights have one name here
+    return means | {"actor/lr": config.lr}, gradients, weights
+
+
+@torch.no_grad()
+def logps(hf, batch, temperature):
+    """`[B, T]` log-probabilities of the actions, 0 elsewhere."""
+    result = torch.zeros(batch["action_mask"].shape, dtype=torch.float64)
+    for row, length in enumerate(batch["lengths"].tolist()):
+        logits = hf(batch["states"][row : row + 1, :length]).logits[0] / temperature
+        chosen = logits.log_softmax(-1).gather(-1, batch["actions"][row, :length, None])
+        result[row, :length] = chosen[:, 0]
+    return result * batch["action_mask"]
