@@ -53,12 +53,14 @@ LOGPS = {"rtol": 1e-5, "atol": 1e-6}
 # has been tried by itself.
 MAIN = "qwen3"
 ALL_CASES = (
-    "alone", "packed", "small", "fsdp2", "ddp2", "tp2", "sp2", "fsdp4", "ddp2-fsdp2", "tp2-sp2",
+    "alone", "packed", "small", "fsdp2", "ddp2", "tp2", "sp2", "fsdp4",
 )  # fmt: skip
 SPREADS_OF = {
     MAIN: (
         *ALL_CASES[1:],
         "checkpointing",
+        "ddp2-fsdp2",
+        "tp2-sp2",
         "ddp4",
         "tp2-fsdp2",
         "tp2-ddp2",

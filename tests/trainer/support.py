@@ -137,7 +137,7 @@ def command(
         start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}", "-m"]
     return subprocess.run(
         [*start, f"RL2.trainer.{trainer}", *flags, *lines],
-        env=options.pop("env", environ()), capture_output=True, text=True, timeout=60,
+        env=options.pop("env", environ()), capture_output=True, text=True, timeout=180,
         stdin=subprocess.DEVNULL, **options,
     )  # fmt: skip
 
