@@ -179,7 +179,6 @@ def serve_ours(lines: list[str]) -> None:
 
     from RL2.config import apply_fallbacks, validate
     from RL2.distributed import process_group, rank
-    from RL2.ops.fp32 import fast_fp32
     from RL2.trainer.loop import Trainer
     from tests.trainer.support import composed, rows_of
 
@@ -200,7 +199,7 @@ def serve_ours(lines: list[str]) -> None:
             told |= {"phases": phases, "tokens": row["train/avg_response_length"] * n_samples}
         answer(told)
 
-    with process_group("cpu") as device, fast_fp32(device):  # as RL2.trainer.main does
+    with process_group("cpu") as device:
         trainer = Trainer(config, device)
         trainer.source = OnOrder(trainer.source, profiled(orders), report)
         answer({"peak_gib": peak_gib()})

@@ -62,7 +62,6 @@ def launch(config: DictConfig) -> None:
     import transformers
 
     from RL2.distributed import process_group
-    from RL2.ops.fp32 import fast_fp32
     from RL2.trainer.loop import Trainer
 
     available = {name for name in _OPTIONAL if find_spec(name)}
@@ -74,7 +73,7 @@ def launch(config: DictConfig) -> None:
         1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     )
     torch.set_num_threads(threads)
-    with process_group(config.actor.device) as device, fast_fp32(device):
+    with process_group(config.actor.device) as device:
         trainer = Trainer(config, device)
         try:
             trainer.train()

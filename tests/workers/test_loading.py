@@ -141,8 +141,8 @@ def peak(folder, n_ranks):
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 def test_no_rank_holds_the_whole_model(tmp_path):
     config = Qwen3Config(
-        vocab_size=16384, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4,
-        num_attention_heads=16, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+        vocab_size=16384, hidden_size=768, intermediate_size=3072, num_hidden_layers=4,
+        num_attention_heads=12, num_key_value_heads=6, head_dim=64, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     with torch.device("meta"):
@@ -152,7 +152,7 @@ def test_no_rank_holds_the_whole_model(tmp_path):
     size = sum(p.numel() * 4 for p in model.parameters())
     model.save_pretrained(tmp_path)
     del model
-    assert size > 250 * 2**20
+    assert size > 150 * 2**20
     # a shard, one tensor in passing, and what the libraries need
     assert peak(tmp_path, 2) < 0.8 * size
     assert peak(tmp_path, 1) > 0.95 * size  # the measurement sees a whole model
