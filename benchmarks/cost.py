@@ -22,6 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 from transformers import PretrainedConfig, Qwen3Config, Qwen3MoeConfig  # noqa: E402
 
+from RL2.distributed.mesh import Layout  # noqa: E402
+from RL2.distributed.sequence_parallel import kv_repeats  # noqa: E402
 from RL2.ops.token_stats.tiled import TILINGS  # noqa: E402
 
 FP32, BF16 = 4, 2
@@ -45,7 +47,7 @@ class Spread:
     @property
     def dp_size(self) -> int:
         """Micro-batches that are worked on at a time."""
-        return self.n_ranks // (self.sp_size * self.tp_size)
+        return Layout(self.n_ranks, self.sp_size, self.tp_size).dp_size
 
 
 # ------------------------------------------------------------------------------------ weights
@@ -163,7 +165,7 @@ def activation_bytes(
     # Per norm: its input in fp32, 1/rms, the normalised input, and the output for the products.
     norms = 2 * (FP32 * hidden + FP32 + 2 * dtype * hidden)
     norms += (heads + kv_heads) * (width * (FP32 + dtype) + FP32)
-    kept = heads + 2 * kv_heads * kv_repeats(config, spread)  # query, key, value
+    kept = heads + 2 * kv_heads * kv_repeats(heads, kv_heads, spread.sp_size)  # query, key, value
     attention = dtype * width * (kept + heads) + FP32 * heads
     if not flash:
         attention += dtype * width * (kept + heads) + 8
@@ -258,13 +260,6 @@ def fsdp_payload(
     }
 
 
-def kv_repeats(config: PretrainedConfig, spread: Spread) -> int:
-    """How often key and value heads are repeated so that sequence-parallel ranks get equally many
-    (see `RL2.distributed.sequence_parallel`)."""
-    kv_heads = config.num_key_value_heads // spread.tp_size
-    return math.lcm(kv_heads, spread.sp_size) // kv_heads
-
-
 def sp_payload(
     config: PretrainedConfig,
     spread: Spread,
@@ -281,7 +276,8 @@ def sp_payload(
     if spread.sp_size == 1:
         return 0
     heads = config.num_attention_heads // spread.tp_size
-    kv_heads = config.num_key_value_heads // spread.tp_size * kv_repeats(config, spread)
+    kv_heads = config.num_key_value_heads // spread.tp_size
+    kv_heads *= kv_repeats(heads, kv_heads, spread.sp_size)
     once = dtype * n_tokens * config.head_dim * 2 * (heads + kv_heads)
     return config.num_hidden_layers * once * (2 + checkpointing)
 

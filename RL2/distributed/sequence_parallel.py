@@ -68,7 +68,7 @@ def ulysses(attention: Callable[..., tuple[Tensor, None]]) -> Callable[..., tupl
         **kwargs,
     ) -> tuple[Tensor, None]:
         size = dist.get_world_size(sp_group)
-        repeats = _repeats(query.shape[1], key.shape[1], size)
+        repeats = kv_repeats(query.shape[1], key.shape[1], size)
         if repeats > 1:
             key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
         query, key, value = (_to_whole_packs(x, size, sp_group) for x in (query, key, value))
@@ -78,8 +78,11 @@ def ulysses(attention: Callable[..., tuple[Tensor, None]]) -> Callable[..., tupl
     return spread
 
 
-def _repeats(heads: int, kv_heads: int, size: int) -> int:
-    """How often key and value heads are repeated so that `size` ranks get equally many."""
+def kv_repeats(heads: int, kv_heads: int, size: int) -> int:
+    """How often key and value heads are repeated so that `size` ranks get equally many.
+
+    `size` divides `heads`, and `kv_heads` does.
+    """
     return next(
         repeats
         for repeats in range(1, heads // kv_heads + 1)

@@ -1,19 +1,89 @@
-"""Fast fp32 matrix products on CPUs."""
+"""Fast fp32 matrix products on CPUs.
+
+torch multiplies fp32 matrices with MKL, which reaches less than half of oneDNN's speed on AMD's
+CPUs (`benchmarks/RESULTS.md`). torch's switch to oneDNN concerns every product of the process, also
+the many tiny ones inside of attention, which it makes slow. So the backbone's linear layers ask for
+oneDNN by its operator, and only the head, which is large products alone, uses the switch.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Products of fewer rows take longer to set up than to compute.
+_MIN_ROWS = 16
+
+
+def accelerate_linears(model: nn.Module) -> None:
+    """Let the linear layers of a model multiply with oneDNN where they are in fp32 on a CPU.
+
+    Their class is replaced, in place; parameters, names and hooks stay. Not for layers that are
+    going to be compiled, as torch's compiler chooses the products itself.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = _Linear
+
+
+class _Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if not _suits(x, weight):
+            return F.linear(x, weight, bias)
+        if torch.is_grad_enabled():
+            return _LinearFunction.apply(x, weight, bias)
+        return _product(x, weight, bias)
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    """Plain fp32 tensors on CPUs, and enough of them."""
+    return (
+        type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)  # not parts of a tensor on several ranks
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and x.numel() >= _MIN_ROWS * x.shape[-1]
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`; the operator that torch's compiler puts in place of linear layers."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _LinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        x, weight = ctx.saved_tensors
+        upstream_2d = upstream.flatten(0, -2)
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            _product(upstream, weight.T) if needs_x else None,
+            _product(upstream_2d.T, x.flatten(0, -2).T) if needs_weight else None,
+            upstream_2d.sum(0) if needs_bias else None,
+        )
 
 
 @contextmanager
 def fast_fp32(device: torch.device) -> Iterator[None]:
-    """On CPU, fp32 products through oneDNN where that keeps all of fp32.
+    """On CPU, all fp32 products through oneDNN where that keeps all of fp32.
 
-    torch multiplies fp32 matrices with MKL, which reaches half of oneDNN's speed on AMD's CPUs
-    (`benchmarks/RESULTS.md`). The switch to oneDNN also allows it to round operands to bf16, which
-    it only does on CPUs with AMX; there nothing is switched.
+    torch's switch to oneDNN also allows it to round operands to bf16, which it only does on CPUs
+    with AMX; there nothing is switched.
     """
     if device.type != "cpu" or not _onednn_keeps_fp32():
         yield

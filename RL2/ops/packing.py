@@ -3,6 +3,7 @@
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from typing import NamedTuple
 
 Bins = list[list[int]]
 
@@ -58,25 +59,26 @@ def plan_packs(
         return []
 
     costs = [length + quadratic * length**2 for length in lengths]
-    rows = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    n_turns = -(-len(_best_fit(lengths, rows, max_length)) // multiple_of)
-    plans = [
-        _spread(lengths, costs, rows, max_length, n_turns, multiple_of),
-        _paced(lengths, costs, rows, max_length, n_turns, multiple_of),
-    ]
+    task = _Task(lengths, costs, max_length, multiple_of)
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    n_turns = -(-len(_best_fit(lengths, order, max_length)) // multiple_of)
+    plans = [_spread(task, order, n_turns), _paced(task, order, n_turns)]
     return _in_places(costs, min(plans, key=lambda turns: _waits(costs, turns)))
 
 
-def _paced(
-    lengths: list[int],
-    costs: list[float],
-    order: list[int],
-    max_length: int,
-    n_turns: int,
-    n_places: int,
-) -> list[Bins]:
+class _Task(NamedTuple):
+    """Tokens and cost of every row, tokens of a bin, bins of a turn."""
+
+    lengths: list[int]
+    costs: list[float]
+    max_length: int
+    n_places: int
+
+
+def _paced(task: _Task, order: list[int], n_turns: int) -> list[Bins]:
     """Turns that are as long as the dearest row left, while that is more than an even share of
     what is left; then even ones."""
+    lengths, costs, max_length, n_places = task
     turns: list[Bins] = []
     for n_left in range(n_turns, 1, -1):
         if costs[order[0]] * n_left * n_places <= sum(costs[row] for row in order):
@@ -86,19 +88,13 @@ def _paced(
             break
         turns += _in_turns(costs, bins, 1, n_places)
         order = rest
-    turns += _spread(lengths, costs, order, max_length, n_turns - len(turns), n_places)
+    turns += _spread(task, order, n_turns - len(turns))
     return sorted(turns, key=lambda bins: -max(_sums(costs, bins)))
 
 
-def _spread(
-    lengths: list[int],
-    costs: list[float],
-    order: list[int],
-    max_length: int,
-    n_turns: int,
-    n_places: int,
-) -> list[Bins]:
+def _spread(task: _Task, order: list[int], n_turns: int) -> list[Bins]:
     """Rows over the bins of `n_turns` turns, all of about one cost."""
+    lengths, costs, max_length, n_places = task
     n_bins = n_turns * n_places
     plans = [
         _least_loaded(lengths, costs, order, n_bins, max_length),

@@ -4,13 +4,14 @@ Three things make it more than a call of `generate`:
 
 - Requests arrive one by one and are batched: `generate` enqueues, a coroutine waits until the
   event loop has brought no new request for a few turns, sorts by prompt length and runs the
-  batches one after the other in a worker thread, so that environments go on meanwhile.
+  batches one after the other in a worker thread, so that environments go on meanwhile. Prompts
+  that are alike, as those of a group, are read once.
 - A token depends on its request's seed and its position alone. The noise is a hash of (seed,
-  position, vocabulary index) and the token is the argmax of log-probability + Gumbel noise,
-  which is an exact sample (Gumbel-max; Maddison et al. 2014, arXiv:1411.0030). Neither the
-  other rows of a batch nor the global generator enter. What remains is floating-point noise:
-  the last bits of a logit do depend on the shape of a batch, so that two candidates closer than
-  about 1e-6 may swap.
+  position, vocabulary index) and the token is the first to arrive in an exponential race, which
+  is an exact sample (the Gumbel-max trick without its outer logarithm; Maddison et al. 2014,
+  arXiv:1411.0030). Neither the other rows of a batch nor the global generator enter. What remains
+  is floating-point noise: the last bits of a logit do depend on the shape of a batch, so that two
+  candidates closer than about 1e-6 may swap.
 - When half of a batch's rows have ended, the rest goes on as a smaller batch with its part of
   the key-value cache, so that a few long responses do not cost a full batch of steps. `abort` and
   `pause` break a batch off in the same way, between two tokens.
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -42,6 +44,7 @@ from transformers import (
 )
 
 from RL2.config.errors import EngineError
+from RL2.ops.fp32 import accelerate_linears
 from RL2.rollout.engine import Completion, SamplingParams, check_request
 
 logger = logging.getLogger(__name__)
@@ -53,10 +56,10 @@ _QUIET_TURNS = 16
 _MIN_SHRINK_ROWS = 4
 
 
-def _signed(value: int) -> int:
-    """An unsigned 64-bit integer as the int64 with the same bits."""
-    value &= 0xFFFFFFFFFFFFFFFF
-    return value - (1 << 64) if value >> 63 else value
+def _signed(value: int, bits: int = 64) -> int:
+    """The low bits of an integer as the signed one with the same bits."""
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if value >> (bits - 1) else value
 
 
 # Constants of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
@@ -64,6 +67,13 @@ def _signed(value: int) -> int:
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
+# The same for 32 bits: MurmurHash3's finaliser (Appleby).
+_GOLDEN_32 = _signed(0x9E3779B9, 32)
+_MIX_1_32 = _signed(0x85EBCA6B, 32)
+_MIX_2_32 = _signed(0xC2B2AE35, 32)
+
+# Numbers that are hashed at a time on a CPU, so that they stay in its cache.
+_BLOCK = 2**17
 
 
 def mix64(x: Tensor) -> Tensor:
@@ -73,26 +83,41 @@ def mix64(x: Tensor) -> Tensor:
     return x.bitwise_xor_((x >> 31).bitwise_and_((1 << 33) - 1))
 
 
-def gumbel_noise(seeds: Tensor, position: int, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise that is a pure function of (seed, position, vocabulary index).
+def mix32(x: Tensor, key: Tensor) -> Tensor:
+    """MurmurHash3's finaliser of int32, with a key between its halves. Works in place."""
+    x.bitwise_xor_((x >> 16).bitwise_and_((1 << 16) - 1)).mul_(_MIX_1_32).bitwise_xor_(key)
+    x.bitwise_xor_((x >> 13).bitwise_and_((1 << 19) - 1)).mul_(_MIX_2_32)
+    return x.bitwise_xor_((x >> 16).bitwise_and_((1 << 16) - 1))
 
-    seeds: [B] int64. position: index of the token in its response. Returns [B, vocab_size] fp32.
 
-    The hash's upper 31 bits give u in (0, 1); -log(-log(1 - u)) rather than -log(-log(u)),
-    because floats are densest at 0, where the largest noise values come from.
+def exponential_noise(seeds: Tensor, position: int, vocab_size: int) -> Tensor:
+    """Standard exponential noise that is a pure function of (seed, position, vocabulary index).
+
+    seeds: [B] int64. position: index of the token in its response. Returns [B, vocab_size] fp32,
+    all above 0.
+
+    Seed and position make a key of 64 bits, key and index a hash, whose lower 31 bits give u in
+    (0, 1); -log(1 - u) rather than -log(u), because floats are densest at 0, where the smallest
+    noise values come from, and those win races.
     """
-    keys = mix64(mix64(seeds + _GOLDEN) + _signed(position * _GOLDEN))
-    index = torch.arange(vocab_size, dtype=torch.int64, device=seeds.device)
-    bits = mix64(keys[:, None] + (index * _GOLDEN)[None, :])
-    uniform = (bits >> 33).bitwise_and_((1 << 31) - 1).to(torch.float32)
-    uniform = uniform.add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
-    return uniform.neg_().log1p_().neg_().log_().neg_()
+    keys = mix64(mix64(seeds + _GOLDEN) + _signed(position * _GOLDEN))[:, None]
+    index = torch.arange(vocab_size, dtype=torch.int32, device=seeds.device).mul_(_GOLDEN_32)
+    noise = torch.empty(len(seeds), vocab_size, device=seeds.device)
+    rows = max(1, _BLOCK // vocab_size) if seeds.device.type == "cpu" else len(seeds)
+    for key, out in zip(keys.split(rows), noise.split(rows), strict=True):
+        bits = mix32(key.to(torch.int32) + index, (key >> 32).to(torch.int32))
+        out.copy_(bits.bitwise_and_((1 << 31) - 1)).add_(0.5).mul_(-(2.0**-31))
+        out.clamp_(min=2.0**-24 - 1).log1p_().neg_()
+    return noise
 
 
 class _Sampler(LogitsProcessor):
     """Turns logits [B, V] into scores whose argmax is the sample, and keeps its log-probability.
 
-    logps: one [B] fp32 tensor for each step; no [B, V] tensor outlives its step.
+    A token of probability p arrives after E / p, E exponential; the first to arrive is token i with
+    probability p_i. Scores are p / E.
+    logps: one [B] fp32 tensor for each step, of the distribution before `top_p` cuts it; no [B, V]
+    tensor outlives its step.
     """
 
     def __init__(self, sampling: SamplingParams, seeds: Tensor, prompt_width: int):
@@ -104,18 +129,18 @@ class _Sampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.float()
-        if self.temperature > 0:
+        if self.temperature not in (0, 1):
             scores = scores / self.temperature
-        log_normaliser = scores.logsumexp(-1)
-        noisy = scores
+        probabilities = scores.softmax(-1)
         if self.temperature > 0:
+            race = probabilities
             if self.top_p is not None:
-                noisy = self.top_p(input_ids, scores)
+                race = race.masked_fill(self.top_p(input_ids, scores) == -math.inf, 0.0)
             position = input_ids.shape[1] - self.prompt_width
-            noisy = noisy + gumbel_noise(self.seeds, position, scores.shape[-1])
-        tokens = noisy.argmax(-1, keepdim=True)
-        self.logps.append(scores.gather(-1, tokens).squeeze(-1) - log_normaliser)
-        return noisy
+            scores = race / exponential_noise(self.seeds, position, scores.shape[-1])
+        tokens = scores.argmax(-1, keepdim=True)
+        self.logps.append(probabilities.gather(-1, tokens).squeeze(-1).log())
+        return scores
 
 
 class _RowEnds(StoppingCriteria):
@@ -240,6 +265,7 @@ class TransformersEngine:
         except (OSError, ValueError, ImportError) as error:
             raise EngineError(f"rollout.model_name={model_name}: cannot load: {error}") from error
         self.model = model.to(device).eval().requires_grad_(False)
+        accelerate_linears(self.model)
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
         self.eager = eager
@@ -434,6 +460,8 @@ class TransformersEngine:
                 break
             if n_updates != self._n_updates:
                 cache, n_updates = None, self._n_updates  # it was made by other weights
+            if cache is None:
+                cache = self._read(ids, mask)
             sampler = _Sampler(sampling, seeds, width)
             ends = _RowEnds(
                 len(rows), width, eos, stop_strings, lambda: self._switch.paused or unwanted()
@@ -453,7 +481,7 @@ class TransformersEngine:
             finally:
                 version = self.weight_version
                 self._switch.end()
-            # Without a cache that it knows how to return, a model reads its rows again.
+            # A model that does not know how to return its cache reads its rows again.
             ids, cache = output.sequences, output.get("past_key_values")
             logps = torch.cat([logps, torch.stack(sampler.logps, 1)], 1)
             written = ids.shape[1] - width
@@ -474,6 +502,29 @@ class TransformersEngine:
             rows, seeds, ids, logps = rows[keep], seeds[keep], ids[keep], logps[keep]
             mask = torch.nn.functional.pad(mask[keep], (0, ids.shape[1] - mask.shape[1]), value=1)
         return completions
+
+    def _read(self, ids: Tensor, mask: Tensor) -> Cache | None:
+        """The cache of all tokens but the last; rows that are alike until there are read once.
+
+        None where there is nothing to read, and for models without a cache that rows can be taken
+        from.
+        """
+        if ids.shape[1] < 2:
+            return None
+        begun = torch.cat([ids[:, :-1], mask[:, :-1]], 1)
+        different, place = torch.unique(begun, dim=0, return_inverse=True)
+        ids, mask = different.chunk(2, 1)
+        cache = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=1,
+            do_sample=False,
+            use_cache=True,
+            return_dict_in_generate=True,
+        ).get("past_key_values")
+        if cache is not None:
+            cache.reorder_cache(place)
+        return cache
 
     def _finish(
         self,

@@ -22,6 +22,7 @@ from RL2.config import ConfigError
 from RL2.distributed import shard_of
 from RL2.distributed.sequence_parallel import check_heads, register_sequence_parallel
 from RL2.ops.attention import check_attention, register_attention
+from RL2.ops.fp32 import accelerate_linears
 from RL2.ops.token_stats import (
     LossFunction,
     linear_token_loss,
@@ -194,6 +195,8 @@ def load_model(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if train and config.lora.rank is not None:
         add_adapters(model, config.lora)
+    if not config.compile:
+        accelerate_linears(model)
     dtype = config.dtype if config.dtype != "auto" else saved.dtype or torch.float32
     model = TokenStatsModel(model, str(config.token_stats), train and config.offload_activations)
     if config.tp_size > 1 and model.linear_head and model.implementation == "naive":

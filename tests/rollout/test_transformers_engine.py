@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from RL2.config.errors import EngineError
 from RL2.rollout.engine import SamplingParams
-from RL2.rollout.transformers_engine import TransformersEngine, gumbel_noise
+from RL2.rollout.transformers_engine import TransformersEngine, exponential_noise
 from tests.rollout.support import EOS, PAD, make_model, reference_logps
 
 UNEQUAL_PROMPTS = [[7] * 1, [9, 8, 7], list(range(10, 90)), [33] * 17, list(range(100, 104))]
@@ -114,14 +114,16 @@ def test_samples_follow_the_models_distribution(engine, byte_model):
     assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom)
 
 
-def test_noise_is_gumbel_and_independent():
+def test_noise_is_exponential_and_independent():
     seeds = torch.arange(200) * 3 + torch.iinfo(torch.int64).min  # any 64 bits are a seed
-    noise = torch.stack([gumbel_noise(seeds, position, 500) for position in range(20)])
-    assert noise.isfinite().all()
-    assert noise.mean().item() == pytest.approx(0.5772, abs=0.005)
-    assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.01)
-    quantile = -math.log(-math.log(0.999))  # the tail decides who wins
-    assert (noise > quantile).float().mean().item() == pytest.approx(0.001, rel=0.15)
+    noise = torch.stack([exponential_noise(seeds, position, 500) for position in range(20)])
+    assert noise.isfinite().all() and (noise > 0).all()
+    assert noise.mean().item() == pytest.approx(1, abs=0.005)
+    assert noise.var().item() == pytest.approx(1, rel=0.01)
+    # The smallest decide who wins: as many as there should be, and hardly any two alike.
+    small = noise[noise < 0.001]
+    assert len(small) / noise.numel() == pytest.approx(0.001, rel=0.15)
+    assert len(small.unique()) > 0.99 * len(small)
     centred = (noise - noise.mean()) / noise.std()
     for axis in range(3):
         for lag in (1, 2):
@@ -144,6 +146,22 @@ def test_top_p_samples_the_nucleus_and_reports_the_full_distribution(engine, byt
     for completion in completions[:20]:
         expected = logps[completion.token_ids[0]].item()
         assert completion.logps[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_group_reads_its_prompt_once(byte_model, byte_tokenizer):
+    engine = TransformersEngine(byte_model, tokenizer=byte_tokenizer)
+    prompts, sampling = [[40 + i for i in range(30)], [50], [60, 61, 62]], SamplingParams(1.0, 6)
+    alone = [complete(engine, [prompt] * 4, sampling, range(4)) for prompt in prompts]
+    read = []
+    hook = engine.model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: read.append(inputs[0].shape)
+    )
+    together = complete(engine, [p for p in prompts for _ in range(4)], sampling, [*range(4)] * 3)
+    hook.remove()
+    assert [c.token_ids for c in together] == [c.token_ids for four in alone for c in four]
+    # Three prompts but their last tokens; then a token at a time, by as many rows as go on.
+    assert read[:2] == [(3, 29), (12, 1)]
+    assert all(length == 1 for _, length in read[1:])
 
 
 def test_the_checkpoints_own_sampling_settings_do_not_enter(engine, tmp_path, byte_tokenizer):
