@@ -5,7 +5,7 @@ Both are the same two functions; `RL2.ops.token_stats.triton_kernels` has them a
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -106,21 +106,28 @@ def _logit_gradients_in_place(logits, *arguments) -> None:
     _logit_gradients(logits, logits, *arguments)
 
 
-# Sizes of 1, strides, types and `entropy` each ask for a version of their own. Past the limit torch
-# would run eagerly without a word.
-_compile = partial(torch.compile, dynamic=True, recompile_limit=64)
-_compiled_to_buffer = _compile(_logit_gradients)
-_compiled_in_place = _compile(_logit_gradients_in_place)
+@cache
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """Compiled when it is first called: importing the compiler takes two seconds.
+
+    Sizes of 1, strides, types and `entropy` each ask for a version of their own. Past the limit
+    torch would run eagerly without a word.
+    """
+    return torch.compile(function, dynamic=True, recompile_limit=64)
+
+
+def _compiled_update_state(*arguments) -> None:
+    _compiled(_update_state)(*arguments)
 
 
 def _compiled_logit_gradients(out, logits, *arguments) -> None:
     # One tensor must not go in twice: torch 2.13 miscomputes two arguments that are the same part
     # of a larger buffer, and its cache on disk then does so for buffers apart as well.
     if out.data_ptr() == logits.data_ptr():
-        _compiled_in_place(logits, *arguments)
+        _compiled(_logit_gradients_in_place)(logits, *arguments)
     else:
-        _compiled_to_buffer(out, logits, *arguments)
+        _compiled(_logit_gradients)(out, logits, *arguments)
 
 
 EAGER = Kernels(_eager_update_state, _eager_logit_gradients)
-COMPILED = Kernels(_compile(_update_state), _compiled_logit_gradients)
+COMPILED = Kernels(_compiled_update_state, _compiled_logit_gradients)
