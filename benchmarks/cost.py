@@ -247,8 +247,8 @@ def fsdp_payload(
     """Of an update on a rank, by collective.
 
     Each micro-batch gathers the layers for its forward and again for its backward (whether that
-    computes activations again or not), the root once; reduces and scatters all gradients in fp32;
-    and sums the shards of them over the replicas.
+    computes activations again or not), the root once; reduces and scatters all gradients in fp32.
+    The last one also sums the shards of them over the replicas.
     """
     layers = config.num_hidden_layers * layer_bytes(config, spread, 1)
     outer = outer_bytes(config, spread, 1)
@@ -256,7 +256,7 @@ def fsdp_payload(
     return {
         "all_gather": micro_batches * dtype * (2 * layers + outer) * (spread.fsdp_size > 1),
         "reduce_scatter": micro_batches * FP32 * (layers + outer) * (spread.fsdp_size > 1),
-        "all_reduce": micro_batches * FP32 * shards * (spread.ddp_size > 1),
+        "all_reduce": FP32 * shards * (spread.ddp_size > 1),
     }
 
 

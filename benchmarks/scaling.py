@@ -7,13 +7,15 @@ The contestants are runs of the trainer (see `benchmarks/step.py`) on CPU with g
 process: one process; two processes with the same batch (strong); two with twice the prompts (weak);
 and two with the same batch for each `--spread`. They take steps in turns, and those who do not
 stand still. Efficiency is the time of one process over that of two, halved where both share the
-same batch; 100 % is the aim.
+same batch.
+
+`two, apart` are two runs of one process at the same time, which know nothing of each other: what
+the machine's cores, caches and memory leave of 100 %, and so the aim of the others.
 """
 
 from __future__ import annotations
 
 import argparse
-import socket
 import statistics
 import sys
 import tempfile
@@ -24,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.processes import Process  # noqa: E402
 from benchmarks.step import median_of, our_lines, parser, start_ours, write_files  # noqa: E402
+from RL2.rollout.servers import free_port  # noqa: E402
 
 COLUMNS = ("step", "rollout", "update_actor", "update_rollout")
 
@@ -31,7 +34,8 @@ COLUMNS = ("step", "rollout", "update_actor", "update_rollout")
 class Run:
     """The ranks of one run, which take a step together.
 
-    n_ranks: processes; n_prompts: of a step; spread: further overrides of the trainer.
+    n_ranks: processes; n_prompts: of a step; spread: further overrides of the trainer. apart: they
+    are runs of their own, each with `n_prompts`.
     """
 
     def __init__(
@@ -42,26 +46,31 @@ class Run:
         n_ranks: int = 1,
         n_prompts: int | None = None,
         spread: tuple[str, ...] = (),
+        apart: bool = False,
     ):
-        self.name, self.n_ranks = name, n_ranks
-        self.n_prompts = n_prompts or options.prompts
+        n_prompts = n_prompts or options.prompts
+        self.name = name
+        self.share = n_prompts / options.prompts / (1 if apart else n_ranks)
         longest = options.prompt_length + options.new_tokens
-        lines = our_lines(
-            folder, options, trainer__save_dir=tempfile.mkdtemp(dir=folder),
-            train_data__prompts_per_rollout=self.n_prompts,
-            actor__max_length_per_device=options.sequences * longest,
-        )  # fmt: skip
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        group = {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        self.ranks: list[Process] = [
-            start_ours(
-                [*lines, *spread], options.threads, **group, RANK=str(r), LOCAL_RANK=str(r),
-                LOCAL_WORLD_SIZE=str(n_ranks),
-            )
-            for r in range(n_ranks)
-        ]  # fmt: skip
+
+        def start(rank: int, size: int, port: int, save_dir: str) -> Process:
+            lines = our_lines(
+                folder, options, trainer__save_dir=save_dir,
+                train_data__prompts_per_rollout=n_prompts,
+                actor__max_length_per_device=options.sequences * longest,
+            )  # fmt: skip
+            return start_ours(
+                [*lines, *spread], options.threads, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK=str(rank),
+                LOCAL_WORLD_SIZE=str(size),
+            )  # fmt: skip
+
+        def start_run(size: int) -> list[Process]:
+            port, save_dir = free_port(), tempfile.mkdtemp(dir=folder)
+            return [start(rank, size, port, save_dir) for rank in range(size)]
+
+        sizes = [1] * n_ranks if apart else [n_ranks]
+        self.ranks = [process for size in sizes for process in start_run(size)]
         for rank in self.ranks:
             rank.answer()
 
@@ -81,6 +90,7 @@ def runs(folder: Path, options: argparse.Namespace) -> list[Run]:
     spreads = {spread: tuple(spread.split(",")) for spread in options.spread}
     return [
         Run(folder, options, "one"),
+        Run(folder, options, "two, apart", 2, apart=True),
         Run(folder, options, "two, strong", 2),
         Run(folder, options, "two, weak", 2, 2 * options.prompts),
         *(Run(folder, options, f"two, {s}", 2, spread=lines) for s, lines in spreads.items()),
@@ -110,9 +120,8 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     print("| --- |" + " ---: |" * (len(COLUMNS) + 1))
     for run in contestants:
         them = steps[run.name][options.warmup :]
-        share = run.n_prompts / options.prompts / run.n_ranks
         cells = [
-            f"{seconds_of(them, column):.3f} ({efficiency(one, them, column, share):.0%})"
+            f"{seconds_of(them, column):.3f} ({efficiency(one, them, column, run.share):.0%})"
             for column in COLUMNS
         ]
         print(f"| {run.name} | " + " | ".join(cells) + f" | {them[-1]['peak_gib']:.2f} |")

@@ -24,8 +24,10 @@ def shard(
         root: on its device, or on the meta device.
         mesh: `(ddp, fsdp)`, of a mesh that holds the one of tensor parallelism, if any.
     """
+    if mesh["ddp"].size() == 1:  # else gradients would be reduced over groups of one
+        mesh = mesh["fsdp"]
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    n_shards = mesh["fsdp"].size()
+    n_shards = mesh.size(-1)
 
     def placement(parameter: nn.Parameter) -> Shard | None:
         """Along the other dimension than tensor parallelism has cut, where that goes evenly."""

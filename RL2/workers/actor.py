@@ -106,7 +106,10 @@ class Actor(Worker):
 
         micro_batches, _ = self._scatter(batch, fields, self.config.max_length_per_device)
         sums: dict[str, Tensor] = {}
-        for micro_batch in micro_batches:
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            # Over the replicas (HSDP) once an update; within one after every micro-batch, so that
+            # no rank keeps whole gradients.
+            self.model.set_requires_all_reduce(number == len(micro_batches))
             loss, metrics = self._losses(self.to_device(micro_batch))
             loss.backward()
             for name, value in metrics.items():
