@@ -262,7 +262,8 @@ def _fill_buffers(
 def gather(
     values: list[Tensor], plan: ScatterPlan, traffic: Traffic | None = None
 ) -> Tensor | None:
-    """Bring one flat `[n]` tensor per micro-batch back as `[B, T]` on rank 0 (None elsewhere).
+    """Bring one flat `[n]` tensor per micro-batch back as `[B, T]` on rank 0 (None elsewhere), T
+    the longest row's tokens.
 
     Tensor-parallel ranks have the same values, so the first of each group answers. traffic:
     counts the bytes, as `gather`.

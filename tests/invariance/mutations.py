@@ -91,6 +91,12 @@ MUTATIONS: dict[str, Mutation] = {
         "module.set_gradient_divide_factor(float(mesh.size()))",
         f"{UPDATE}[qwen3-ddp2-ppo-sequence-reinforce]",
     ),
+    "c-replicas-summed-too-early": Mutation(
+        ACTOR,
+        "(number == len(micro_batches))",
+        "(number == 1)",
+        f"{UPDATE}[qwen3-ddp2-ppo-sequence-reinforce]",
+    ),
     "c-norm-of-one-rank": Mutation(
         FSDP,
         "get_total_norm([p.grad for p in group]).full_tensor()",
