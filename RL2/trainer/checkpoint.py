@@ -1,22 +1,33 @@
 """Checkpoints that a run continues from, and model folders that transformers loads.
 
 <save_dir>/checkpoints/step000020/   model and optimizer (torch.distributed.checkpoint),
-                                     trainer.json, rank0.pt … (RNG and data position)
+                                     trainer.json, rank0.pt … (RNG and data position), and
+                                     manifest.json: what all of that has to be
 <save_dir>/checkpoints/latest        name of the newest complete one
+<save_dir>/checkpoints/damaged-…     what was found not to be what its manifest says
                                      where adapters are trained (LoRA) those alone: what is frozen
                                      comes from actor.model_name
 <save_dir>/final, <save_dir>/best    plain `save_pretrained` folders, adapters merged; the adapters
                                      themselves in `adapter`, as peft saves them
 <save_dir>/before1 …                 what earlier runs left in the folder and this one does not
                                      continue
+<save_dir>/.lock                     held by the run that writes here
+
+A folder is written under a name of its own that begins with a dot, made durable, and renamed: at
+any moment a name without a dot stands for something whole, or for nothing.
 """
 
+import fcntl
 import json
 import logging
 import os
 import shutil
+import socket
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,16 +39,55 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
-from RL2.config import CheckpointError, RL2Error
-from RL2.distributed import broadcast, rank, sum_over_ranks
+from RL2.config import CheckpointError, ConfigError, RL2Error
+from RL2.distributed import broadcast, rank, sum_over_ranks, world_size
+from RL2.trainer import manifest
 from RL2.workers import Actor
 from RL2.workers.lora import has_adapters, merged, save_adapters
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _PREFIX = "model."  # TokenStatsModel's name for the transformers model inside
 _RUN_FILES = ("checkpoints", "best", "final", "rollouts", "metrics.jsonl")
+_TEMPORARY, _REMOVED = ".writing-", ".removed-"
+_PACKAGES = ("rl2", "torch", "transformers")
+
+
+def lock(save_dir: str) -> TextIO:
+    """Make this process the only one that writes to a run's folder, until the file is closed.
+
+    The kernel lets go of it when the process ends, however it ends.
+
+    Raises:
+        ConfigError: another process has it, or the folder cannot be made or written to.
+    """
+    folder = Path(save_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise ConfigError(
+            f"trainer.save_dir={save_dir}: cannot be written to ({error.strerror}); choose a "
+            "folder in which this user may make files"
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ConfigError(
+            f"trainer.save_dir={save_dir}: {holder} is writing there; wait until it has ended, or "
+            "choose another folder"
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def _fsync(path: Path) -> None:
@@ -49,14 +99,74 @@ def _fsync(path: Path) -> None:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Make a finished folder appear under its name: durable first, then one rename."""
+    """Make a finished folder appear under its name: durable first, then renamed."""
     for path in temporary.rglob("*"):
         _fsync(path)
     _fsync(temporary)
+    old = final.with_name(f"{_REMOVED}{final.name}")
     if final.exists():
-        shutil.rmtree(final)
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
     temporary.rename(final)
     _fsync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder; broken off, it leaves nothing under its name."""
+    hidden = folder.with_name(f"{_REMOVED}{folder.name}")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _together(action: Callable[[], T], error: Callable[[str], RL2Error]) -> T:
+    """Run something on every rank; where it fails on one, all of them raise (a collective).
+
+    error: makes the exception from the first reason.
+    """
+    result, reason = None, None
+    try:
+        result = action()
+    except (Exception, CheckpointException) as problem:  # which is no Exception
+        reason = _reason(problem)
+    if reason := _first(reason):
+        raise error(reason)
+    return result
+
+
+def _reason(problem: BaseException) -> str:
+    """The last line of what went wrong; that is where DCP puts a rank's own error."""
+    lines = str(problem).strip().splitlines()
+    return lines[-1].strip() if lines else type(problem).__name__
+
+
+def _first(reason: str | None) -> str | None:
+    """The first rank's reason that there is, on every rank (a collective)."""
+    if not sum_over_ranks(torch.tensor(int(reason is not None))):
+        return None
+    reasons = [None] * world_size()
+    dist.all_gather_object(reasons, reason)
+    return next(reason for reason in reasons if reason is not None)
+
+
+def _n_bytes(state: Any) -> int:
+    """Of the tensors in nested dicts and lists, this rank's part."""
+    if isinstance(state, DTensor):
+        state = state.to_local()
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    values = state.values() if isinstance(state, dict) else state
+    return sum(map(_n_bytes, values)) if isinstance(state, (dict, list, tuple)) else 0
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # RL2 run from a checkout
+            found[name] = None
+    return found
 
 
 def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -79,11 +189,15 @@ class Checkpoints:
     Args:
         save_dir: the run's folder.
         keep_last: how many checkpoints stay; None keeps all.
+        about: what manifests say of the run.
     """
 
-    def __init__(self, save_dir: str, keep_last: int | None = None):
+    def __init__(
+        self, save_dir: str, keep_last: int | None = None, about: dict[str, Any] | None = None
+    ):
         self.folder = Path(save_dir) / "checkpoints"
         self.keep_last = keep_last
+        self.about = about or {}
 
     def steps(self) -> list[Path]:
         """Complete checkpoints, newest first."""
@@ -97,6 +211,9 @@ class Checkpoints:
         run's own: `latest` would resume from them and `keep_last` would keep them.
         """
         run = self.folder.parent
+        for prefix in (_TEMPORARY, _REMOVED):  # what a run that was killed left half done
+            for unfinished in (*run.glob(f"{prefix}*"), *self.folder.glob(f"{prefix}*")):
+                shutil.rmtree(unfinished, ignore_errors=True)
         if step == 0:
             old = [run / name for name in _RUN_FILES]
         else:
@@ -114,44 +231,85 @@ class Checkpoints:
         logger.warning("%s: %s moved aside to %s", run, what, aside)
 
     def save(self, step: int, actor: Actor, source: Any, state: dict[str, Any]) -> Path:
-        """Write one checkpoint; it becomes visible only when all of it is on disk."""
+        """Write one checkpoint; it becomes visible only when all of it is on disk.
+
+        Raises:
+            CheckpointError: on every rank, where one of them cannot write its part. Earlier
+                checkpoints are as they were.
+        """
         final = self.folder / f"step{step:06d}"
-        temporary = self.folder / f".writing-step{step:06d}"
-        if rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        dist.barrier()
         # get_state_dict, not optimizer.state_dict(): DCP drops AdamW's moments of the latter
         model, optimizer = get_state_dict(actor.model, actor.optimizer)
-        model = _trained(actor, model)
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=temporary)
-        # One file a rank: a plain value under one key would be stored once for all ranks.
-        torch.save(
-            {"rng": _rng_state(actor.device), "source": source.state_dict()},
-            temporary / f"rank{rank()}.pt",
-        )
-        dist.barrier()
-        if rank() == 0:
+        tensors = {"model": _trained(actor, model), "optimizer": optimizer}
+        needed = int(sum_over_ranks(torch.tensor(_n_bytes(tensors))))
+
+        def failed(reason: str) -> CheckpointError:
+            existing = next(path for path in self.folder.absolute().parents if path.exists())
+            free = shutil.disk_usage(existing).free
+            return CheckpointError(
+                f"trainer.save_dir={self.folder.parent}: {final} cannot be written ({reason}; "
+                f"about {needed} bytes are needed, {free} are free); make room there or choose "
+                "another folder; earlier checkpoints are as they were"
+            )
+
+        temporary = broadcast(_together(lambda: self._begin(final, needed), failed))
+        try:
+            own = _together(lambda: _write(temporary, tensors, actor, source), failed)
+            files = [None] * world_size()
+            dist.all_gather_object(files, own)
             state = state | {
                 "step": step,
                 "scheduler": actor.scheduler.state_dict(),
                 "bad_steps": actor.bad_steps,
             }
-            (temporary / "trainer.json").write_text(json.dumps(state))
-            _publish(temporary, final)
-            pointer = self.folder / ".latest"
-            pointer.write_text(final.name)
-            _fsync(pointer)
-            pointer.replace(self.folder / "latest")
-            for old in self.steps()[self.keep_last :] if self.keep_last else []:
-                shutil.rmtree(old)
-        dist.barrier()
+            _together(lambda: self._end(temporary, final, files, state), failed)
+        except CheckpointError:
+            if rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
         return final
+
+    def _begin(self, final: Path, needed: int) -> Path | None:
+        """Rank 0: a folder that nobody else writes to, where there is room for it."""
+        if rank() != 0:
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(self.folder).free < needed:
+            raise OSError("too little space")
+        return Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{final.name}-", dir=self.folder))
+
+    def _end(
+        self, temporary: Path, final: Path, files: list[manifest.Files], state: dict[str, Any]
+    ) -> None:
+        """Rank 0: what only one can write, and the names under which all of it is found."""
+        if rank() != 0:
+            return
+        (temporary / "trainer.json").write_text(json.dumps(state))
+        listed = {name: entry for of_rank in files for name, entry in of_rank.items()}
+        others = [
+            path
+            for path in temporary.rglob("*")
+            if path.is_file() and path.relative_to(temporary).as_posix() not in listed
+        ]
+        about = self.about | {
+            "step": state["step"], "world_size": world_size(), "versions": _versions(),
+        }  # fmt: skip
+        listed |= manifest.fingerprints(others, temporary)
+        manifest.write(temporary, listed, about)
+        temporary.chmod(0o755)  # mkdtemp's is for its owner alone
+        _publish(temporary, final)
+        pointer = self.folder / ".latest"
+        pointer.write_text(final.name)
+        _fsync(pointer)
+        pointer.replace(self.folder / "latest")
+        for old in self.steps()[self.keep_last :] if self.keep_last else []:
+            _remove(old)
 
     def load(self, which: str, actor: Actor, source: Any) -> dict[str, Any] | None:
         """Restore `latest` or the folder `which`.
 
-        With `latest`, a checkpoint that does not load is named and the one before it is tried.
+        With `latest`, a checkpoint that is not what its manifest says is renamed to `damaged-…`,
+        and one that does not load is left; both are named, and the one before is tried.
 
         Returns:
             The saved state, or None where there is nothing to resume (`latest` only).
@@ -163,20 +321,24 @@ class Checkpoints:
         latest = which == "latest"
         folders = broadcast(self.steps() if latest else [Path(which).expanduser()])
         for folder in folders:
-            try:
-                failed, problem = 0, None
-                state = self._load(folder, actor, source)
-            except RL2Error:
-                raise  # not the checkpoint's fault: the one before would say the same
-            except (Exception, CheckpointException) as error:  # damaged files raise anything
-                failed, problem = 1, error
-            if not sum_over_ranks(torch.tensor(failed)):
+            state = None
+            reason = damaged = _first(damage(folder))
+            if damaged is None:
+                try:
+                    state = self._load(folder, actor, source)
+                except RL2Error:
+                    raise  # not the checkpoint's fault: the one before would say the same
+                except (Exception, CheckpointException) as error:  # may raise anything
+                    reason = _reason(error)
+                reason = _first(reason)
+            if reason is None:
                 logger.info("resumed from %s", folder)
                 return state
-            reason = str(problem).strip().splitlines()[-1:] or ["failed on another rank"]
-            message = f"trainer.load_ckpt_from={which}: {folder} does not load ({reason[0]})"
+            message = f"trainer.load_ckpt_from={which}: {folder} does not load ({reason})"
             if not latest:
                 raise CheckpointError(f"{message}; name another checkpoint, or use latest")
+            if damaged is not None:
+                message += f"; it is {_set_apart(folder)} now"
             logger.warning("%s; trying the one before", message)
         if folders:
             raise CheckpointError(
@@ -209,13 +371,49 @@ class Checkpoints:
         return state
 
 
+def _write(temporary: Path, tensors: Any, actor: Actor, source: Any) -> manifest.Files:
+    """This rank's part, durable; returns what it has written."""
+    dcp.save(tensors, checkpoint_id=temporary)  # which syncs its files
+    # One file a rank: a plain value under one key would be stored once for all ranks.
+    own = temporary / f"rank{rank()}.pt"
+    with own.open("wb") as file:
+        torch.save({"rng": _rng_state(actor.device), "source": source.state_dict()}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return manifest.fingerprints([own, *temporary.glob(f"__{rank()}_*")], temporary)  # DCP's names
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files; ranks share the work."""
+    try:
+        content = manifest.read(folder, (".metadata", "trainer.json"))
+        for other in range(content["about"]["world_size"]):
+            if f"rank{other}.pt" not in content["files"]:
+                raise manifest.Damaged(f"rank{other}.pt is missing")
+        manifest.verify(folder, content, slice(rank(), None, world_size()))
+    except (manifest.Damaged, OSError, KeyError, TypeError) as error:
+        return _reason(error)
+    return None
+
+
+def _set_apart(folder: Path) -> str:
+    """Rename a damaged checkpoint, so that it is not tried again (rank 0); returns its name."""
+    number, name = 1, f"damaged-{folder.name}"
+    while folder.with_name(name).exists():
+        number, name = number + 1, f"damaged-{folder.name}-{number + 1}"
+    name = broadcast(name)
+    if rank() == 0:
+        folder.rename(folder.with_name(name))
+    return name
+
+
 def save_model(actor: Actor, tokenizer: Any, folder: Path) -> None:
     """Write the whole model where `AutoModelForCausalLM.from_pretrained` finds it, adapters merged
     (collective). The adapters themselves go to `<folder>/adapter`."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(actor.model, options=options)
     if rank() == 0:
-        temporary = folder.with_name(f".writing-{folder.name}")
+        temporary = folder.with_name(f"{_TEMPORARY}{folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         model = actor.hf_model
         tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}

@@ -3,6 +3,7 @@
 import logging
 import resource
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from RL2.algorithms.token_loss import TokenLoss, resolve_loss
 from RL2.config import ConfigError
 from RL2.distributed import Traffic, broadcast, rank
 from RL2.distributed.comm import Batch
-from RL2.trainer.checkpoint import Checkpoints, save_model
+from RL2.trainer.checkpoint import Checkpoints, lock, save_model
 from RL2.trainer.metrics import Metrics, Timers
 from RL2.trainer.sources import DatasetSource, RolloutSource
 from RL2.workers import Actor
@@ -121,6 +122,7 @@ class Trainer:
         n_steps = config.trainer.n_epochs * len(self.source.loader)
         self.n_steps = min(n_steps, config.trainer.max_steps or n_steps)
 
+        self.lock = lock(config.trainer.save_dir) if rank() == 0 else None
         actor = config.actor if self.is_rl else OmegaConf.merge(_ON_DATA, config.actor)
         self.actor = Actor(actor, device, self.loss, config.trainer.max_bad_steps, self.traffic)
         self.actor.prepare_scheduler(self.n_steps * actor.update_per_rollout)
@@ -129,7 +131,11 @@ class Trainer:
             self.policies["ref_logps"] = Actor(config.ref_actor, device, traffic=self.traffic)
             self.policies["ref_logps"].offload()
         self.source.start(device)
-        self.checkpoints = Checkpoints(config.trainer.save_dir, config.trainer.keep_last)
+        self.checkpoints = Checkpoints(
+            config.trainer.save_dir,
+            config.trainer.keep_last,
+            about={"config_sha256": sha256(OmegaConf.to_yaml(config).encode()).hexdigest()},
+        )
         self.best: dict[str, float] = {}
 
     def train(self) -> None:
@@ -270,3 +276,5 @@ class Trainer:
         self.source.close()
         if self.metrics:
             self.metrics.close()
+        if self.lock:
+            self.lock.close()

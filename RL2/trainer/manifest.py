@@ -1,0 +1,98 @@
+"""What a finished folder holds, written last, so that what was damaged since is noticed before
+anything of it is loaded.
+
+Neither `torch.distributed.checkpoint` nor `torch.save` notices a flipped byte in a tensor. The
+manifest has the size and the SHA-256 of every file, and a SHA-256 of itself. It finds accidents;
+who can write the folder can also write a manifest that fits.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+NAME = "manifest.json"
+
+Files = dict[str, dict[str, Any]]  # by name: "bytes" and "sha256"
+
+
+class Damaged(Exception):
+    """A folder is not what its manifest says; the message names the first thing that differs."""
+
+
+def fingerprints(paths: Iterable[Path], folder: Path) -> Files:
+    """Sizes and SHA-256 of files, by their names relative to `folder`."""
+    return {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": _sha256(path),
+        }
+        for path in paths
+    }
+
+
+def write(folder: Path, files: Files, about: dict[str, Any]) -> None:
+    """Write the manifest of a folder that is otherwise finished; the caller makes it durable.
+
+    about: what a reader may want to know of its making, as JSON has it.
+    """
+    content = {"about": about, "files": dict(sorted(files.items()))}
+    content["sha256"] = _digest(content)
+    (folder / NAME).write_text(json.dumps(content, indent=1))
+
+
+def read(folder: Path, required: Iterable[str] = ()) -> dict[str, Any]:
+    """The manifest of a folder whose files have the names and sizes that it lists.
+
+    Args:
+        required: names of files that must be there.
+
+    Raises:
+        Damaged: there is none, it is not whole, or names or sizes differ.
+    """
+    try:
+        content = json.loads((folder / NAME).read_bytes())
+        digest, files = content.pop("sha256"), content["files"]
+        expected = {name: entry["bytes"] for name, entry in files.items()}
+    except FileNotFoundError as error:
+        raise Damaged(f"it has no {NAME}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{NAME} is not readable") from error
+    if digest != _digest(content):
+        raise Damaged(f"{NAME} was changed")
+    found = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and path != folder / NAME
+    }
+    if missing := sorted({*expected, *required} - found.keys()):
+        raise Damaged(f"{missing[0]} is missing")
+    if more := sorted(found.keys() - expected):
+        raise Damaged(f"{more[0]} is not in its {NAME}")
+    for name, size in expected.items():
+        if found[name] != size:
+            raise Damaged(f"{name} has {found[name]} bytes, not {size}")
+    return content
+
+
+def verify(folder: Path, content: dict[str, Any], part: slice = slice(None)) -> None:
+    """Compare the files of a folder with what `read` returned.
+
+    part: which of them, in the order of their names, so that ranks can share the work.
+
+    Raises:
+        Damaged: a file's SHA-256 differs.
+    """
+    for name in sorted(content["files"])[part]:
+        if _sha256(folder / name) != content["files"][name]["sha256"]:
+            raise Damaged(f"{name} is damaged: its SHA-256 is not that of {NAME}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,123 @@
+"""Runs that come to an end before their time.
+
+Ranks are forked from a server that has imported everything, so that a run takes about a second.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from RL2.config import RL2Error
+from RL2.rollout.servers import free_port
+from RL2.trainer.loop import Trainer  # noqa: F401  what the server has to have imported
+from RL2.trainer.main import launch
+from tests.trainer.support import composed, overrides
+
+# `bash tests/run.sh faults` asks for many more points than a change has to pass.
+LONG = os.environ.get("RL2_FAULTS") == "long"
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload([__name__])
+
+_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree"}
+
+
+def points(few: int, many: int) -> range:
+    return range(many if LONG else few)
+
+
+class Run:
+    """A run of a trainer on `n_ranks` processes, which may kill itself.
+
+    Args:
+        die_at: the rank `mortal` kills itself, as `kill -9` does, when it asks the system for
+            the so manyth time to open, make, rename or remove something below `checkpoints`.
+        logs: where its output goes, if not beside `folder`.
+        changes: of the tiny run of `tests.trainer.support.overrides`.
+    """
+
+    def __init__(
+        self, files: Path, trainer: str, folder: Path, n_ranks: int = 1, *,
+        die_at: int | None = None, mortal: int = 0, logs: Path | None = None, **changes,
+    ):  # fmt: skip
+        self.folder = folder
+        self.log = (logs or folder.parent) / f"{folder.name}.log"
+        lines = overrides(files, trainer, folder, **changes)
+        port = free_port()
+        self.ranks = []
+        for rank in range(n_ranks):
+            environment = {
+                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_ranks,
+                "LOCAL_WORLD_SIZE": n_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            }  # fmt: skip
+            dies = die_at if rank == mortal else None
+            arguments = (
+                trainer,
+                lines,
+                environment,
+                self.log,
+                self.log.with_suffix(f".{rank}"),
+                dies,
+            )
+            self.ranks.append(_CONTEXT.Process(target=_rank, args=arguments, daemon=True))
+        for process in self.ranks:
+            process.start()
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """Exit codes of all ranks. As torchrun does, ends the others when one has failed."""
+        end = time.monotonic() + timeout
+        while any(process.exitcode is None for process in self.ranks):
+            if any(process.exitcode for process in self.ranks) or time.monotonic() > end:
+                self.kill()
+            time.sleep(0.01)
+        if time.monotonic() > end:
+            raise TimeoutError(f"a run of {timeout} s; its output:\n{self.output()}")
+        return [process.exitcode for process in self.ranks]
+
+    def kill(self) -> None:
+        for process in self.ranks:
+            process.kill()
+        for process in self.ranks:
+            process.join()
+
+    def finish(self) -> None:
+        """Wait for the good end of the run."""
+        codes = self.wait()
+        assert not any(codes), f"exit codes {codes}; output:\n{self.output()}"
+
+    def events(self, rank: int = 0) -> int:
+        """How often a rank of a finished run asked, see `die_at`."""
+        return int(self.log.with_suffix(f".{rank}").read_text())
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+
+def _rank(
+    trainer: str, lines: list[str], environment: dict, log: Path, count: Path, die_at: int | None
+) -> None:
+    os.environ |= {name: str(value) for name, value in environment.items()}
+    torch.set_num_threads(1)
+    with log.open("a", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    seen = 0
+
+    def watch(event: str, arguments: tuple) -> None:
+        nonlocal seen
+        if event in _EVENTS and any("/checkpoints" in str(x) for x in arguments[:2]):
+            seen += 1
+            if seen == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    try:
+        launch(composed(trainer, lines))
+    except RL2Error as error:  # as the command does
+        sys.exit(f"{type(error).__name__}: {error}")
+    count.write_text(str(seen))
