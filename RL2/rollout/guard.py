@@ -20,6 +20,7 @@ import tempfile
 import time
 
 _GRACE = 3.0  # seconds between asking and killing
+_KILLED = 5.0  # seconds that killed processes may take to be gone
 _POLL = 0.2
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -76,10 +77,18 @@ def _end(server: subprocess.Popen) -> None:
         if server.returncode is not None and not _descendants(os.getpid()):
             return
         time.sleep(_POLL / 4)
-    for pid in _descendants(os.getpid()) or [server.pid]:
-        _kill(pid, signal.SIGKILL)
-    server.poll()
-    _reap()
+    # A killed process is there for a while yet, above all on a busy machine, and may have had a
+    # child just before.
+    deadline = time.monotonic() + _KILLED
+    while time.monotonic() < deadline:
+        left = _descendants(os.getpid())  # nobody where there is no /proc
+        if not left and server.poll() is not None:
+            return
+        for pid in left or [server.pid]:
+            _kill(pid, signal.SIGKILL)
+        time.sleep(_POLL / 40)
+        server.poll()
+        _reap()
 
 
 def main(trainer: int, command: list[str]) -> int:

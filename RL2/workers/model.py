@@ -195,7 +195,7 @@ def load_model(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if train and config.lora.rank is not None:
         add_adapters(model, config.lora)
-    if not config.compile:
+    if not (train and config.compile):
         accelerate_linears(model)
     dtype = config.dtype if config.dtype != "auto" else saved.dtype or torch.float32
     model = TokenStatsModel(model, str(config.token_stats), train and config.offload_activations)

@@ -409,13 +409,13 @@ def test_stop_strings_reach_engine_and_environment(make, tmp_path, byte_tokenize
     for no_trim in (True, False):
         sampling = {"stop": ";", "no_stop_trim": no_trim, "max_new_tokens": 60, "temperature": 3.0}
         batch, metrics = make(
-            source, {"train_sampling_params": sampling, "responses_per_prompt": 30},
+            source, {"train_sampling_params": sampling, "responses_per_prompt": 300},
             rollouts_dir=folder,
         ).collect(make_items(2), step=1, train=True)  # fmt: skip
         semicolon = byte_tokenizer.encode(";")[0]
         stopped = (batch["actions"] == semicolon).any(1)
         assert stopped.sum() > 0
-        last = batch["actions"][torch.arange(60), batch["lengths"] - 1]
+        last = batch["actions"][torch.arange(600), batch["lengths"] - 1]
         assert torch.equal(last == semicolon, stopped)  # it ends the row, and its token stays
         assert torch.equal(batch["correct"], stopped & no_trim)
 
