@@ -6,6 +6,7 @@ from RL2.config.errors import (
     DataError,
     EngineError,
     EnvError,
+    Interrupted,
     RL2Error,
     TrainingError,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "DataError",
     "EngineError",
     "EnvError",
+    "Interrupted",
     "RL2Error",
     "RLConfig",
     "SFTConfig",

@@ -29,5 +29,9 @@ class CheckpointError(RL2Error, RuntimeError):
     """A checkpoint that cannot be written or loaded."""
 
 
+class Interrupted(RL2Error):
+    """The run was asked to stop while it waited for something; what it waited for is given up."""
+
+
 class TrainingError(RL2Error, RuntimeError):
     """Training that cannot go on."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config.errors import EngineError, EnvError
+from RL2.config.errors import EngineError, EnvError, Interrupted
 from RL2.distributed.traffic import Traffic
 from RL2.rollout.engine import Engine, SamplingParams
 from RL2.rollout.environments import Environment, load_environment
@@ -68,6 +69,7 @@ class _Report:
     env: list[str] = field(default_factory=list)
     malformed: list[str] = field(default_factory=list)
     failure: str | None = None
+    interrupted: bool = False
 
 
 class Collector:
@@ -146,6 +148,8 @@ class Collector:
         self._loop = EventLoopThread(device)
         self._player: Player | None = None
         self._flight: Flight | None = None  # of training, where groups go on from step to step
+        self._flying: Future[list[Group]] | None = None
+        self._interrupted = False
         if engine is None:
             return
         try:
@@ -198,6 +202,13 @@ class Collector:
         if self.engine is not None:
             self.run(self.engine.wake())
 
+    def interrupt(self) -> None:
+        """Give up the rollout or evaluation that goes on, and every later one: on all ranks
+        `collect` and `collect_step` raise Interrupted. May be called from any thread."""
+        self._interrupted = True
+        if (flying := self._flying) is not None:
+            flying.cancel()
+
     def close(self) -> None:
         """Close the engine and the event loop, whatever runs there. May be called twice."""
         if self._loop is None:
@@ -232,7 +243,7 @@ class Collector:
 
         Raises EnvError when environments failed more than `rollout.max_env_errors` times in the
         run, EngineError when an engine failed, or answered without sense more than
-        `rollout.max_malformed` times; on every rank.
+        `rollout.max_malformed` times, Interrupted after `interrupt`; on every rank.
         """
         left = iter(items)
         return self._collect(
@@ -427,14 +438,13 @@ class Collector:
         groups, report, failure = [], _Report(), None
         try:
             if fly is not None:
-                groups = self.run(fly())
+                groups = self._fly(fly())
             if flight is not None:
                 report.n_teach = sum(group.teaches(flight.filtering) for group in groups)
                 report.kept = [group.position for group in flight.groups]
-        except Exception as error:
-            if self.n_ranks == 1:
-                raise
+        except Exception as error:  # engines may fail because their servers were asked to stop, too
             failure, report.failure = error, f"{type(error).__name__}: {error}"
+        report.interrupted = self._interrupted
         report.n_refilled = len(refilled)
         samples = [sample for group in groups for sample in group.samples]
         report.env = [sample.error for sample in samples if sample.cause == "env"]
@@ -443,6 +453,8 @@ class Collector:
         if self.n_ranks > 1:
             reports = [None] * self.n_ranks  # small objects; the samples go as tensors
             dist.all_gather_object(reports, report, group=self.group)
+        if any(other.interrupted for other in reports):
+            raise Interrupted("rollout: the run was asked to stop") from failure
         if failure is not None:
             raise failure
         for rank, other in enumerate(reports):
@@ -450,6 +462,18 @@ class Collector:
                 raise EngineError(f"rollout stopped because rank {rank} failed: {other.failure}")
         self._count_failures(reports)
         return groups, reports
+
+    def _fly(self, flight: Coroutine[Any, Any, list[Group]]) -> list[Group]:
+        self._flying = self._loop.start(flight)
+        if self._interrupted:
+            self.interrupt()
+        try:
+            return self._flying.result()
+        except BaseException:
+            self._flying.cancel()  # without effect on one that has ended
+            raise
+        finally:
+            self._flying = None
 
     def _count_failures(self, reports: list[_Report]) -> None:
         env = [error for report in reports for error in report.env]

@@ -169,11 +169,19 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Of this rank's generators."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Undo what was drawn since `rng_state`."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def _trained(actor: Actor, state: dict[str, Any]) -> dict[str, Any]:
@@ -199,6 +207,10 @@ class Checkpoints:
         self.keep_last = keep_last
         self.about = about or {}
 
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, once it is complete."""
+        return self.folder / f"step{step:06d}"
+
     def steps(self) -> list[Path]:
         """Complete checkpoints, newest first."""
         return sorted(self.folder.glob("step[0-9]*"), reverse=True)
@@ -217,7 +229,7 @@ class Checkpoints:
         if step == 0:
             old = [run / name for name in _RUN_FILES]
         else:
-            old = [path for path in self.steps() if path.name > f"step{step:06d}"]
+            old = [path for path in self.steps() if path.name > self.path(step).name]
         old = [path for path in old if path.exists()]
         if not old:
             return
@@ -230,14 +242,19 @@ class Checkpoints:
         what = "an earlier run" if step == 0 else f"checkpoints beyond step {step}"
         logger.warning("%s: %s moved aside to %s", run, what, aside)
 
-    def save(self, step: int, actor: Actor, source: Any, state: dict[str, Any]) -> Path:
+    def save(
+        self, step: int, actor: Actor, position: dict[str, Any], state: dict[str, Any]
+    ) -> Path:
         """Write one checkpoint; it becomes visible only when all of it is on disk.
+
+        Args:
+            position: the source's `state_dict`. state: of the trainer, as JSON has it.
 
         Raises:
             CheckpointError: on every rank, where one of them cannot write its part. Earlier
                 checkpoints are as they were.
         """
-        final = self.folder / f"step{step:06d}"
+        final = self.path(step)
         # get_state_dict, not optimizer.state_dict(): DCP drops AdamW's moments of the latter
         model, optimizer = get_state_dict(actor.model, actor.optimizer)
         tensors = {"model": _trained(actor, model), "optimizer": optimizer}
@@ -254,7 +271,7 @@ class Checkpoints:
 
         temporary = broadcast(_together(lambda: self._begin(final, needed), failed))
         try:
-            own = _together(lambda: _write(temporary, tensors, actor, source), failed)
+            own = _together(lambda: _write(temporary, tensors, actor, position), failed)
             files = [None] * world_size()
             dist.all_gather_object(files, own)
             state = state | {
@@ -362,22 +379,19 @@ class Checkpoints:
         actor.bad_steps = state["bad_steps"]
         own = folder / f"rank{rank()}.pt"
         if own.exists():
-            rng = torch.load(own, weights_only=True)["rng"]
-            torch.set_rng_state(rng["cpu"])
-            if "cuda" in rng and actor.device.type == "cuda":
-                torch.cuda.set_rng_state(rng["cuda"], actor.device)
+            set_rng_state(torch.load(own, weights_only=True)["rng"], actor.device)
         # The position in the data is one and the same on all ranks, also on ranks that are new.
         source.load_state_dict(torch.load(folder / "rank0.pt", weights_only=True)["source"])
         return state
 
 
-def _write(temporary: Path, tensors: Any, actor: Actor, source: Any) -> manifest.Files:
+def _write(temporary: Path, tensors: Any, actor: Actor, position: dict[str, Any]) -> manifest.Files:
     """This rank's part, durable; returns what it has written."""
     dcp.save(tensors, checkpoint_id=temporary)  # which syncs its files
     # One file a rank: a plain value under one key would be stored once for all ranks.
     own = temporary / f"rank{rank()}.pt"
     with own.open("wb") as file:
-        torch.save({"rng": _rng_state(actor.device), "source": source.state_dict()}, file)
+        torch.save({"rng": rng_state(actor.device), "source": position}, file)
         file.flush()
         os.fsync(file.fileno())
     return manifest.fingerprints([own, *temporary.glob(f"__{rank()}_*")], temporary)  # DCP's names

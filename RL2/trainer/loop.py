@@ -5,6 +5,7 @@ import resource
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -16,12 +17,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from RL2.algorithms.advantages import resolve_advantage
 from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
-from RL2.config import ConfigError
-from RL2.distributed import Traffic, broadcast, rank
+from RL2.config import ConfigError, Interrupted
+from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks
 from RL2.distributed.comm import Batch
-from RL2.trainer.checkpoint import Checkpoints, lock, save_model
+from RL2.trainer.checkpoint import Checkpoints, lock, rng_state, save_model, set_rng_state
 from RL2.trainer.metrics import Metrics, Timers
 from RL2.trainer.sources import DatasetSource, RolloutSource
+from RL2.trainer.stop import StopRequest
 from RL2.workers import Actor
 
 logger = logging.getLogger(__name__)
@@ -103,10 +105,12 @@ class Trainer:
     Args:
         config: a composed, validated and resolved config.
         device: this rank's device.
+        stop: says whether to end early; None never does.
     """
 
-    def __init__(self, config: DictConfig, device: torch.device):
+    def __init__(self, config: DictConfig, device: torch.device, stop: StopRequest | None = None):
         self.config, self.device = config, device
+        self.stop = stop or StopRequest()
         self.is_rl = "rollout" in config
         self.timers, self.traffic = Timers(), Traffic()
         self.alarmed = False
@@ -139,37 +143,83 @@ class Trainer:
         self.best: dict[str, float] = {}
 
     def train(self) -> None:
-        """Train to the last step, wherever the run stands, and leave the model in `final`."""
-        done = self._resume()
+        """Train to the last step, wherever the run stands, and leave the model in `final`.
+
+        Raises:
+            Interrupted: the run was asked to stop. What it has learned is in a checkpoint.
+        """
+        done, unfinished = self._resume()
+        self.stop.call(self.source.interrupt)
         with logging_redirect_tqdm(), self._bar(done) as bar:
-            if done == 0:
-                if metrics := self._evaluate(0):
+            if unfinished is not None:
+                self._log(done, self._end_step(done, unfinished))
+            elif done == 0:
+                if metrics := self._end_step(0, {}):
                     self._log(0, metrics)
             for step in range(done + 1, self.n_steps + 1):
                 with self.timers("step"):
                     metrics = self._step(step)
                 self._log(step, metrics)
                 if self._due(self.config.trainer.save_freq, step):
-                    self._save(step)
+                    self._save(step, self.source.state_dict())
                 bar.update()
         self._finish(max(done, self.n_steps))
 
     def _step(self, step: int) -> dict[str, float]:
-        with self.timers("rollout"):
-            batch, metrics = self.source.collect(step, last=step == self.n_steps)
+        before = self._position()
+        try:
+            with self.timers("rollout"):
+                batch, metrics = self.source.collect(step, last=step == self.n_steps)
+        except Interrupted:
+            self._stop(step - 1, before)
         if self.is_rl:
             batch = self._annotate(batch)
         with self.timers("update_actor"):
             metrics |= self.actor.update(batch, step)
         if self.is_rl:
             metrics |= self._compare(metrics)
-        with self.timers("rollout"):
-            self.source.finish()
-        with self.timers("update_rollout"):
-            self._publish(step)
-        if self._due(self.config.trainer.get("test_freq"), step):
-            metrics |= self._evaluate(step)
+        return self._end_step(step, metrics)
+
+    def _end_step(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """All that follows an update. Where that is broken off, the run that goes on does it."""
+        try:
+            if sum_over_ranks(torch.tensor(int(self.stop.number is not None))):
+                raise Interrupted
+            if step > 0:
+                with self.timers("rollout"):
+                    self.source.finish()
+                with self.timers("update_rollout"):
+                    self._publish(step)
+            if step == 0 or self._due(self.config.trainer.get("test_freq"), step):
+                metrics = metrics | self._evaluate(step)
+        except Interrupted:
+            self._stop(step, self._position(), metrics | self.traffic.pop())
         return metrics
+
+    def _position(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What decides the next step beside the weights: position in the data, random states."""
+        return self.source.state_dict(), rng_state(self.device)
+
+    def _stop(
+        self,
+        step: int,
+        position: tuple[dict[str, Any], dict[str, Tensor]],
+        unfinished: dict[str, float] | None = None,
+    ) -> NoReturn:
+        """Save what `step` has left, as it was at `position`, and raise Interrupted.
+
+        unfinished: the step's metrics, if it is not logged yet.
+        """
+        saved = self.checkpoints.path(step)
+        if step == 0:
+            raise Interrupted("asked to stop before anything was learned; nothing was saved")
+        if not broadcast(saved.exists()):
+            source, rng = position
+            set_rng_state(rng, self.device)
+            self._save(step, source, unfinished)
+        raise Interrupted(
+            f"asked to stop: step {step} is in {saved}; trainer.load_ckpt_from=latest goes on there"
+        )
 
     def _compare(self, metrics: dict[str, float]) -> dict[str, float]:
         """Whether engine and trainer disagree too much; warned of when it begins."""
@@ -207,21 +257,27 @@ class Trainer:
             self.best = {"step": step, "test/score": score}
         return metrics
 
-    def _resume(self) -> int:
+    def _resume(self) -> tuple[int, dict[str, float] | None]:
+        """The last step that was done, and its metrics where they have not been logged."""
         state = None
         if self.config.trainer.load_ckpt_from is not None:
             state = self.checkpoints.load(
                 self.config.trainer.load_ckpt_from, self.actor, self.source
             )
-        state = state or {"step": 0, "best": {}, "run_id": None}
+        state = {"unfinished": None} | (state or {"step": 0, "best": {}, "run_id": None})
         self.best = state["best"]
         # At the start, too: servers may hold anything, and weights that do not arrive stop the run
         # before the first rollout.
-        self._publish(state["step"])
+        # (A step that was broken off brings them there when it goes on.)
+        if state["unfinished"] is None:
+            self._publish(state["step"])
+        if state["step"] > 0:
+            self.traffic.pop()  # belongs to no step
         if rank() == 0:
             self.checkpoints.set_aside(state["step"])
-            self.metrics = Metrics(self.config, state["step"], state["run_id"])
-        return state["step"]
+            logged = state["step"] - (state["unfinished"] is not None)
+            self.metrics = Metrics(self.config, logged, state["run_id"])
+        return state["step"], state["unfinished"]
 
     def _publish(self, step: int) -> None:
         """The actor's weights to the engine, which from then on has the device's memory."""
@@ -229,16 +285,17 @@ class Trainer:
         self.source.publish(self.actor, step)
         self.actor.offload()
 
-    def _save(self, step: int) -> None:
+    def _save(
+        self, step: int, source: dict[str, Any], unfinished: dict[str, float] | None = None
+    ) -> None:
         with self.timers("save"):
             run_id = self.metrics.run_id if self.metrics else None
-            state = {"best": self.best, "run_id": run_id}
-            self.checkpoints.save(step, self.actor, self.source, state)
+            state = {"best": self.best, "run_id": run_id, "unfinished": unfinished}
+            self.checkpoints.save(step, self.actor, source, state)
 
     def _finish(self, step: int) -> None:
-        saved = self.checkpoints.folder / f"step{step:06d}"
-        if not broadcast(saved.exists()):
-            self._save(step)
+        if not broadcast(self.checkpoints.path(step).exists()):
+            self._save(step, self.source.state_dict())
         self._save_model("final")
         logger.info("model: %s", self._path("final"))
         if self.best:

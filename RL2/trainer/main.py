@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import time
 from importlib.util import find_spec
@@ -9,7 +10,14 @@ from importlib.util import find_spec
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from RL2.config import RL2Error, apply_fallbacks, check_overrides, register_schemas, validate
+from RL2.config import (
+    Interrupted,
+    RL2Error,
+    apply_fallbacks,
+    check_overrides,
+    register_schemas,
+    validate,
+)
 
 logger = logging.getLogger("RL2")
 
@@ -63,6 +71,7 @@ def launch(config: DictConfig) -> None:
 
     from RL2.distributed import process_group
     from RL2.trainer.loop import Trainer
+    from RL2.trainer.stop import stop_signals
 
     available = {name for name in _OPTIONAL if find_spec(name)}
     for line in apply_fallbacks(config, torch.cuda.is_available(), available):
@@ -73,9 +82,12 @@ def launch(config: DictConfig) -> None:
         1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     )
     torch.set_num_threads(threads)
-    with process_group(config.actor.device) as device:
-        trainer = Trainer(config, device)
+    with stop_signals() as stop, process_group(config.actor.device) as device:
+        trainer = Trainer(config, device, stop)
         try:
             trainer.train()
+        except Interrupted as end:
+            logger.warning("%s", end)
+            sys.exit(128 + (stop.number or signal.SIGTERM))  # as shells have it
         finally:
             trainer.close()

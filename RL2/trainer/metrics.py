@@ -58,7 +58,7 @@ class Metrics:
     def __init__(self, config: DictConfig, resumed_step: int, run_id: str | None):
         self.path = Path(config.trainer.save_dir) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _lines_until(self.path, resumed_step) if resumed_step > 0 else []
+        kept = _lines_until(self.path, resumed_step)
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         temporary.replace(self.path)

@@ -180,6 +180,11 @@ class RolloutSource:
         items = [self.test[i] for i in range(len(self.test))]
         return self.collector.collect(items, step, train=False)[1]
 
+    def interrupt(self) -> None:
+        """Give up generating: what waits for a rollout or an evaluation, now or later, raises
+        Interrupted on every rank. May be called from any thread."""
+        self.collector.interrupt()
+
     def publish(self, actor: Actor, step: int) -> None:
         """Serve the actor's weights from now on (a collective)."""
         self.finish()
@@ -245,6 +250,9 @@ class DatasetSource:
 
     def finish(self) -> None:
         """Nothing goes on beside the training."""
+
+    def interrupt(self) -> None:
+        """Nothing takes long."""
 
     def publish(self, actor: Actor, step: int) -> None:
         """Nobody else holds the weights."""

@@ -1,0 +1,173 @@
+"""A run that is asked to stop saves at once, ends, and goes on as if nothing had been."""
+
+import os
+import signal
+import time
+from itertools import product
+
+import pytest
+
+from RL2.trainer.checkpoint import Checkpoints, damage
+from tests.faults.support import LONG, Run
+from tests.trainer.support import lasting, rows_of, same_weights, weights, write_files, write_model
+
+GRACE = 30  # seconds that torchrun gives between SIGTERM and SIGKILL
+
+# Waits at the so manyth answer of a phase until somebody takes the file away.
+ENVIRONMENT = """
+import asyncio
+from pathlib import Path
+
+HERE = Path(__file__).parent
+calls = 0
+
+
+async def step(state, action, extra_info):
+    global calls
+    calls += 1
+    if (HERE / "wait").exists() and calls >= int((HERE / "wait").read_text()):
+        (HERE / "waits").touch()
+        while (HERE / "wait").exists():
+            await asyncio.sleep(0.01)
+    good = float(sum(map(ord, action)) % 2)
+    return {"next_state": None, "reward": good, "score": good, "done": True}
+"""
+# The same within the update, which goes on when it may.
+LOSS = """
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+calls = 0
+
+
+def nll(logps):
+    global calls
+    calls += 1
+    if (HERE / "wait").exists() and calls >= int((HERE / "wait").read_text()):
+        (HERE / "waits").touch()
+        time.sleep(1)
+    return -logps
+"""
+SETTINGS = {
+    "test_data__max_examples": 4, "trainer__test_freq": 2, "actor__lr": "1e-2",
+    "trainer__n_epochs": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    files = write_files(tmp_path_factory.mktemp("files"))
+    write_model(files / "dropout", "gpt2", std=0.2)
+    (files / "waiting.py").write_text(ENVIRONMENT)
+    (files / "loss.py").write_text(LOSS)
+    return files
+
+
+def settings(files, trainer, staleness=0):
+    if trainer == "sft":
+        return {
+            "actor__model_name": files / "dropout", "actor__lr": "1e-2", "trainer__n_epochs": 2,
+            "actor__loss__import_path": f"{files / 'loss.py'}:nll",
+        }  # fmt: skip
+    return SETTINGS | {
+        "rollout__env_path": files / "waiting.py", "test_data__path": files / "rows.jsonl",
+        "rollout__staleness": staleness,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+    """Call with (trainer, ranks, staleness): the folder of a run that nobody disturbs."""
+    runs = {}
+
+    def run(*key):
+        if key not in runs:
+            trainer, n_ranks, staleness = key
+            runs[key] = tmp_path_factory.mktemp("whole") / "run"
+            changes = settings(files, trainer, staleness)
+            Run(files, trainer, runs[key], n_ranks, **changes).finish()
+        return runs[key]
+
+    return run
+
+
+def stopped(files, run, number):
+    """Exit codes and seconds after a signal to all ranks, once one of them waits."""
+    deadline = time.monotonic() + 60
+    while not (files / "waits").exists():
+        assert time.monotonic() < deadline, run.output()
+        time.sleep(0.01)
+    start = time.monotonic()
+    for process in run.ranks:
+        os.kill(process.pid, number)
+    codes = run.wait(timeout=GRACE)
+    return codes, time.monotonic() - start
+
+
+def assert_same(folder, expected):
+    rows, others = ([lasting(row) for row in rows_of(run)] for run in (folder, expected))
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    for row, other in zip(rows, others, strict=True):
+        assert row == other
+    assert same_weights(weights(folder / "final"), weights(expected / "final"))
+
+
+# Calls of the environment, shared by the ranks: 4 tests at step 0 and after steps 2, 4 and 6, and 8
+# samples a step.
+PLACES = {
+    "evaluation before the first step": 2,
+    "first rollout": 6,
+    "second rollout": 16,
+    "evaluation": 22,
+    "third rollout": 28,
+}
+ALL = [(*case, n_ranks) for case in product(PLACES, (0, 1)) for n_ranks in (1, 2)]
+SOME = [("first rollout", 0, 1), ("evaluation", 0, 2), ("third rollout", 1, 2)]
+
+
+@pytest.mark.parametrize(("place", "staleness", "n_ranks"), ALL if LONG else SOME)
+def test_stopped_while_it_generates(files, whole, tmp_path, place, staleness, n_ranks):
+    number = signal.SIGTERM if n_ranks == 2 else signal.SIGINT
+    changes = settings(files, "spo", staleness)
+    expected = whole("spo", n_ranks, staleness)
+    folder = tmp_path / "run"
+    try:
+        (files / "wait").write_text(str(PLACES[place] // n_ranks))
+        run = Run(files, "spo", folder, n_ranks, **changes)
+        codes, seconds = stopped(files, run, number)
+    finally:
+        for name in ("wait", "waits"):
+            (files / name).unlink(missing_ok=True)
+    assert codes == [128 + number] * n_ranks, run.output()
+    assert seconds < GRACE
+    assert "asked to stop" in run.output() and "Traceback" not in run.output()
+    assert all(damage(path) is None for path in Checkpoints(folder).steps())
+    rest = Run(files, "spo", folder, n_ranks, trainer__load_ckpt_from="latest", **changes)
+    rest.finish()
+    if staleness == 0 or PLACES[place] <= PLACES["first rollout"]:
+        assert_same(folder, expected)
+    else:  # what was generated ahead is generated anew, by newer weights
+        steps, others = ([row["step"] for row in rows_of(run)] for run in (folder, expected))
+        assert steps == others
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_stopped_while_it_updates(files, whole, tmp_path, n_ranks):
+    """The update comes to its end; the random state that dropout needs is saved."""
+    changes = settings(files, "sft")
+    expected = whole("sft", n_ranks, 0)
+    folder = tmp_path / "run"
+    try:
+        (files / "wait").write_text("3")
+        run = Run(files, "sft", folder, n_ranks, **changes)
+        codes, seconds = stopped(files, run, signal.SIGTERM)
+    finally:
+        for name in ("wait", "waits"):
+            (files / name).unlink(missing_ok=True)
+    assert codes == [128 + signal.SIGTERM] * n_ranks, run.output()
+    assert seconds < GRACE
+    saved = Checkpoints(folder).steps()
+    assert len(saved) == 1 and damage(saved[0]) is None
+    Run(files, "sft", folder, n_ranks, trainer__load_ckpt_from="latest", **changes).finish()
+    assert_same(folder, expected)
