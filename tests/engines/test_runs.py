@@ -105,6 +105,7 @@ def test_a_step_with_a_large_learning_rate_is_served(setup, tmp_path, monkeypatc
     assert (logps - reference_logps(old, prompt, served.token_ids, 1.0)).abs().max() > 0.1
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_servers_killed_at_random_lose_and_repeat_nothing(setup):
     run = setup(
@@ -141,6 +142,7 @@ def test_servers_killed_at_random_lose_and_repeat_nothing(setup):
         assert Counter(s["group"] for s in samples) == {group: 4 for group in range(8)}
 
 
+@pytest.mark.long
 def test_with_no_server_left_the_run_stops_within_a_minute(setup):
     """Both servers are killed and killed again, faster than they can start."""
     run = setup(rollout__servers_per_node=2, trainer__n_epochs=100, rollout__max_restarts=0)
@@ -164,6 +166,7 @@ def test_with_no_server_left_the_run_stops_within_a_minute(setup):
     assert "  | " in message  # the end of a log
 
 
+@pytest.mark.long
 def test_two_ranks_one_drives_two_servers(setup):
     run = setup(rollout__servers_per_node=2, trainer__n_epochs=2)
     process = command_line(run, n_ranks=2)
@@ -180,6 +183,7 @@ def test_two_ranks_one_drives_two_servers(setup):
     assert logs == [f"{run.engine}{index}.log" for index in range(2)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["staleness=1", "partial_rollout=true"])
 def test_tokens_of_older_weights_are_told_apart(setup, monkeypatch, way):
     key, _, value = way.partition("=")
