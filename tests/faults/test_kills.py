@@ -80,7 +80,7 @@ def resume(files, trainer, folder, n_ranks, **changes):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", points(few=4, many=20))
+@pytest.mark.parametrize("seed", points(few=3, many=20))
 def test_killed_within_a_save(files, whole, tmp_path, seed):
     """Data, manifest, renaming, removing: wherever the file system is asked for something."""
     chance = random.Random(seed)
@@ -98,7 +98,7 @@ def test_killed_within_a_save(files, whole, tmp_path, seed):
     assert_same(folder, one.folder)
 
 
-@pytest.mark.parametrize("seed", points(few=3, many=30))
+@pytest.mark.parametrize("seed", points(few=2, many=30))
 def test_killed_at_any_time_and_killed_again(files, whole, tmp_path, seed):
     chance = random.Random(1000 + seed)
     trainer, n_ranks = chance.choice(TRAINERS), 1 + seed % 2
