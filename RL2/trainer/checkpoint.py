@@ -319,6 +319,10 @@ class Checkpoints:
         pointer.write_text(final.name)
         _fsync(pointer)
         pointer.replace(self.folder / "latest")
+        self.prune()
+
+    def prune(self) -> None:
+        """Rank 0: keep the newest `keep_last` alone."""
         for old in self.steps()[self.keep_last :] if self.keep_last else []:
             _remove(old)
 

@@ -275,6 +275,7 @@ class Trainer:
             self.traffic.pop()  # belongs to no step
         if rank() == 0:
             self.checkpoints.set_aside(state["step"])
+            self.checkpoints.prune()  # a run that was killed may not have come to it
             logged = state["step"] - (state["unfinished"] is not None)
             self.metrics = Metrics(self.config, logged, state["run_id"])
         return state["step"], state["unfinished"]
