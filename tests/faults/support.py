@@ -68,11 +68,13 @@ class Run:
         for process in self.ranks:
             process.start()
 
-    def wait(self, timeout: float = 120) -> list[int]:
-        """Exit codes of all ranks. As torchrun does, ends the others when one has failed."""
+    def wait(self, timeout: float = 120, end_others: bool = True) -> list[int]:
+        """Exit codes of all ranks. As torchrun does, ends the others when one has failed, unless
+        it has been told to stop itself."""
         end = time.monotonic() + timeout
         while any(process.exitcode is None for process in self.ranks):
-            if any(process.exitcode for process in self.ranks) or time.monotonic() > end:
+            failed = end_others and any(process.exitcode for process in self.ranks)
+            if failed or time.monotonic() > end:
                 self.kill()
             time.sleep(0.01)
         if time.monotonic() > end:

@@ -101,7 +101,7 @@ def stopped(files, run, number):
     start = time.monotonic()
     for process in run.ranks:
         os.kill(process.pid, number)
-    codes = run.wait(timeout=GRACE)
+    codes = run.wait(timeout=GRACE, end_others=False)
     return codes, time.monotonic() - start
 
 
