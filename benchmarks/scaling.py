@@ -53,21 +53,22 @@ class Run:
         self.share = n_prompts / options.prompts / (1 if apart else n_ranks)
         longest = options.prompt_length + options.new_tokens
 
-        def start(rank: int, size: int, port: int, save_dir: str) -> Process:
+        def start_run(size: int) -> list[Process]:
             lines = our_lines(
-                folder, options, trainer__save_dir=save_dir,
+                folder, options, trainer__save_dir=tempfile.mkdtemp(dir=folder),
                 train_data__prompts_per_rollout=n_prompts,
                 actor__max_length_per_device=options.sequences * longest,
             )  # fmt: skip
-            return start_ours(
-                [*lines, *spread], options.threads, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK=str(rank),
-                LOCAL_WORLD_SIZE=str(size),
-            )  # fmt: skip
-
-        def start_run(size: int) -> list[Process]:
-            port, save_dir = free_port(), tempfile.mkdtemp(dir=folder)
-            return [start(rank, size, port, save_dir) for rank in range(size)]
+            group = {
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+                "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+            }  # fmt: skip
+            return [
+                start_ours(
+                    [*lines, *spread], options.threads, **group, RANK=str(r), LOCAL_RANK=str(r)
+                )
+                for r in range(size)
+            ]
 
         sizes = [1] * n_ranks if apart else [n_ranks]
         self.ranks = [process for size in sizes for process in start_run(size)]

@@ -2,7 +2,6 @@
 
 import atexit
 import os
-import socket
 from collections.abc import Callable
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -12,6 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 from RL2.distributed import process_group
+from RL2.rollout.servers import free_port
 
 _POOLS: dict[int, list[tuple[mp.Process, Connection]]] = {}
 
@@ -35,9 +35,7 @@ def _start(n_ranks: int) -> list[tuple[mp.Process, Connection]]:
     # Forked from a server that has imported everything already, which takes seconds.
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["RL2.trainer.loop"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pool = []
     for rank in range(n_ranks):
         own, theirs = context.Pipe()

@@ -468,10 +468,7 @@ class Collector:
         if self._interrupted:
             self.interrupt()
         try:
-            return self._flying.result()
-        except BaseException:
-            self._flying.cancel()  # without effect on one that has ended
-            raise
+            return self._loop.wait(self._flying)
         finally:
             self._flying = None
 

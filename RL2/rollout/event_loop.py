@@ -37,7 +37,11 @@ class EventLoopThread:
 
         An interrupt of the waiting thread (Ctrl-C) cancels the coroutine.
         """
-        future = self.start(coroutine)
+        return self.wait(self.start(coroutine))
+
+    @staticmethod
+    def wait(future: Future[T]) -> T:
+        """The result of what `start` began, as `run` waits for it."""
         try:
             return future.result()
         except BaseException:

@@ -2,11 +2,11 @@
 
 <save_dir>/checkpoints/step000020/   model and optimizer (torch.distributed.checkpoint),
                                      trainer.json, rank0.pt … (RNG and data position), and
-                                     manifest.json: what all of that has to be
+                                     manifest.json: what all of that has to be; where adapters
+                                     are trained (LoRA) those alone: what is frozen comes from
+                                     actor.model_name
 <save_dir>/checkpoints/latest        name of the newest complete one
 <save_dir>/checkpoints/damaged-…     what was found not to be what its manifest says
-                                     where adapters are trained (LoRA) those alone: what is frozen
-                                     comes from actor.model_name
 <save_dir>/final, <save_dir>/best    plain `save_pretrained` folders, adapters merged; the adapters
                                      themselves in `adapter`, as peft saves them
 <save_dir>/before1 …                 what earlier runs left in the folder and this one does not
@@ -26,6 +26,7 @@ import socket
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -416,10 +417,9 @@ def damage(folder: Path) -> str | None:
 
 def _set_apart(folder: Path) -> str:
     """Rename a damaged checkpoint, so that it is not tried again (rank 0); returns its name."""
-    number, name = 1, f"damaged-{folder.name}"
-    while folder.with_name(name).exists():
-        number, name = number + 1, f"damaged-{folder.name}-{number + 1}"
-    name = broadcast(name)
+    plain = f"damaged-{folder.name}"
+    names = chain([plain], (f"{plain}-{number}" for number in count(2)))
+    name = broadcast(next(name for name in names if not folder.with_name(name).exists()))
     if rank() == 0:
         folder.rename(folder.with_name(name))
     return name

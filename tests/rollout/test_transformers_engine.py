@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from RL2.config.errors import EngineError
 from RL2.rollout.engine import SamplingParams
-from RL2.rollout.transformers_engine import TransformersEngine, exponential_noise
+from RL2.rollout.transformers_engine import TransformersEngine
 from tests.rollout.support import EOS, PAD, make_model, reference_logps
 
 UNEQUAL_PROMPTS = [[7] * 1, [9, 8, 7], list(range(10, 90)), [33] * 17, list(range(100, 104))]
@@ -112,24 +112,6 @@ def test_samples_follow_the_models_distribution(engine, byte_model):
     freedom = len(expected) - 1
     assert freedom > 20
     assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom)
-
-
-def test_noise_is_exponential_and_independent():
-    seeds = torch.arange(200) * 3 + torch.iinfo(torch.int64).min  # any 64 bits are a seed
-    noise = torch.stack([exponential_noise(seeds, position, 500) for position in range(20)])
-    assert noise.isfinite().all() and (noise > 0).all()
-    assert noise.mean().item() == pytest.approx(1, abs=0.005)
-    assert noise.var().item() == pytest.approx(1, rel=0.01)
-    # The smallest decide who wins: as many as there should be, and hardly any two alike.
-    small = noise[noise < 0.001]
-    assert len(small) / noise.numel() == pytest.approx(0.001, rel=0.15)
-    assert len(small.unique()) > 0.99 * len(small)
-    centred = (noise - noise.mean()) / noise.std()
-    for axis in range(3):
-        for lag in (1, 2):
-            a = centred.narrow(axis, 0, centred.shape[axis] - lag)
-            b = centred.narrow(axis, lag, centred.shape[axis] - lag)
-            assert abs((a * b).mean().item()) < 5 / math.sqrt(a.numel())
 
 
 def test_top_p_samples_the_nucleus_and_reports_the_full_distribution(engine, byte_model):
