@@ -270,6 +270,7 @@ class TrainerConfig:
     save_dir: str = MISSING
     save_freq: int | None = MISSING
     keep_last: int | None = MISSING
+    async_save: bool = MISSING
     use_wandb: bool = MISSING
     seed: int = MISSING
     max_bad_steps: int = MISSING

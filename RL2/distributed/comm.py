@@ -122,19 +122,19 @@ class ScatterPlan:
         return ranges((source[piece] + cuts - starts[piece])[order], lengths[order])
 
 
-def broadcast(value: Any) -> Any:
-    """Rank 0's small python object on every rank."""
+def broadcast(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Rank 0's small python object on every rank. group: of all ranks, None: the default one."""
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Element-wise sum of a tensor over all ranks."""
+def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Element-wise sum of a tensor over all ranks. group: of all ranks, None: the default one."""
     if world_size() > 1:
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=group)
     return values
 
 

@@ -177,6 +177,35 @@ class Collector:
         """Prompts that were begun and whose answers are in no batch yet, the same on all ranks."""
         return [item for items in self._carried for item in items]
 
+    def state_dict(self) -> dict[str, Any]:
+        """Failures counted so far, and the groups that this rank carries to the next step, with
+        all that is written of them."""
+        flight = self._flight
+        return {
+            "env_errors": self.env_errors,
+            "malformed": self.malformed,
+            "carried": [] if flight is None else self.run(flight.state_dict()),
+        }
+
+    def load_state_dict(self, states: list[dict[str, Any]], items: list[Item]) -> None:
+        """Go on from what `state_dict` gave on all ranks of a run, on however many ranks.
+
+        items: the prompts of all groups that were carried, rank by rank. Without
+            `rollout.partial_rollout` there must be none.
+        """
+        self.env_errors, self.malformed = states[0]["env_errors"], states[0]["malformed"]
+        groups = [group for state in states for group in state["carried"]]
+        held = [0 for _ in self.drivers]
+        self._carried = [[] for _ in self.drivers]
+        own = []
+        for group, item, owner in zip(groups, items, spread(held, len(items)), strict=True):
+            self._carried[owner].append(item)
+            if owner == self.driver:
+                own.append(Group.from_state_dict(len(own), item, group))
+        if own:
+            self._flight = self._new_flight(True, self.responses_per_prompt[True])
+            self.run(self._flight.resume(own))
+
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine (of the engine, say) on the collector's event loop."""
         return self._loop.run(coroutine)
@@ -412,18 +441,20 @@ class Collector:
         """Where this rank's groups are, None if it does not drive an engine."""
         if self._player is None:
             return None
-        if step.cut and self._flight is not None:
-            return self._flight
-        sampling, player = self.sampling[step.train], self._player
+        if not step.cut:
+            return self._new_flight(step.train, step.n_responses)
+        if self._flight is None:
+            self._flight = self._new_flight(step.train, step.n_responses)
+        return self._flight
+
+    def _new_flight(self, train: bool, n_responses: int) -> Flight:
+        sampling, player = self.sampling[train], self._player
 
         async def play(sample: Sample, item: Item, gate: Gate) -> None:
-            await player.play(sample, item, sampling, gate, train=step.train)
+            await player.play(sample, item, sampling, gate, train=train)
 
-        filtering = step.train and self._filters(step.n_responses)
-        flight = Flight(play, self.engine, self.max_in_flight, filtering)
-        if step.cut:
-            self._flight = flight
-        return flight
+        filtering = train and self._filters(n_responses)
+        return Flight(play, self.engine, self.max_in_flight, filtering)
 
     def _round(
         self,

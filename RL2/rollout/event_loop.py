@@ -92,7 +92,7 @@ class EventLoopThread:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
 
 
-def in_thread(function: Callable[[], T]) -> Future[T]:
+def in_thread(function: Callable[[], T], name: str) -> Future[T]:
     """Call a function in a daemon thread, so that one that hangs does not hold up the exit."""
     future: Future[T] = Future()
 
@@ -102,5 +102,5 @@ def in_thread(function: Callable[[], T]) -> Future[T]:
         except BaseException as error:  # whoever asks for the result gets it
             future.set_exception(error)
 
-    threading.Thread(target=call, name="rollout-ahead", daemon=True).start()
+    threading.Thread(target=call, name=name, daemon=True).start()
     return future

@@ -86,6 +86,16 @@ class Flight:
             self._progress = lambda: None
         return self._take(wanted if cut else None)
 
+    async def resume(self, groups: Iterable[Group]) -> None:
+        """Take groups that were carried by another flight, for the next `fly`."""
+        self.gate.close()
+        for group in groups:
+            self._begin(group)
+
+    async def state_dict(self) -> list[dict[str, Any]]:
+        """Of all that it holds, by position."""
+        return [group.state_dict() for group in self.groups]
+
     async def abandon(self) -> None:
         """Cancel what is in flight and forget it."""
         tasks, self._tasks = list(self._tasks), {}
@@ -95,8 +105,9 @@ class Flight:
         self._complete, self._open, self._failure = [], [], None
 
     def _begin(self, group: Group) -> None:
-        self._open.append(group)
-        for sample in group.samples:
+        left = [sample for sample in group.samples if not sample.ended]
+        (self._open if left else self._complete).append(group)
+        for sample in left:
             task = asyncio.create_task(self.play(sample, group.item, self.gate))
             self._tasks[task] = group
             group.unfinished += 1

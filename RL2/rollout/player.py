@@ -65,9 +65,13 @@ class Gate:
     def open(self) -> None:
         self._opened.set()
 
+    def close(self) -> None:
+        """Let nothing in any more; `shut` ends what is inside as well."""
+        self._opened.clear()
+
     async def shut(self, engine: Engine) -> None:
         """Close the gate and abort what is inside; returns when nothing is."""
-        self._opened.clear()
+        self.close()
         if self._inside:
             await engine.abort()  # which ends all that is open, late arrivals at a server included
         await self._empty.wait()
@@ -109,14 +113,15 @@ class Player:
         *,
         train: bool,
     ) -> None:
-        """Play all turns of a sample. A failure of its environment, or a reply that makes no
-        sense, ends this sample only."""
+        """Play a sample to its end, from wherever it stands. A failure of its environment, or a
+        reply that makes no sense, ends this sample only."""
         try:
             await self._play(sample, item, sampling, gate, train)
         except EnvError as error:
             sample.fail(str(error), "env")
         except MalformedReply as error:
             sample.fail(str(error), "malformed")
+        sample.ended = True
         if sample.error is not None:
             logger.warning(
                 "sample dropped: prompt %d, response %d of step %d: %s",
@@ -131,25 +136,23 @@ class Player:
         gate: Gate,
         train: bool,
     ) -> None:
-        extra_info = deepcopy(dict(item.get("extra_info") or {}))
-        sample.answer = extra_info.get("answer")
-        state, ids = item.get("prompt"), item.get("prompt_ids")
-        if state is None:
-            state, extra_info = await self.environment.reset(extra_info)
-            ids = None
-        sample.prompt = state
-        sequence = start_sequence(self._encode(state) if ids is None else list(ids))
-        sample.sequences.append(sequence)
+        # What stands in the sample between two awaits is enough to go on with in another process.
+        if sample.state is None:
+            await self._begin(sample, item)
         step, position = sample.born
-        for turn in range(self.max_turns):
+        for turn in range(len(sample.turns), self.max_turns):
+            sequence = sample.sequences[-1]
             seed = (self.seed, step, int(train), position, sample.response, turn)
-            completion = await self._action(sequence["token_ids"], sampling, seed, gate)
+            completion = await self._action(sample, sampling, seed, gate)
             if completion.finish_reason == "abort":
                 sample.fail("the engine aborted the completion", "abort")
                 return
-            action = action_text(completion, sampling, self.tokenizer)
-            extend(sequence, completion.token_ids, completion)
-            result = await self.environment.step(state, action, extra_info)
+            state, action = sample.state, action_text(completion, sampling, self.tokenizer)
+            try:
+                result = await self.environment.step(state, action, sample.extra_info)
+            finally:  # a sample that has failed shows what was judged
+                extend(sequence, completion.token_ids, completion)
+                sample.written = None
             add_reward(sequence, result.reward)
             sample.turns.append(
                 Turn(
@@ -180,19 +183,31 @@ class Player:
             if continues:
                 extend(sequence, new)
             else:
-                sequence = start_sequence(new)
-                sample.sequences.append(sequence)
-            state, extra_info = result.next_state, result.extra_info
+                sample.sequences.append(start_sequence(new))
+            sample.state, sample.extra_info = result.next_state, result.extra_info
+
+    async def _begin(self, sample: Sample, item: dict[str, Any]) -> None:
+        extra_info = deepcopy(dict(item.get("extra_info") or {}))
+        sample.answer = extra_info.get("answer")
+        state, ids = item.get("prompt"), item.get("prompt_ids")
+        if state is None:
+            state, extra_info = await self.environment.reset(extra_info)
+            ids = None
+        sample.prompt = sample.state = state
+        sample.extra_info = extra_info
+        sample.sequences.append(start_sequence(self._encode(state) if ids is None else list(ids)))
 
     async def _action(
-        self, prompt: list[int], sampling: SamplingParams, seed: tuple[int, ...], gate: Gate
+        self, sample: Sample, sampling: SamplingParams, seed: tuple[int, ...], gate: Gate
     ) -> Completion:
-        """One whole action. Where a closing gate cuts it off, it goes on when the gate opens.
+        """One whole action, which is `sample.written` until somebody takes it. Where a closing
+        gate cuts it off, it goes on when the gate opens.
 
         A continuation has a seed of its own: noise is a function of seed and place in the
         response, so the same seed would repeat the noise of the beginning.
         """
-        written = Completion([], [], "abort", [])
+        prompt = sample.sequences[-1]["token_ids"]
+        sample.written = written = sample.written or Completion([], [], "abort", [])
         while written.finish_reason == "abort":
             n = len(written.token_ids)
             if n >= sampling.max_new_tokens:
@@ -207,6 +222,7 @@ class Player:
             written = join(written, part)
             if n:
                 written = end_at_stop(written, n, sampling.stop, self.tokenizer)
+            sample.written = written
             if gate.is_open:
                 break  # an abort that nobody here asked for
         return written

@@ -7,7 +7,8 @@ is made from them for the environment only.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -78,6 +79,9 @@ class Sample:
     cause: of the error: "env" (the environment failed), "malformed" (the engine's reply made no
         sense) or "abort" (the engine gave up).
     born: step and place in it in which the sample began, which seed it; None: `position` is it.
+    state, extra_info: what the next turn begins with; None before the first one.
+    written: of the next turn, as long as the environment has not answered it.
+    ended: whether nothing more comes.
     """
 
     position: int
@@ -89,6 +93,10 @@ class Sample:
     error: str | None = None
     cause: str | None = None
     born: tuple[int, int] | None = None
+    state: str | None = None
+    extra_info: dict[str, Any] | None = None
+    written: Completion | None = None
+    ended: bool = False
 
     @property
     def reward(self) -> float:
@@ -104,6 +112,30 @@ class Sample:
 
     def fail(self, error: str, cause: str) -> None:
         self.error, self.cause = error, cause
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy in plain values, from which the sample goes on; one whose environment keeps
+        anything else in `extra_info` begins again."""
+        if not self.ended and not _is_plain(self.extra_info):
+            return {"response": self.response, "born": self.born}
+        state = {item.name: getattr(self, item.name) for item in fields(self)}
+        del state["position"]  # its group's
+        state["turns"] = [asdict(turn) for turn in self.turns]
+        state["sequences"] = [
+            {name: list(values) for name, values in sequence.items()} for sequence in self.sequences
+        ]
+        state["extra_info"] = None if self.ended else deepcopy(self.extra_info)
+        state["answer"] = self.answer if _is_plain(self.answer) else str(self.answer)
+        state["written"] = asdict(self.written) if self.written else None
+        return state
+
+    @classmethod
+    def from_state_dict(cls, position: int, state: dict[str, Any]) -> Sample:
+        """The sample whose `state_dict` it is, at another place."""
+        sample = cls(position, **state)
+        sample.turns = [Turn(**turn) for turn in sample.turns]
+        sample.written = Completion(**sample.written) if sample.written else None
+        return sample
 
 
 @dataclass(eq=False)  # a group is itself, not what it holds
@@ -127,6 +159,17 @@ class Group:
         ]
         return cls(position, item, samples)
 
+    def state_dict(self) -> dict[str, Any]:
+        """In plain values. The prompt is there by its number in the data set."""
+        samples = [sample.state_dict() for sample in self.samples]
+        return {"index": self.item["index"], "samples": samples}
+
+    @classmethod
+    def from_state_dict(cls, position: int, item: dict[str, Any], state: dict[str, Any]) -> Group:
+        """The group whose `state_dict` it is, at another place; `item` is its prompt."""
+        samples = [Sample.from_state_dict(position, sample) for sample in state["samples"]]
+        return cls(position, item, samples)
+
     def renumber(self, position: int) -> None:
         self.position = position
         for sample in self.samples:
@@ -137,6 +180,15 @@ class Group:
         the rewards differ."""
         rewards = {sample.reward for sample in self.samples if sample.error is None}
         return len(rewards) > int(filtering)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a checkpoint can hold a value: it is loaded without pickle."""
+    if isinstance(value, dict):
+        return all(_is_plain(part) for pair in value.items() for part in pair)
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (str, int, float, bool)
 
 
 def start_sequence(token_ids: list[int]) -> dict[str, list]:

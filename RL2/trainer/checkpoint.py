@@ -17,23 +17,23 @@ A folder is written under a name of its own that begins with a dot, made durable
 any moment a name without a dot stands for something whole, or for nothing.
 """
 
-import fcntl
 import json
 import logging
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable
+from concurrent import futures
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain, count
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -42,9 +42,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from RL2.config import CheckpointError, ConfigError, RL2Error
-from RL2.distributed import broadcast, rank, sum_over_ranks, world_size
+from RL2.config import CheckpointError, RL2Error
+from RL2.distributed import broadcast, rank, second_group, sum_over_ranks, world_size
+from RL2.rollout.event_loop import in_thread
 from RL2.trainer import manifest
+from RL2.trainer.folders import TEMPORARY, clean, free_name, fsync, publish, remove
 from RL2.workers import Actor
 from RL2.workers.lora import has_adapters, merged, save_adapters
 
@@ -54,73 +56,20 @@ T = TypeVar("T")
 
 _PREFIX = "model."  # TokenStatsModel's name for the transformers model inside
 _RUN_FILES = ("checkpoints", "best", "final", "rollouts", "metrics.jsonl")
-_TEMPORARY, _REMOVED = ".writing-", ".removed-"
 _PACKAGES = ("rl2", "torch", "transformers")
+_STAGING = StagingOptions(
+    use_pinned_memory=torch.cuda.is_available(),
+    use_shared_memory=False,
+    use_async_staging=False,
+    use_non_blocking_copy=False,
+)
 
 
-def lock(save_dir: str) -> TextIO:
-    """Make this process the only one that writes to a run's folder, until the file is closed.
-
-    The kernel lets go of it when the process ends, however it ends.
-
-    Raises:
-        ConfigError: another process has it, or the folder cannot be made or written to.
-    """
-    folder = Path(save_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+")
-    except OSError as error:
-        raise ConfigError(
-            f"trainer.save_dir={save_dir}: cannot be written to ({error.strerror}); choose a "
-            "folder in which this user may make files"
-        ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise ConfigError(
-            f"trainer.save_dir={save_dir}: {holder} is writing there; wait until it has ended, or "
-            "choose another folder"
-        ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    """Make a finished folder appear under its name: durable first, then renamed."""
-    for path in temporary.rglob("*"):
-        _fsync(path)
-    _fsync(temporary)
-    old = final.with_name(f"{_REMOVED}{final.name}")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    temporary.rename(final)
-    _fsync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove(folder: Path) -> None:
-    """Delete a folder; broken off, it leaves nothing under its name."""
-    hidden = folder.with_name(f"{_REMOVED}{folder.name}")
-    folder.rename(hidden)
-    shutil.rmtree(hidden)
-
-
-def _together(action: Callable[[], T], error: Callable[[str], RL2Error]) -> T:
+def _together(
+    action: Callable[[], T],
+    error: Callable[[str], RL2Error],
+    group: dist.ProcessGroup | None = None,
+) -> T:
     """Run something on every rank; where it fails on one, all of them raise (a collective).
 
     error: makes the exception from the first reason.
@@ -130,7 +79,7 @@ def _together(action: Callable[[], T], error: Callable[[str], RL2Error]) -> T:
         result = action()
     except (Exception, CheckpointException) as problem:  # which is no Exception
         reason = _reason(problem)
-    if reason := _first(reason):
+    if reason := _first(reason, group):
         raise error(reason)
     return result
 
@@ -141,13 +90,18 @@ def _reason(problem: BaseException) -> str:
     return lines[-1].strip() if lines else type(problem).__name__
 
 
-def _first(reason: str | None) -> str | None:
+def _first(reason: str | None, group: dist.ProcessGroup | None = None) -> str | None:
     """The first rank's reason that there is, on every rank (a collective)."""
-    if not sum_over_ranks(torch.tensor(int(reason is not None))):
+    if not sum_over_ranks(torch.tensor(int(reason is not None)), group):
         return None
-    reasons = [None] * world_size()
-    dist.all_gather_object(reasons, reason)
-    return next(reason for reason in reasons if reason is not None)
+    return next(reason for reason in _of_all(reason, group) if reason is not None)
+
+
+def _of_all(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """A small python object of every rank, on every rank (a collective)."""
+    values = [None] * world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def _n_bytes(state: Any) -> int:
@@ -193,20 +147,30 @@ def _trained(actor: Actor, state: dict[str, Any]) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """Saves and loads everything that decides a run's next step.
+    """Saves and loads everything that decides a run's next step. Made on every rank (a collective).
 
     Args:
         save_dir: the run's folder.
         keep_last: how many checkpoints stay; None keeps all.
         about: what manifests say of the run.
+        background: whether `save` only copies, and a thread of its own writes.
     """
 
     def __init__(
-        self, save_dir: str, keep_last: int | None = None, about: dict[str, Any] | None = None
+        self,
+        save_dir: str,
+        keep_last: int | None = None,
+        about: dict[str, Any] | None = None,
+        background: bool = False,
     ):
         self.folder = Path(save_dir) / "checkpoints"
         self.keep_last = keep_last
         self.about = about or {}
+        # A thread that writes while another trains needs a group of its own. The copies stay for
+        # the next save.
+        self._group = second_group() if background else None
+        self._stager = DefaultStager(_STAGING) if background else None
+        self._writing: futures.Future[None] | None = None
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, once it is complete."""
@@ -224,9 +188,8 @@ class Checkpoints:
         run's own: `latest` would resume from them and `keep_last` would keep them.
         """
         run = self.folder.parent
-        for prefix in (_TEMPORARY, _REMOVED):  # what a run that was killed left half done
-            for unfinished in (*run.glob(f"{prefix}*"), *self.folder.glob(f"{prefix}*")):
-                shutil.rmtree(unfinished, ignore_errors=True)
+        clean(run)
+        clean(self.folder)
         if step == 0:
             old = [run / name for name in _RUN_FILES]
         else:
@@ -246,7 +209,8 @@ class Checkpoints:
     def save(
         self, step: int, actor: Actor, position: dict[str, Any], state: dict[str, Any]
     ) -> Path:
-        """Write one checkpoint; it becomes visible only when all of it is on disk.
+        """Write one checkpoint; it becomes visible only when all of it is on disk. With
+        `background` that is so after `wait`; an earlier one is waited for.
 
         Args:
             position: the source's `state_dict`. state: of the trainer, as JSON has it.
@@ -255,11 +219,57 @@ class Checkpoints:
             CheckpointError: on every rank, where one of them cannot write its part. Earlier
                 checkpoints are as they were.
         """
-        final = self.path(step)
+        self.wait()
         # get_state_dict, not optimizer.state_dict(): DCP drops AdamW's moments of the latter
         model, optimizer = get_state_dict(actor.model, actor.optimizer)
         tensors = {"model": _trained(actor, model), "optimizer": optimizer}
-        needed = int(sum_over_ranks(torch.tensor(_n_bytes(tensors))))
+        scalars = state | {
+            "step": step,
+            "scheduler": actor.scheduler.state_dict(),
+            "bad_steps": actor.bad_steps,
+        }
+        if self._stager is not None:
+            tensors = self._stager.stage(tensors)
+        write = partial(
+            self._write, self.path(step), tensors, rng_state(actor.device), position,
+            json.dumps(scalars), step,
+        )  # fmt: skip
+        if self._stager is None:
+            write()
+        else:
+            self._writing = in_thread(write, "checkpoint")
+        return self.path(step)
+
+    @property
+    def failed(self) -> bool:
+        """Whether `wait` would raise already. Ranks learn it one after the other."""
+        writing = self._writing
+        return writing is not None and writing.done() and writing.exception() is not None
+
+    def wait(self) -> None:
+        """Return when what `save` was given is on disk; raises as `save` does (a collective)."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def close(self, timeout: float = 30.0) -> None:
+        """Give what is being written some seconds to be complete; says so if it fails."""
+        if self._writing is not None:
+            futures.wait([self._writing], timeout)
+            if self.failed:
+                logger.error("%s", self._writing.exception())
+
+    def _write(
+        self,
+        final: Path,
+        tensors: Any,
+        rng: dict[str, torch.Tensor],
+        position: dict[str, Any],
+        state: str,
+        step: int,
+    ) -> None:
+        group = self._group
+        needed = int(sum_over_ranks(torch.tensor(_n_bytes(tensors)), group))
 
         def failed(reason: str) -> CheckpointError:
             existing = next(path for path in self.folder.absolute().parents if path.exists())
@@ -270,22 +280,18 @@ class Checkpoints:
                 "another folder; earlier checkpoints are as they were"
             )
 
-        temporary = broadcast(_together(lambda: self._begin(final, needed), failed))
+        temporary = broadcast(_together(lambda: self._begin(final, needed), failed, group), group)
         try:
-            own = _together(lambda: _write(temporary, tensors, actor, position), failed)
-            files = [None] * world_size()
-            dist.all_gather_object(files, own)
-            state = state | {
-                "step": step,
-                "scheduler": actor.scheduler.state_dict(),
-                "bad_steps": actor.bad_steps,
-            }
-            _together(lambda: self._end(temporary, final, files, state), failed)
+            # All positions in one file: the next run may have another number of ranks.
+            others = _of_all(None if rank() == 0 else position, group)
+            own = {"rng": rng} | ({"source": [position, *others[1:]]} if rank() == 0 else {})
+            written = _together(lambda: _write_part(temporary, tensors, own, group), failed, group)
+            files = _of_all(written, group)
+            _together(lambda: self._end(temporary, final, files, state, step), failed, group)
         except CheckpointError:
             if rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
-        return final
 
     def _begin(self, final: Path, needed: int) -> Path | None:
         """Rank 0: a folder that nobody else writes to, where there is room for it."""
@@ -294,15 +300,15 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self.folder).free < needed:
             raise OSError("too little space")
-        return Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{final.name}-", dir=self.folder))
+        return Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{final.name}-", dir=self.folder))
 
     def _end(
-        self, temporary: Path, final: Path, files: list[manifest.Files], state: dict[str, Any]
+        self, temporary: Path, final: Path, files: list[manifest.Files], state: str, step: int
     ) -> None:
         """Rank 0: what only one can write, and the names under which all of it is found."""
         if rank() != 0:
             return
-        (temporary / "trainer.json").write_text(json.dumps(state))
+        (temporary / "trainer.json").write_text(state)
         listed = {name: entry for of_rank in files for name, entry in of_rank.items()}
         others = [
             path
@@ -310,22 +316,22 @@ class Checkpoints:
             if path.is_file() and path.relative_to(temporary).as_posix() not in listed
         ]
         about = self.about | {
-            "step": state["step"], "world_size": world_size(), "versions": _versions(),
+            "step": step, "world_size": world_size(), "versions": _versions(),
         }  # fmt: skip
         listed |= manifest.fingerprints(others, temporary)
         manifest.write(temporary, listed, about)
         temporary.chmod(0o755)  # mkdtemp's is for its owner alone
-        _publish(temporary, final)
+        publish(temporary, final)
         pointer = self.folder / ".latest"
         pointer.write_text(final.name)
-        _fsync(pointer)
+        fsync(pointer)
         pointer.replace(self.folder / "latest")
         self.prune()
 
     def prune(self) -> None:
         """Rank 0: keep the newest `keep_last` alone."""
         for old in self.steps()[self.keep_last :] if self.keep_last else []:
-            _remove(old)
+            remove(old)
 
     def load(self, which: str, actor: Actor, source: Any) -> dict[str, Any] | None:
         """Restore `latest` or the folder `which`.
@@ -385,21 +391,23 @@ class Checkpoints:
         own = folder / f"rank{rank()}.pt"
         if own.exists():
             set_rng_state(torch.load(own, weights_only=True)["rng"], actor.device)
-        # The position in the data is one and the same on all ranks, also on ranks that are new.
+        # The positions of all ranks, also for ranks that are new.
         source.load_state_dict(torch.load(folder / "rank0.pt", weights_only=True)["source"])
         return state
 
 
-def _write(temporary: Path, tensors: Any, actor: Actor, position: dict[str, Any]) -> manifest.Files:
+def _write_part(
+    temporary: Path, tensors: Any, own: dict[str, Any], group: dist.ProcessGroup | None
+) -> manifest.Files:
     """This rank's part, durable; returns what it has written."""
-    dcp.save(tensors, checkpoint_id=temporary)  # which syncs its files
+    dcp.save(tensors, checkpoint_id=temporary, process_group=group)  # which syncs its files
     # One file a rank: a plain value under one key would be stored once for all ranks.
-    own = temporary / f"rank{rank()}.pt"
-    with own.open("wb") as file:
-        torch.save({"rng": rng_state(actor.device), "source": position}, file)
+    path = temporary / f"rank{rank()}.pt"
+    with path.open("wb") as file:
+        torch.save(own, file)
         file.flush()
         os.fsync(file.fileno())
-    return manifest.fingerprints([own, *temporary.glob(f"__{rank()}_*")], temporary)  # DCP's names
+    return manifest.fingerprints([path, *temporary.glob(f"__{rank()}_*")], temporary)  # DCP's names
 
 
 def damage(folder: Path) -> str | None:
@@ -417,9 +425,7 @@ def damage(folder: Path) -> str | None:
 
 def _set_apart(folder: Path) -> str:
     """Rename a damaged checkpoint, so that it is not tried again (rank 0); returns its name."""
-    plain = f"damaged-{folder.name}"
-    names = chain([plain], (f"{plain}-{number}" for number in count(2)))
-    name = broadcast(next(name for name in names if not folder.with_name(name).exists()))
+    name = broadcast(free_name(folder, "damaged-"))
     if rank() == 0:
         folder.rename(folder.with_name(name))
     return name
@@ -431,7 +437,7 @@ def save_model(actor: Actor, tokenizer: Any, folder: Path) -> None:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(actor.model, options=options)
     if rank() == 0:
-        temporary = folder.with_name(f"{_TEMPORARY}{folder.name}")
+        temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         model = actor.hf_model
         tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
@@ -440,5 +446,5 @@ def save_model(actor: Actor, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(temporary)
         if has_adapters(model):
             save_adapters(model, tensors, temporary / "adapter")
-        _publish(temporary, folder)
+        publish(temporary, folder)
     dist.barrier()

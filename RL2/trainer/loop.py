@@ -20,7 +20,8 @@ from RL2.algorithms.token_loss import TokenLoss, resolve_loss
 from RL2.config import ConfigError, Interrupted
 from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks
 from RL2.distributed.comm import Batch
-from RL2.trainer.checkpoint import Checkpoints, lock, rng_state, save_model, set_rng_state
+from RL2.trainer.checkpoint import Checkpoints, rng_state, save_model, set_rng_state
+from RL2.trainer.folders import lock
 from RL2.trainer.metrics import Metrics, Timers
 from RL2.trainer.sources import DatasetSource, RolloutSource
 from RL2.trainer.stop import StopRequest
@@ -139,6 +140,7 @@ class Trainer:
             config.trainer.save_dir,
             config.trainer.keep_last,
             about={"config_sha256": sha256(OmegaConf.to_yaml(config).encode()).hexdigest()},
+            background=config.trainer.async_save,
         )
         self.best: dict[str, float] = {}
 
@@ -183,11 +185,15 @@ class Trainer:
     def _end_step(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """All that follows an update. Where that is broken off, the run that goes on does it."""
         try:
-            if sum_over_ranks(torch.tensor(int(self.stop.number is not None))):
+            with self.timers("rollout"):
+                self.source.finish()
+            flags = torch.tensor([self.stop.number is not None, self.checkpoints.failed]).int()
+            stop, failed = sum_over_ranks(flags).tolist()
+            if failed:
+                self.checkpoints.wait()
+            if stop:
                 raise Interrupted
             if step > 0:
-                with self.timers("rollout"):
-                    self.source.finish()
                 with self.timers("update_rollout"):
                     self._publish(step)
             if step == 0 or self._due(self.config.trainer.get("test_freq"), step):
@@ -213,10 +219,12 @@ class Trainer:
         saved = self.checkpoints.path(step)
         if step == 0:
             raise Interrupted("asked to stop before anything was learned; nothing was saved")
+        self.checkpoints.wait()
         if not broadcast(saved.exists()):
             source, rng = position
             set_rng_state(rng, self.device)
             self._save(step, source, unfinished)
+            self.checkpoints.wait()
         raise Interrupted(
             f"asked to stop: step {step} is in {saved}; trainer.load_ckpt_from=latest goes on there"
         )
@@ -295,9 +303,11 @@ class Trainer:
             self.checkpoints.save(step, self.actor, source, state)
 
     def _finish(self, step: int) -> None:
+        self.checkpoints.wait()
         if not broadcast(self.checkpoints.path(step).exists()):
             self._save(step, self.source.state_dict())
         self._save_model("final")
+        self.checkpoints.wait()
         logger.info("model: %s", self._path("final"))
         if self.best:
             logger.info("best evaluation: test %(test/score).4f at step %(step)d", self.best)
@@ -332,6 +342,7 @@ class Trainer:
 
     def close(self) -> None:
         self.source.close()
+        self.checkpoints.close()
         if self.metrics:
             self.metrics.close()
         if self.lock:

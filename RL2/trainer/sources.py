@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from RL2.rollout.samples import staleness
 from RL2.workers import Actor
 
 logger = logging.getLogger(__name__)
+
+# Seconds for what is generated ahead when a run is asked to stop; torchrun kills it after 30.
+_GRACE_AHEAD = 5.0
 
 Result = tuple[Batch | None, dict[str, float]]
 
@@ -55,21 +59,24 @@ class PromptStream:
             drawn += more
         return drawn
 
-    def state_dict(self, unfinished: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-        """unfinished: items to draw again, before all others, when the state is loaded."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands."""
         within = self._used < len(self._batch)
         return {
             "loader": self._before if within else self.loader.state_dict(),
             "used": self._used if within else 0,
-            "first": [item["index"] for item in (*unfinished, *self._first)],
+            "first": [item["index"] for item in self._first],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was called, of this version or an older one."""
+    def load_state_dict(self, state: dict[str, Any], again: Iterable[Any] = ()) -> None:
+        """Continue where `state_dict` was called.
+
+        again: items to draw before all others.
+        """
         self.loader.load_state_dict(state["loader"])
         self._first, self._batches, self._batch, self._used = [], None, [], 0
-        self.draw(state.get("used", 0))
-        self._first = [self.dataset[index] for index in state.get("first", ())]
+        self.draw(state["used"])
+        self._first = [*again, *(self.dataset[index] for index in state["first"])]
 
     def _next_batch(self) -> list[Any]:
         while True:
@@ -160,7 +167,8 @@ class RolloutSource:
             result, self._pending = self._pending[0].result(), None
         if self.ahead and not last:
             state = self._state()
-            self._pending = in_thread(lambda: self._generate(step + 1)), state
+            ahead = in_thread(lambda: self._generate(step + 1), "rollout-ahead")
+            self._pending = ahead, state
         batch, metrics = result
         if batch is not None:
             metrics["rollout/staleness"] = staleness(batch, step - 1)
@@ -182,8 +190,17 @@ class RolloutSource:
 
     def interrupt(self) -> None:
         """Give up generating: what waits for a rollout or an evaluation, now or later, raises
-        Interrupted on every rank. May be called from any thread."""
-        self.collector.interrupt()
+        Interrupted on every rank. May be called from any thread.
+
+        What is generated ahead gets some seconds to be complete: a run that resumes has newer
+        weights, and would write something else.
+        """
+        if not self.ahead:
+            self.collector.interrupt()
+            return
+        timer = threading.Timer(_GRACE_AHEAD, self.collector.interrupt)
+        timer.daemon = True
+        timer.start()
 
     def publish(self, actor: Actor, step: int) -> None:
         """Serve the actor's weights from now on (a collective)."""
@@ -203,20 +220,43 @@ class RolloutSource:
             self.collector.wake()
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the data and the failures counted so far, without what was generated ahead:
-        a run that resumes generates that anew."""
-        return self._state() if self._pending is None else self._pending[1]
+        """All that decides what is generated next: the position in the data, failures counted so
+        far, groups carried to the next step, and what was generated ahead. A run that resumes
+        generates that anew where it is not complete."""
+        if self._pending is None:
+            return self._state()
+        ahead, before = self._pending
+        if not ahead.done() or ahead.exception():
+            return before
+        batch, metrics = ahead.result()
+        return self._state() | {"ahead": {"batch": batch, "metrics": dict(metrics)}}
 
     def _state(self) -> dict[str, Any]:
-        return self.prompts.state_dict(self.collector.carried) | {
-            "env_errors": self.collector.env_errors,
-            "malformed": self.collector.malformed,
-        }
+        state = {"rollout": self.collector.state_dict()}
+        # What is the same on all ranks is kept once.
+        return state | {"prompts": self.prompts.state_dict()} if rank() == 0 else state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.prompts.load_state_dict(state)
-        self.collector.env_errors = state["env_errors"]
-        self.collector.malformed = state.get("malformed", 0)
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Continue where `state_dict` was called on all ranks of a run, of however many ranks.
+
+        Groups that cannot be carried on, as another number of answers is wanted or the steps do
+        not overlap any more, are drawn again.
+        """
+        rollouts = [state["rollout"] for state in states]
+        carried = [group for rollout in rollouts for group in rollout["carried"]]
+        items = [self.train[group["index"]] for group in carried]
+        n_samples = {len(group["samples"]) for group in carried}
+        n_responses = self.config.rollout.responses_per_prompt
+        goes_on = self.config.rollout.partial_rollout and n_samples <= {n_responses}
+        self.prompts.load_state_dict(states[0]["prompts"], again=[] if goes_on else items)
+        if not goes_on:
+            rollouts, items = [rollout | {"carried": []} for rollout in rollouts], []
+        self.collector.load_state_dict(rollouts, items)
+        if "ahead" in states[0]:
+            ahead: Future[Result] = Future()
+            saved = states[0]["ahead"] if rank() == 0 else {"batch": None, "metrics": {}}
+            ahead.set_result((saved["batch"], saved["metrics"]))
+            self._pending = ahead, self._state()
 
     def close(self) -> None:
         if hasattr(self, "collector"):
@@ -259,10 +299,11 @@ class DatasetSource:
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the data."""
-        return self.rows.state_dict()
+        return self.rows.state_dict() if rank() == 0 else {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows.load_state_dict(state)
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Continue where `state_dict` was called on all ranks of a run, of however many ranks."""
+        self.rows.load_state_dict(states[0])
 
     def close(self) -> None:
         """Nothing is open."""

@@ -9,7 +9,8 @@ import time
 import pytest
 
 from RL2.config import ConfigError
-from RL2.trainer.checkpoint import Checkpoints, damage, lock
+from RL2.trainer.checkpoint import Checkpoints, damage
+from RL2.trainer.folders import lock
 from tests.faults.support import Run
 from tests.trainer.support import rows_of, write_files
 

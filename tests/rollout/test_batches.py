@@ -14,7 +14,7 @@ from RL2.rollout import Collector, Completion
 from RL2.rollout.collector import shares, spread
 from RL2.rollout.engine import MalformedReply
 from RL2.rollout.player import end_at_stop
-from RL2.rollout.samples import staleness
+from RL2.rollout.samples import Sample, staleness
 from RL2.rollout.transformers_engine import TransformersEngine
 from tests.ranks import run_on_ranks
 from tests.rollout.scripted_engine import ScriptedEngine, Typist
@@ -450,8 +450,8 @@ def test_logps_are_those_of_the_weights_that_wrote_each_token(make, tmp_path, by
     assert n_cut > 0
 
 
-def partial_on_rank(path, n_steps):
-    """Steps of partial rollouts on two drivers of unequal speed."""
+def partial_on_rank(path, n_steps, begin=1, n_drawn=0, states=None):
+    """Steps of partial rollouts on drivers of unequal speed, from the states of other ones."""
     tokenizer = make_tokenizer()
     rank, n_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     names = [chr(ord("a") + i) for i in range(26)]
@@ -459,29 +459,74 @@ def partial_on_rank(path, n_steps):
     collector = Collector(
         make_config(path, **PARTIAL), tokenizer, engine, seed=1, n_ranks=n_ranks, rank=rank
     )
-    stream, seen, carried = Stream(text_items(names, tokenizer)), [], []
-    for step in range(1, n_steps + 1):
+    stream, seen, carried = Stream(text_items(names, tokenizer)), {}, []
+    if states is not None:
+        stream.n = n_drawn
+        items = [stream.items[group["index"]] for state in states for group in state["carried"]]
+        collector.load_state_dict(states, items)
+    for step in range(begin, begin + n_steps):
+        collector.update_weights(iter([]), version=step - 1)
         batch, _ = collector.collect_step(stream, 4, step)
         if batch is not None:
             assert len(batch["states"]) == 4
             found = actions_of(batch, tokenizer)
             assert all(text == p * (3 + 37 * (ord(p) % 3)) + "<eos>"
                        for p, (text, _) in found.items())  # fmt: skip
-            seen += found
+            seen |= found
         carried.append([item["index"] for item in collector.carried])
+    state = collector.state_dict()
     collector.close()
-    return seen, stream.n, carried
+    return seen, stream.n, carried, state
 
 
 def test_partial_rollouts_of_two_drivers_lose_and_repeat_nothing(tmp_path):
     path = tmp_path / "env.py"
     path.write_text(DIGITS)
-    (seen, n_drawn, carried), (_, n_other, carried_other) = run_on_ranks(
+    (seen, n_drawn, carried, _), (_, n_other, carried_other, _) = run_on_ranks(
         2, partial_on_rank, path, 4
     )
     assert len(seen) == len(set(seen)) == 16
     assert n_drawn == n_other and carried == carried_other  # the same books on both ranks
     assert sorted([ord(p) - ord("a") for p in seen] + carried[-1]) == list(range(n_drawn))
+
+
+@pytest.mark.parametrize("numbers", [(1, 1), (2, 2), (1, 2), (2, 1)])
+def test_unfinished_samples_go_on_in_another_process(tmp_path, numbers):
+    """Of as many drivers or of others: nothing lost, nothing twice, what is written is kept."""
+    path = tmp_path / "env.py"
+    path.write_text(DIGITS)
+    first = run_on_ranks(numbers[0], partial_on_rank, path, 2)
+    states = [torch_saved(state, tmp_path) for *_, state in first]
+    seen, n_drawn, carried, _ = first[0]
+    begun = [group for state in states for group in state["carried"]]
+    assert [group["index"] for group in begun] == carried[-1]
+    cut = [
+        chr(ord("a") + group["index"])
+        for group in begun
+        for sample in group["samples"]
+        if not sample["ended"] and sample["written"]["token_ids"]
+    ]
+    assert cut
+    rest = run_on_ranks(numbers[1], partial_on_rank, path, 4, 3, n_drawn, states)
+    more, n_drawn, carried, _ = rest[0]
+    assert not seen.keys() & more.keys()
+    assert sorted([ord(p) - ord("a") for p in seen | more] + carried[-1]) == list(range(n_drawn))
+    assert {min(more[prompt][1]) for prompt in cut if prompt in more} <= {0, 1}
+    assert any(max(more[prompt][1]) >= 2 for prompt in cut if prompt in more)
+
+
+def torch_saved(state, folder):
+    """As a checkpoint gives it back."""
+    torch.save(state, folder / "state.pt")
+    return torch.load(folder / "state.pt", weights_only=True)
+
+
+def test_a_sample_whose_environment_keeps_an_object_begins_again(tmp_path):
+    sample = Sample(3, 1, born=(2, 3), state="x", extra_info={"game": object()}, prompt="x")
+    assert Sample.from_state_dict(0, sample.state_dict()) == Sample(0, 1, born=(2, 3))
+    sample.extra_info = {"game": [1, (2.0, None)]}
+    again = Sample.from_state_dict(3, torch_saved(sample.state_dict(), tmp_path))
+    assert again == sample and again.extra_info is not sample.extra_info
 
 
 # ------------------------------------------------------------------------ ages

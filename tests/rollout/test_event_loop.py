@@ -93,6 +93,6 @@ def test_close_cancels_what_runs_and_ends_the_thread():
 
 
 def test_in_thread_gives_results_and_errors():
-    assert in_thread(lambda: 3).result(5) == 3
+    assert in_thread(lambda: 3, "three").result(5) == 3
     with pytest.raises(ZeroDivisionError):
-        in_thread(lambda: 1 / 0).result(5)
+        in_thread(lambda: 1 / 0, "none").result(5)

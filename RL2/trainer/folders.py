@@ -1,0 +1,91 @@
+"""Folders that appear whole or not at all, and a run's folder that has one writer."""
+
+import fcntl
+import os
+import shutil
+import socket
+from itertools import chain, count
+from pathlib import Path
+from typing import TextIO
+
+from RL2.config import ConfigError
+
+TEMPORARY, REMOVED = ".writing-", ".removed-"
+"""How the names of folders begin that are not whole yet, or not any more."""
+
+
+def lock(save_dir: str) -> TextIO:
+    """Make this process the only one that writes to a run's folder, until the file is closed.
+
+    The kernel lets go of it when the process ends, however it ends.
+
+    Raises:
+        ConfigError: another process has it, or the folder cannot be made or written to.
+    """
+    folder = Path(save_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise ConfigError(
+            f"trainer.save_dir={save_dir}: cannot be written to ({error.strerror}); choose a "
+            "folder in which this user may make files"
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ConfigError(
+            f"trainer.save_dir={save_dir}: {holder} is writing there; wait until it has ended, or "
+            "choose another folder"
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Make a finished folder appear under its name: durable first, then renamed."""
+    for path in temporary.rglob("*"):
+        fsync(path)
+    fsync(temporary)
+    old = final.with_name(f"{REMOVED}{final.name}")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    temporary.rename(final)
+    fsync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder; broken off, it leaves nothing under its name."""
+    hidden = folder.with_name(f"{REMOVED}{folder.name}")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def clean(parent: Path) -> None:
+    """Delete what a process that was killed left half written or half removed."""
+    for prefix in (TEMPORARY, REMOVED):
+        for unfinished in parent.glob(f"{prefix}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def free_name(folder: Path, prefix: str) -> str:
+    """`<prefix><name of the folder>`, with a number behind it where that exists already."""
+    plain = f"{prefix}{folder.name}"
+    names = chain([plain], (f"{plain}-{number}" for number in count(2)))
+    return next(name for name in names if not folder.with_name(name).exists())
