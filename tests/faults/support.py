@@ -87,6 +87,16 @@ class Run:
         for process in self.ranks:
             process.join()
 
+    def kill_at(self, path: Path, timeout: float = 120) -> None:
+        """Kill it as soon as something appears."""
+        end = time.monotonic() + timeout
+        while not path.exists():
+            assert time.monotonic() < end and any(process.is_alive() for process in self.ranks), (
+                self.output()
+            )
+            time.sleep(0.005)
+        self.kill()
+
     def finish(self) -> None:
         """Wait for the good end of the run."""
         codes = self.wait()
