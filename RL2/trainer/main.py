@@ -71,7 +71,7 @@ def launch(config: DictConfig) -> None:
 
     from RL2.distributed import process_group
     from RL2.trainer.loop import Trainer
-    from RL2.trainer.stop import stop_signals
+    from RL2.trainer.stop import follow_launcher, stop_signals
 
     available = {name for name in _OPTIONAL if find_spec(name)}
     for line in apply_fallbacks(config, torch.cuda.is_available(), available):
@@ -82,6 +82,7 @@ def launch(config: DictConfig) -> None:
         1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     )
     torch.set_num_threads(threads)
+    follow_launcher()
     with stop_signals() as stop, process_group(config.actor.device) as device:
         trainer = Trainer(config, device, stop)
         try:

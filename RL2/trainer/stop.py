@@ -1,15 +1,20 @@
-"""SIGTERM and SIGINT: a run that is asked to stop saves where it stands and ends."""
+"""SIGTERM, SIGINT, a launcher that is gone: the run saves where it stands and ends."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 # What Python does with the signals that are waited for.
 _DEFAULTS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+
+
+_GRACE = 30.0  # seconds from SIGTERM to SIGKILL, as torchrun has it
 
 
 class StopRequest:
@@ -53,3 +58,23 @@ def stop_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def follow_launcher() -> None:
+    """Have this process stop, as by SIGTERM, when the torchrun that has started it is gone.
+
+    torchrun ends its processes itself unless it is killed with -9; then they would train on, and
+    nobody would see them. Without torchrun nothing happens: a run may outlive its shell.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+
+    def follow() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_GRACE)
+        os.kill(os.getpid(), signal.SIGKILL)  # it hangs, as in a collective that nobody joins
+
+    threading.Thread(target=follow, name="follow-launcher", daemon=True).start()
