@@ -51,11 +51,16 @@ def failure(run):
     return lines[-1], time.monotonic() - start
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2])
-def test_a_disk_that_is_full_before_a_save(files, small_disk, n_ranks, tmp_path):
+CASES = [(1, "false"), (2, "false"), (2, "true")]
+
+
+@pytest.mark.parametrize(("n_ranks", "beside"), CASES)
+def test_a_disk_that_is_full_before_a_save(files, small_disk, n_ranks, beside, tmp_path):
     """The third checkpoint of about 250 KiB finds no room."""
     folder = small_disk("900k") / "run"
-    changes = {"trainer__save_freq": 1, "trainer__dump_rollouts": "false"}
+    changes = {
+        "trainer__save_freq": 1, "trainer__dump_rollouts": "false", "trainer__async_save": beside,
+    }  # fmt: skip
     line, _ = failure(Run(files, "spo", folder, n_ranks, logs=tmp_path, **changes))
     assert line.startswith("CheckpointError: trainer.save_dir=")
     assert "step00000" in line and "bytes are needed" in line and "are free" in line
@@ -64,8 +69,8 @@ def test_a_disk_that_is_full_before_a_save(files, small_disk, n_ranks, tmp_path)
     assert not list((folder / "checkpoints").glob(".*-step*"))
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2])
-def test_a_disk_that_fills_while_a_save_is_written(files, small_disk, n_ranks, tmp_path):
+@pytest.mark.parametrize(("n_ranks", "beside"), CASES)
+def test_a_disk_that_fills_while_a_save_is_written(files, small_disk, n_ranks, beside, tmp_path):
     """Another process takes the room that was there when the save began."""
     disk = small_disk("1500k")
     folder = disk / "run"
@@ -73,7 +78,7 @@ def test_a_disk_that_fills_while_a_save_is_written(files, small_disk, n_ranks, t
     hog.write_text(HOG.format(ballast=str(disk / "ballast")))
     changes = {
         "trainer__save_freq": 1, "actor__loss__import_path": f"{hog}:greedy",
-        "trainer__dump_rollouts": "false",
+        "trainer__dump_rollouts": "false", "trainer__async_save": beside,
     }  # fmt: skip
     line, _ = failure(Run(files, "ppo", folder, n_ranks, logs=tmp_path, **changes))
     assert line.startswith("CheckpointError: trainer.save_dir=")

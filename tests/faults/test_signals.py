@@ -1,6 +1,7 @@
 """A run that is asked to stop saves at once, ends, and goes on as if nothing had been."""
 
 import os
+import random
 import signal
 import time
 from itertools import product
@@ -8,7 +9,7 @@ from itertools import product
 import pytest
 
 from RL2.trainer.checkpoint import Checkpoints, damage
-from tests.faults.support import LONG, Run
+from tests.faults.support import LONG, Run, points
 from tests.trainer.support import lasting, rows_of, same_weights, weights, write_files, write_model
 
 GRACE = 30  # seconds that torchrun gives between SIGTERM and SIGKILL
@@ -150,6 +151,27 @@ def test_stopped_while_it_generates(files, whole, tmp_path, place, staleness, n_
     else:  # what was generated ahead is generated anew, by newer weights
         steps, others = ([row["step"] for row in rows_of(run)] for run in (folder, expected))
         assert steps == others
+
+
+@pytest.mark.parametrize("seed", points(few=1, many=10))
+def test_what_is_generated_ahead_gets_time_to_be_complete(files, whole, tmp_path, seed):
+    """Wherever the signal comes: the run that goes on has the answers of the weights before."""
+    chance, n_ranks = random.Random(seed), 1 + seed % 2
+    (files / "slow.py").write_text(ENVIRONMENT.replace("calls += 1", "await asyncio.sleep(0.3)"))
+    changes = settings(files, "spo", 1) | {"rollout__env_path": files / "slow.py"}
+    expected = whole("spo", n_ranks, 1)
+    folder = tmp_path / "run"
+    run = Run(files, "spo", folder, n_ranks, **changes)
+    while not (folder / "rollouts/step000002_train.jsonl").exists():
+        assert all(process.is_alive() for process in run.ranks), run.output()
+        time.sleep(0.01)
+    time.sleep(chance.uniform(0, 1.5))
+    for process in run.ranks:
+        os.kill(process.pid, signal.SIGTERM)
+    codes = run.wait(timeout=GRACE, end_others=False)
+    assert codes in ([128 + signal.SIGTERM] * n_ranks, [0] * n_ranks), run.output()
+    Run(files, "spo", folder, n_ranks, trainer__load_ckpt_from="latest", **changes).finish()
+    assert_same(folder, expected)
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])

@@ -5,9 +5,12 @@ import logging
 import os
 import shutil
 import signal
+import threading
+import time
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from RL2.config import CheckpointError, DataError
 from RL2.trainer.checkpoint import Checkpoints
@@ -252,6 +255,45 @@ def test_other_data_than_the_checkpoints_is_an_error(files, whole, tmp_path):
     changes = settings(files, "sft") | {"data__path": write_rows(tmp_path / "more.jsonl", 40)}
     with pytest.raises(DataError, match="has 40 rows.*24"):
         train(files, "sft", folder, **changes, trainer__load_ckpt_from="latest")
+
+
+# ------------------------------------------------------------------------------ beside the training
+
+
+def test_a_save_beside_the_training_is_of_its_step_and_appears_when_it_is_durable(
+    files, whole, tmp_path, monkeypatch
+):
+    """The weights change twice while they are written."""
+    folder, save, seen = tmp_path / "run", dcp.save, []
+
+    def slow_save(tensors, **options):
+        end = time.monotonic() + 60
+        while len(rows_of(folder)) < 6 and not seen and time.monotonic() < end:
+            time.sleep(0.01)
+        seen.append((len(rows_of(folder)), Checkpoints(folder).steps()))
+        save(tensors, **options)
+
+    monkeypatch.setattr(dcp, "save", slow_save)
+    rows = train(files, "sft", folder, **settings(files, "sft"), trainer__save_freq=4,
+                 trainer__async_save="true")  # fmt: skip
+    assert seen[0] == (6, [])
+    assert [lasting(row) for row in rows] == [lasting(row) for row in whole("sft")[1]]
+    for step in ("step000004", "step000007"):
+        one, other = (run / "checkpoints" / step for run in (folder, whole("sft")[0]))
+        assert same_weights(checkpoint_weights(one), checkpoint_weights(other))
+    assert "checkpoint" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_save_beside_the_training_that_fails_stops_the_run(files, tmp_path, monkeypatch):
+    def no_room(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(dcp, "save", no_room)
+    changes = settings(files, "sft") | {"trainer__n_epochs": 400, "trainer__max_steps": 1000}
+    with pytest.raises(CheckpointError, match="step000002 cannot be written .No space left"):
+        train(files, "sft", tmp_path, **changes, trainer__save_freq=2, trainer__async_save="true")
+    assert len(rows_of(tmp_path)) < 1000
+    assert not list((tmp_path / "checkpoints").glob("*step*"))
 
 
 # ------------------------------------------------------------------------------ the folder
