@@ -78,6 +78,24 @@ class _LinearFunction(torch.autograd.Function):
         )
 
 
+# Bodies of `without_switching` that run. Of the process, as torch's switch is.
+_fixed: list[None] = []
+
+
+@contextmanager
+def without_switching() -> Iterator[None]:
+    """While the body runs, `fast_fp32` changes nothing.
+
+    For a process in which one thread generates while another trains: the switch would change the
+    last bits of what the other one computes, by who comes first.
+    """
+    _fixed.append(None)
+    try:
+        yield
+    finally:
+        _fixed.pop()
+
+
 @contextmanager
 def fast_fp32(device: torch.device) -> Iterator[None]:
     """On CPU, all fp32 products through oneDNN where that keeps all of fp32.
@@ -85,7 +103,7 @@ def fast_fp32(device: torch.device) -> Iterator[None]:
     torch's switch to oneDNN also allows it to round operands to bf16, which it only does on CPUs
     with AMX; there nothing is switched.
     """
-    if device.type != "cpu" or not _onednn_keeps_fp32():
+    if device.type != "cpu" or _fixed or not _onednn_keeps_fp32():
         yield
         return
     with _onednn():

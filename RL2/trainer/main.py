@@ -18,6 +18,7 @@ from RL2.config import (
     register_schemas,
     validate,
 )
+from RL2.trainer.stop import follow_launcher
 
 logger = logging.getLogger("RL2")
 
@@ -43,6 +44,7 @@ def run(config_name: str) -> None:
     A bad key or value ends the process with status 1 and one line on stderr, before a process
     group, tokenizer or model exists.
     """
+    follow_launcher()  # first of all: whoever it is must be there still
     register_schemas()
     try:
         check_overrides(config_name, sys.argv[1:])
@@ -71,7 +73,7 @@ def launch(config: DictConfig) -> None:
 
     from RL2.distributed import process_group
     from RL2.trainer.loop import Trainer
-    from RL2.trainer.stop import follow_launcher, stop_signals
+    from RL2.trainer.stop import stop_signals
 
     available = {name for name in _OPTIONAL if find_spec(name)}
     for line in apply_fallbacks(config, torch.cuda.is_available(), available):
@@ -82,7 +84,6 @@ def launch(config: DictConfig) -> None:
         1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     )
     torch.set_num_threads(threads)
-    follow_launcher()
     with stop_signals() as stop, process_group(config.actor.device) as device:
         trainer = Trainer(config, device, stop)
         try:

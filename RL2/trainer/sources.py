@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from RL2.config.schema import EngineName
 from RL2.datasets import RLDataset, SFTDataset, collate, make_loader
 from RL2.distributed import rank, second_group, world_size
 from RL2.distributed.comm import Batch
+from RL2.ops.fp32 import without_switching
 from RL2.rollout import Collector, build_engine, load_environment
 from RL2.rollout.event_loop import in_thread
 from RL2.rollout.samples import staleness
@@ -123,9 +125,12 @@ class RolloutSource:
         self.ahead = config.rollout.staleness > 0
         # What is generated ahead: its result or error, and the state before it.
         self._pending: tuple[Future[Result], dict[str, Any]] | None = None
+        self._while_open = ExitStack()
 
     def start(self, device: torch.device) -> None:
         """Load the engine, or start its servers. It serves the actor after `publish`."""
+        if self.ahead and self.config.rollout.engine == EngineName.transformers:
+            self._while_open.enter_context(without_switching())
         drivers = self._drivers()
         engine = build_engine(self.config, self.tokenizer, device) if rank() in drivers else None
         dumps = Path(self.config.trainer.save_dir) / "rollouts"
@@ -259,8 +264,9 @@ class RolloutSource:
             self._pending = ahead, self._state()
 
     def close(self) -> None:
-        if hasattr(self, "collector"):
-            self.collector.close()
+        with self._while_open:
+            if hasattr(self, "collector"):
+                self.collector.close()
 
 
 class DatasetSource:

@@ -97,6 +97,19 @@ def test_ranks_stop_and_save_when_the_launcher_is_killed(files, whole, tmp_path)
     assert_goes_on(files, tmp_path / "run", whole)
 
 
+def test_ranks_that_are_being_set_up_end_when_the_launcher_is_killed(files, tmp_path):
+    """Long before there is anything that could be saved; they would wait for its store."""
+    run = Torchrun(files, tmp_path / "run")
+    agent, end = psutil.Process(run.agent.pid), time.monotonic() + 60
+    while not (ranks := agent.children()):
+        assert time.monotonic() < end, run.output()
+        time.sleep(0.01)
+    time.sleep(0.7)
+    run.agent.send_signal(signal.SIGKILL)
+    run.agent.wait()
+    assert gone(ranks, 2 * GRACE), run.output()
+
+
 @pytest.mark.parametrize("victim", [0, 1] if LONG else [0])
 def test_all_end_when_one_rank_is_killed(files, whole, tmp_path, victim):
     run = Torchrun(files, tmp_path / "run")

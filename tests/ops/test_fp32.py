@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from RL2.ops.fp32 import accelerate_linears, fast_fp32
+from RL2.ops.fp32 import accelerate_linears, fast_fp32, without_switching
 
 
 def test_products_stay_exact_and_the_switch_goes_back():
@@ -27,6 +27,12 @@ def test_products_stay_exact_and_the_switch_goes_back():
 def test_other_devices_are_left_alone():
     before = torch.backends.mkldnn.matmul.fp32_precision
     with fast_fp32(torch.device("cuda")):
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_nothing_is_switched_while_another_thread_may_compute():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with without_switching(), fast_fp32(torch.device("cpu")):
         assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
