@@ -3,11 +3,18 @@
 import json
 import logging
 import os
+import secrets
+import string
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+
+from RL2.rollout import guard
+from RL2.trainer import wandb_sink
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +30,10 @@ _SUMMARY = {
     "timing/step": "s",
 }
 _ONLY_IF_NOT_ZERO = ("actor/skipped", "actor/nonfinite")
+
+_FINISH = 60.0  # seconds that wandb gets for what it has not sent yet when a run ends
+_STOP_GRACE = 15.0  # seconds for the guard, which kills after three of its own
+_RUN_ID = 8  # characters, as wandb's own
 
 
 class Timers:
@@ -63,17 +74,17 @@ class Metrics:
         temporary.write_text("".join(f"{line}\n" for line in kept))
         temporary.replace(self.path)
         self.file = self.path.open("a")
-        self.run = _start_wandb(config, run_id) if config.trainer.use_wandb else None
+        self.wandb = Wandb(config, run_id, self.path) if config.trainer.use_wandb else None
 
     @property
     def run_id(self) -> str | None:
-        return self.run.id if self.run else None
+        return self.wandb.run_id if self.wandb else None
 
     def log(self, step: int, n_steps: int, metrics: dict[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.file.flush()
-        if self.run:
-            self.run.log(metrics, step=step)
+        if self.wandb:
+            self.wandb.poke()
         shown = [
             f"{label} {metrics[name]:.4g}"
             for name, label in _SUMMARY.items()
@@ -81,10 +92,102 @@ class Metrics:
         ]
         logger.info("step %d/%d  %s", step, n_steps, "  ".join(shown))
 
-    def close(self) -> None:
+    def close(self, good: bool = True) -> None:
+        """good: whether the run came to its end."""
         self.file.close()
-        if self.run:
-            self.run.finish()
+        if self.wandb:
+            self.wandb.close(good)
+
+
+class Wandb:
+    """A wandb run that follows `metrics.jsonl` in a process of its own (`wandb_sink`).
+
+    No call waits for it but `close`, and that for a minute at most. What goes wrong there is
+    said once, and then it is left alone: the file has everything.
+
+    Args:
+        config: the whole run's config.
+        run_id: the run to continue; None begins one.
+        path: of `metrics.jsonl`; what stands in it already is not sent.
+    """
+
+    def __init__(self, config: DictConfig, run_id: str | None, path: Path):
+        # Made here, so that the first checkpoint knows it, whether wandb answers or not.
+        self.run_id = run_id or os.environ.get("WANDB_RUN_ID") or _new_run_id()
+        self.path, self.given_up = path, False
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", guard.__file__, str(os.getpid()),
+             sys.executable, "-P", wandb_sink.__file__],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the trainer
+        )  # fmt: skip
+        order = {
+            "settings": {
+                "project": config.trainer.project,
+                "name": config.trainer.experiment_name,
+                "config": OmegaConf.to_container(config, resolve=True),
+                "dir": config.trainer.save_dir,
+                "id": self.run_id,
+                "resume": "allow" if run_id else None,
+            },
+            "trainer": os.getpid(),
+            "program": sys.argv[0],
+            "metrics": str(path),
+            "offset": path.stat().st_size,
+        }
+        self._send(json.dumps(order).encode() + b"\n")
+        os.set_blocking(self._process.stdin.fileno(), False)
+        os.set_blocking(self._process.stdout.fileno(), False)
+
+    def poke(self) -> None:
+        """The file has grown. Passes on what wandb has to say."""
+        self._send(wandb_sink.GROWN)
+        self._pass_on()
+
+    def close(self, good: bool) -> None:
+        """Have it send the rest and end, or end it. good: whether the run came to its end."""
+        self._send(wandb_sink.GOOD if good else wandb_sink.BAD)
+        process = self._process
+        process.stdin.close()
+        try:
+            status = process.wait(_FINISH)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # the guard ends all that wandb has started
+            try:
+                process.wait(_STOP_GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            status = None
+        self._pass_on()
+        process.stdout.close()
+        if status is None:
+            self._warn(f"was not done {_FINISH:g} s after the run and was ended")
+        elif status not in (0, wandb_sink.TOLD):
+            self._warn(f"its process ended with status {status}")
+
+    def _send(self, words: bytes) -> None:
+        try:
+            os.write(self._process.stdin.fileno(), words)
+        except BlockingIOError:
+            pass  # it has been poked thousands of times, and looks at the file when it can
+        except BrokenPipeError:
+            if self._process.poll() not in (None, wandb_sink.TOLD):
+                self._warn(f"its process ended with status {self._process.returncode}")
+
+    def _pass_on(self) -> None:
+        for line in (self._process.stdout.read() or b"").decode(errors="replace").splitlines():
+            logger.warning("wandb: %s", line)
+
+    def _warn(self, what: str) -> None:
+        """Say once that there is nothing more to expect."""
+        if not self.given_up:
+            logger.warning(
+                "wandb: %s; %s has every step (`wandb sync` sends what lies under %s)",
+                what,
+                self.path,
+                self.path.parent / "wandb",
+            )
+        self.given_up = True
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
@@ -99,31 +202,5 @@ def _lines_until(path: Path, step: int) -> list[str]:
     return kept
 
 
-def _start_wandb(config: DictConfig, run_id: str | None):
-    """Start a wandb run; without a key or a reachable server it is an offline one, said once."""
-    import wandb
-
-    settings = {
-        "project": config.trainer.project,
-        "name": config.trainer.experiment_name,
-        "config": OmegaConf.to_container(config, resolve=True),
-        "dir": config.trainer.save_dir,
-        "id": run_id,
-        "resume": "allow" if run_id else None,
-    }
-    timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", "30"))
-    quiet = wandb.Settings(silent=True, console="off", init_timeout=timeout)
-    mode = os.environ.get("WANDB_MODE")
-    try:
-        # Without a key, init would ask for one on a terminal.
-        if mode is not None or wandb.login(prompt=False):
-            return wandb.init(**settings, mode=mode, settings=quiet)
-        problem = "no API key"
-    except (wandb.errors.Error, ValueError, OSError) as error:
-        problem = str(error).strip().partition("\n")[0]
-    logger.warning(
-        "wandb: %s; logging offline under %s (`wandb login`, or trainer.use_wandb=false)",
-        problem,
-        config.trainer.save_dir,
-    )
-    return wandb.init(**settings, mode="offline", settings=quiet)
+def _new_run_id() -> str:
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(_RUN_ID))

@@ -38,12 +38,14 @@ class Run:
         die_at: the rank `mortal` kills itself, as `kill -9` does, when it asks the system for
             the so manyth time to open, make, rename or remove something below `checkpoints`.
         logs: where its output goes, if not beside `folder`.
+        environ: variables beside those of torchrun.
         changes: of the tiny run of `tests.trainer.support.overrides`.
     """
 
     def __init__(
         self, files: Path, trainer: str, folder: Path, n_ranks: int = 1, *,
-        die_at: int | None = None, mortal: int = 0, logs: Path | None = None, **changes,
+        die_at: int | None = None, mortal: int = 0, logs: Path | None = None,
+        environ: dict[str, str] | None = None, **changes,
     ):  # fmt: skip
         self.folder = folder
         self.log = (logs or folder.parent) / f"{folder.name}.log"
@@ -54,7 +56,7 @@ class Run:
             environment = {
                 "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_ranks,
                 "LOCAL_WORLD_SIZE": n_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            }  # fmt: skip
+            } | (environ or {})  # fmt: skip
             dies = die_at if rank == mortal else None
             arguments = (
                 trainer,
