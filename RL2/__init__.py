@@ -6,6 +6,7 @@ from RL2.config.errors import (
     DataError,
     EngineError,
     EnvError,
+    HealthError,
     RL2Error,
     TrainingError,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "DataError",
     "EngineError",
     "EnvError",
+    "HealthError",
     "RL2Error",
     "TrainingError",
     "__version__",

@@ -35,3 +35,7 @@ class Interrupted(RL2Error):
 
 class TrainingError(RL2Error, RuntimeError):
     """Training that cannot go on."""
+
+
+class HealthError(TrainingError):
+    """A run that could go on, but has stopped to learn (`trainer.health`)."""

@@ -261,6 +261,22 @@ class AdvConfig:
 
 
 @dataclass
+class HealthConfig:
+    patience: int = MISSING
+    no_signal_steps: int | None = MISSING
+    min_entropy: float | None = MISSING
+    max_entropy: float | None = MISSING
+    max_p_max: float | None = MISSING
+
+
+@dataclass
+class RLHealthConfig(HealthConfig):
+    min_length_ratio: float | None = MISSING
+    max_llm_kl: float | None = MISSING
+    check_versions: bool | None = MISSING
+
+
+@dataclass
 class TrainerConfig:
     project: str = MISSING
     experiment_name: str = MISSING
@@ -275,6 +291,7 @@ class TrainerConfig:
     seed: int = MISSING
     max_bad_steps: int = MISSING
     num_threads: int | None = MISSING
+    health: HealthConfig = field(default_factory=HealthConfig)
 
 
 @dataclass
@@ -282,6 +299,7 @@ class RLTrainerConfig(TrainerConfig):
     test_freq: int | None = MISSING
     keep_best: bool = MISSING
     dump_rollouts: bool = MISSING
+    health: RLHealthConfig = field(default_factory=RLHealthConfig)
 
 
 @dataclass

@@ -87,6 +87,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
             "trainer.keep_last",
             "trainer.max_bad_steps",
             "trainer.num_threads",
+            "trainer.health.patience",
+            "trainer.health.no_signal_steps",
         ],
         _FROM_ONE,
     ),
@@ -104,6 +106,9 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
             "rollout.llm_kl_alarm",
             "rollout.server_start_timeout",
             "rollout.request_timeout",
+            "trainer.health.min_entropy",
+            "trainer.health.max_entropy",
+            "trainer.health.max_llm_kl",
         ],
         _ABOVE_ZERO,
     ),
@@ -130,6 +135,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
             "rollout.train_sampling_params.top_p",
             "rollout.test_sampling_params.top_p",
             "rollout.gpu_memory_utilization",
+            "trainer.health.max_p_max",
+            "trainer.health.min_length_ratio",
         ],
         _PROBABILITY,
     ),
@@ -536,6 +543,12 @@ def _check_trainer(trainer: DictConfig) -> None:
     save_dir = Path(trainer.save_dir).expanduser()
     if save_dir.exists() and not save_dir.is_dir():
         raise ConfigError(f"trainer.save_dir={trainer.save_dir}: is a file; give a folder")
+    health = trainer.health
+    if None not in (low := health.min_entropy, high := health.max_entropy) and low >= high:
+        raise ConfigError(
+            f"trainer.health.min_entropy={low}: must be below trainer.health.max_entropy={high}; "
+            "lower it, or set one of the two to null"
+        )
     start = trainer.load_ckpt_from
     if start not in (None, "latest") and not Path(start).expanduser().is_dir():
         raise ConfigError(

@@ -17,11 +17,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from RL2.algorithms.advantages import resolve_advantage
 from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
-from RL2.config import ConfigError, Interrupted
+from RL2.config import ConfigError, HealthError, Interrupted
 from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks
 from RL2.distributed.comm import Batch
 from RL2.trainer.checkpoint import Checkpoints, rng_state, save_model, set_rng_state
 from RL2.trainer.folders import lock
+from RL2.trainer.health import observe
 from RL2.trainer.metrics import Metrics, Timers
 from RL2.trainer.sources import DatasetSource, RolloutSource
 from RL2.trainer.stop import StopRequest
@@ -114,7 +115,7 @@ class Trainer:
         self.stop = stop or StopRequest()
         self.is_rl = "rollout" in config
         self.timers, self.traffic = Timers(), Traffic()
-        self.alarmed = False
+        self.alarmed = self.done = False
         self.metrics: Metrics | None = None
         torch.manual_seed(config.trainer.seed + rank())
 
@@ -143,25 +144,27 @@ class Trainer:
             background=config.trainer.async_save,
         )
         self.best: dict[str, float] = {}
+        self.health: dict[str, Any] = {}
 
     def train(self) -> None:
         """Train to the last step, wherever the run stands, and leave the model in `final`.
 
         Raises:
-            Interrupted: the run was asked to stop. What it has learned is in a checkpoint.
+            Interrupted, HealthError: the run was asked to stop, or is dying. What it has learned
+                is in a checkpoint.
         """
         done, unfinished = self._resume()
         self.stop.call(self.source.interrupt)
         with logging_redirect_tqdm(), self._bar(done) as bar:
             if unfinished is not None:
-                self._log(done, self._end_step(done, unfinished))
+                self._conclude(done, self._end_step(done, unfinished))
             elif done == 0:
                 if metrics := self._end_step(0, {}):
                     self._log(0, metrics)
             for step in range(done + 1, self.n_steps + 1):
                 with self.timers("step"):
                     metrics = self._step(step)
-                self._log(step, metrics)
+                self._conclude(step, metrics)
                 if self._due(self.config.trainer.save_freq, step):
                     self._save(step, self.source.state_dict())
                 bar.update()
@@ -229,6 +232,19 @@ class Trainer:
             f"asked to stop: step {step} is in {saved}; trainer.load_ckpt_from=latest goes on there"
         )
 
+    def _conclude(self, step: int, metrics: dict[str, float]) -> None:
+        """Log a step, and stop a run that is dying, saved as it is."""
+        self._log(step, metrics)
+        problem = None
+        if rank() == 0:
+            self.health, problem = observe(self.config, self.health, metrics)
+        if (problem := broadcast(problem)) is None:
+            return
+        saved = self.checkpoints.path(step)
+        if not broadcast(saved.exists()):
+            self._save(step, self.source.state_dict())
+        raise HealthError(f"{problem}; step {step} is in {saved}")
+
     def _compare(self, metrics: dict[str, float]) -> dict[str, float]:
         """Whether engine and trainer disagree too much; warned of when it begins."""
         bound, kl = self.config.rollout.llm_kl_alarm, metrics.get("rollout/llm_kl")
@@ -272,8 +288,10 @@ class Trainer:
             state = self.checkpoints.load(
                 self.config.trainer.load_ckpt_from, self.actor, self.source
             )
-        state = {"unfinished": None} | (state or {"step": 0, "best": {}, "run_id": None})
-        self.best = state["best"]
+        state = {"unfinished": None, "health": {}} | (
+            state or {"step": 0, "best": {}, "run_id": None}
+        )
+        self.best, self.health = state["best"], state["health"]
         # At the start, too: servers may hold anything, and weights that do not arrive stop the run
         # before the first rollout.
         # (A step that was broken off brings them there when it goes on.)
@@ -299,7 +317,10 @@ class Trainer:
     ) -> None:
         with self.timers("save"):
             run_id = self.metrics.run_id if self.metrics else None
-            state = {"best": self.best, "run_id": run_id, "unfinished": unfinished}
+            state = {
+                "best": self.best, "health": self.health, "run_id": run_id,
+                "unfinished": unfinished,
+            }  # fmt: skip
             self.checkpoints.save(step, self.actor, source, state)
 
     def _finish(self, step: int) -> None:
@@ -312,6 +333,7 @@ class Trainer:
         if self.best:
             logger.info("best evaluation: test %(test/score).4f at step %(step)d", self.best)
         logger.info("metrics: %s", self._path("metrics.jsonl"))
+        self.done = True
 
     def _save_model(self, name: str) -> None:
         self.actor.load()
@@ -344,6 +366,6 @@ class Trainer:
         self.source.close()
         self.checkpoints.close()
         if self.metrics:
-            self.metrics.close()
+            self.metrics.close(self.done)
         if self.lock:
             self.lock.close()

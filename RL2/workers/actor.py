@@ -155,7 +155,7 @@ class Actor(Worker):
 
     def _losses(self, micro_batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of the batch loss, and of the sums behind the metrics."""
-        wanted = tuple(dict.fromkeys((*self.loss.statistics, "logps", "entropy")))
+        wanted = tuple(dict.fromkeys((*self.loss.statistics, "logps", "entropy", "max_logps")))
 
         def loss_fn(stats: TokenStats, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
             return self._loss_of_tokens(
@@ -187,6 +187,7 @@ class Actor(Worker):
             objective = objective - config.entropy.coef * entropy
         metrics = {f"actor/{name}": values.sum() for name, values in extra.items()}
         metrics["actor/entropy"] = entropy.sum()
+        metrics["actor/p_max"] = tokens["max_logps"].detach().exp().sum()
         if "ref_logps" in tokens:
             kl = approx_kl(logps, tokens["ref_logps"], config.kl.loss_estimator)
             metrics["actor/kl"] = kl.sum()

@@ -82,10 +82,25 @@ def test_required(message, name, override):
         "trainer.save_freq=-1",
         "trainer.test_freq=0",
         "trainer.seed=-1",
+        "trainer.health.patience=0",
+        "trainer.health.no_signal_steps=0",
+        "trainer.health.min_entropy=-1.0",
+        "trainer.health.max_entropy=0.0",
+        "trainer.health.max_p_max=1.1",
+        "trainer.health.min_length_ratio=0.0",
+        "trainer.health.max_llm_kl=0.0",
     ],
 )
 def test_ranges(message, override):
     assert f"{override}: must " in message("spo", override)
+
+
+def test_health(message, composed):
+    low, high = "trainer.health.min_entropy=2.0", "trainer.health.max_entropy=1.0"
+    text = message("spo", low, high)
+    assert text.startswith(f"{low}: must be below {high}; ")
+    off = [f"trainer.health.{key}=null" for key in composed("spo").trainer.health]
+    validate(composed("spo", *(line for line in off if "patience" not in line)), 1)
 
 
 def test_mesh(message, composed):

@@ -79,6 +79,7 @@ def batch_loss(hf, loss, config, batch):
                 metrics["actor/tis_masked"] = outside.double()
         losses = losses - config.entropy.coef * tokens["entropy"]
         metrics["actor/entropy"] = tokens["entropy"]
+        metrics["actor/p_max"] = tokens["max_logps"].exp()
         if "ref_logps" in fields:
             metrics["actor/kl"] = _KL[config.kl.loss_estimator](
                 tokens["logps"] - fields["ref_logps"]

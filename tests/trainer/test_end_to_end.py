@@ -58,8 +58,8 @@ EVERY_STEP = {
     "train/n_turns", "rollout/tokens_per_s", "timing/rollout", "timing/update_actor",
     "timing/update_rollout", "timing/step", "memory/peak_gib",
 }  # fmt: skip
-EVERY_UPDATE = {"actor/loss", "actor/entropy", "actor/grad_norm", "actor/lr", "actor/skipped",
-                "rollout/llm_kl"}  # fmt: skip
+EVERY_UPDATE = {"actor/loss", "actor/entropy", "actor/p_max", "actor/grad_norm", "actor/lr",
+                "actor/skipped", "rollout/llm_kl"}  # fmt: skip
 EVALUATION = {"test/score", "test/avg_response_length", "timing/evaluate"}
 
 
