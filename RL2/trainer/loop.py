@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from RL2.algorithms.advantages import resolve_advantage
 from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
-from RL2.config import ConfigError, HealthError, Interrupted
+from RL2.config import ConfigError, HealthError, Interrupted, TrainingError
 from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks
 from RL2.distributed.comm import Batch
 from RL2.trainer.checkpoint import Checkpoints, rng_state, save_model, set_rng_state
@@ -179,8 +179,15 @@ class Trainer:
             self._stop(step - 1, before)
         if self.is_rl:
             batch = self._annotate(batch)
-        with self.timers("update_actor"):
-            metrics |= self.actor.update(batch, step)
+        updates = self.actor.scheduler.last_epoch
+        try:
+            with self.timers("update_actor"):
+                metrics |= self.actor.update(batch, step)
+        except TrainingError as error:
+            if step == 1 or self.actor.scheduler.last_epoch > updates:
+                raise  # nothing was learned, or half of this step
+            saved = self._keep(step - 1, before)
+            raise TrainingError(f"{error}; step {step - 1} is in {saved}") from error
         if self.is_rl:
             metrics |= self._compare(metrics)
         return self._end_step(step, metrics)
@@ -219,18 +226,28 @@ class Trainer:
 
         unfinished: the step's metrics, if it is not logged yet.
         """
-        saved = self.checkpoints.path(step)
         if step == 0:
             raise Interrupted("asked to stop before anything was learned; nothing was saved")
+        saved = self._keep(step, position, unfinished)
+        raise Interrupted(
+            f"asked to stop: step {step} is in {saved}; trainer.load_ckpt_from=latest goes on there"
+        )
+
+    def _keep(
+        self,
+        step: int,
+        position: tuple[dict[str, Any], dict[str, Tensor]],
+        unfinished: dict[str, float] | None = None,
+    ) -> Path:
+        """Save what `step` has left, as it was at `position`, unless it is saved; where that is."""
+        saved = self.checkpoints.path(step)
         self.checkpoints.wait()
         if not broadcast(saved.exists()):
             source, rng = position
             set_rng_state(rng, self.device)
             self._save(step, source, unfinished)
             self.checkpoints.wait()
-        raise Interrupted(
-            f"asked to stop: step {step} is in {saved}; trainer.load_ckpt_from=latest goes on there"
-        )
+        return saved
 
     def _conclude(self, step: int, metrics: dict[str, float]) -> None:
         """Log a step, and stop a run that is dying, saved as it is."""
@@ -240,10 +257,7 @@ class Trainer:
             self.health, problem = observe(self.config, self.health, metrics)
         if (problem := broadcast(problem)) is None:
             return
-        saved = self.checkpoints.path(step)
-        if not broadcast(saved.exists()):
-            self._save(step, self.source.state_dict())
-        raise HealthError(f"{problem}; step {step} is in {saved}")
+        raise HealthError(f"{problem}; step {step} is in {self._keep(step, self._position())}")
 
     def _compare(self, metrics: dict[str, float]) -> dict[str, float]:
         """Whether engine and trainer disagree too much; warned of when it begins."""

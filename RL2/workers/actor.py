@@ -1,5 +1,6 @@
 """The policy: its log-probabilities and its update."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -114,18 +115,23 @@ class Actor(Worker):
             loss.backward()
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
+        grad_norm = self.clip_gradients()
+        # The norm does not see what one replica, or one tensor-parallel rank, has in parameters
+        # that others hold as well: where it is not finite on one rank, all have to skip.
+        sums["bad_ranks"] = (~grad_norm.isfinite()).to(grad_norm)
         # One collective and one wait for the device, however many metrics there are.
         names = sorted(sums)
         totals = sum_over_ranks(torch.stack([sums[name] for name in names]).double())
         totals = totals / self.layout.tp_size  # whose ranks counted the same tokens
-        grad_norm = self.clip_gradients()
-        totals, norm = totals.tolist(), grad_norm.item()
+        totals, norm = dict(zip(names, totals.tolist(), strict=True)), grad_norm.item()
+        if totals.pop("bad_ranks") and math.isfinite(norm):
+            norm = math.nan
         metrics = {
             name: total if name == "actor/loss" else total / n_actions
-            for name, total in zip(names, totals, strict=True)
+            for name, total in totals.items()
         }
         metrics |= {"actor/grad_norm": norm, "actor/skipped": 0.0, "actor/nonfinite": 0.0}
-        if not torch.isfinite(torch.tensor([metrics["actor/loss"], norm])).all():
+        if not (math.isfinite(metrics["actor/loss"]) and math.isfinite(norm)):
             return self._reject(metrics)
         self.bad_steps = 0
         self.optimizer.step()
