@@ -18,7 +18,7 @@ from RL2.config.schema import RLConfig, SFTConfig, key_types
 from RL2.rollout.environments import load_environment
 from RL2.rollout.sample_table import SampleTable, summarise
 from RL2.rollout.samples import Sample
-from tests.config.support import compose_config
+from tests.config.support import compose_config, write_model_files
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = [ROOT / "README.md", ROOT / "CHANGES.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
@@ -84,9 +84,10 @@ def readme_folder(tmp_path, monkeypatch):
     for name in ("my_loss.py", "my_env.py"):
         (tmp_path / name).write_text(example(name), encoding="utf-8")
     quickstart = tmp_path / "runs" / "quickstart"
-    for name in ("data/train.jsonl", "data/test.jsonl", "warmup/final/config.json"):
-        (quickstart / name).parent.mkdir(parents=True, exist_ok=True)
-        (quickstart / name).write_text("{}\n", encoding="utf-8")
+    write_model_files(quickstart / "warmup" / "final")
+    for name in ("train.jsonl", "test.jsonl"):
+        (quickstart / "data").mkdir(exist_ok=True)
+        (quickstart / "data" / name).write_text("{}\n", encoding="utf-8")
     (tmp_path / ".venv-sglang" / "bin").mkdir(parents=True)
     (tmp_path / ".venv-sglang" / "bin" / "python").touch(mode=0o755)
     return tmp_path

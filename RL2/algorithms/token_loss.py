@@ -151,7 +151,7 @@ def _import_function(import_path: str, origin: str) -> Callable[..., Any]:
             f"{origin}: there is no file {Path(location).absolute()}; give a path relative to the "
             "working directory, or an absolute one"
         ) from error
-    except Exception as error:  # a stranger's file may raise anything
+    except (Exception, SystemExit) as error:  # a stranger's file may raise anything
         raise ConfigError(
             f"{origin}: importing {location} raised {type(error).__name__}: {error}; "
             "make it importable"

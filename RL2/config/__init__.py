@@ -12,7 +12,7 @@ from RL2.config.errors import (
     TrainingError,
 )
 from RL2.config.fallbacks import apply_fallbacks
-from RL2.config.overrides import check_overrides
+from RL2.config.overrides import check_overrides, composition_error
 from RL2.config.schema import RLConfig, SFTConfig, register_schemas
 from RL2.config.validate import validate
 
@@ -30,6 +30,7 @@ __all__ = [
     "TrainingError",
     "apply_fallbacks",
     "check_overrides",
+    "composition_error",
     "register_schemas",
     "validate",
 ]

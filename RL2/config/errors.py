@@ -39,3 +39,11 @@ class TrainingError(RL2Error, RuntimeError):
 
 class HealthError(TrainingError):
     """A run that could go on, but has stopped to learn (`trainer.health`)."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, or its type where it says nothing, in one line."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, (OSError, ValueError)) and lines:
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

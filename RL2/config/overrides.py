@@ -4,7 +4,9 @@ hydra's own answer to an unknown key is to advise `+key=value`, which adds the k
 a key that no schema has is an error, with the keys that may have been meant.
 """
 
+import argparse
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -23,12 +25,19 @@ from omegaconf.errors import OmegaConfBaseException
 
 from RL2.config.errors import ConfigError
 from RL2.config.schema import SCHEMAS, key_types, structured
+from RL2.config.secrets import HIDDEN, is_secret_name, redact
 
 # What a user of such libraries may well type and what is not built yet.
 _PLANNED_VALUES = {
     ("adv.estimator", "gae"): "it needs a critic, which this version does not have yet",
 }
 _PLANNED_GROUPS = {"critic": "this version has no critic yet, leave it out"}
+
+# Beginnings of lines of hydra's messages.
+_BESIDE_THE_POINT = (
+    "full_key:", "object_type=", "reference_type=", "To append", "See ", "Config search path",
+    "provider=", "Available options",
+)  # fmt: skip
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -44,10 +53,22 @@ def check_overrides(config_name: str, argv: Sequence[str]) -> None:
         ConfigError: an override that does not parse, an unknown key (added with `+` or not), a
             deleted key, a sweep without `--multirun`, or a value of the wrong type.
     """
-    flags, rest = get_args_parser().parse_known_args(list(argv))
-    config_name = flags.config_name or config_name
-    if config_name not in SCHEMAS:
-        return  # a yaml file of the user's own; `validate` sees its keys after composition
+    for line in argv:
+        _check_secret(line)
+    parser = get_args_parser()
+    parser.exit_on_error = False  # argparse would write its usage over many lines
+    try:
+        flags, rest = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}; --help lists the flags of hydra") from error
+    for line in rest:
+        if line.startswith("-"):
+            raise ConfigError(
+                f"{line}: unknown flag; a key is set by key=value without dashes, and --help lists "
+                "the flags"
+            )
+    # A yaml file of the user's own has the keys of the trainer that it is for.
+    config_name = flags.config_name if flags.config_name in SCHEMAS else config_name
     lines = flags.overrides + [line for line in rest if not line.startswith("-") and "=" in line]
     overrides = [_parse(line) for line in lines]
     sweeps = flags.multirun or any(line.startswith("hydra.mode=MULTIRUN") for line in lines)
@@ -59,6 +80,27 @@ def check_overrides(config_name: str, argv: Sequence[str]) -> None:
         _check(override, schema, typed, sweeps)
 
 
+def composition_error(error: Exception, config_name: str) -> ConfigError:
+    """What hydra says over many lines about a yaml file or an override, in one.
+
+    config_name: of the trainer, whose schema says which keys there are.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    keys = [line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")]
+    file = re.match(r"In '(.+?)':", lines[0] if lines else "")
+    where = f" (in {file[1]}.yaml)" if file else ""
+    if keys and keys[0] and keys[0] not in key_types(SCHEMAS[config_name]):
+        return ConfigError(unknown_key_message(keys[0], SCHEMAS[config_name], keys[0] + where))
+    # Not where hydra looked, which classes there are, and its advice of `+key`.
+    said = [line for line in lines if not line.startswith(_BESIDE_THE_POINT)][:3]
+    key = f"{keys[0]}{where}: " if keys and keys[0] else ""
+    return ConfigError(
+        f"{key}the configuration cannot be composed ({' '.join(said) or type(error).__name__}); "
+        "correct that, or leave it out; a yaml file of your own begins with "
+        f"`defaults: [{config_name}, _self_]`"
+    )
+
+
 def unknown_key_message(key: str, schema: type, shown: str | None = None) -> str:
     """What to say about a key that the schema does not have: `shown: unknown key; …`."""
     return f"{shown or key}: unknown key; {_advice(key, schema)}"
@@ -67,6 +109,17 @@ def unknown_key_message(key: str, schema: type, shown: str | None = None) -> str
 def is_open(key: str, known: dict[str, Any]) -> bool:
     """Whether a key lies inside a dict whose keys are the user's own."""
     return any(typing.get_origin(known.get(parent)) is dict for parent in _parents(key))
+
+
+def _check_secret(line: str) -> None:
+    """What stands on a command line, `ps` shows to everybody on the machine."""
+    name, _, value = line.partition("=")
+    if redact(line) != line or (value not in ("", "null") and is_secret_name(name)):
+        shown = redact(line) if redact(line) != line else f"{name}={HIDDEN}"
+        raise ConfigError(
+            f"{shown}: a secret on the command line, where all users of the machine see it; put it "
+            "into a variable of the environment, such as RL2_SERVER_KEY or WANDB_API_KEY"
+        )
 
 
 def _parse(line: str) -> Override:
@@ -89,6 +142,8 @@ def _check(override: Override, schema: type, typed: DictConfig, sweeps: bool) ->
     known = key_types(schema)
     if key not in known and not is_open(key, known):
         raise ConfigError(unknown_key_message(key, schema, line))
+    if override.is_add() and not is_open(key, known):
+        raise ConfigError(f"{line}: the key is there already; leave out the +")
     if override.is_delete():
         if is_open(key, known):
             return
@@ -129,7 +184,9 @@ def _check_value(
         return
     if is_dataclass(kind):
         raise ConfigError(f"{line}: {key} is a group; set one of its keys: {_keys_of(key, known)}")
-    if not _fits(typed, key, value):
+    # omegaconf takes any number for true
+    number = kind is bool and isinstance(value, (int, float)) and value not in (0, 1)
+    if number or not _fits(typed, key, value):
         raise ConfigError(f"{line}: {_type_advice(key, kind, value)}")
 
 
@@ -166,6 +223,8 @@ def _type_advice(key: str, kind: Any, value: Any) -> str:
 def _kind(member: Any) -> str:
     if typing.get_origin(member) is dict:
         return "a mapping {name: value}"
+    if typing.get_origin(member) is list:
+        return "a list of texts [one,two]"
     if isinstance(member, type) and issubclass(member, Enum):
         return _listing([one.value for one in member], "or")
     return _KINDS[member]

@@ -158,7 +158,9 @@ class ModelConfig:
     attn_implementation: str = MISSING
     use_liger_kernel: bool = MISSING
     token_stats: TokenStatsImplementation = MISSING
+    revision: str | None = MISSING
     trust_remote_code: bool = MISSING
+    allow_pickle: bool = MISSING
     ddp_size: int = MISSING
     tp_size: int = MISSING
     sp_size: int = MISSING

@@ -3,14 +3,17 @@
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from RL2.config.errors import ConfigError
+from RL2.config.models import check_model, context_length
 from RL2.config.overrides import is_open, unknown_key_message
 from RL2.config.schema import (
     AvgLevel,
@@ -21,6 +24,7 @@ from RL2.config.schema import (
     TISType,
     key_types,
 )
+from RL2.config.secrets import is_secret_name, redact
 
 DATA_EXTENSIONS = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 """Extensions by which a data path is a local file."""
@@ -86,7 +90,6 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
             "trainer.save_freq",
             "trainer.keep_last",
             "trainer.max_bad_steps",
-            "trainer.num_threads",
             "trainer.health.patience",
             "trainer.health.no_signal_steps",
         ],
@@ -118,14 +121,12 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
             "actor.tis_coef",
             "actor.freeze_steps",
             "actor.kl.coef",
-            "actor.lora.seed",
             "rollout.test_sampling_params.temperature",
             "rollout.max_env_errors",
             "rollout.max_malformed",
             "rollout.max_resampled",
             "rollout.request_retries",
             "rollout.max_restarts",
-            "trainer.seed",
         ],
         _FROM_ZERO,
     ),
@@ -144,12 +145,18 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "actor.lora.dropout": (lambda x: 0 <= x < 1, "must be 0 or more and below 1"),
     "rollout.staleness": (lambda x: x in (0, 1), "must be 0 (on-policy) or 1"),
     "actor.loss.target": (lambda x: 0 < x < 1, "must lie between 0 and 1"),
+    **dict.fromkeys(
+        ["actor.lora.seed", "trainer.seed"],  # what numpy in the servers takes, too
+        (lambda x: 0 <= x < 2**32, "must be 0 to 4294967295"),
+    ),
+    "trainer.num_threads": (lambda x: 1 <= x <= 1024, "must be 1 to 1024"),
     "rollout.base_port": (lambda x: 1 <= x <= 65535, "must be a port, 1 to 65535"),
 }
 
+_LONGEST_NAME = 255  # bytes, on all common file systems
+
 _HUB_NAME = r"[\w\-][\w.\-]*"
 _URL = re.compile(r"https?://[^/\s]+/?")
-_HUB_MODEL = re.compile(rf"{_HUB_NAME}/{_HUB_NAME}")
 _HUB_DATA = re.compile(rf"[^@]+@({_HUB_NAME}/)?{_HUB_NAME}(:[^:/]+)?")
 
 
@@ -171,9 +178,10 @@ def validate(config: DictConfig, world_size: int) -> None:
         node = OmegaConf.select(config, group)
         if node is not None and OmegaConf.is_missing(node, name):
             raise ConfigError(f"{key}: required; {advice}")
+    _check_interpolations(config)
     _check_ranges(config, schema)
     _check_mesh(config, world_size)
-    _check_model(config.actor, "actor")
+    check_model(config.actor, "actor")
     if config.actor.compile and config.actor.tp_size > 1:
         raise ConfigError(
             "actor.compile=true: torch does not compile layers that "
@@ -209,6 +217,24 @@ def _check_keys(config: DictConfig, schema: type) -> None:
                 walk(value, f"{key}.")
 
     walk(OmegaConf.to_container(config, resolve=False), "")
+
+
+def _check_interpolations(node: DictConfig | ListConfig, prefix: str = "") -> None:
+    """Every key has a value, and what `${…}` stands for is there and of the right type."""
+    raw = OmegaConf.to_container(node, resolve=False)
+    for name in raw if isinstance(node, DictConfig) else range(len(raw)):
+        key = f"{prefix}{name}"
+        if raw[name] == "???":
+            raise ConfigError(f"{key}=???: required; give a value, or leave it out for the default")
+        try:
+            value = node[name]
+        except (OmegaConfBaseException, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"{key}={raw[name]}: does not resolve ({reason}); name a key that has a value"
+            ) from error
+        if isinstance(value, (DictConfig, ListConfig)):
+            _check_interpolations(value, f"{key}.")
 
 
 def _check_ranges(config: DictConfig, schema: type) -> None:
@@ -249,26 +275,6 @@ def _check_divides(key: str, size: int, world_size: int) -> None:
         divisors = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
         use = " or ".join(filter(None, [", ".join(divisors[:-1]), divisors[-1]]))
         raise ConfigError(f"{key}={size}: must divide world_size={world_size}; use {use}")
-
-
-def _check_model(node: DictConfig, group: str) -> None:
-    """A model is a folder with a config.json, or has the form of a hub id."""
-    name = node.model_name
-    key = f"{group}.model_name={name}"
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"{key}: the folder has no config.json; give one made by save_pretrained"
-            )
-        return
-    # `models/tiny` has the form of a hub id too, but beside an existing `models` it is a typing
-    # error that must not turn into a download.
-    if not _HUB_MODEL.fullmatch(name) or folder.parent.is_dir():
-        raise ConfigError(
-            f"{key}: no such folder in {Path.cwd()}, and not a hub id; give a folder made by "
-            "save_pretrained, or org/name such as Qwen/Qwen3-4B-Thinking-2507"
-        )
 
 
 def _check_lora(actor: DictConfig) -> None:
@@ -326,7 +332,7 @@ def _check_rollout(config: DictConfig) -> None:
                 f"rollout.{name}.stop={stop}: must be a text, a list of texts or null; quote it: "
                 f"'rollout.{name}.stop=\"...\"'"
             )
-    if not Path(rollout.env_path).expanduser().is_file():
+    if not os.path.isfile(os.path.expanduser(rollout.env_path)):
         raise ConfigError(
             f"rollout.env_path={rollout.env_path}: no such file in {Path.cwd()}; give the python "
             "file of the environment, such as envs/gsm8k.py"
@@ -343,6 +349,11 @@ def _check_servers(rollout: DictConfig) -> None:
                 "or rollout.engine=vllm"
             )
         for one in url if isinstance(url, ListConfig) else [url]:
+            if isinstance(one, str) and redact(one) != one:
+                raise ConfigError(
+                    f"rollout.server_url={redact(one)}: an address with a password in it ends in "
+                    "logs; put the servers' key into RL2_SERVER_KEY in the environment"
+                )
             if not isinstance(one, str) or not _URL.fullmatch(one):
                 raise ConfigError(
                     f"rollout.server_url={one}: must be an address such as "
@@ -361,8 +372,17 @@ def _check_servers(rollout: DictConfig) -> None:
                 f"rollout.server_args={list(rollout.server_args)}: has no effect with "
                 "rollout.server_url, whose servers are not started here; leave one of the two out"
             )
+    for argument in rollout.server_args:
+        name = argument.partition("=")[0]
+        if name.startswith("-") and is_secret_name(name):
+            raise ConfigError(
+                f"rollout.server_args: {name} puts a secret on the server's command line, where "
+                "all users of the machine see it; leave it out (each run makes a key of its own, "
+                "and servers inherit HF_TOKEN from the environment)"
+            )
     python = rollout.server_python
-    if python is not None and not os.access(Path(python).expanduser(), os.X_OK):
+    program = os.path.expanduser(python or sys.executable)
+    if not os.path.isfile(program) or not os.access(program, os.X_OK):
         raise ConfigError(
             f"rollout.server_python={python}: no executable file; give the python of the "
             "environment that holds the engine, such as .venv-vllm/bin/python"
@@ -411,6 +431,14 @@ def _check_lengths(config: DictConfig) -> None:
     actor, new = config.actor, config.rollout.train_sampling_params.max_new_tokens
     longest = actor.max_length_per_device * actor.sp_size
     room = _room(actor)
+    context = context_length(actor.model_name)
+    for name in ("train_sampling_params", "test_sampling_params"):
+        asked = config.rollout[name].max_new_tokens
+        if context is not None and asked >= context:
+            raise ConfigError(
+                f"rollout.{name}.max_new_tokens={asked}: must be below {context}, the context of "
+                f"actor.model_name={actor.model_name}, which holds prompt and response"
+            )
     if new >= longest:
         raise ConfigError(
             f"rollout.train_sampling_params.max_new_tokens={new}: must be below {room}, which "
@@ -453,7 +481,7 @@ def _check_objective(config: DictConfig) -> None:
                 f"ref_actor.model_name={reference}: has no effect with actor.kl.coef=0; set "
                 "actor.kl.coef and actor.kl.type, or leave it out"
             )
-        _check_model(config.ref_actor, "ref_actor")
+        check_model(config.ref_actor, "ref_actor")
     if actor.clip is not None and built_in and actor.loss.name != "ppo":
         raise ConfigError(
             f"actor.clip={actor.clip}: has no effect with actor.loss.name={actor.loss.name}; "
@@ -500,6 +528,12 @@ def _check_sft(config: DictConfig) -> None:
             "sequence"
         )
     length, actor = config.data.max_length, config.actor
+    context = context_length(actor.model_name)
+    if context is not None and length > context:
+        raise ConfigError(
+            f"data.max_length={length}: must be at most {context}, the context of "
+            f"actor.model_name={actor.model_name}"
+        )
     if length > actor.max_length_per_device * actor.sp_size:
         raise ConfigError(
             f"data.max_length={length}: must be at most {_room(actor)}; lower this or raise that"
@@ -517,13 +551,15 @@ def _check_data(group: str, path: str | None) -> None:
         return
     key = f"{group}.path={path}"
     source = path.rpartition("@")[2]
-    local = Path(source).expanduser()
+    local = os.path.expanduser(source)  # os.path: says no where Path raises (a name too long)
     if source.lower().endswith(DATA_EXTENSIONS) or source.startswith((".", "~", os.sep)):
-        if local.is_dir():
+        if os.path.isdir(local):
             raise ConfigError(f"{key}: is a folder; give one of the files in it")
-        if not local.is_file():
+        if not os.path.exists(local):
             raise ConfigError(f"{key}: no such file in {Path.cwd()}; give an existing file")
-        if local.stat().st_size == 0:
+        if not os.path.isfile(local):
+            raise ConfigError(f"{key}: is a pipe or a device; write the rows to a file")
+        if os.path.getsize(local) == 0:
             raise ConfigError(f"{key}: the file is empty; give one with rows")
         if not source.lower().endswith(DATA_EXTENSIONS):
             raise ConfigError(f"{key}: unknown file type; use {', '.join(DATA_EXTENSIONS)}")
@@ -536,12 +572,28 @@ def _check_data(group: str, path: str | None) -> None:
 
 def _check_trainer(trainer: DictConfig) -> None:
     name = trainer.experiment_name
-    if not name.strip() or name in (".", "..") or re.search(r"[/\\\0]", name):
+    if (
+        not name
+        or name != name.strip()
+        or name.startswith((".", "-"))  # hidden, or an option of the next command
+        or "/" in name
+        or "\\" in name
+        or not name.isprintable()
+        or len(name.encode()) > _LONGEST_NAME
+    ):
         raise ConfigError(
-            f"trainer.experiment_name={name}: names a folder; use a text without slashes"
+            f"trainer.experiment_name={name}: names a folder; use a text without slashes and "
+            f"control characters that begins with a letter, a digit or _ and has at most "
+            f"{_LONGEST_NAME} bytes"
         )
-    save_dir = Path(trainer.save_dir).expanduser()
-    if save_dir.exists() and not save_dir.is_dir():
+    save_dir = trainer.save_dir
+    if not save_dir.strip() or not save_dir.isprintable() or not _can_exist(save_dir):
+        raise ConfigError(
+            f"trainer.save_dir={save_dir}: cannot be a folder; give a path without control "
+            "characters, such as runs/first"
+        )
+    save_dir = os.path.expanduser(save_dir)
+    if os.path.exists(save_dir) and not os.path.isdir(save_dir):
         raise ConfigError(f"trainer.save_dir={trainer.save_dir}: is a file; give a folder")
     health = trainer.health
     if None not in (low := health.min_entropy, high := health.max_entropy) and low >= high:
@@ -550,8 +602,36 @@ def _check_trainer(trainer: DictConfig) -> None:
             "lower it, or set one of the two to null"
         )
     start = trainer.load_ckpt_from
-    if start not in (None, "latest") and not Path(start).expanduser().is_dir():
+    if start not in (None, "latest"):
+        key, folder = f"trainer.load_ckpt_from={start}", os.path.expanduser(start)
+        if not start.strip() or not os.path.isdir(folder):
+            raise ConfigError(
+                f"{key}: no such folder in {Path.cwd()}; use null, latest or the folder of a "
+                "checkpoint"
+            )
+        if not os.path.isfile(os.path.join(folder, "manifest.json")):
+            raise ConfigError(
+                f"{key}: is no checkpoint, as it has no manifest.json; use null, latest or a "
+                "folder such as <save_dir>/checkpoints/step000020"
+            )
+    project = trainer.project
+    if trainer.use_wandb and (
+        not project.strip()
+        or not project.isprintable()
+        or len(project) > 128
+        or re.search(r"[/\\#?%:]", project)
+    ):
         raise ConfigError(
-            f"trainer.load_ckpt_from={start}: no such folder in {Path.cwd()}; use null, latest or "
-            "the folder of a checkpoint"
+            f"trainer.project={project}: no name that wandb takes; use at most 128 characters, "
+            "none of them / \\ # ? % or :, or trainer.use_wandb=false"
         )
+
+
+def _can_exist(path: str) -> bool:
+    try:
+        os.stat(os.path.expanduser(path))
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return True  # what is in its way, other checks tell
+    except (OSError, ValueError):
+        return False
+    return True

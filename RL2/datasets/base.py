@@ -92,7 +92,9 @@ def keep_within(
 def _raise_hint(limit_key: str, name: str) -> str:
     # The prompt limit usually follows from the two others and is not set by the user.
     if name == "max_prompt_length":
-        return f"actor.max_length_per_device (or {limit_key} if it is set)"
+        return (
+            f"actor.max_length_per_device up to the model's context (or {limit_key} if it is set)"
+        )
     return f"{limit_key} and actor.max_length_per_device"
 
 

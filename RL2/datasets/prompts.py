@@ -14,9 +14,9 @@ a CSV cell can hold nothing else.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from RL2.config.errors import DataError
@@ -25,6 +25,9 @@ from RL2.datasets.readers import type_name
 GSM8K_INSTRUCTION = "Let's think step by step and end with `#### answer`."
 RL_FORMATS = '{"messages", "extra_info"}, {"prompt", "extra_info"} or {"question", "answer"}'
 SFT_FORMATS = '{"messages"}, {"prompt", "response"} or {"question", "answer"}'
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 def row_error(key: str, where: str, problem: str) -> DataError:
@@ -92,7 +95,14 @@ def messages_of(row: dict[str, Any], where: str, key: str) -> list[dict[str, Any
                     f"{name} without {field}: it has the keys "
                     f"{', '.join(sorted(map(str, message))) or 'none'}",
                 )
-        require_text(message["role"], f"{name}.role", where, key)
+        role = require_text(message["role"], f"{name}.role", where, key)
+        if role not in ROLES:
+            raise row_error(
+                key,
+                where,
+                f"{name}.role is {role!r:.40}, which chat templates pass over; use one of "
+                f"{', '.join(ROLES)}",
+            )
         if not message.get("tool_calls"):
             require_text(message["content"], f"{name}.content", where, key)
         # Columnar files fill absent fields with nulls, which some templates take for present ones.
@@ -116,12 +126,27 @@ def extra_info_of(row: dict[str, Any], where: str, key: str) -> dict[str, Any]:
     if "answer" in row and "answer" not in value:
         value = {**value, "answer": row["answer"]}
     if "answer" in value:
-        answer = value["answer"]
-        blank = isinstance(answer, str) and not answer.strip()
-        if answer is None or answer != answer or blank:
-            found = "empty" if blank else type_name(answer)
-            raise row_error(key, where, f"answer is {found}; fill it or remove the row")
+        _require_answer(value["answer"], where, key)
     return value
+
+
+def _require_answer(answer: Any, where: str, key: str) -> None:
+    """Something that a response can be compared with, down to the items of a list."""
+    if isinstance(answer, (list, dict)) and answer:
+        for item in answer.values() if isinstance(answer, dict) else answer:
+            _require_answer(item, where, key)
+        return
+    found = None
+    if answer is None or isinstance(answer, float) and not math.isfinite(answer):
+        found = type_name(answer)
+    elif answer in ([], {}):
+        found = "empty"
+    elif isinstance(answer, str):
+        # What numpy and data frames write for a number that is missing.
+        found = "NaN" if answer.strip().lower() == "nan" else None
+        require_text(answer, "answer", where, key)
+    if found is not None:
+        raise row_error(key, where, f"answer is {found}; fill it or remove the row")
 
 
 def gold_answer(answer: str, where: str, key: str) -> str:
@@ -136,6 +161,7 @@ def gold_answer(answer: str, where: str, key: str) -> str:
             f"{problem}; a GSM8K answer ends with '#### 42' (rows of another kind: "
             '{"prompt": "...", "extra_info": {"answer": "42"}})',
         )
+    _require_answer(gold, where, key)
     return gold
 
 
@@ -186,8 +212,8 @@ def render(
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # a template is a program: it may divide by zero
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise row_error(key, where, f"the chat template refuses the messages: {reason}") from error
 
 
@@ -198,4 +224,6 @@ def _from_json(value: Any, name: str, where: str, key: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise row_error(key, where, f"{name} is a string that is not JSON ({reason})") from error
+        raise row_error(
+            key, where, f"{name} is a string that is not JSON ({reason}); write it as JSON"
+        ) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _SYNTAX = f"a file ({' '.join(EXTENSIONS)}), split@file, or split@name:config of a hub data set"
 # A split name with an optional slice, several of them joined by "+": train, train[:100], a[1:]+b.
 _SPLIT = re.compile(r"\w+(\[[^\]@]*\])?(\+\w+(\[[^\]@]*\])?)*")
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of the Arrow IPC format
 _HUB_TIMEOUT = 5.0  # seconds for the one request that finds out whether the hub answers
 
 
@@ -196,10 +198,11 @@ def _parse_jsonl(text: str, name: str, key: str) -> Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_no_key_twice)
         except (ValueError, RecursionError) as error:
-            column = f":{error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            reason = error.msg if column else _one_line(error)
+            decoding = isinstance(error, json.JSONDecodeError)
+            column = f":{len(line[: error.pos].encode()) + 1}" if decoding else ""
+            reason = error.msg if decoding else _one_line(error)
             raise DataError(
                 f"{key}.path: {name}:{number}{column}: not JSON ({reason}); "
                 "each line holds one object, for example "
@@ -219,7 +222,7 @@ def _read_json(name: str, key: str) -> Rows:
     start = _skip(text, 0)
     if text[start : start + 1] != "[":
         return _parse_jsonl_or_object(text, name, key)
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_no_key_twice)
     rows, lines = [], []
     line, counted = 1, 0
     position = _skip(text, start + 1)
@@ -277,11 +280,21 @@ def _require_end(text: str, position: int, name: str, key: str) -> None:
 
 def _json_error(text: str, position: int, reason: str, name: str, key: str) -> DataError:
     line = text.count("\n", 0, position) + 1
-    column = position - text.rfind("\n", 0, position)
+    column = len(text[text.rfind("\n", 0, position) + 1 : position].encode()) + 1  # bytes
     return DataError(
         f"{key}.path: {name}:{line}:{column}: not JSON ({reason}); the file holds one list of "
         "objects"
     )
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; json would keep the last of two in silence."""
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in row if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
+    return row
 
 
 def _require_object(row: Any, where: str, key: str) -> dict[str, Any]:
@@ -332,7 +345,7 @@ def _read_parquet(name: str, key: str) -> Rows:
         raise DataError(
             f"{key}.path: {name}: not a parquet file ({_one_line(error)}); write it again"
         ) from error
-    return Rows.without_lines(table.to_pylist(), name)
+    return _rows_of_table(table, name, key)
 
 
 def _read_arrow(name: str, key: str) -> Rows:
@@ -343,11 +356,32 @@ def _read_arrow(name: str, key: str) -> Rows:
             file.seek(0)
             opened = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
             table = opened(file).read_all()
+            if not is_file:  # a stream may end anywhere between two batches, and looks whole
+                file.seek(file.size() - len(_END_OF_STREAM))
+                if file.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
+                    raise pyarrow.ArrowInvalid("it ends without the end mark: it was cut off")
     except pyarrow.ArrowException as error:
         raise DataError(
             f"{key}.path: {name}: not an arrow file ({_one_line(error)}); write it again"
         ) from error
-    return Rows.without_lines(table.to_pylist(), name)
+    return _rows_of_table(table, name, key)
+
+
+def _rows_of_table(table: pyarrow.Table, name: str, key: str) -> Rows:
+    twice = {column for column in table.column_names if table.column_names.count(column) > 1}
+    if twice:
+        raise DataError(
+            f"{key}.path: {name}: the column {min(twice)} occurs twice; rename or drop one"
+        )
+    try:
+        table.validate(full=True)
+        return Rows.without_lines(table.to_pylist(), name)
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        # Bytes that are no UTF-8, dates that Python cannot hold.
+        raise DataError(
+            f"{key}.path: {name}: its values cannot be read ({_one_line(error)}); write it again "
+            "with text in UTF-8"
+        ) from error
 
 
 # ------------------------------------------------------------------------------ hub
@@ -400,8 +434,8 @@ def type_name(value: Any) -> str:
     """What a value is, in the words of a data file."""
     if value is None:
         return "null"
-    if isinstance(value, float) and value != value:
-        return "NaN"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if value != value else "infinite"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
     names |= {list: "a list", dict: "an object"}
     return names.get(type(value), f"a {type(value).__name__}")

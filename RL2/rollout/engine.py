@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from RL2.config.errors import ConfigError, EngineError
+from RL2.config.models import weight_options
 
 
 class MalformedReply(EngineError):
@@ -185,7 +186,7 @@ def _transformers(
         device=device,
         max_batch_size=config.rollout.max_batch_size,
         eager=config.rollout.partial_rollout,
-        trust_remote_code=config.actor.trust_remote_code,
+        options=weight_options(config.actor),
     )
 
 

@@ -151,7 +151,7 @@ def load_environment(path: str | Path, timeout: float = 60.0) -> Environment:
     sys.modules[name] = module  # dataclasses and pickle look their module up by name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ConfigError(
             f"rollout.env_path={path}: cannot import: {type(error).__name__}: {error}"

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from RL2.config.secrets import redact
 from RL2.distributed.comm import concatenate_on_rank_0
 from RL2.distributed.traffic import Traffic
 from RL2.ops.ragged import ranges
@@ -279,7 +280,7 @@ def dump(table: SampleTable, path: Path) -> None:
 
 
 def _line(sample: Sample) -> bytes:
-    return (json.dumps(_record(sample), ensure_ascii=False) + "\n").encode()
+    return (redact(json.dumps(_record(sample), ensure_ascii=False)) + "\n").encode()
 
 
 def _record(sample: Sample) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from RL2.config.errors import ConfigError, EngineError
+from RL2.config.models import hub_options
 from RL2.rollout.dialect import Dialect
 from RL2.rollout.engine import Completion, MalformedReply, SamplingParams, check_request
 from RL2.rollout.servers import (
@@ -508,9 +509,7 @@ def server_engine(
     Raises ConfigError for more servers than there are GPUs.
     """
     rollout = config.rollout
-    model = AutoConfig.from_pretrained(
-        rollout.model_name, trust_remote_code=config.actor.trust_remote_code
-    )
+    model = AutoConfig.from_pretrained(rollout.model_name, **hub_options(config.actor))
     # What is compared bit for bit must be in the servers' type.
     dtype = str(model.dtype).removeprefix("torch.") if rollout.dtype == "auto" else rollout.dtype
     urls = rollout.server_url
@@ -566,6 +565,8 @@ def _server_options(
             max_in_flight=rollout.max_in_flight,
             sleep=rollout.sleep,
             trust_remote_code=config.actor.trust_remote_code,
+            revision=config.actor.revision,
+            allow_pickle=config.actor.allow_pickle,
             seed=config.trainer.seed,
             # Not resolved: the python of a virtual environment is a link to another one.
             python=os.path.abspath(os.path.expanduser(rollout.server_python or sys.executable)),

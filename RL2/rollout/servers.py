@@ -18,6 +18,7 @@ from typing import Any
 import aiohttp
 
 from RL2.config.errors import EngineError
+from RL2.config.secrets import redact
 from RL2.rollout import guard
 from RL2.rollout.engine import MalformedReply
 
@@ -47,7 +48,8 @@ class ServerOptions:
 
     dtype: "float32", "bfloat16" or "auto". device: "cpu" or "cuda". gpus: CUDA devices of this
     server, one for each of tp_size. context_length: None is the model's. max_in_flight: most
-    requests at a time. sleep: whether it must be able to release its memory. python: interpreter
+    requests at a time. sleep: whether it must be able to release its memory. revision: commit of a
+    hub id. allow_pickle: whether weights may be other files than safetensors. python: interpreter
     of the environment that holds the engine. extra_args: appended to its command line.
     """
 
@@ -60,6 +62,8 @@ class ServerOptions:
     max_in_flight: int = 1024
     sleep: bool = False
     trust_remote_code: bool = False
+    revision: str | None = None
+    allow_pickle: bool = False
     seed: int = 0
     python: str = sys.executable
     extra_args: tuple[str, ...] = ()
@@ -143,7 +147,11 @@ class ServerProcess:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         # torchrun's variables would make the server believe that it is one of our ranks.
-        inherited = {k: v for k, v in os.environ.items() if not _of_torchrun(k)}
+        # And no server logs to wandb.
+        inherited = {
+            k: v for k, v in os.environ.items() if not _of_torchrun(k) and k != "WANDB_API_KEY"
+        }
+        self._secrets = environment
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", guard.__file__, str(os.getpid()), *command],
@@ -172,7 +180,8 @@ class ServerProcess:
                 lines = deque(file, maxlen=_LOG_LINES)
         except OSError as error:
             return f"  (no log: {error})"
-        return "".join(f"  | {line.rstrip():.300}\n" for line in lines).rstrip() or "  (empty log)"
+        text = redact("".join(f"  | {line.rstrip():.300}\n" for line in lines), self._secrets)
+        return text.rstrip() or "  (empty log)"
 
     async def stop(self) -> None:
         """End it and everything it started."""

@@ -77,6 +77,8 @@ class SGLang:
             # The one that heeds seeds.
             "sampling-backend": "pytorch",
             "mem-fraction-static": options.gpu_memory_utilization,
+            "revision": options.revision,
+            "load-format": None if options.allow_pickle else "safetensors",
         }
         if options.device == "cpu":
             arguments["max-total-tokens"] = max(_CPU_TOKENS, 2 * (options.context_length or 0))

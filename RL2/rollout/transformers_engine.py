@@ -23,7 +23,7 @@ import asyncio
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -176,6 +176,7 @@ class TransformersEngine:
     dtype, device, attn_implementation: as `from_pretrained` takes them, but that "auto" is
         float32 on a CPU; "auto" for the attention leaves the choice to transformers.
     max_batch_size: most requests in one batch (bounds the key-value cache).
+    options: further ones of `from_pretrained`, see `RL2.config.models.weight_options`.
     eager: what partial rollouts need: first come, first served, and completions are handed out
         while the rest of their batch goes on, each time that it gets smaller. Else requests of
         similar length share a batch, which comes back as a whole, so that requests of a next
@@ -193,7 +194,7 @@ class TransformersEngine:
         device: torch.device | str = "cpu",
         attn_implementation: str | None = "auto",
         max_batch_size: int = 256,
-        trust_remote_code: bool = False,
+        options: Mapping[str, Any] | None = None,
         eager: bool = False,
     ):
         if max_batch_size < 1:
@@ -206,7 +207,7 @@ class TransformersEngine:
                 model_name,
                 dtype=dtype,
                 attn_implementation=None if attn_implementation == "auto" else attn_implementation,
-                trust_remote_code=trust_remote_code,
+                **(options or {}),
             )
         except (OSError, ValueError, ImportError) as error:
             raise EngineError(f"rollout.model_name={model_name}: cannot load: {error}") from error

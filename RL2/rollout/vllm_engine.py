@@ -76,6 +76,11 @@ class VLLM:
                 command += ["--distributed-executor-backend", "uni"]
         if options.sleep:
             command += ["--enable-sleep-mode"]
+        if options.revision is not None:
+            for flag in ("--revision", "--code-revision", "--tokenizer-revision"):
+                command += [flag, options.revision]
+        if not options.allow_pickle:
+            command += ["--load-format", "safetensors"]
         if options.trust_remote_code:
             command += ["--trust-remote-code"]
         return command + list(options.extra_args)

@@ -12,12 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from RL2.algorithms.advantages import resolve_advantage
 from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
 from RL2.config import ConfigError, HealthError, Interrupted, TrainingError
+from RL2.config.errors import first_line
+from RL2.config.models import hub_options
 from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks
 from RL2.distributed.comm import Batch
 from RL2.trainer.checkpoint import Checkpoints, rng_state, save_model, set_rng_state
@@ -89,16 +91,25 @@ def add_advantages(batch: Batch, config: DictConfig, estimator: Callable[..., Te
 
 
 def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
-    """The actor's tokenizer; ConfigError where there is none."""
-    name = config.actor.model_name
+    """The actor's tokenizer; ConfigError where there is none, or one of another model."""
+    name, options = config.actor.model_name, hub_options(config.actor)
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=config.actor.trust_remote_code)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = AutoConfig.from_pretrained(name, **options)
+    except Exception as error:  # a broken file makes them raise anything
         raise ConfigError(
             f"actor.model_name={name}: no tokenizer can be loaded from there "
-            f"({str(error).strip().splitlines()[0]}); give a folder made by save_pretrained, or "
-            f"a model id of a hub that this machine reaches or has cached"
+            f"({first_line(error)}); give a folder made by save_pretrained, or a model id of a hub "
+            "that this machine reaches or has cached"
         ) from error
+    rows = getattr(model.get_text_config(), "vocab_size", None)
+    if rows is not None and len(tokenizer) > rows:
+        raise ConfigError(
+            f"actor.model_name={name}: the tokenizer has {len(tokenizer)} tokens, the model "
+            f"{rows} (vocab_size in its config.json); give a model with the tokenizer that it was "
+            "trained with"
+        )
+    return tokenizer
 
 
 class Trainer:

@@ -5,24 +5,33 @@ import os
 import signal
 import sys
 import time
+import traceback
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
+from packaging.version import Version
 
 from RL2.config import (
+    ConfigError,
+    DataError,
     Interrupted,
     RL2Error,
     apply_fallbacks,
     check_overrides,
+    composition_error,
     register_schemas,
     validate,
 )
+from RL2.config.secrets import redact
 from RL2.trainer.stop import follow_launcher
 
 logger = logging.getLogger("RL2")
 
 _WAIT_FOR_RANK_0 = 10.0  # seconds; a process takes one to three to get to its checks
+# As in pyproject.toml. Long before these, torch.load ran code even with weights_only (below 2.6).
+FLOORS = {"torch": "2.13", "transformers": "5.19"}
 _OPTIONAL = ("flash_attn", "liger_kernel", "peft", "sglang", "triton", "vllm")
 
 
@@ -34,7 +43,10 @@ def _fail(error: RL2Error) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(_WAIT_FOR_RANK_0)
-    sys.stderr.write(f"{type(error).__name__}: {error}\n")
+    text = redact(str(error))
+    if isinstance(error, (ConfigError, DataError)):  # a value or a row may hold anything
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    sys.stderr.write(f"{type(error).__name__}: {text}\n")
     sys.exit(1)
 
 
@@ -47,6 +59,7 @@ def run(config_name: str) -> None:
     follow_launcher()  # first of all: whoever it is must be there still
     register_schemas()
     try:
+        check_versions()
         check_overrides(config_name, sys.argv[1:])
     except RL2Error as error:
         _fail(error)
@@ -57,8 +70,27 @@ def run(config_name: str) -> None:
             launch(config)
         except RL2Error as error:
             _fail(error)
+        except Exception:
+            # hydra would write the command line and a part of the traceback, as they are.
+            sys.stderr.write(redact(traceback.format_exc()))
+            sys.exit(1)
 
-    task()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what is wrong, do not write it
+    try:
+        task()
+    except Exception as error:  # of yaml files and folders, so anything; `launch` is caught above
+        _fail(composition_error(error, config_name))
+
+
+def check_versions() -> None:
+    """ConfigError where torch or transformers is older than what this library was written for."""
+    for name, floor in FLOORS.items():
+        found = version(name)
+        if Version(found) < Version(floor):
+            raise ConfigError(
+                f"{name}=={found}: must be {floor} or newer; install it (pip install '{name}>="
+                f"{floor}')"
+            )
 
 
 def launch(config: DictConfig) -> None:
@@ -79,6 +111,7 @@ def launch(config: DictConfig) -> None:
     for line in apply_fallbacks(config, torch.cuda.is_available(), available):
         logger.warning(line)
     transformers.utils.logging.disable_progress_bar()  # one for each of our models, on each rank
+    transformers.utils.logging.set_verbosity_error()  # tables; what counts is an error of ours
     OmegaConf.resolve(config)
     threads = config.trainer.num_threads or max(
         1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

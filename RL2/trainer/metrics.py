@@ -13,6 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from RL2.config.secrets import redact, redact_config
 from RL2.rollout import guard
 from RL2.trainer import wandb_sink
 
@@ -123,9 +124,9 @@ class Wandb:
         )  # fmt: skip
         order = {
             "settings": {
-                "project": config.trainer.project,
-                "name": config.trainer.experiment_name,
-                "config": OmegaConf.to_container(config, resolve=True),
+                "project": redact(config.trainer.project),
+                "name": redact(config.trainer.experiment_name),
+                "config": redact_config(OmegaConf.to_container(config, resolve=True)),
                 "dir": config.trainer.save_dir,
                 "id": self.run_id,
                 "resume": "allow" if run_id else None,

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
+from RL2.config.models import context_length
 from RL2.config.schema import EngineName
 from RL2.datasets import RLDataset, SFTDataset, collate, make_loader
 from RL2.distributed import rank, second_group, world_size
@@ -105,10 +106,9 @@ class RolloutSource:
         self.environment = load_environment(
             config.rollout.env_path, timeout=config.rollout.env_timeout
         )
-        longest = (
-            config.actor.max_length_per_device * config.actor.sp_size
-            - config.rollout.train_sampling_params.max_new_tokens
-        )
+        longest = config.actor.max_length_per_device * config.actor.sp_size
+        longest = min(longest, context_length(config.actor.model_name) or longest)
+        longest -= config.rollout.train_sampling_params.max_new_tokens
         self.train = RLDataset(
             config.train_data, tokenizer, key="train_data",
             max_prompt_length=config.train_data.max_prompt_length or longest,

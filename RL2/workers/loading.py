@@ -16,10 +16,17 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from RL2.config import ConfigError
 
-def weight_files(model_name: str) -> dict[str, Path]:
-    """`{tensor name: safetensors file}` of a folder or hub id; empty where there are none."""
-    options = {"_raise_exceptions_for_missing_entries": False}
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def weight_files(model_name: str, revision: str | None = None) -> dict[str, Path]:
+    """`{tensor name: safetensors file}` of a folder or hub id; empty where there are none.
+
+    revision: commit of the hub id.
+    """
+    options = {"_raise_exceptions_for_missing_entries": False, "revision": revision}
     if index := cached_file(model_name, SAFE_WEIGHTS_INDEX_NAME, **options):
         names = json.loads(Path(index).read_text())["weight_map"]
         found = {name: cached_file(model_name, name, **options) for name in {*names.values()}}
@@ -32,7 +39,11 @@ def weight_files(model_name: str) -> dict[str, Path]:
 
 def holds_all(files: dict[str, Path], model: PreTrainedModel) -> bool:
     """Whether the files have each of the model's tensors, tied ones once, under its own name and
-    in its shape."""
+    in its shape.
+
+    Raises:
+        ConfigError: a parameter is stored as integers: quantised, and so nothing to train.
+    """
     wanted: dict[Path, dict[str, Tensor]] = {}
     for name, tensor in _stored(model).items():
         if name not in files:
@@ -41,8 +52,14 @@ def holds_all(files: dict[str, Path], model: PreTrainedModel) -> bool:
     for path, tensors in wanted.items():
         with safe_open(path, "pt") as file:
             for name, tensor in tensors.items():
-                if file.get_slice(name).get_shape() != list(tensor.shape):
+                stored = file.get_slice(name)
+                if stored.get_shape() != list(tensor.shape):
                     return False
+                if tensor.is_floating_point() and stored.get_dtype() not in _FLOATS:
+                    raise ConfigError(
+                        f"actor.model_name: {name} in {path} is stored as {stored.get_dtype()}, "
+                        "quantised or damaged; give the model with float weights"
+                    )
     return True
 
 

@@ -15,10 +15,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
 from RL2.config import ConfigError
+from RL2.config.errors import first_line
+from RL2.config.models import hub_options, weight_options
 from RL2.distributed import shard_of
 from RL2.distributed.sequence_parallel import check_heads, register_sequence_parallel
 from RL2.ops.attention import check_attention, register_attention
@@ -165,28 +168,31 @@ def load_model(
         ConfigError: the model cannot be loaded, or not be spread as the config says.
     """
     register_attention()
-    name, options = config.model_name, {"trust_remote_code": config.trust_remote_code}
+    name, options = config.model_name, hub_options(config)
     try:
         saved = AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken file makes it raise anything
         raise _not_loadable(name, error) from error
     attention = config.attn_implementation
     check_attention(saved, attention)
     if config.sp_size > 1:
         check_heads(saved, config.sp_size, config.tp_size)
         attention = register_sequence_parallel(attention)
-    options |= {"dtype": torch.float32, "attn_implementation": attention}
+    built = {"dtype": torch.float32, "attn_implementation": attention}
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(saved, **options)
-        files = weight_files(name)
+        model = _on_meta(saved, config, built)
+        files = weight_files(name, config.revision)
         if not holds_all(files, model):
-            model, files = AutoModelForCausalLM.from_pretrained(name, **options), None
-    except (OSError, ValueError) as error:
+            model, files = _load_whole(config, built), None
+    except ConfigError:
+        raise
+    except Exception as error:  # the model's class may raise anything at numbers out of place
         raise _not_loadable(name, error) from error
     if files is not None:
         with suppress(OSError):  # not every checkpoint has one
-            model.generation_config = GenerationConfig.from_pretrained(name)
+            model.generation_config = GenerationConfig.from_pretrained(
+                name, revision=config.revision
+            )
     if config.use_liger_kernel:
         from transformers.integrations.liger import apply_liger_kernel
 
@@ -212,6 +218,35 @@ def load_model(
     return model, getattr(torch, dtype) if isinstance(dtype, str) else dtype, files
 
 
+def _on_meta(saved: PretrainedConfig, config, options: dict) -> PreTrainedModel:
+    """The model without memory."""
+    options = options | {"trust_remote_code": config.trust_remote_code}
+    if config.revision is not None and "AutoModelForCausalLM" in getattr(saved, "auto_map", {}):
+        options |= {"code_revision": config.revision}  # only code of the hub's takes it
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(saved, **options)
+
+
+def _load_whole(config, options: dict) -> PreTrainedModel:
+    """The model with its weights, read by transformers, which fills what is missing with noise."""
+    model, found = AutoModelForCausalLM.from_pretrained(
+        config.model_name, output_loading_info=True, ignore_mismatched_sizes=True,
+        **weight_options(config), **options,
+    )  # fmt: skip
+    way_out = "; give the folder of a whole model, config.json and weights of one save_pretrained"
+    if missing := sorted(found["missing_keys"]):
+        raise ConfigError(
+            f"actor.model_name={config.model_name}: its files lack {len(missing)} of the model's "
+            f"weights, such as {missing[0]}{way_out}"
+        )
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        raise ConfigError(
+            f"actor.model_name={config.model_name}: {name} has the shape {list(stored)}, the model "
+            f"wants {list(wanted)}{way_out}"
+        )
+    return model
+
+
 def compile_layers(model: PreTrainedModel, layer_classes: set[str], checkpointing: bool) -> None:
     """`torch.compile` the forward of every layer whose class is named in `layer_classes`, in place.
 
@@ -231,7 +266,7 @@ def compile_layers(model: PreTrainedModel, layer_classes: set[str], checkpointin
 def _not_loadable(name: str, error: Exception) -> ConfigError:
     return ConfigError(
         f"actor.model_name={name}: cannot be loaded as a causal language model "
-        f"({str(error).splitlines()[0]}); give a folder made by save_pretrained or a model id"
+        f"({first_line(error)}); give a folder made by save_pretrained or a model id"
     )
 
 

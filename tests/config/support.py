@@ -1,11 +1,14 @@
 """Composition of the trainers' configs as hydra does it, without running hydra's main."""
 
+import json
 from functools import cache
 from pathlib import Path
 
+import numpy
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from safetensors.numpy import save_file
 
 import RL2
 from RL2.config import register_schemas
@@ -25,6 +28,14 @@ SFT_REQUIRED = [
     "data.max_length=512",
     "actor.model_name=Qwen/Qwen3-4B-Thinking-2507",
 ]
+
+
+def write_model_files(folder: Path, **config) -> Path:
+    """What the checks ask of a model's folder: a config.json and whole weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"weight": numpy.zeros(3)}, folder / "model.safetensors")
+    return folder
 
 
 def compose_config(name: str, overrides: list[str]) -> DictConfig:

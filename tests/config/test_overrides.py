@@ -1,6 +1,7 @@
 import pytest
+from hydra import compose, initialize_config_dir
 
-from RL2.config import ConfigError, check_overrides
+from RL2.config import ConfigError, check_overrides, composition_error, register_schemas
 
 
 def message(*argv: str, name: str = "spo") -> str:
@@ -22,7 +23,6 @@ def message(*argv: str, name: str = "spo") -> str:
         ["+actor.loss.options.beta=0.1", "++actor.loss.options.deep.er=x"],
         ["actor.loss.options={beta:0.1}", "~actor.loss.options.beta"],
         ["rollout.train_sampling_params.stop=['a','b']"],
-        ["+actor.lr=1e-5"],
         ["actor.lr=1", "--cfg", "job"],
         ["-m", "actor.lr=1e-5,1e-6", "trainer.seed=range(3)", "hydra/launcher=basic"],
         ["hydra.mode=MULTIRUN", "actor.avg_level=token,sequence"],
@@ -112,3 +112,52 @@ def test_users_config_group(tmp_path):
     (tmp_path / "experiment").mkdir()
     check_overrides("spo", ["+experiment=mine", "--config-dir", str(tmp_path)])
     assert "unknown key" in message("+experiment=mine")
+
+
+@pytest.mark.parametrize("flag", ["--actor.lr=1", "--foo", "-x"])
+def test_unknown_flag(flag):
+    assert message(flag).startswith(f"{flag}: unknown flag; a key is set by key=value without")
+
+
+def test_bad_flag():
+    text = message("--cfg", "nonsense")
+    assert "invalid choice: 'nonsense'" in text and "\n" not in text
+
+
+def test_added_key_that_is_there():
+    assert message("+actor.lr=1") == "+actor.lr=1: the key is there already; leave out the +"
+
+
+def test_lists_and_numbers_for_true():
+    assert message("rollout.server_args=x").endswith("not a list of texts [one,two]")
+    assert message("rollout.server_args=null").endswith("give a list of texts [one,two]")
+    assert message("trainer.use_wandb=2") == "trainer.use_wandb=2: not true or false"
+
+
+def test_overrides_of_a_users_own_file(tmp_path):
+    flags = ("--config-dir", str(tmp_path), "--config-name", "mine")
+    assert "did you mean actor.lr" in message(*flags, "++actor.lrr=1")
+    assert message(*flags, "actor.lr=fast") == "actor.lr=fast: not a number"
+
+
+FILES = {
+    "unknown key": ("actor: {lrr: 3}", "actor.lrr (in mine.yaml): unknown key; did you mean actor"),
+    "unknown group": ("foo: 3", "foo (in mine.yaml): unknown key; the groups are train_data"),
+    "wrong type": ("actor: {lr: fast}", "actor.lr (in mine.yaml): the configuration cannot be"),
+    "not yaml": ("actor: [", "the configuration cannot be composed (while parsing a flow"),
+    "key twice": ("trainer: {seed: 1, seed: 2}", "found duplicate key seed"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_what_hydra_finds_is_one_line(tmp_path, case):
+    text, expected = FILES[case]
+    ours = "hydra: {searchpath: [pkg://RL2.trainer.config]}"
+    (tmp_path / "mine.yaml").write_text(f"defaults: [spo, _self_]\n{ours}\n{text}\n")
+    register_schemas()
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        with pytest.raises(Exception) as caught:  # noqa: B017  hydra's, yaml's: it may be any
+            compose("mine")
+    line = str(composition_error(caught.value, "spo"))
+    assert expected in line and "\n" not in line and "+" not in line
+    assert "begins with `defaults: [spo, _self_]`" in line or "unknown key" in line

@@ -1,8 +1,10 @@
+import os
+
 import pytest
 from omegaconf import OmegaConf
 
 from RL2.config import ConfigError, validate
-from tests.config.support import RL_REQUIRED, SFT_REQUIRED
+from tests.config.support import RL_REQUIRED, SFT_REQUIRED, write_model_files
 
 
 @pytest.fixture
@@ -134,7 +136,7 @@ def test_model_name(message, composed, workdir):
     (workdir / "models" / "tiny").mkdir(parents=True)
     assert "no config.json" in message("spo", "actor.model_name=models/tiny")
     assert "no such folder" in message("spo", "actor.model_name=models/tyni")
-    (workdir / "models" / "tiny" / "config.json").write_text("{}")
+    write_model_files(workdir / "models" / "tiny")
     validate(composed("spo", "actor.model_name=models/tiny"), 1)
 
 
@@ -271,13 +273,40 @@ def test_update_per_rollout(message, composed):
 
 
 def test_trainer(message, composed, workdir):
-    for name in ("a/b", "..", "''", "'a\\b'"):
+    names = [
+        "a/b",
+        "..",
+        "''",
+        "'a\\b'",
+        "../x",
+        "/x",
+        ".x",
+        "-x",
+        "' x'",
+        "x" * 256,
+        "'" + "é" * 128 + "'",
+    ]
+    for name in [*names, "'" + "é" * 128 + "'"]:
         assert "names a folder" in message("spo", f"trainer.experiment_name={name}")
+    for key, problem in (("experiment_name", "names a folder"), ("save_dir", "cannot be a folder")):
+        for control in ('"a\nb"', '"a\0b"', '"a\x1bb"'):  # the command escapes what it shows
+            with pytest.raises(ConfigError, match=problem):
+                validate(composed("spo", f"trainer.{key}={control}"), 1)
+    validate(composed("spo", "trainer.experiment_name=" + "x" * 255), 1)
+    for folder in ("''", "' '", "x" * 300, "x/" * 3000):
+        text = message("spo", f"trainer.save_dir={folder}")
+        assert text.startswith("trainer.save_dir=") and "cannot be a folder" in text
+    for project in ("''", "a/b", "x" * 129):
+        text = message("spo", f"trainer.project={project}")
+        assert "no name that wandb takes" in text and "trainer.use_wandb=false" in text
+    validate(composed("spo", "trainer.project=a/b", "trainer.use_wandb=false"), 1)
     assert "is a file" in message("sft", "trainer.save_dir=env.py")
     text = message("sft", "trainer.load_ckpt_from=ckpts/nothing")
     assert text.startswith("trainer.load_ckpt_from=ckpts/nothing: no such folder")
     validate(composed("sft", "trainer.load_ckpt_from=latest"), 1)
     (workdir / "step10").mkdir()
+    assert "is no checkpoint" in message("sft", "trainer.load_ckpt_from=step10")
+    (workdir / "step10" / "manifest.json").touch()
     validate(composed("sft", "trainer.load_ckpt_from=step10"), 1)
 
 
@@ -290,3 +319,41 @@ def test_keys_added_past_the_types(composed):
     with pytest.raises(ConfigError, match="did you mean rollout.train_sampling_params.top_p"):
         validate(config, 1)
     validate(composed("spo", "+actor.loss.options.beta=1"), 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("actor.lr='${nope}'", "actor.lr=${nope}"),
+        ("actor.lr='${actor.lr}'", "actor.lr=${actor.lr}"),
+        ("actor.lr='${trainer.project}'", "actor.lr=${trainer.project}"),
+        ("trainer.project='${oc.env:NOT_THERE}'", "trainer.project=${oc.env:NOT_THERE}"),
+        ("trainer.project='${nope:1}'", "trainer.project=${nope:1}"),
+        ("rollout.server_args=['${nope}']", "rollout.server_args.0=${nope}"),
+        ("actor.loss.options={a:'${nope}'}", "actor.loss.options.a=${nope}"),
+    ],
+)
+def test_interpolations_that_lead_nowhere(message, override, key):
+    text = message("spo", override)
+    assert text.startswith(f"{key}: does not resolve (") and "name a key that has a value" in text
+
+
+def test_numbers_that_fit_nowhere(message):
+    for key in ("trainer.seed", "actor.lora.seed"):
+        assert "must be 0 to 4294967295" in message("spo", f"{key}=4294967296")
+    assert "must be 1 to 1024" in message("spo", "trainer.num_threads=1000000")
+    text = message("spo", "actor.weight_decay=???")
+    assert text.startswith("actor.weight_decay=???: required; give a value")
+
+
+def test_paths_that_are_no_files(message, workdir):
+    os.mkfifo(workdir / "pipe.jsonl")
+    for path in ("pipe.jsonl", "train@pipe.jsonl", "/dev/null"):
+        text = message("spo", f"train_data.path='{path}'")
+        assert text == f"train_data.path={path}: is a pipe or a device; write the rows to a file"
+    assert "no such file" in message("spo", "train_data.path=" + "x" * 300 + ".jsonl")
+    assert "no such folder" in message("spo", "actor.model_name=" + "x" * 300)
+    for path in ("x" * 300, "~nobody-of-this-name/x.py", "."):
+        assert "no such file" in message("spo", f"rollout.env_path='{path}'")
+    text = message("spo", "rollout.engine=vllm", "rollout.server_python=/")
+    assert text.startswith("rollout.server_python=/: no executable file")

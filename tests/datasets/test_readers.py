@@ -1,7 +1,9 @@
 import json
 import socket
+import struct
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -351,3 +353,67 @@ def test_hub_has_no_such_data_set(monkeypatch):
         server.shutdown()
         server.server_close()
     assert "the hub has no data set 'openai/gsm9k'" in message and "hf auth login" in message
+
+
+# ------------------------------------------------------------------------------ silent damage
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_key_twice(name):
+    inner = '{"prompt": "x", "extra_info": {"answer": 1, "answer": 2}}'
+    write(name, f"[{inner}]" if name == "a.json" else f'{{"prompt": "y"}}\n{inner}\n')
+    message = error_of(name)
+    assert "the key 'answer' occurs twice in one object" in message
+    assert message.startswith(f"train_data.path: {name}:{1 if name == 'a.json' else 2}")
+
+
+def test_columns_twice():
+    table = pyarrow.Table.from_arrays(
+        [pyarrow.array(["x"]), pyarrow.array(["y"])], names=["prompt", "prompt"]
+    )
+    pyarrow.parquet.write_table(table, "a.parquet")
+    assert error_of("a.parquet").endswith("the column prompt occurs twice; rename or drop one")
+
+
+def test_places_are_bytes():
+    write("a.jsonl", '{"é": 1,}\n')
+    assert ":1:10: not JSON" in error_of("a.jsonl")
+    write("a.json", '[\n{"é": 1},]')
+    assert ":2:11: not JSON" in error_of("a.json")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_bytes_in_a_table_that_are_no_text(name):
+    offsets, data = pyarrow.py_buffer(struct.pack("<ii", 0, 3)), pyarrow.py_buffer(b"a\xe9b")
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, data])
+    table = pyarrow.Table.from_arrays([column], names=["prompt"])
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(table, name)
+    else:
+        with pyarrow.OSFile(name, "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    message = error_of(name)
+    assert "Invalid UTF8" in message and "write it again with text in UTF-8" in message
+
+
+def test_dates_that_python_does_not_have():
+    table = pyarrow.table({"prompt": ["x"], "when": pyarrow.array([2**62], pyarrow.timestamp("s"))})
+    with (
+        pyarrow.OSFile("a.arrow", "wb") as file,
+        pyarrow.ipc.new_file(file, table.schema) as writer,
+    ):
+        writer.write_table(table)
+    assert "its values cannot be read" in error_of("a.arrow")
+
+
+def test_arrow_stream_cut_between_batches():
+    table = pyarrow.table({"prompt": [str(i) for i in range(8)]})
+    with (
+        pyarrow.OSFile("a.arrow", "wb") as file,
+        pyarrow.ipc.new_stream(file, table.schema) as writer,
+    ):
+        writer.write_table(table, max_chunksize=4)
+    whole = Path("a.arrow").read_bytes()
+    assert len(load_rows("a.arrow", "train_data")) == 8
+    Path("a.arrow").write_bytes(whole[:-8])
+    assert "it ends without the end mark: it was cut off" in error_of("a.arrow")

@@ -201,8 +201,8 @@ def test_overlong_is_an_error(tiny_tokenizer):
     message = error_of(tiny_tokenizer, MIXED, max_prompt_length=10)
     assert message == (
         "train_data.max_prompt_length=10: 2 of 4 prompts are longer (longest 20 tokens, first at "
-        "rows.jsonl:3); raise actor.max_length_per_device (or train_data.max_prompt_length if it "
-        "is set), or set train_data.overlong=drop"
+        "rows.jsonl:3); raise actor.max_length_per_device up to the model's context (or "
+        "train_data.max_prompt_length if it is set), or set train_data.overlong=drop"
     )
 
 
@@ -260,6 +260,13 @@ USER = [{"role": "user", "content": "u"}]
         ({"prompt": "p", "answer": None}, "answer is null"),
         ({"prompt": "p", "answer": float("nan")}, "answer is NaN"),
         ({"prompt": "p", "extra_info": {"answer": ""}}, "answer is empty"),
+        ({"prompt": "p", "answer": float("inf")}, "answer is infinite"),
+        ({"prompt": "p", "answer": "NaN"}, "answer is NaN"),
+        ({"prompt": "p", "answer": []}, "answer is empty"),
+        ({"prompt": "p", "answer": ["1", float("nan")]}, "answer is NaN"),
+        ({"prompt": "p", "answer": "\ud800"}, "answer holds half a surrogate pair"),
+        ({"question": "q", "answer": "#### nan"}, "answer is NaN"),
+        ({"messages": [{"role": "usr", "content": "u"}]}, "messages[0].role is 'usr', which"),
         ({"prompt": "p", "extra_info": ["2"]}, "extra_info is a list; it must be an object"),
         ({"prompt": "p", "extra_info": 2}, "extra_info is a number; it must be an object"),
         ({"prompt": "p", "extra_info": "{2"}, "extra_info is a string that is not JSON"),
@@ -292,6 +299,13 @@ def test_what_the_template_refuses(tiny_tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     message = error_of(tokenizer, [{"messages": USER}])
     assert "rows.jsonl:1: the chat template refuses the messages: roles must alternate" in message
+
+
+def test_a_template_that_is_no_good(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    for template in ("{{ 1 / 0 }}", "{% for", "{{ ''.__class__.__mro__ }}"):
+        tokenizer.chat_template = template
+        assert "the chat template refuses" in error_of(tokenizer, [{"messages": USER}])
 
 
 def test_prompt_without_tokens(tiny_tokenizer):

@@ -52,7 +52,8 @@ def make_model(folder, shape="qwen3"):
 
 def actor_config(model, **changes):
     config = {
-        "model_name": model, "trust_remote_code": False, "attn_implementation": "sdpa_varlen",
+        "model_name": model, "trust_remote_code": False, "revision": None, "allow_pickle": False,
+        "attn_implementation": "sdpa_varlen",
         "dtype": "auto", "use_liger_kernel": False, "gradient_checkpointing": False,
         "ddp_size": 1, "tp_size": 1, "sp_size": 1, "compile": False, "offload_activations": False,
         "offload_model": False, "offload_optimizer": False, "lr": 1e-3, "weight_decay": 0.01,

@@ -191,7 +191,9 @@ def context_length(args: Any) -> int:
     from sglang.srt.utils.hf_transformers.common import get_context_length, get_hf_text_config
     from sglang.srt.utils.hf_transformers.config import get_config
 
-    config = get_config(args.model_path, trust_remote_code=args.trust_remote_code)
+    config = get_config(
+        args.model_path, trust_remote_code=args.trust_remote_code, revision=args.revision
+    )
     limit = get_context_length(get_hf_text_config(config))
     if args.context_length is not None and args.context_length > limit:
         sys.exit(f"--context-length {args.context_length}: the model ends at {limit}")
