@@ -21,7 +21,7 @@ from RL2.rollout.samples import Sample
 from tests.config.support import compose_config, write_model_files
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = [ROOT / "README.md", ROOT / "CHANGES.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+DOCS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 PICTURE = "docs/quickstart.png"  # drawn by a run: a checkout may be without it

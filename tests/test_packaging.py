@@ -10,9 +10,14 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from RL2.config import ConfigError
+from RL2.trainer.main import FLOORS, check_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DEPENDENCIES = PROJECT["dependencies"]
 REQUIREMENTS = ROOT / "requirements"
 CPU_FILES = ("build.txt", "torch-cpu.txt", "base.txt")
 GPU_FILES = ("build.txt", "gpu.txt", "base.txt")
@@ -121,3 +126,22 @@ def test_no_lock_file_is_tracked():
 def test_shell_scripts_parse(script):
     done = subprocess.run(["bash", "-n", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_version_floors():
+    """At least what is safe, the same in pyproject and at the start of a run, and installed."""
+    wanted = {requirement.name: requirement for requirement in map(Requirement, DEPENDENCIES)}
+    for name, safe in {"torch": "2.6", "transformers": "5.3"}.items():
+        lowest = [one.version for one in wanted[name].specifier if one.operator == ">="]
+        assert lowest == [FLOORS[name]] and Version(lowest[0]) >= Version(safe)
+        pins = [pin for pin, _ in read_pins(*CPU_FILES, *GPU_FILES) if pin.name == name]
+        assert pins and all(
+            Version(next(iter(pin.specifier)).version) >= Version(lowest[0]) for pin in pins
+        )
+    check_versions()
+
+
+def test_older_versions_do_not_start(monkeypatch):
+    monkeypatch.setattr("RL2.trainer.main.version", lambda name: "2.12.1")
+    with pytest.raises(ConfigError, match=r"^torch==2.12.1: must be 2.13 or newer; install it"):
+        check_versions()

@@ -390,7 +390,7 @@ def test_bytes_in_a_table_that_are_no_text(name):
     if name == "a.parquet":
         pyarrow.parquet.write_table(table, name)
     else:
-        with pyarrow.OSFile(name, "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+        with pyarrow.ipc.new_file(name, table.schema) as writer:
             writer.write_table(table)
     message = error_of(name)
     assert "Invalid UTF8" in message and "write it again with text in UTF-8" in message

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 import RL2.trainer.loop
 from RL2.config import ConfigError, DataError, RL2Error
 from RL2.trainer.main import launch
-from tests.trainer.support import command, composed, overrides, write_files
+from tests.trainer.support import command, composed, overrides, write_files, write_model
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,11 @@ BY_COMMAND = {
     "no checkpoint": (["trainer.load_ckpt_from=none"], "trainer.load_ckpt_from=none: no such"),
     "required": (["train_data.prompts_per_rollout=???"], "train_data.prompts_per_rollout: requ"),
     "not an override": (["actor.lr=[1"], "actor.lr=[1: not an override"),
+    "unknown flag": (["--actor.lr=1"], "--actor.lr=1: unknown flag; a key is set by key=value"),
+    "nothing to interpolate": (["actor.lr=${nope}"], "actor.lr=${nope}: does not resolve ("),
+    "no such yaml": (["--config-name", "nope"], "the configuration cannot be composed (Cannot fi"),
+    "control characters": (["actor.model_name='a\nb\x1b'"], "actor.model_name=a\\nb\\x1b: no such"),
+    "secret": (["rollout.server_url=http://u:p@h"], "rollout.server_url=http://***@h: a secret on"),
     "tp_size": (["actor.tp_size=3"], "actor.tp_size=3: must divide world_size=1; use 1"),
 }
 
@@ -73,6 +78,14 @@ def rows(path, *them):
 def text(path, content):
     path.write_text(content)
     return path
+
+
+def model(folder, **changes):
+    """A whole model, but for these keys of its config.json."""
+    write_model(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
 
 
 # Found when data and functions are read: the trainer starts in this process, and a model that
@@ -126,6 +139,26 @@ LOADED = {
     "environment that does not import": (
         "spo", lambda t: {"rollout__env_path": text(t / "e.py", "import nonsense_")},
         "rollout.env_path=.*e.py: cannot import",
+    ),
+    "environment that exits": (
+        "spo", lambda t: {"rollout__env_path": text(t / "e.py", "raise SystemExit(0)")},
+        "rollout.env_path=.*e.py: cannot import: SystemExit: 0",
+    ),
+    "loss that exits": (
+        "spo", lambda t: {"actor__loss__import_path": f"{text(t / 'l.py', 'exit(0)')}:f"},
+        "actor.loss.import_path=.*raised SystemExit: 0",
+    ),
+    "longer than the model's context": (
+        "spo", lambda t: {"train_data__path": rows(t / "c.jsonl", *[{"prompt": "x" * 251}] * 9)},
+        "train_data.max_prompt_length=250: .*longest 251 tokens",
+    ),
+    "tokenizer of another model": (
+        "spo", lambda t: {"actor__model_name": model(t / "m", vocab_size=258)},
+        "actor.model_name=.*: the tokenizer has 259 tokens, the model 258",
+    ),
+    "nonsense in config.json": (
+        "spo", lambda t: {"actor__model_name": model(t / "m", hidden_size="x")},
+        "actor.model_name=.*: no tokenizer can be loaded from there \\(",
     ),
     "gae": ("ppo", lambda t: {"adv__lamda": 0.9}, "adv.lamda=0.9: has no effect"),
     "folder without a model": (

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.trainer.support import ENVIRONMENT, environ, overrides, write_env, write_files
+from tests.trainer.support import ENVIRONMENT, command, environ, overrides, write_env, write_files
 
 CANARY = "canary0123456789abcdef0123456789abcdef01"  # as long as a key of wandb's
 VARIABLES = ("WANDB_API_KEY", "HF_TOKEN", "RL2_SERVER_KEY", "JUDGE_API_KEY")
@@ -50,12 +50,12 @@ def descendants(pid):
     return found
 
 
-def watched(command, log, **options):
+def watched(argv, log, **options):
     """The exit status, what it wrote, and the command lines of all that it started."""
     lines, end = set(), time.monotonic() + 280
     with (
         log.open("w") as file,
-        subprocess.Popen(command, stdout=file, stderr=file, **options) as process,
+        subprocess.Popen(argv, stdout=file, stderr=file, **options) as process,
     ):
         while process.poll() is None and time.monotonic() < end:
             try:
@@ -94,25 +94,31 @@ def test_no_canary_anywhere(files, tmp_path):
     assert started and CANARY not in "".join(started)
     left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     names = {path.name for path in left}
-    assert {"metrics.jsonl", "manifest.json", "trainer.json", "wandb-metadata.json"} <= names
+    assert {"metrics.jsonl", "manifest.json", "trainer.json"} <= names
     assert any(path.suffix == ".wandb" for path in left)
     assert [path for path in left if CANARY.encode() in path.read_bytes()] == []
     dumped = (tmp_path / "out/rollouts/step000001_train.jsonl").read_text()
     assert "refused: ***" in dumped
 
 
-def test_no_canary_in_what_ends_a_run(files, tmp_path):
-    for text, error in (
-        ("raise ValueError(__import__('os').environ['HF_TOKEN'])", "ConfigError: rollout.env_path"),
-        ("async def step(s, a, e): ...\ndef __getattr__(name): raise OSError(KEY)", "Traceback"),
-    ):
-        text = text.replace("KEY", "__import__('os').environ['HF_TOKEN']")
-        env = write_env(tmp_path / "env.py", text)
-        lines = overrides(files, "spo", tmp_path / "out", rollout__env_path=env)
-        done = subprocess.run(
-            [sys.executable, "-m", "RL2.trainer.spo", *lines],
-            env=environ(HF_TOKEN=CANARY), capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
-        assert done.returncode == 1
-        assert done.stderr.startswith(error), done.stderr
-        assert "***" in done.stderr and CANARY not in done.stderr + done.stdout
+KEY = "__import__('os').environ['HF_TOKEN']"
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (f"raise ValueError({KEY})", "ConfigError: rollout.env_path="),
+        # An error that nobody expects: the module itself fails when it is asked for `reset`.
+        (
+            f"async def step(s, a, e): ...\ndef __getattr__(name): raise OSError({KEY})",
+            "Traceback (most recent call last):",
+        ),
+    ],
+)
+def test_no_canary_in_what_ends_a_run(files, tmp_path, text, error):
+    env = write_env(tmp_path / "env.py", text)
+    lines = overrides(files, "spo", tmp_path / "out", rollout__env_path=env)
+    done = command("spo", lines, env=environ(HF_TOKEN=CANARY))
+    assert done.returncode == 1
+    assert done.stderr.startswith(error), done.stderr
+    assert "***" in done.stderr and CANARY not in done.stderr + done.stdout

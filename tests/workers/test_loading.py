@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
+from RL2.config import ConfigError
 from RL2.workers import Actor
 from RL2.workers.loading import holds_all, weight_files
+from RL2.workers.model import load_model
 from tests.ranks import run_on_ranks
 from tests.workers.test_actor import SHAPES, VOCAB, actor_config, make_model, whole
 
@@ -108,6 +110,7 @@ def refusal(model, changes):
 MEASURE = """
 import json, sys, torch
 from RL2.distributed import process_group, rank
+from RL2.config import ConfigError
 from RL2.workers import Actor
 from tests.workers.test_actor import actor_config
 
@@ -156,3 +159,37 @@ def test_no_rank_holds_the_whole_model(tmp_path):
     # a shard, one tensor in passing, and what the libraries need
     assert peak(tmp_path, 2) < 0.8 * size
     assert peak(tmp_path, 1) > 0.95 * size  # the measurement sees a whole model
+
+
+def change(folder, edit):
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+NORM = "model.norm.weight"
+SPOILT = {
+    "missing": (lambda w: w.pop(NORM), f"its files lack 1 of the model's weights, such as {NORM}"),
+    "shape": (lambda w: w.update({NORM: w[NORM][1:].clone()}), f"{NORM} has the shape"),
+    "integers": (lambda w: w.update({NORM: w[NORM].to(torch.int8)}), f"{NORM} in .* stored as I8"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_weights_that_are_not_the_models(tmp_path, case):
+    """transformers would fill them with noise and go on."""
+    edit, expected = SPOILT[case]
+    make_model(tmp_path)
+    change(tmp_path, edit)
+    with pytest.raises(ConfigError, match=f"^actor.model_name.*{expected}") as caught:
+        load_model(actor_config(str(tmp_path)), train=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": -1}, {"num_attention_heads": 0}])
+def test_numbers_that_no_model_has(tmp_path, changes):
+    make_model(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ConfigError, match="cannot be loaded as a causal language model"):
+        load_model(actor_config(str(tmp_path)), train=False)
