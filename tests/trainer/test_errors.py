@@ -102,7 +102,7 @@ LOADED = {
     "prompt too long": (
         "spo",
         lambda t: {"train_data__path": rows(t / "c.jsonl", *[{"prompt": "x" * 600}] * 9)},
-        "train_data.max_prompt_length=506: .*longest 600 tokens.*raise actor.max_length_per_device",
+        "train_data.max_prompt_length=250: .*longest 600 tokens.*raise actor.max_length_per_device",
     ),
     "fewer rows than a batch": (
         "spo", lambda t: {"train_data__prompts_per_rollout": 99},
