@@ -240,6 +240,7 @@ class RolloutConfig:
     max_turns: int = MISSING
     env_path: str = MISSING
     env_timeout: float = MISSING
+    env_workers: int | None = MISSING
     max_env_errors: int | None = MISSING
     max_malformed: int | None = MISSING
     max_in_flight: int = MISSING

@@ -122,6 +122,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
             "actor.freeze_steps",
             "actor.kl.coef",
             "rollout.test_sampling_params.temperature",
+            "rollout.env_workers",
             "rollout.max_env_errors",
             "rollout.max_malformed",
             "rollout.max_resampled",

@@ -72,6 +72,15 @@ class _Report:
     interrupted: bool = False
 
 
+class _TooManyFailures(Exception):
+    """Environments failed more often in this run than `rollout.max_env_errors`. errors: of this
+    round."""
+
+    def __init__(self, errors: list[str]):
+        super().__init__(errors)
+        self.errors = errors
+
+
 class Collector:
     """Collects rollouts; every rank makes one and calls its methods together.
 
@@ -79,14 +88,15 @@ class Collector:
     goes on while this thread trains.
 
     Args:
-        config: the `rollout` node: env_path, env_timeout, max_env_errors, max_malformed,
-            max_turns, max_in_flight, responses_per_prompt, dynamic_filtering, max_resampled,
-            partial_rollout, over_sampling, train_sampling_params, test_sampling_params.
+        config: the `rollout` node: env_path, env_timeout, env_workers, max_env_errors,
+            max_malformed, max_turns, max_in_flight, responses_per_prompt, dynamic_filtering,
+            max_resampled, partial_rollout, over_sampling, train_sampling_params,
+            test_sampling_params.
         tokenizer: of the policy.
         engine: this rank's engine, None where it does not drive one; the collector starts and
             closes it.
         seed: of the run.
-        environment: None loads `config.env_path`.
+        environment: None loads `config.env_path`; the collector closes it.
         rollouts_dir: where rank 0 writes every rollout as jsonl; None writes nothing. The same
             on every rank, as the lines are made where the samples are.
         n_ranks, rank: of the default process group, or of `group`.
@@ -121,7 +131,7 @@ class Collector:
         device: torch.device | None = None,
     ):
         self.environment = environment or load_environment(
-            config.env_path, timeout=float(config.env_timeout)
+            config.env_path, timeout=float(config.env_timeout), workers=config.env_workers
         )
         self.engine = engine
         self.rollouts_dir = None if rollouts_dir is None else Path(rollouts_dir)
@@ -151,6 +161,7 @@ class Collector:
         self._flying: Future[list[Group]] | None = None
         self._interrupted = False
         if engine is None:
+            self.run(self.environment.close())  # nobody calls it here
             return
         try:
             self.run(engine.start())
@@ -166,6 +177,8 @@ class Collector:
             max_turns=int(config.max_turns),
             max_length=min(limits, default=None),
         )
+        if hasattr(engine, "settled"):  # its batches wait for the environments
+            engine.settled = self._player.settled
 
     @property
     def driver(self) -> int | None:
@@ -250,7 +263,10 @@ class Collector:
             if self.engine is not None:
                 loop.run(self.engine.close())
         finally:
-            loop.close()
+            try:
+                loop.run(self.environment.close())
+            finally:
+                loop.close()
 
     def collect(
         self,
@@ -452,9 +468,20 @@ class Collector:
 
         async def play(sample: Sample, item: Item, gate: Gate) -> None:
             await player.play(sample, item, sampling, gate, train=train)
+            if sample.cause == "env":
+                self._stop_if_too_many(flight)
 
         filtering = train and self._filters(n_responses)
-        return Flight(play, self.engine, self.max_in_flight, filtering)
+        flight = Flight(play, self.engine, self.max_in_flight, filtering)
+        return flight
+
+    def _stop_if_too_many(self, flight: Flight) -> None:
+        """Raise _TooManyFailures as soon as that is sure: if every call of an environment takes
+        until its time limit, the end of the round may be hours away."""
+        samples = [sample for group in flight.groups for sample in group.samples]
+        errors = [sample.error for sample in samples if sample.cause == "env"]
+        if self.max_env_errors is not None and self.env_errors + len(errors) > self.max_env_errors:
+            raise _TooManyFailures(errors)
 
     def _round(
         self,
@@ -466,19 +493,21 @@ class Collector:
 
         The ranks tell each other about failures, so that all of them stop together.
         """
-        groups, report, failure = [], _Report(), None
+        groups, report, failure, failed = [], _Report(), None, []
         try:
             if fly is not None:
                 groups = self._fly(fly())
             if flight is not None:
                 report.n_teach = sum(group.teaches(flight.filtering) for group in groups)
                 report.kept = [group.position for group in flight.groups]
+        except _TooManyFailures as error:  # all ranks raise it, below
+            failed = error.errors
         except Exception as error:  # engines may fail because their servers were asked to stop, too
             failure, report.failure = error, f"{type(error).__name__}: {error}"
         report.interrupted = self._interrupted
         report.n_refilled = len(refilled)
         samples = [sample for group in groups for sample in group.samples]
-        report.env = [sample.error for sample in samples if sample.cause == "env"]
+        report.env = failed + [sample.error for sample in samples if sample.cause == "env"]
         report.malformed = [sample.error for sample in samples if sample.cause == "malformed"]
         reports = [report]
         if self.n_ranks > 1:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,8 @@ from RL2.rollout.samples import (
 )
 
 logger = logging.getLogger(__name__)
+
+_LONG_TEXT = 2**16  # characters
 
 
 class Gate:
@@ -85,6 +88,8 @@ class Player:
         tokenizer: of the policy. seed: of the run.
         max_turns: model turns in one sample at most.
         max_length: most tokens in one sequence; a sample whose next turn might not fit ends.
+
+    settled: set while no sample is between two requests, with its environment or its tokenizer.
     """
 
     def __init__(
@@ -103,6 +108,9 @@ class Player:
         self.seed = seed
         self.max_turns = max_turns
         self.max_length = max_length
+        self.settled = asyncio.Event()
+        self.settled.set()
+        self._n_between = 0
 
     async def play(
         self,
@@ -137,9 +145,12 @@ class Player:
         train: bool,
     ) -> None:
         # What stands in the sample between two awaits is enough to go on with in another process.
-        if sample.state is None:
-            await self._begin(sample, item)
         step, position = sample.born
+        # All calls of a sample go to one process of the environment.
+        key = stable_seed(step, int(train), position, sample.response)
+        if sample.state is None:
+            with self._between_requests():
+                await self._begin(sample, item, key)
         for turn in range(len(sample.turns), self.max_turns):
             sequence = sample.sequences[-1]
             seed = (self.seed, step, int(train), position, sample.response, turn)
@@ -147,55 +158,70 @@ class Player:
             if completion.finish_reason == "abort":
                 sample.fail("the engine aborted the completion", "abort")
                 return
-            state, action = sample.state, action_text(completion, sampling, self.tokenizer)
-            try:
-                result = await self.environment.step(state, action, sample.extra_info)
-            finally:  # a sample that has failed shows what was judged
-                extend(sequence, completion.token_ids, completion)
-                sample.written = None
-            add_reward(sequence, result.reward)
-            sample.turns.append(
-                Turn(
-                    state,
-                    action,
-                    len(completion.token_ids),
-                    completion.finish_reason,
-                    result.reward,
-                    result.score,
-                )  # fmt: skip
-            )
-            if result.done or turn + 1 == self.max_turns:
-                return
-            prefix = state + action
-            continues = result.next_state.startswith(prefix)
-            new = self._encode(result.next_state[len(prefix) :] if continues else result.next_state)
-            if continues and new and completion.finish_reason == "stop":
-                # A chat template closes the action with the end token that the policy wrote.
-                last = completion.token_ids[-1:]
-                if new[:1] == last and last[0] in self.tokenizer.all_special_ids:
-                    new = new[1:]
-            begun = len(sequence["token_ids"]) if continues else 0
-            if (
-                self.max_length is not None
-                and begun + len(new) + sampling.max_new_tokens > self.max_length
-            ):
-                return
-            if continues:
-                extend(sequence, new)
-            else:
-                sample.sequences.append(start_sequence(new))
-            sample.state, sample.extra_info = result.next_state, result.extra_info
+            with self._between_requests():
+                state, action = sample.state, action_text(completion, sampling, self.tokenizer)
+                prefix = state + action
+                try:
+                    result = await self.environment.step(state, action, sample.extra_info, key)
+                    ends = result.done or turn + 1 == self.max_turns
+                    continues = not ends and result.next_state.startswith(prefix)
+                    text = "" if ends else result.next_state
+                    new = await self._encode(text[len(prefix) :] if continues else text)
+                finally:  # a sample that has failed shows what was judged
+                    extend(sequence, completion.token_ids, completion)
+                    sample.written = None
+                add_reward(sequence, result.reward)
+                sample.turns.append(
+                    Turn(
+                        state,
+                        action,
+                        len(completion.token_ids),
+                        completion.finish_reason,
+                        result.reward,
+                        result.score,
+                    )  # fmt: skip
+                )
+                if ends:
+                    return
+                if continues and new and completion.finish_reason == "stop":
+                    # A chat template closes the action with the end token that the policy wrote.
+                    last = completion.token_ids[-1:]
+                    if new[:1] == last and last[0] in self.tokenizer.all_special_ids:
+                        new = new[1:]
+                begun = len(sequence["token_ids"]) if continues else 0
+                if (
+                    self.max_length is not None
+                    and begun + len(new) + sampling.max_new_tokens > self.max_length
+                ):
+                    return
+                if continues:
+                    extend(sequence, new)
+                else:
+                    sample.sequences.append(start_sequence(new))
+                sample.state, sample.extra_info = result.next_state, result.extra_info
 
-    async def _begin(self, sample: Sample, item: dict[str, Any]) -> None:
+    async def _begin(self, sample: Sample, item: dict[str, Any], key: int) -> None:
         extra_info = deepcopy(dict(item.get("extra_info") or {}))
         sample.answer = extra_info.get("answer")
         state, ids = item.get("prompt"), item.get("prompt_ids")
         if state is None:
-            state, extra_info = await self.environment.reset(extra_info)
+            state, extra_info = await self.environment.reset(extra_info, key)
             ids = None
+        ids = await self._encode(state) if ids is None else list(ids)
         sample.prompt = sample.state = state
         sample.extra_info = extra_info
-        sample.sequences.append(start_sequence(self._encode(state) if ids is None else list(ids)))
+        sample.sequences.append(start_sequence(ids))
+
+    @contextmanager
+    def _between_requests(self) -> Iterator[None]:
+        self._n_between += 1
+        self.settled.clear()
+        try:
+            yield
+        finally:
+            self._n_between -= 1
+            if not self._n_between:
+                self.settled.set()
 
     async def _action(
         self, sample: Sample, sampling: SamplingParams, seed: tuple[int, ...], gate: Gate
@@ -227,8 +253,10 @@ class Player:
                 break  # an abort that nobody here asked for
         return written
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    async def _encode(self, text: str) -> list[int]:
+        encode = partial(self.tokenizer.encode, text, add_special_tokens=False)
+        # The event loop cannot wait for the tokens of a book.
+        return encode() if len(text) < _LONG_TEXT else await asyncio.to_thread(encode)
 
 
 def check(completion: Completion) -> None:

@@ -79,7 +79,8 @@ class Sample:
     cause: of the error: "env" (the environment failed), "malformed" (the engine's reply made no
         sense) or "abort" (the engine gave up).
     born: step and place in it in which the sample began, which seed it; None: `position` is it.
-    state, extra_info: what the next turn begins with; None before the first one.
+    state, extra_info: what the next turn begins with; None before the first one. (The latter is
+        bytes where the environment runs in a process of its own.)
     written: of the next turn, as long as the environment has not answered it.
     ended: whether nothing more comes.
     """
@@ -94,7 +95,7 @@ class Sample:
     cause: str | None = None
     born: tuple[int, int] | None = None
     state: str | None = None
-    extra_info: dict[str, Any] | None = None
+    extra_info: dict[str, Any] | bytes | None = None
     written: Completion | None = None
     ended: bool = False
 
@@ -188,7 +189,7 @@ def _is_plain(value: Any) -> bool:
         return all(_is_plain(part) for pair in value.items() for part in pair)
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
-    return value is None or type(value) in (str, int, float, bool)
+    return value is None or type(value) in (str, int, float, bool, bytes)
 
 
 def start_sequence(token_ids: list[int]) -> dict[str, list]:

@@ -2,10 +2,11 @@
 
 Three things make it more than a call of `generate`:
 
-- Requests arrive one by one and are batched: `generate` enqueues, a coroutine waits until the
-  event loop has brought no new request for a few turns, sorts by prompt length and runs the
-  batches one after the other in a worker thread, so that environments go on meanwhile. Prompts
-  that are alike, as those of a group, are read once.
+- Requests arrive one by one and are batched: `generate` enqueues, a coroutine waits until no
+  environment is being asked and the event loop has brought no new request for a few turns, sorts
+  by prompt length and runs the batches one after the other in a worker thread, so that
+  environments go on meanwhile. Which requests share a batch does not depend on how fast an
+  environment answers. Prompts that are alike, as those of a group, are read once.
 - A token depends on its request's seed and its position alone. The noise is a hash of (seed,
   position, vocabulary index) and the token is the first to arrive in an exponential race, which
   is an exact sample (the Gumbel-max trick without its outer logarithm; Maddison et al. 2014,
@@ -50,8 +51,8 @@ from RL2.rollout.noise import exponential_noise, signed
 
 logger = logging.getLogger(__name__)
 
-# Event-loop turns without a new request after which the waiting ones are run. An environment
-# that answers without real waiting brings its next request within a few turns.
+# Event-loop turns without a new request after which the waiting ones are run. A sample whose
+# environment has answered brings its next request within a few turns.
 _QUIET_TURNS = 16
 # Below this many rows a smaller batch is no faster.
 _MIN_SHRINK_ROWS = 4
@@ -235,6 +236,9 @@ class TransformersEngine:
         self._switch = _Switch()
         self._n_updates = 0
         self._batcher: asyncio.Task | None = None
+        # Set while no sample is between two requests; whoever plays samples puts its own here.
+        self.settled = asyncio.Event()
+        self.settled.set()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="transformers-engine")
         self._closed = False
 
@@ -360,9 +364,13 @@ class TransformersEngine:
             self._open = []
 
     async def _quiet(self) -> None:
-        """Return when `_QUIET_TURNS` turns of the event loop brought no new request."""
+        """Return when all samples wait for the engine, or, if it is `eager`, for something else,
+        and `_QUIET_TURNS` turns of the event loop brought no new request."""
         count, quiet = -1, 0
         while quiet < _QUIET_TURNS:
+            if not (self.eager or self.settled.is_set()):
+                await self.settled.wait()
+                quiet = 0
             quiet = quiet + 1 if len(self._waiting) == count else 0
             count = len(self._waiting)
             await asyncio.sleep(0)
@@ -567,7 +575,8 @@ def _plan_batches(
     batches = []
     for group in groups.values():
         if sort:
-            group.sort(key=lambda request: len(request.token_ids))  # stable: arrival order within
+            # Not by arrival, which depends on how fast environments answer.
+            group.sort(key=lambda one: (len(one.token_ids), one.token_ids, one.seed))
         batches += [group[i : i + max_batch_size] for i in range(0, len(group), max_batch_size)]
     return batches
 

@@ -104,7 +104,9 @@ class RolloutSource:
     def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase):
         self.config, self.tokenizer = config, tokenizer
         self.environment = load_environment(
-            config.rollout.env_path, timeout=config.rollout.env_timeout
+            config.rollout.env_path,
+            timeout=config.rollout.env_timeout,
+            workers=config.rollout.env_workers,
         )
         longest = config.actor.max_length_per_device * config.actor.sp_size
         longest = min(longest, context_length(config.actor.model_name) or longest)

@@ -73,7 +73,7 @@ def settings(files, trainer, staleness=0):
         }  # fmt: skip
     return SETTINGS | {
         "rollout__env_path": files / "waiting.py", "test_data__path": files / "rows.jsonl",
-        "rollout__staleness": staleness,
+        "rollout__staleness": staleness, "rollout__env_workers": 1,  # which counts all calls
     }  # fmt: skip
 
 

@@ -1,5 +1,9 @@
-"""Tiny models of three families and a byte-level tokenizer, for the rollout tests."""
+"""Tiny models of three families, a byte-level tokenizer, and a look at other processes, for the
+rollout tests."""
 
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -64,3 +68,27 @@ def reference_logps(
         logits = model(torch.tensor([prompt + response])).logits[0].float()
     logits = logits[len(prompt) - 1 : -1] / (temperature or 1.0)
     return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).squeeze(-1)
+
+
+def running(folder: Path) -> list[int]:
+    """Processes whose command line names something in a folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes()  # empty of one that has ended
+        except OSError:
+            continue
+        if str(folder).encode() in command and int(entry.name) != os.getpid():
+            found.append(int(entry.name))
+    return found
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def wait_until(true: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)

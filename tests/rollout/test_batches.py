@@ -276,6 +276,7 @@ def test_another_error_of_the_engine_stops_the_step_at_once(make):
 
 PARTIAL = {
     "partial_rollout": True,
+    "env_workers": 0,  # answers within a known number of the event loop's turns
     "over_sampling": 2,
     "responses_per_prompt": 1,
     "train_sampling_params": {"max_new_tokens": 200},

@@ -5,6 +5,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
+from RL2.algorithms.advantages import resolve_advantage
 from RL2.config.errors import EngineError, EnvError
 from RL2.rollout import Collector, Completion, SamplingParams
 from RL2.rollout.samples import action_text, stable_seed
@@ -35,7 +36,8 @@ async def step(state, action, extra_info):
 def make_config(env_path, **overrides):
     return OmegaConf.merge(
         {
-            "env_path": str(env_path), "env_timeout": 5.0, "max_env_errors": 16, "max_turns": 1,
+            "env_path": str(env_path), "env_timeout": 5.0, "env_workers": 1, "max_env_errors": 16,
+            "max_turns": 1,
             "responses_per_prompt": 4, "dynamic_filtering": False, "max_resampled": 0,
             "max_malformed": 16, "max_in_flight": 1024, "partial_rollout": False,
             "over_sampling": None,
@@ -277,6 +279,29 @@ async def step(state, action, extra_info):
     assert all(said in e["error"] and e["score"] is None for e in errors)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_failed_sample_is_in_neither_baseline_nor_batch(make, workers):
+    """What is left is what the same step gives whose environment never fails."""
+    fails = ODD.replace("right =", "1 / (len(action) % 3); right =")
+    whole, _ = make(ODD).collect(make_items(6), step=1, train=True)
+    config = {"env_workers": workers, "max_env_errors": None}
+    batch, _ = make(fails, config).collect(make_items(6), step=1, train=True)
+    left = [whole["sample_ids"].tolist().index(i) for i in batch["sample_ids"].tolist()]
+    assert 6 < len(left) < 24
+    for name in ("group_ids", "rewards", "llm_logps", "actions", "action_mask"):
+        width = batch[name].shape[-1] if batch[name].dim() > 1 else None
+        assert torch.equal(batch[name], whole[name][left][..., :width]), name
+    estimator = resolve_advantage({"estimator": "reinforce"})
+    advantages = estimator(
+        **{name: batch[name] for name in ("rewards", "action_mask", "sample_ids", "group_ids")}
+    )
+    rewards = batch["rewards"].sum(-1)
+    for row, group in enumerate(batch["group_ids"].tolist()):
+        baseline = rewards[batch["group_ids"] == group].mean()
+        found = advantages[row][batch["action_mask"][row]]
+        assert torch.allclose(found, rewards[row] - baseline)
+
+
 def test_too_many_failures_in_the_run_stop_it(make):
     source = ODD.replace("right = ", "1 / extra_info['answer']; right = ")
     collector = make(source, {"max_env_errors": 4})
@@ -284,7 +309,7 @@ def test_too_many_failures_in_the_run_stop_it(make):
     assert metrics["rollout/env_errors"] == 4
     _, metrics = collector.collect(make_items(2)[1:], step=2, train=True)
     assert metrics["rollout/env_errors"] == 4
-    with pytest.raises(EnvError, match="max_env_errors=4: .*8 times.*ZeroDivisionError"):
+    with pytest.raises(EnvError, match="max_env_errors=4: .*5 times.*ZeroDivisionError"):
         collector.collect(make_items(2), step=3, train=True)
     patient = make(source, {"max_env_errors": None})
     batch, metrics = patient.collect(make_items(1), step=1, train=True)
@@ -509,7 +534,7 @@ def test_the_number_of_ranks_changes_nothing(tmp_path, byte_model):
     # A failure on one rank stops all of them.
     for env_failure, engine_failure in (failures, other_failures):
         assert "max_env_errors=1" in env_failure
-        assert "4 times" in env_failure
+        assert "2 times" in env_failure
         assert "ValueError: lost" in env_failure
         assert "context of 256" in engine_failure
     assert "because rank 1 failed" in failures[1]

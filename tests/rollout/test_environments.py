@@ -1,21 +1,56 @@
 import asyncio
+import gc
 import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 
 from RL2.config.errors import ConfigError, EnvError
+from RL2.rollout import env_processes
 from RL2.rollout.environments import load_environment
+from tests.rollout.support import open_files, running, wait_until
 
 
-def environment(tmp_path, body, timeout=5.0):
+@pytest.fixture(params=[0, 1], ids=["in process", "process"])
+def workers(request):
+    return request.param
+
+
+def environment(tmp_path, body, timeout=5.0, workers=0):
     path = tmp_path / "env.py"
     path.write_text(body)
-    return load_environment(path, timeout=timeout)
+    return load_environment(path, timeout, workers)
 
 
-def step(tmp_path, body, timeout=5.0):
-    env = environment(tmp_path, body, timeout)
-    return asyncio.run(env.step("state", "action", {"answer": 3}))
+def play(tmp_path, body, do, timeout=5.0, workers=1):
+    """What the coroutine `do(environment)` returns; nothing of the environment is left then."""
+
+    async def run():
+        env = environment(tmp_path, body, timeout, workers)
+        try:
+            return await do(env)
+        finally:
+            await env.close()
+
+    result = asyncio.run(run())
+    assert not running(tmp_path)
+    return result
+
+
+def step(tmp_path, body, timeout=5.0, workers=0):
+    return play(
+        tmp_path, body, lambda env: env.step("state", "action", {"answer": 3}), timeout, workers
+    )
+
+
+def opened(extra_info):
+    return pickle.loads(extra_info) if isinstance(extra_info, bytes) else extra_info
 
 
 def answering(expression):
@@ -29,23 +64,23 @@ async def step(state, action, extra_info):
 GOOD = "'next_state': state + action, 'reward': 0.5, 'score': 1, 'done': False, 'extra_info': {}"
 
 
-def test_a_good_answer_is_checked_and_kept(tmp_path):
-    answer = step(tmp_path, answering(f"{{{GOOD}}}"))
+def test_a_good_answer_is_checked_and_kept(tmp_path, workers):
+    answer = step(tmp_path, answering(f"{{{GOOD}}}"), workers=workers)
     assert (answer.next_state, answer.reward, answer.score) == ("stateaction", 0.5, 1.0)
     assert answer.done is False
-    assert answer.extra_info == {}
+    assert opened(answer.extra_info) == {}
 
 
-def test_numpy_and_torch_scalars_are_numbers(tmp_path):
+def test_numpy_and_torch_scalars_are_numbers(tmp_path, workers):
     body = """
 import numpy, torch
 async def step(state, action, extra_info):
     return {"reward": numpy.float32(0.5), "score": torch.tensor(2), "done": numpy.bool_(True)}
 """
-    answer = step(tmp_path, body)
+    answer = step(tmp_path, body, timeout=60, workers=workers)
     assert (answer.reward, answer.score, answer.done) == (0.5, 2.0, True)
     assert answer.next_state is None
-    assert answer.extra_info == {"answer": 3}
+    assert opened(answer.extra_info) == {"answer": 3}
 
 
 @pytest.mark.parametrize(
@@ -59,17 +94,27 @@ async def step(state, action, extra_info):
         (f"{{{GOOD}, 'score': None}}", "score=None is not a number"),
         (f"{{{GOOD}, 'done': 'no'}}", "done='no' is not a bool"),
         (f"{{{GOOD}, 'next_state': None}}", "next_state=None is not a str"),
+        (f"{{{GOOD}, 'next_state': chr(0xD800)}}", "next_state is no text that can be encoded"),
+        (f"{{{GOOD}, 'next_state': 'x' * 2**30}}", "next_state is longer than 16777216 bytes"),
+        (f"{{{GOOD}, 'reward': 10**400}}", "cannot be checked: OverflowError"),
         (f"{{{GOOD}, 'extra_info': []}}", "extra_info is list, not a dict"),
         ("1 / 0", "raised ZeroDivisionError: division by zero"),
+        ("exit(3)", "raised SystemExit: 3"),
+        ("asyncio.current_task().cancel() and await asyncio.sleep(1)", "raised CancelledError"),
         ("await asyncio.sleep(60)", "timed out after 0.2 s"),
-        (f"time.sleep(0.3) or {{{GOOD}}}", "without awaiting, over the limit of 0.2 s"),
     ],
 )
-def test_a_wrong_answer_names_the_file_and_the_fault(tmp_path, expression, said):
+def test_a_wrong_answer_names_the_file_and_the_fault(tmp_path, expression, said, workers):
     with pytest.raises(EnvError) as error:
-        step(tmp_path, answering(expression), timeout=0.2)
+        step(tmp_path, answering(expression), timeout=0.2 if "sleep" in expression else 60,
+             workers=workers)  # fmt: skip
     assert str(tmp_path / "env.py") in str(error.value)
     assert said in str(error.value)
+
+
+def test_a_call_that_blocks_too_long_in_the_trainers_process_fails_afterwards(tmp_path):
+    with pytest.raises(EnvError, match="step blocked for 0.[3-9] s, over the limit of 0.2 s"):
+        step(tmp_path, answering(f"time.sleep(0.3) or {{{GOOD}}}"), timeout=0.2)
 
 
 def test_an_environments_own_timeout_is_not_ours(tmp_path):
@@ -83,20 +128,19 @@ def test_an_environments_own_timeout_is_not_ours(tmp_path):
     ("returned", "state", "extra_info"),
     [("'go'", "go", {"seed": 3}), ("('go', {'n': 1})", "go", {"n": 1})],
 )
-def test_reset_gives_the_first_state(tmp_path, returned, state, extra_info):
-    env = environment(
-        tmp_path, answering("None") + f"async def reset(extra_info):\n    return {returned}\n"
-    )
-    assert asyncio.run(env.reset({"seed": 3})) == (state, extra_info)
+def test_reset_gives_the_first_state(tmp_path, returned, state, extra_info, workers):
+    body = answering("None") + f"async def reset(extra_info):\n    return {returned}\n"
+    found, info = play(tmp_path, body, lambda env: env.reset({"seed": 3}), workers=workers)
+    assert (found, opened(info)) == (state, extra_info)
 
 
-def test_reset_is_checked(tmp_path):
-    env = environment(tmp_path, answering("None"))
+def test_reset_is_checked(tmp_path, workers):
+    body = answering("None")
     with pytest.raises(EnvError, match="defines no `async def reset`"):
-        asyncio.run(env.reset({}))
-    env = environment(tmp_path, answering("None") + "async def reset(extra_info):\n    return 5\n")
+        play(tmp_path, body, lambda env: env.reset({}), workers=workers)
+    body += "async def reset(extra_info):\n    return 5\n"
     with pytest.raises(EnvError, match="reset returned 5"):
-        asyncio.run(env.reset({}))
+        play(tmp_path, body, lambda env: env.reset({}), workers=workers)
 
 
 @pytest.mark.parametrize(
@@ -106,13 +150,30 @@ def test_reset_is_checked(tmp_path):
         ("def step(state, action, extra_info): pass", "must define `async def step"),
         ("import no_such_module_at_all", "cannot import: ModuleNotFoundError"),
         ("def broken(", "cannot import: SyntaxError"),
+        ("exit(3)", "cannot import: SystemExit: 3"),
         (answering("1") + "def reset(extra_info): pass", "`reset` must be `async def`"),
     ],
 )
-def test_an_unusable_file_is_a_config_error(tmp_path, body, said):
+def test_an_unusable_file_is_a_config_error(tmp_path, body, said, workers):
     with pytest.raises(ConfigError, match="rollout.env_path=") as error:
-        environment(tmp_path, body)
+        environment(tmp_path, body, workers=workers)
     assert said in str(error.value)
+    assert not running(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("import time; time.sleep(600)", "cannot import: not done after 1 s"),
+        ("import os; os._exit(3)", r"cannot import: its process ended (exit code 3)"),
+    ],
+)
+def test_a_file_that_hangs_or_ends_its_process_is_a_config_error(tmp_path, monkeypatch, body, said):
+    monkeypatch.setattr(env_processes, "_IMPORT_SECONDS", 1.0)
+    with pytest.raises(ConfigError, match="rollout.env_path=") as error:
+        environment(tmp_path, body, timeout=0.5, workers=1)
+    assert said in str(error.value)
+    assert not running(tmp_path)
 
 
 def test_a_missing_file_is_a_config_error(tmp_path):
@@ -140,3 +201,303 @@ async def step(state, action, extra_info):
         rewards.append(asyncio.run(env.step("", "", {})).reward)
     assert rewards == [1.0, 2.0]
     assert math.isclose(sum(rewards), 3)
+
+
+# ------------------------------------------------------------------------ processes of their own
+
+# What a bad call does, and what is said of it. Good ones are on their way in the same process.
+BAD = {
+    "sleeps for ever": ("await asyncio.sleep(1000)", "timed out after 1 s"),
+    "sleeps without awaiting": ("time.sleep(1000)", "blocked for 1 s without awaiting"),
+    "will not be cancelled": (
+        "while True:\n"
+        "            try: await asyncio.sleep(1000)\n"
+        "            except BaseException: pass",
+        "timed out after 1 s",
+    ),
+    "never lets go of the loop": ("while True: await asyncio.sleep(0)", "timed out after 1 s"),
+    "spins": ("while True: pass", "blocked for 1 s without awaiting; its process was killed"),
+    "spins in a task of its own": (
+        "async def spin():\n"
+        "            while True: pass\n"
+        "        await asyncio.gather(asyncio.sleep(0), spin())",
+        "blocked for 1 s without awaiting",
+    ),
+    "spins in C": ("re.match('(a+)+$', 'a' * 64 + 'b')", "blocked for 1 s without awaiting"),
+    "spins in C in a thread": (
+        "await asyncio.to_thread(re.match, '(a+)+$', 'a' * 64 + 'b')",
+        "blocked for 1 s without awaiting",
+    ),
+    "ends its process": ("os._exit(3)", "its process ended (exit code 3)"),
+    "ends its process in a thread": (
+        "await asyncio.to_thread(os._exit, 3)", "its process ended (exit code 3)"
+    ),
+    "ends its process a little later": (
+        "threading.Timer(0.2, os._exit, [3]).start(); await asyncio.sleep(1000)",
+        "its process ended (exit code 3)",
+    ),
+    "kills itself": ("os.kill(os.getpid(), 9)", "its process ended (killed"),
+    "kills its group": ("os.killpg(0, 9)", "its process ended (killed"),
+    "crashes": ("import ctypes; ctypes.string_at(0)", "its process ended (signal 11)"),
+    "exits": ("sys.exit(3)", "raised SystemExit: 3"),
+    "exits in a task of its own": (
+        "async def leave(): sys.exit(3)\n"
+        "        asyncio.create_task(leave()); await asyncio.sleep(1000)",
+        "its process ended (exit code 1)",
+    ),
+    "is interrupted": ("raise KeyboardInterrupt", "raised KeyboardInterrupt"),
+    "recurses": ("(lambda f: f(f))(lambda f: f(f))", "raised RecursionError"),
+    "stops the event loop": (
+        "asyncio.get_running_loop().stop()\n        await asyncio.sleep(9)",
+        "its process ended (exit code 1)",
+    ),
+    "closes its files": (
+        "os.closerange(3, 1000)\n        await asyncio.sleep(1000)", "its process ended"
+    ),
+    "writes into its files": (
+        "for number in range(3, 100):\n"
+        "            try: os.write(number, b'x' * 100)\n"
+        "            except OSError: pass\n"
+        "        await asyncio.sleep(1000)",
+        "its process ended",
+    ),
+    "writes a lot": ("print('x' * 2**20)", None),
+    "exits in a thread": (
+        "thread = threading.Thread(target=sys.exit, args=[3])\n        thread.start()", None
+    ),
+    "stops itself": ("os.kill(os.getpid(), signal.SIGSTOP)", "blocked for 1 s without awaiting"),
+    "raises a gigabyte": ("raise ValueError('x' * 2**30)", "raised ValueError: xxx"),
+    "returns a gigabyte": ("text = 'x' * 2**30", "next_state is longer than 16777216 bytes"),
+    "keeps a gigabyte": (
+        "extra_info['it'] = bytes(2**30)", "extra_info is longer than 16777216 bytes (pickled)"
+    ),
+    "keeps a file": (
+        "extra_info['it'] = sys.stdin",
+        "object); put plain data in it, or use "
+        "rollout.env_workers=0",
+    ),
+}  # fmt: skip
+MIXED = """
+import asyncio, os, re, signal, sys, threading, time
+
+calls = 0
+
+async def step(state, action, extra_info):
+    global calls
+    calls += 1
+    text = state + action
+    if action == "bad":
+        BAD
+    else:
+        await asyncio.sleep(0.3)
+    return {"next_state": text, "reward": 1, "score": os.getpid(), "done": False}
+"""
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_call_fails_alone(tmp_path, kind, capfd):
+    """It holds up neither the event loop, nor does it leave anything behind."""
+    does, said = BAD[kind]
+    gaps = []
+
+    async def tick():
+        # CPU seconds of this thread: what others take does not count.
+        while True:
+            before = time.thread_time()
+            await asyncio.sleep(0.001)
+            gaps.append(time.thread_time() - before)
+
+    async def both(env):
+        ticking = asyncio.create_task(tick())
+        actions = ["good", "good", "bad", "good", "good"]
+        answers = await asyncio.gather(
+            *(env.step("so ", action, {"n": 1}) for action in actions), return_exceptions=True
+        )
+        ticking.cancel()
+        after = await env.step("so ", "good", {"n": 1})
+        return answers, after
+
+    gc.collect()
+    files = open_files()
+    # Only what has to time out: on a busy machine nothing else shall.
+    timeout = 1.0 if " 1 s" in (said or "") else 60.0
+    answers, after = play(tmp_path, MIXED.replace("BAD", does), both, timeout=timeout)
+    bad = answers.pop(2)
+    for answer in [*answers, after]:
+        assert (answer.next_state, answer.reward) == ("so good", 1.0)
+        assert opened(answer.extra_info) == {"n": 1}
+    if said is None:
+        assert bad.reward == 1.0
+    else:
+        assert isinstance(bad, EnvError) and said in str(bad), bad
+        assert len(str(bad)) < 1000 and "\n" not in str(bad)
+    assert max(gaps) < 0.1
+    assert open_files() <= files
+
+
+def test_many_bad_calls_harm_no_good_one(tmp_path):
+    """All in one process, which each of the bad ones ends."""
+    body = MIXED.replace("BAD", "await asyncio.sleep(0.1); os._exit(3)")
+
+    async def all_at_once(env):
+        calls = [env.step("", "bad" if n % 3 else "good", {}) for n in range(12)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    answers = play(tmp_path, body, all_at_once, timeout=30)
+    assert [isinstance(answer, EnvError) for answer in answers] == [bool(n % 3) for n in range(12)]
+
+
+def test_a_process_that_somebody_kills_costs_nothing(tmp_path):
+    async def do(env):
+        calls = [asyncio.create_task(env.step("", "good", {})) for _ in range(8)]
+        await asyncio.sleep(0.1)
+        for pid in running(tmp_path):
+            os.kill(pid, signal.SIGKILL)
+        return await asyncio.gather(*calls)
+
+    assert len(play(tmp_path, MIXED, do, timeout=30)) == 8
+
+
+def test_calls_with_one_key_go_to_one_process(tmp_path):
+    async def do(env):
+        first = [await env.step("", "good", {}, key=7) for _ in range(2)]
+        n_first = len(running(tmp_path))
+        return first, n_first, await asyncio.gather(*(env.step("", "", {}, k) for k in range(12)))
+
+    (one, two), n_first, answers = play(tmp_path, MIXED, do, timeout=30, workers=4)
+    assert one.score == two.score and n_first == 1  # the others are started when they are needed
+    pids = [answer.score for answer in answers]
+    assert len(set(pids)) == 4
+    assert pids[:4] == pids[4:8] == pids[8:] and pids[3] == one.score
+
+
+def test_a_call_does_not_pay_for_those_before_it(tmp_path):
+    """Each blocks for less than its limit, all of them together for longer."""
+    body = answering(f"time.sleep(0.5) or {{{GOOD}}}")
+
+    async def do(env):
+        return await asyncio.gather(*(env.step("", "", {}) for _ in range(6)))
+
+    assert len(play(tmp_path, body, do, timeout=2.0)) == 6
+
+
+def test_nobody_waits_for_a_cancelled_call(tmp_path):
+    body = f"""
+import asyncio
+async def step(state, action, extra_info):
+    try:
+        if action:
+            open({str(tmp_path / "begun")!r}, "w").close()
+            await asyncio.sleep(1000)
+    except asyncio.CancelledError:
+        open({str(tmp_path / "cancelled")!r}, "w").close()
+        raise
+    return {{{GOOD}}}
+"""
+
+    async def do(env):
+        call = asyncio.create_task(env.step("", "wait", {}))
+        await asyncio.to_thread(wait_until, (tmp_path / "begun").exists)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        await asyncio.to_thread(wait_until, (tmp_path / "cancelled").exists)
+        return await env.step("", "", {})
+
+    assert play(tmp_path, body, do, timeout=100).score == 1
+
+
+ALARM = """
+import signal
+
+def late(*_):
+    raise TimeoutError("the verifier gave up")
+
+async def step(state, action, extra_info):
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    while True:
+        pass
+"""
+
+
+def test_verifiers_may_use_alarms(tmp_path):
+    """math-verify does."""
+    with pytest.raises(EnvError, match="raised TimeoutError: the verifier gave up"):
+        step(tmp_path, ALARM, timeout=60, workers=1)
+
+
+def test_math_verify(tmp_path):
+    pytest.importorskip("math_verify")
+    body = """
+from math_verify import parse, verify
+async def step(state, action, extra_info):
+    score = verify(parse("$1/2$"), parse("$0.5$"))
+    return {"reward": score, "score": score, "done": True}
+"""
+    assert step(tmp_path, body, timeout=60, workers=1).score == 1.0
+
+
+def test_signals_of_a_terminal_or_a_job_are_for_the_trainer(tmp_path):
+    async def do(env):
+        before = await env.step("", "good", {})
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(int(before.score), number)
+        return before, await env.step("", "good", {})
+
+    before, after = play(tmp_path, MIXED, do)
+    assert after.score == before.score
+
+
+def test_the_file_is_read_once(tmp_path):
+    """A run's rewards do not change when the file is edited, whenever its processes start."""
+
+    async def do(env):
+        (tmp_path / "env.py").write_text("1 / 0")
+        with pytest.raises(EnvError, match="exit code 3"):
+            await env.step("", "bad", {})
+        return await env.step("", "good", {})
+
+    assert play(tmp_path, MIXED.replace("BAD", "os._exit(3)"), do).reward == 1.0
+
+
+def test_a_file_finds_the_modules_that_the_trainer_finds(tmp_path, monkeypatch):
+    (tmp_path / "neighbour.py").write_text("REWARD = 0.25")
+    monkeypatch.syspath_prepend(tmp_path)
+    body = "import neighbour\n" + answering(f"{{{GOOD}, 'reward': neighbour.REWARD}}")
+    assert step(tmp_path, body, workers=1).reward == 0.25
+
+
+def test_rows_that_cannot_go_to_a_process_name_the_way_out(tmp_path):
+    with pytest.raises(EnvError, match="TypeError.*use rollout.env_workers=0"):
+        play(tmp_path, MIXED, lambda env: env.step("", "", {"lock": threading.Lock()}))
+
+
+def test_nothing_outlives_a_trainer_that_is_killed(tmp_path):
+    """Neither a process that nobody can talk to, nor what it has started."""
+    (tmp_path / "env.py").write_text("""
+import re, subprocess, sys
+async def step(state, action, extra_info):
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)", __file__])
+    open(__file__ + ".begun", "w").close()
+    re.match('(a+)+$', 'a' * 64 + 'b')
+""")
+    trainer = """
+import asyncio, sys
+from RL2.rollout.environments import load_environment
+env = load_environment(sys.argv[1], 1000.0, 1)
+asyncio.run(env.step("", "", {}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", trainer, tmp_path / "env.py"])
+    wait_until((tmp_path / "env.py.begun").exists)
+    assert len(running(tmp_path)) == 3
+    process.kill()
+    process.wait()
+    wait_until(lambda: not running(tmp_path))
+
+
+def test_an_environment_that_is_forgotten_leaves_nothing_behind(tmp_path):
+    env = environment(tmp_path, MIXED, workers=1)
+    assert len(running(tmp_path)) == 1
+    del env
+    gc.collect()
+    assert not running(tmp_path)

@@ -81,6 +81,7 @@ def settings(files, trainer):
         }
     return COMMON | {
         "rollout__env_path": files / "mortal.py", "test_data__path": files / "rows.jsonl",
+        "rollout__env_workers": 0,  # it shall take the trainer along
         "trainer__test_freq": 3, "test_data__max_examples": 4,
     }  # fmt: skip
 

@@ -166,7 +166,7 @@ def test_an_error_of_what_is_ahead_stops_the_run(files, tmp_path):
     )
     with pytest.raises(EnvError, match="max_env_errors=0"):
         train(files, "spo", tmp_path / "run", rollout__env_path=env, rollout__max_env_errors=0,
-              **STALE)  # fmt: skip
+              rollout__env_workers=1, **STALE)  # fmt: skip
     names = [thread.name for thread in threading.enumerate()]
     assert "rollout-loop" not in names and "rollout-ahead" not in names
 
@@ -417,7 +417,8 @@ def test_ctrl_c_ends_a_run_that_waits_for_its_environment(files, tmp_path, stale
     """In the second step's rollout, which with staleness 1 runs beside the training."""
     env = write_env(tmp_path / "env.py", HANGS)
     lines = overrides(files, "spo", tmp_path / "run", rollout__env_path=env,
-                      rollout__env_timeout=900, rollout__staleness=staleness)  # fmt: skip
+                      rollout__env_timeout=900, rollout__env_workers=1,
+                      rollout__staleness=staleness)  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "RL2.trainer.spo", *lines], env=environ(),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
