@@ -226,6 +226,31 @@ def test_max_turns_ends_a_sample(make):
     assert len(batch["states"]) == 4
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_which_requests_share_a_batch_does_not_depend_on_the_environments_speed(make, workers):
+    """The last bits of what they give do depend on it."""
+    slow = "import asyncio\n" + TURNS.replace(
+        "turn = extra", "await asyncio.sleep(0.3 * (len(action) % 2)); turn = extra"
+    )
+    results = []
+    for source, n in ((TURNS, 0), (slow, workers)):
+        collector = make(source, {"max_turns": 3, "env_workers": n})
+        complete, batches = collector.engine._complete, []
+
+        def recorded(batch, so_far, complete=complete, batches=batches):
+            batches.append([request.token_ids for request in batch])
+            return complete(batch, so_far)
+
+        collector.engine._complete = recorded
+        items = [item | {"prompt": None} for item in make_items(3)]
+        batch, _ = collector.collect(items, step=1, train=True)
+        results.append((batches, batch))
+    (batches, batch), (others, other) = results
+    assert batches == others and len(batches) == 3
+    for name in batch:
+        assert torch.equal(batch[name], other[name]), name
+
+
 def test_a_sample_ends_where_the_next_turn_might_not_fit(make):
     endless = """
 async def step(state, action, extra_info):

@@ -488,7 +488,7 @@ env = load_environment(sys.argv[1], 1000.0, 1)
 asyncio.run(env.step("", "", {}))
 """
     process = subprocess.Popen([sys.executable, "-c", trainer, tmp_path / "env.py"])
-    wait_until((tmp_path / "env.py.begun").exists)
+    wait_until((tmp_path / "env.py.begun").exists, seconds=300)  # it imports torch first
     assert len(running(tmp_path)) == 3
     process.kill()
     process.wait()
