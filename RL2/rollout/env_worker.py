@@ -32,8 +32,9 @@ from collections.abc import Awaitable, Callable, Coroutine
 from numbers import Real
 from typing import Any
 
-# Bytes of a text or of an extra_info (pickled) that an environment may return.
-MAX_ANSWER = 16 * 2**20
+# Bytes of a text or of an extra_info (pickled) that an environment may return: what the trainer's
+# event loop handles well within 100 ms.
+MAX_ANSWER = 4 * 2**20
 _MAX_MESSAGE = 500  # characters of somebody else's text in an error
 _TICKS = 8  # parts of a time limit
 _MAX_FRAME = 2**31  # bytes; the trainer sends what it has, a worker never more than two answers

@@ -95,7 +95,7 @@ async def step(state, action, extra_info):
         (f"{{{GOOD}, 'done': 'no'}}", "done='no' is not a bool"),
         (f"{{{GOOD}, 'next_state': None}}", "next_state=None is not a str"),
         (f"{{{GOOD}, 'next_state': chr(0xD800)}}", "next_state is no text that can be encoded"),
-        (f"{{{GOOD}, 'next_state': 'x' * 2**30}}", "next_state is longer than 16777216 bytes"),
+        (f"{{{GOOD}, 'next_state': 'x' * 2**30}}", "next_state is longer than 4194304 bytes"),
         (f"{{{GOOD}, 'reward': 10**400}}", "cannot be checked: OverflowError"),
         (f"{{{GOOD}, 'extra_info': []}}", "extra_info is list, not a dict"),
         ("1 / 0", "raised ZeroDivisionError: division by zero"),
@@ -267,9 +267,9 @@ BAD = {
     ),
     "stops itself": ("os.kill(os.getpid(), signal.SIGSTOP)", "blocked for 1 s without awaiting"),
     "raises a gigabyte": ("raise ValueError('x' * 2**30)", "raised ValueError: xxx"),
-    "returns a gigabyte": ("text = 'x' * 2**30", "next_state is longer than 16777216 bytes"),
+    "returns a gigabyte": ("text = 'x' * 2**30", "next_state is longer than 4194304 bytes"),
     "keeps a gigabyte": (
-        "extra_info['it'] = bytes(2**30)", "extra_info is longer than 16777216 bytes (pickled)"
+        "extra_info['it'] = bytes(2**30)", "extra_info is longer than 4194304 bytes (pickled)"
     ),
     "keeps a file": (
         "extra_info['it'] = sys.stdin",
