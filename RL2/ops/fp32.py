@@ -39,7 +39,7 @@ class _Linear(nn.Linear):
             return F.linear(x, weight, bias)
         if torch.is_grad_enabled():
             return _LinearFunction.apply(x, weight, bias)
-        return _product(x, weight, bias)
+        return _rows_of(_product(_padded(x), weight, bias), x)
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
@@ -54,27 +54,49 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def rounded(n_rows: int) -> int:
+    """The next of eight sizes to an octave, 16 at least.
+
+    oneDNN keeps code for every size that it has seen, a megabyte and more each.
+    """
+    step = max(16, 1 << max(0, (n_rows - 1).bit_length() - 4))
+    return -(-n_rows // step) * step
+
+
+def _padded(x: Tensor) -> Tensor:
+    """The rows of `x`, and zeros up to a size that oneDNN is likely to have seen."""
+    x = x.flatten(0, -2)
+    n_rows = rounded(len(x))
+    return x if n_rows == len(x) else F.pad(x, (0, 0, 0, n_rows - len(x)))
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`; the operator that torch's compiler puts in place of linear layers."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def _rows_of(y: Tensor, like: Tensor) -> Tensor:
+    """What is not padding, in the shape of `like` but for the last dimension."""
+    return y[: like.shape[:-1].numel()].unflatten(0, like.shape[:-1])
+
+
 class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        padded = _padded(x)
+        ctx.save_for_backward(padded, weight)
+        return _rows_of(_product(padded, weight, bias), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        x, weight = ctx.saved_tensors
-        upstream_2d = upstream.flatten(0, -2)
+        padded, weight = ctx.saved_tensors
+        gradient = _padded(upstream)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            _product(upstream, weight.T) if needs_x else None,
-            _product(upstream_2d.T, x.flatten(0, -2).T) if needs_weight else None,
-            upstream_2d.sum(0) if needs_bias else None,
+            _rows_of(_product(gradient, weight.T), upstream) if needs_x else None,
+            _product(gradient.T, padded.T) if needs_weight else None,
+            gradient.sum(0) if needs_bias else None,
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from RL2.ops.fp32 import accelerate_linears, fast_fp32, without_switching
+from RL2.ops.fp32 import accelerate_linears, fast_fp32, rounded, without_switching
 
 
 def test_products_stay_exact_and_the_switch_goes_back():
@@ -65,6 +65,15 @@ def test_linear_layers_and_their_gradients_are_the_same(shape, bias):
     pairs = [(x, y), *zip(ours.parameters(), reference.parameters(), strict=True)]
     for mine, theirs in pairs:
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-5, atol=1e-4)
+
+
+def test_few_sizes_reach_onednn_and_little_is_added():
+    """It keeps code for each: 4 GB for the sizes up to 4,000 of one layer."""
+    sizes = [rounded(n) for n in range(1, 10_000)]
+    assert all(n <= size and size % 16 == 0 for n, size in enumerate(sizes, start=1))
+    assert all(size <= 1.125 * n for n, size in enumerate(sizes, start=1) if n >= 128)
+    assert len(set(sizes)) < 80
+    assert all(rounded(size) == size for size in set(sizes))
 
 
 def test_only_what_asks_for_a_gradient_gets_one():
