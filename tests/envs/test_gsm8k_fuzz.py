@@ -65,7 +65,7 @@ def check_number(text, clock):
     # The same value, read in another way.
     value = Decimal(re.sub(r"[^0-9.]", "", text).rstrip("."))
     negative = bool(value) and any(sign in text for sign in MINUS)
-    assert Decimal(number) == (-value if negative else value)
+    assert Decimal(number) == (value.copy_negate() if negative else value)
 
 
 def check(text, gold, clock):
@@ -106,7 +106,9 @@ def quick_garbage_collections():
 
 pieces = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=12).map("".join)
 anything = st.text(st.characters(codec=None), max_size=60)  # surrogates and NUL as well
-numbers = st.from_regex(r"[-+]?\$?[ *]?([0-9]{1,4}[, ]?){0,4}\.?[0-9]{0,3}[%$.* ]{0,3}", fullmatch=True)
+numbers = st.from_regex(
+    r"[-+]?\$?[ *]?([0-9]{1,4}[, ]?){0,4}\.?[0-9]{0,3}[%$.* ]{0,3}", fullmatch=True
+)
 golds = st.none() | st.integers(-(10**9), 10**9) | st.floats() | numbers | anything
 
 
@@ -161,7 +163,9 @@ def hostile(rng, n=100_000):
     for _ in range(rng.randrange(1, 4)):
         unit = mutated(rng, unit)
     long = ((unit or "1,") * (n // max(1, len(unit)) + n % 2 + 1))[:n]
-    return rng.choice(("", "#### ", "#### $", "</think>#### -")) + long + rng.choice(("", "5", "\n"))
+    return (
+        rng.choice(("", "#### ", "#### $", "</think>#### -")) + long + rng.choice(("", "5", "\n"))
+    )
 
 
 def texts(chunk):
