@@ -6,7 +6,8 @@
 #   bash tests/run.sh engines               the rollout engines against real servers, whose
 #                                           environments (.venv-vllm, .venv-sglang) it makes first
 #   bash tests/run.sh engines vllm ...      one of them, beside the embedded engine
-#   bash tests/run.sh faults                kills, full disks, damaged files: many more of each
+#   bash tests/run.sh faults                kills, full disks, damaged files, random rewards and
+#                                           conversations: many more of each
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/_install.sh"
 
@@ -30,7 +31,7 @@ else
     if [[ ${1:-} == faults ]]; then
         shift
         export RL2_FAULTS=long
-        set -- tests/faults "$@"
+        set -- tests/faults tests/envs/test_gsm8k_fuzz.py tests/rollout/test_player.py "$@"
     fi
     # The CPU build of torch does without triton, the tests of the Triton kernels (interpreted) do
     # not. Not for the engines: CI runs both at once, and two installations would meet.

@@ -167,6 +167,12 @@ class Player:
                     continues = not ends and result.next_state.startswith(prefix)
                     text = "" if ends else result.next_state
                     new = await self._encode(text[len(prefix) :] if continues else text)
+                    if not (ends or continues or new):  # an engine has no answer to nothing
+                        raise EnvError(
+                            f"{self.environment.path}: step returned next_state={text!r:.80} "
+                            "without a token and done=False; return a text to go on with, or "
+                            "done=True"
+                        )
                 finally:  # a sample that has failed shows what was judged
                     extend(sequence, completion.token_ids, completion)
                     sample.written = None

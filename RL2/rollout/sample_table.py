@@ -280,7 +280,9 @@ def dump(table: SampleTable, path: Path) -> None:
 
 
 def _line(sample: Sample) -> bytes:
-    return (redact(json.dumps(_record(sample), ensure_ascii=False)) + "\n").encode()
+    line = redact(json.dumps(_record(sample), ensure_ascii=False)) + "\n"
+    # An answer may hold half a surrogate pair; its escape is JSON's own.
+    return line.encode(errors="backslashreplace")
 
 
 def _record(sample: Sample) -> dict[str, Any]:

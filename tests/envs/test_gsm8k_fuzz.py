@@ -168,6 +168,14 @@ def hostile(rng, n=100_000):
     )
 
 
+@pytest.mark.parametrize("beginning", ["", "#### ", "#### -$", "</think>#### 1"])
+def test_any_piece_may_repeat(beginning):
+    clock = Clock()
+    for piece in PIECES:
+        check(beginning + (piece * 100_000)[:100_000], "5", clock)
+        check(beginning + (piece * 100_000)[:100_000] + "5", piece, clock)
+
+
 def texts(chunk):
     """(text, gold) of a chunk; one text in 1,000 has 100,000 characters."""
     for i in range(PER_CHUNK):

@@ -182,6 +182,11 @@ def test_nothing_is_nothing(tmp_path):
     assert (tmp_path / "empty.jsonl").read_bytes() == b""
 
 
+def test_half_a_surrogate_pair_in_an_answer_is_written_down(tmp_path):
+    dump(SampleTable.of([Sample(0, 0, answer="5\ud83d")], lines=True), tmp_path / "one.jsonl")
+    assert json.loads((tmp_path / "one.jsonl").read_text("utf-8"))["answer"] == "5\ud83d"
+
+
 def test_rewards_that_differ_in_the_last_bit_are_not_equal():
     samples = [Sample(0, i, turns=[Turn("", "a", 1, "stop", 0.3, 0.0)]) for i in range(2)]
     kept, ratio = SampleTable.of(samples).without_equal_groups()

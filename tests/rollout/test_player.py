@@ -1,0 +1,395 @@
+"""Whole conversations, cut off and moved at any point: what was sampled is what is trained on."""
+
+import asyncio
+import io
+import json
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from RL2.config import EnvError
+from RL2.rollout import Completion, SamplingParams
+from RL2.rollout.environments import Step, load_environment
+from RL2.rollout.player import Gate, Player
+from RL2.rollout.sample_table import SampleTable, to_batch
+from RL2.rollout.samples import (
+    NOT_THE_POLICY,
+    Sample,
+    Turn,
+    action_text,
+    stable_seed,
+)
+from tests.faults.support import points
+from tests.rollout.scripted_engine import ScriptedEngine
+from tests.rollout.support import EOS, PAD, THINK_END
+
+PER_CHUNK = 1000  # conversations; 100 chunks with RL2_FAULTS=long
+TEXTS = [
+    "",
+    "ok",
+    "a\n",
+    "é",
+    "日本",
+    "<eos>",
+    "<eos>\nmore",
+    "</think>",
+    "<pad>",
+    "\x00",
+    "ab" * 9,
+]
+STOPS = [(), ("ab",), ("aba", "b\na"), ("b\n", "é"), ("</think>",), ("<eos>",)]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What the policy, the environment and the trainer will do, all by `seed`.
+
+    prompt: None where the environment's `reset` gives it. carries: what the environment's
+    extra_info is: "plain", "bytes", or "opaque" for what no checkpoint holds.
+    """
+
+    seed: int
+    prompt: str | None
+    sampling: SamplingParams
+    max_turns: int
+    max_length: int | None
+    carries: str
+
+    @classmethod
+    def random(cls, seed):
+        rng = random.Random(seed)
+        return cls(
+            seed,
+            prompt=rng.choice((None, "Q: ", "1 + 1 = ", "é<eos>\n")),
+            sampling=SamplingParams(
+                1.0,
+                max_new_tokens=rng.randrange(1, 12),
+                stop=rng.choice(STOPS),
+                no_stop_trim=rng.random() < 0.5,
+            ),
+            max_turns=rng.randrange(1, 7),
+            max_length=rng.choice((None, rng.randrange(15, 90))),
+            carries=rng.choice(("plain", "plain", "bytes", "opaque")),
+        )
+
+
+# ------------------------------------------------------------------------ a policy
+
+ALPHABET = list(range(3, 259)) + [EOS] * 40 + [THINK_END] * 8 + [PAD] * 2
+
+
+def write(conversation, tokenizer):
+    """A policy that never looks at a request's seed: the next token, its logp and its weight
+    version follow from the tokens before it, so that a cut changes nothing."""
+    letters = tokenizer.encode("aab\né", add_special_tokens=False)
+
+    def next_token(ids):
+        number = stable_seed(conversation.seed, len(ids), ids[-1])
+        choices = letters if number % 5 else ALPHABET
+        token = choices[number // 8 % len(choices)]
+        return token, -(number % 1009) / 128, number % 7
+
+    return next_token
+
+
+def reason_to_end(ids, sampling, tokenizer):
+    """Why an engine ends after `ids`, None if it goes on."""
+    text = tokenizer.decode(ids) if sampling.stop else ""
+    if ids[-1] == EOS or any(stop in text for stop in sampling.stop):
+        return "stop"
+    return "length" if len(ids) == sampling.max_new_tokens else None
+
+
+class Author(ScriptedEngine):
+    """Writes tokens as a policy does, some at a time, until it is done or aborted.
+
+    answers: (prompt, most tokens, answer) of each request that was answered.
+    """
+
+    def __init__(self, next_token, tokenizer, rng):
+        super().__init__(None)
+        self.next_token, self.tokenizer, self.rng = next_token, tokenizer, rng
+        self.aborts = 0
+        self.answers = []
+
+    async def generate(self, token_ids, sampling, *, seed):
+        prompt, aborts = list(token_ids), self.aborts
+        ids, logps, versions, reason = [], [], [], None
+        while reason is None:
+            if self.rng.random() < 0.4:
+                await asyncio.sleep(0)
+            if self.aborts != aborts:
+                reason = "abort"
+                break
+            token, logp, version = self.next_token(prompt + ids)
+            ids.append(token)
+            logps.append(logp)
+            versions.append(version)
+            reason = reason_to_end(ids, sampling, self.tokenizer)
+        if reason == "length" and self.rng.random() < 0.2:
+            await asyncio.sleep(0)
+            reason = "length" if self.aborts == aborts else "abort"
+        answer = Completion(ids, logps, reason, versions)
+        self.answers.append((prompt, sampling.max_new_tokens, answer))
+        return answer
+
+    async def abort(self):
+        self.aborts += 1
+
+
+# ------------------------------------------------------------------------ an environment
+
+
+class Surroundings:
+    """An environment that answers by the number of the turn, which is in extra_info alone."""
+
+    path = "surroundings.py"
+
+    def __init__(self, conversation, rng):
+        self.conversation, self.rng = conversation, rng
+
+    async def reset(self, extra_info, key=0):
+        await self._think()
+        return "R: ", self._carried(0)
+
+    async def step(self, state, action, extra_info, key=0):
+        await self._think()
+        extra_info = json.loads(extra_info) if isinstance(extra_info, bytes) else extra_info
+        return self.answer(state, action, extra_info["turn"])
+
+    def answer(self, state, action, turn):
+        rng = random.Random(stable_seed(self.conversation.seed, turn, 1))
+        kind = rng.choice(["on"] * 24 + ["jump"] * 10 + ["done"] * 4 + ["raise", "silence"])
+        if kind == "raise":
+            raise EnvError("surroundings.py: step raised")
+        text = {
+            "on": state + action + rng.choice(TEXTS),
+            "jump": rng.choice(TEXTS[1:]),
+            "done": None,
+            "silence": "",
+        }[kind]
+        reward = rng.choice((0.0, 1.0, -0.5, 0.25))
+        return Step(text, reward, 2 * reward, kind == "done", self._carried(turn + 1))
+
+    def _carried(self, turn):
+        extra_info = {"turn": turn}
+        if self.conversation.carries == "bytes":
+            return json.dumps(extra_info).encode()
+        return extra_info | ({"set": {1}} if self.conversation.carries == "opaque" else {})
+
+    async def _think(self):
+        for _ in range(self.rng.randrange(3)):
+            await asyncio.sleep(0)
+
+
+# ------------------------------------------------------------------------ playing
+
+
+async def play(conversation, tokenizer):
+    """Play a conversation, while its requests are cut off, and the sample goes through a file to
+    another player, at points by its seed. Returns the sample and what its engines answered."""
+    rng = random.Random(stable_seed(conversation.seed, 2))
+    item = {"index": 0, "extra_info": {"answer": "5", "turn": 0}}
+    if conversation.prompt is not None:
+        item["prompt"] = conversation.prompt
+    next_token = write(conversation, tokenizer)
+    sample, answers = Sample(conversation.seed, 1, born=(2, 3)), []
+
+    def begin(is_open=True):
+        engine = Author(next_token, tokenizer, rng)
+        engine.answers = answers
+        gate = Gate(1)
+        if not is_open:
+            gate.close()
+        player = Player(
+            engine,
+            Surroundings(conversation, rng),
+            tokenizer,
+            seed=5,
+            max_turns=conversation.max_turns,
+            max_length=conversation.max_length,
+        )
+        task = asyncio.create_task(
+            player.play(sample, item, conversation.sampling, gate, train=True)
+        )
+        return engine, gate, task
+
+    engine, gate, task = begin()
+    for event in rng.choices(("cut", "move", "abort"), (8, 6, 0.3), k=rng.randrange(7)):
+        for _ in range(rng.randrange(12)):
+            await asyncio.sleep(0)
+        if task.done():
+            break
+        if event == "cut":
+            await gate.shut(engine)
+        if event == "abort":  # nobody asked for it
+            await engine.abort()
+        if event == "move" or rng.random() < 0.3:
+            state = sample.state_dict()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            if "turns" not in state:
+                answers.clear()  # it begins again
+            file = io.BytesIO()
+            torch.save(state, file)
+            file.seek(0)
+            sample = Sample.from_state_dict(sample.position, torch.load(file, weights_only=True))
+            engine, gate, task = begin(gate.is_open)
+        if not gate.is_open:
+            for _ in range(rng.randrange(4)):
+                await asyncio.sleep(0)
+            gate.open()
+    await task
+    return sample, answers
+
+
+def told(conversation, tokenizer):
+    """What must come out, told turn by turn without parts and moves: yields
+    (sequences, turn, prompt, action) after each action, with rows (token, whether the policy wrote
+    it, logp, reward, weight version) in the sequences; the turn is None where it failed."""
+    sampling, surroundings = conversation.sampling, Surroundings(conversation, None)
+    next_token = write(conversation, tokenizer)
+
+    def given(text):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        return [(token, False, 0.0, 0.0, NOT_THE_POLICY) for token in ids]
+
+    state = conversation.prompt or "R: "
+    sequences = [given(state)]
+    for turn in range(conversation.max_turns):
+        prompt, ids, rows, reason = [row[0] for row in sequences[-1]], [], [], None
+        while reason is None:
+            token, logp, version = next_token(prompt + ids)
+            ids.append(token)
+            rows.append((token, True, logp, 0.0, version))
+            reason = reason_to_end(ids, sampling, tokenizer)
+        sequences[-1] += rows
+        action = action_text(Completion(ids, [], reason, []), sampling, tokenizer)
+        try:
+            answer = surroundings.answer(state, action, turn)
+        except EnvError:
+            answer = None
+        ends = answer is not None and (answer.done or turn + 1 == conversation.max_turns)
+        if answer is None or (not ends and not answer.next_state):
+            yield sequences, None, prompt, ids
+            return
+        sequences[-1][-1] = (*rows[-1][:3], answer.reward, rows[-1][4])
+        said = Turn(state, action, len(ids), reason, answer.reward, answer.score)
+        if ends:
+            yield sequences, said, prompt, ids
+            return
+        goes_on = answer.next_state.startswith(state + action)
+        new = given(answer.next_state[len(state + action) :] if goes_on else answer.next_state)
+        if goes_on and reason == "stop" and new and new[0][0] == ids[-1] and ids[-1] in (EOS, PAD):
+            new = new[1:]
+        length = len(new) + goes_on * len(sequences[-1]) + sampling.max_new_tokens
+        if conversation.max_length is not None and length > conversation.max_length:
+            yield sequences, said, prompt, ids
+            return
+        yield sequences, said, prompt, ids
+        if goes_on:
+            sequences[-1] += new
+        else:
+            sequences.append(new)
+        state = answer.next_state
+
+
+def rows_of(sequence):
+    names = ("token_ids", "action_mask", "llm_logps", "rewards", "weight_versions")
+    return list(zip(*(sequence[name] for name in names), strict=True))
+
+
+def check(conversation, tokenizer, sample, answers):
+    answers, turns, sequences = iter(answers), [], None
+    for told_sequences, turn, prompt, ids in told(conversation, tokenizer):
+        written = []
+        for request, most, part in answers:
+            # The engine is asked to go on with exactly what there is.
+            assert request == prompt + written
+            assert most == conversation.sampling.max_new_tokens - len(written)
+            written += part.token_ids
+            if len(written) >= len(ids):
+                break
+        if sample.cause == "abort" and len(turns) == len(sample.turns):
+            told_sequences[-1] = told_sequences[-1][: len(prompt)]
+            break
+        # What comes after a stop string that a cut had torn in two is thrown away, nothing else.
+        assert written[: len(ids)] == ids
+        assert written == ids or (turn is None or turn.finish_reason == "stop")
+        if turn is None:
+            assert sample.cause == "env"
+            break
+        turns.append(turn)
+    else:
+        assert sample.error is None
+    sequences = told_sequences
+    assert next(answers, None) is None  # everything that was sampled has been told
+    assert sample.ended and sample.turns == turns
+    assert [rows_of(sequence) for sequence in sample.sequences] == sequences
+
+
+def check_batch(samples):
+    batch = to_batch(SampleTable.of(samples, lines=True).good(), n_responses=2)
+    good = [sample for sample in samples if sample.error is None]
+    rows = [(sample, rows_of(sequence)) for sample in good for sequence in sample.sequences]
+    assert len(batch["states"]) == len(rows)
+    for i, (sample, sequence) in enumerate(rows):
+        row = {name: values[i] for name, values in batch.items()}
+        ids, mask, n = [token for token, *_ in sequence], row["action_mask"], len(sequence) - 1
+        assert row["sample_ids"] == 2 * sample.position + 1 and row["lengths"] == n
+        assert row["states"].tolist()[:n] == ids[:-1] and row["actions"].tolist()[:n] == ids[1:]
+        assert not mask[n:].any() and row["rewards"][~mask].count_nonzero() == 0
+        wrote = [columns for columns in sequence if columns[1]]
+        for column, name in {
+            0: "actions",
+            2: "llm_logps",
+            3: "rewards",
+            4: "weight_versions",
+        }.items():
+            assert row[name][mask].tolist() == [columns[column] for columns in wrote], name
+
+
+@pytest.mark.parametrize("chunk", points(1, 100))
+def test_what_was_sampled_is_what_is_trained_on(chunk, byte_tokenizer):
+    async def play_all():
+        for seed in range(chunk * PER_CHUNK, (chunk + 1) * PER_CHUNK):
+            conversation = Conversation.random(seed)
+            sample, answers = await play(conversation, byte_tokenizer)
+            try:
+                check(conversation, byte_tokenizer, sample, answers)
+            except BaseException as error:
+                raise AssertionError(f"{conversation}") from error
+            samples.append(sample)
+
+    samples = []
+    asyncio.run(play_all())
+    check_batch(samples)
+
+
+def test_a_state_without_a_token_ends_its_sample_by_name(tmp_path, byte_tokenizer):
+    path = tmp_path / "env.py"
+    path.write_text(
+        "async def step(state, action, extra_info):\n"
+        "    return {'next_state': '', 'reward': 1.0, 'score': 1.0, 'done': False}\n"
+    )
+    engine = ScriptedEngine(lambda *_: Completion([70, EOS], [-1.0, -1.0], "stop", [0, 0]))
+
+    def play(max_turns):
+        sample, player = Sample(0, 0, born=(0, 0)), Player(
+            engine, load_environment(path), byte_tokenizer,
+            seed=0, max_turns=max_turns, max_length=None,
+        )  # fmt: skip
+        playing = player.play(sample, {"prompt": "Q"}, SamplingParams(1.0, 4), Gate(1), train=True)
+        asyncio.run(playing)
+        return sample
+
+    assert play(max_turns=1).error is None  # nobody reads the state
+    sample = play(max_turns=2)
+    assert (sample.cause, len(engine.calls)) == ("env", 2)
+    assert sample.error == (
+        f"{path}: step returned next_state='' without a token and done=False; "
+        "return a text to go on with, or done=True"
+    )
+    assert sample.sequences[0]["token_ids"][-2:] == [70, EOS]  # what was judged
