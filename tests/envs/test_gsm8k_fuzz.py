@@ -168,7 +168,7 @@ def hostile(rng, n=100_000):
     )
 
 
-@pytest.mark.parametrize("beginning", ["", "#### ", "#### -$", "</think>#### 1"])
+@pytest.mark.parametrize("beginning", ["", "#### ", "#### -$", "</think>#### 1", "#### 0."])
 def test_any_piece_may_repeat(beginning):
     clock = Clock()
     for piece in PIECES:

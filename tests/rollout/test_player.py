@@ -4,7 +4,9 @@ import asyncio
 import io
 import json
 import random
+from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 
 import pytest
 import torch
@@ -177,7 +179,9 @@ class Surroundings:
         extra_info = {"turn": turn}
         if self.conversation.carries == "bytes":
             return json.dumps(extra_info).encode()
-        return extra_info | ({"set": {1}} if self.conversation.carries == "opaque" else {})
+        return extra_info | (
+            {"half": Fraction(1, 2)} if self.conversation.carries == "opaque" else {}
+        )
 
     async def _think(self):
         for _ in range(self.rng.randrange(3)):
@@ -229,19 +233,23 @@ async def play(conversation, tokenizer):
         if event == "move" or rng.random() < 0.3:
             state = sample.state_dict()
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            with suppress(asyncio.CancelledError):
+                await task
             if "turns" not in state:
                 answers.clear()  # it begins again
             file = io.BytesIO()
             torch.save(state, file)
             file.seek(0)
             sample = Sample.from_state_dict(sample.position, torch.load(file, weights_only=True))
+            if sample.ended:  # meanwhile
+                break
             engine, gate, task = begin(gate.is_open)
         if not gate.is_open:
             for _ in range(rng.randrange(4)):
                 await asyncio.sleep(0)
             gate.open()
-    await task
+    if not sample.ended:
+        await task
     return sample, answers
 
 
