@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 
 # Products of fewer rows take longer to set up than to compute.
 _MIN_ROWS = 16
+# Multiplications that take a millisecond.
+_MANY = 2**26
 
 
 def accelerate_linears(model: nn.Module) -> None:
@@ -119,13 +121,15 @@ def without_switching() -> Iterator[None]:
 
 
 @contextmanager
-def fast_fp32(device: torch.device) -> Iterator[None]:
-    """On CPU, all fp32 products through oneDNN where that keeps all of fp32.
+def fast_fp32(device: torch.device, n_multiplications: int = _MANY) -> Iterator[None]:
+    """On CPU, all fp32 products through oneDNN where that keeps all of fp32 and there are enough
+    multiplications to win back the code that it makes, and keeps, for every new size.
 
     torch's switch to oneDNN also allows it to round operands to bf16, which it only does on CPUs
     with AMX; there nothing is switched.
     """
-    if device.type != "cpu" or _fixed or not _onednn_keeps_fp32():
+    few = n_multiplications < _MANY
+    if device.type != "cpu" or few or _fixed or not _onednn_keeps_fp32():
         yield
         return
     with _onednn():

@@ -32,7 +32,9 @@ _SUMMARY = {
 }
 _ONLY_IF_NOT_ZERO = ("actor/skipped", "actor/nonfinite")
 
-_FINISH = 60.0  # seconds that wandb gets for what it has not sent yet when a run ends
+# Seconds that wandb gets for what it has not sent yet when a run ends; one that was stopped may be
+# killed after thirty.
+_FINISH, _FINISH_BAD = 60.0, 10.0
 _STOP_GRACE = 15.0  # seconds for the guard, which kills after three of its own
 _RUN_ID = 8  # characters, as wandb's own
 
@@ -148,10 +150,10 @@ class Wandb:
     def close(self, good: bool) -> None:
         """Have it send the rest and end, or end it. good: whether the run came to its end."""
         self._send(wandb_sink.GOOD if good else wandb_sink.BAD)
-        process = self._process
+        process, seconds = self._process, _FINISH if good else _FINISH_BAD
         process.stdin.close()
         try:
-            status = process.wait(_FINISH)
+            status = process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.terminate()  # the guard ends all that wandb has started
             try:
@@ -162,7 +164,7 @@ class Wandb:
         self._pass_on()
         process.stdout.close()
         if status is None:
-            self._warn(f"was not done {_FINISH:g} s after the run and was ended")
+            self._warn(f"was not done {seconds:g} s after the run and was ended")
         elif status not in (0, wandb_sink.TOLD):
             self._warn(f"its process ended with status {status}")
 

@@ -46,8 +46,13 @@ def test_three_thousand_steps(tmp_path, kind):
             steps = len(rows_of(folder))
             now = (own_memory(process.pid), process.num_fds(), process.num_threads(),
                    len(process.children(recursive=True)))  # fmt: skip
-        except (OSError, ValueError, StopIteration, psutil.Error):  # not begun, half a row, just ended
-            continue
+        except (
+            OSError,
+            ValueError,
+            StopIteration,
+            psutil.Error,
+        ):
+            continue  # not begun, half a row, just ended
         if steps >= WARM_UP:
             seen.append((steps, *now))
     run.finish()

@@ -24,9 +24,11 @@ def test_products_stay_exact_and_the_switch_goes_back():
     assert matmul.fp32_precision == before
 
 
-def test_other_devices_are_left_alone():
+def test_other_devices_and_small_products_are_left_alone():
     before = torch.backends.mkldnn.matmul.fp32_precision
     with fast_fp32(torch.device("cuda")):
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+    with fast_fp32(torch.device("cpu"), n_multiplications=1000):
         assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 

@@ -95,6 +95,11 @@ class _Head:
     def n_columns(self) -> int:
         return len(self.weight) if self.shard is None else self.shard.columns
 
+    @property
+    def n_multiplications(self) -> int:
+        """Of the logits."""
+        return self.hidden.numel() * self.n_columns
+
     def tiles(self) -> Iterator[slice]:
         width = self.tiling.columns
         for a in range(0, self.n_columns, width):
@@ -186,7 +191,7 @@ def tiled_token_loss(
         trains and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     ]
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        with fast_fp32(hidden.device):
+        with fast_fp32(hidden.device, head.n_multiplications):
             loss, metrics, gradients = _loss_and_gradients(head, wanted, loss_fn, needs)
     if not any(needs):
         return loss, metrics
@@ -319,7 +324,7 @@ def _statistics(
     head: _Head, wanted: Sequence[str], kept: Sequence[Tensor] | None = None
 ) -> tuple[dict[str, Tensor], _Seen]:
     with torch.no_grad(), torch.autocast(head.hidden.device.type, enabled=False):
-        with fast_fp32(head.hidden.device):
+        with fast_fp32(head.hidden.device, head.n_multiplications):
             # Ranks and top_logps compare logits with each other, so all have to come from one
             # kind of product.
             fused = head.kernels.fused_state is not None and kept is None and not head.top_k
@@ -447,7 +452,8 @@ class _Statistics(torch.autograd.Function):
             if gradient is not None and name != "ranks"
         }
         needs = ctx.needs_input_grad[:3]
-        with torch.autocast(hidden.device.type, enabled=False), fast_fp32(hidden.device):
+        fast = fast_fp32(hidden.device, head.n_multiplications)
+        with torch.autocast(hidden.device.type, enabled=False), fast:
             return *_gradients_of_statistics(head, _Seen(*seen), given, needs), None, None
 
 
