@@ -206,8 +206,9 @@ class Trainer:
     def _end_step(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """All that follows an update. Where that is broken off, the run that goes on does it."""
         try:
-            with self.timers("rollout"):
-                self.source.finish()
+            if step > 0:
+                with self.timers("rollout"):
+                    self.source.finish()
             flags = torch.tensor([self.stop.number is not None, self.checkpoints.failed]).int()
             stop, failed = sum_over_ranks(flags).tolist()
             if failed:
