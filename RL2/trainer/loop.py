@@ -103,7 +103,9 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
             "that this machine reaches or has cached"
         ) from error
     rows = getattr(model.get_text_config(), "vocab_size", None)
-    if rows is not None and len(tokenizer) > rows:
+    # A pad or end token beyond them is never read, nor written.
+    ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    if rows is not None and max(ordinary, default=0) >= rows:
         raise ConfigError(
             f"actor.model_name={name}: the tokenizer has {len(tokenizer)} tokens, the model "
             f"{rows} (vocab_size in its config.json); give a model with the tokenizer that it was "
