@@ -7,12 +7,15 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
 import torch
 import torch.multiprocessing as mp
 
 from RL2.distributed import process_group
 from RL2.rollout.servers import free_port
 
+# gloo keeps a thread for each group that there ever was, which never sleeps for long.
+_MOST_THREADS = 50
 _POOLS: dict[int, list[tuple[mp.Process, Connection]]] = {}
 
 
@@ -26,9 +29,10 @@ def _serve(rank: int, n_ranks: int, port: int, pipe: Connection) -> None:
         while (task := pipe.recv()) is not None:
             function, args = task
             try:
-                pipe.send((True, function(*args)))
+                good, answer = True, function(*args)
             except BaseException as error:  # the test shall see it, whatever it is
-                pipe.send((False, f"{type(error).__name__}: {error}"))
+                good, answer = False, f"{type(error).__name__}: {error}"
+            pipe.send((good, answer, len(psutil.Process().threads())))
 
 
 def _start(n_ranks: int) -> list[tuple[mp.Process, Connection]]:
@@ -45,11 +49,11 @@ def _start(n_ranks: int) -> list[tuple[mp.Process, Connection]]:
     return pool
 
 
-def _stop() -> None:
-    for pool in _POOLS.values():
-        for process, _ in pool:
+def _stop(*which: int) -> None:
+    """End the pools of so many ranks, or all."""
+    for n_ranks in which or [*_POOLS]:
+        for process, _ in _POOLS.pop(n_ranks):
             process.kill()
-    _POOLS.clear()
 
 
 atexit.register(_stop)
@@ -71,15 +75,18 @@ def run_on_ranks(n_ranks: int, function: Callable, *args: Any) -> list[Any]:
         pipe.send((function, args))
     # In the order in which they come: the ranks that wait for one that failed never answer.
     answers, waiting = {}, {pipe: rank for rank, (_, pipe) in enumerate(pool)}
+    n_threads = {}
     while waiting:
         for pipe in connection.wait([*waiting], timeout=0.5):
             rank = waiting.pop(pipe)
             try:
-                good, answers[rank] = pipe.recv()
+                good, answers[rank], n_threads[rank] = pipe.recv()
             except EOFError:
                 pool[rank][0].join()
                 good, answers[rank] = False, f"died with exit code {pool[rank][0].exitcode}"
             if not good:
                 _stop()
                 raise RuntimeError(f"rank {rank}: {answers[rank]}")
+    if max(n_threads.values()) > _MOST_THREADS:
+        _stop(n_ranks)
     return [answers[rank] for rank in range(n_ranks)]

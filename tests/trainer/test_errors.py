@@ -153,8 +153,8 @@ LOADED = {
         "train_data.max_prompt_length=250: .*longest 251 tokens",
     ),
     "tokenizer of another model": (
-        "spo", lambda t: {"actor__model_name": model(t / "m", vocab_size=258)},
-        "actor.model_name=.*: the tokenizer has 259 tokens, the model 258",
+        "spo", lambda t: {"actor__model_name": model(t / "m", vocab_size=250)},
+        "actor.model_name=.*: the tokenizer has 259 tokens, the model 250",
     ),
     "nonsense in config.json": (
         "spo", lambda t: {"actor__model_name": model(t / "m", hidden_size="x")},
