@@ -68,10 +68,10 @@ def load(path: str, source: bytes) -> Functions:
     try:
         # Not by the loader: a file that is edited during a run must not change what it rewards.
         exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
+        step, reset = getattr(module, "step", None), getattr(module, "reset", None)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise Failed(f"cannot import: {describe(error)}") from error
-    step, reset = getattr(module, "step", None), getattr(module, "reset", None)
     if not inspect.iscoroutinefunction(step):
         raise Failed("must define `async def step(state, action, extra_info)`")
     if reset is None:

@@ -105,20 +105,28 @@ KEY = "__import__('os').environ['HF_TOKEN']"
 
 
 @pytest.mark.parametrize(
-    ("text", "error"),
+    ("key", "text", "error"),
     [
-        (f"raise ValueError({KEY})", "ConfigError: rollout.env_path="),
-        # An error that nobody expects: the module itself fails when it is asked for `reset`.
+        ("rollout__env_path", f"raise ValueError({KEY})", "ConfigError: rollout.env_path="),
+        # The module itself fails when it is asked for `reset`.
         (
+            "rollout__env_path",
             f"async def step(s, a, e): ...\ndef __getattr__(name): raise OSError({KEY})",
+            "ConfigError: rollout.env_path=",
+        ),
+        # An error that nobody expects.
+        (
+            "actor__loss__import_path",
+            f"def f(logps):\n if len(logps) > 3: raise OSError({KEY})\n return -logps",
             "Traceback (most recent call last):",
         ),
     ],
 )
-def test_no_canary_in_what_ends_a_run(files, tmp_path, text, error):
-    env = write_env(tmp_path / "env.py", text)
-    lines = overrides(files, "spo", tmp_path / "out", rollout__env_path=env)
+def test_no_canary_in_what_ends_a_run(files, tmp_path, key, text, error):
+    path = write_env(tmp_path / "file.py", text)
+    value = f"{path}:f" if "loss" in key else path
+    lines = overrides(files, "spo", tmp_path / "out", **{key: value})
     done = command("spo", lines, env=environ(HF_TOKEN=CANARY))
     assert done.returncode == 1
-    assert done.stderr.startswith(error), done.stderr
+    assert error in done.stderr, done.stderr
     assert "***" in done.stderr and CANARY not in done.stderr + done.stdout
