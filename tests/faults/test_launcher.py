@@ -13,6 +13,7 @@ from RL2.trainer.checkpoint import Checkpoints, damage
 from tests.faults.support import LONG, Run
 from tests.trainer.support import environ, lasting, overrides, rows_of, write_files
 
+long = pytest.mark.skipif(not LONG, reason="long: bash tests/run.sh faults")
 GRACE = 30  # seconds that torchrun gives between SIGTERM and SIGKILL
 # Slow enough to be met while it answers.
 ENVIRONMENT = """
@@ -110,7 +111,8 @@ def test_ranks_that_are_being_set_up_end_when_the_launcher_is_killed(files, tmp_
     assert gone(ranks, 2 * GRACE), run.output()
 
 
-@pytest.mark.parametrize("victim", [0, 1] if LONG else [0])
+@long
+@pytest.mark.parametrize("victim", [0, 1])
 def test_all_end_when_one_rank_is_killed(files, whole, tmp_path, victim):
     run = Torchrun(files, tmp_path / "run")
     ranks = run.wait_for(2)
@@ -121,7 +123,7 @@ def test_all_end_when_one_rank_is_killed(files, whole, tmp_path, victim):
     assert_goes_on(files, tmp_path / "run", whole)
 
 
-@pytest.mark.skipif(not LONG, reason="long: bash tests/run.sh faults")
+@long
 @pytest.mark.parametrize("victim", [0, 1])
 def test_torchrun_starts_the_ranks_again(files, whole, tmp_path, victim):
     run = Torchrun(files, tmp_path / "run", "--max-restarts=2")

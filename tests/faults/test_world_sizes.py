@@ -12,8 +12,9 @@ SETTINGS = {
     "trainer__n_epochs": 3, "trainer__save_freq": 3, "actor__scheduler": "constant",
     "actor__warmup_ratio": 0.0, "actor__lr": "1e-3",
 }  # fmt: skip
-SIZES = [(1, 2, 1), (2, 4, 2)]
-MORE = [(2, 1, 2), (4, 1, 3), (1, 4, 2)]
+SIZES = [(1, 2, 1), (2, 4, 2), (2, 1, 2), (4, 1, 3), (1, 4, 2)]
+ALL = [(sizes, staleness) for sizes in SIZES for staleness in (0, 1)]
+SOME = [(SIZES[0], 0), (SIZES[1], 1)]
 EXACT = ("train/score", "train/n_samples", "train/avg_response_length", "rollout/staleness")
 
 
@@ -33,8 +34,7 @@ def dumped(folder, step):
     return (folder / f"rollouts/step{step:06d}_train.jsonl").read_text()
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
-@pytest.mark.parametrize("sizes", SIZES + MORE if LONG else SIZES, ids=str)
+@pytest.mark.parametrize(("sizes", "staleness"), ALL if LONG else SOME, ids=str)
 def test_a_run_over_changing_numbers_of_processes(files, tmp_path, sizes, staleness):
     settings = SETTINGS | {"rollout__staleness": staleness}
     whole, changed = tmp_path / "whole", tmp_path / "changed"
