@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 HIDDEN = "***"
@@ -18,6 +19,7 @@ _TOKEN = re.compile(r"\b(hf_\w{16,}|sk-[\w\-]{16,}|gh[pousr]_\w{16,}|wandb_v1_\w
 _USERINFO = re.compile(r"(?<=://)[^/\s@\"']+(?=@)")
 
 
+@cache  # asked about every variable for every line that is written
 def is_secret_name(name: str) -> bool:
     """Whether a variable, key or flag of this name holds a secret."""
     return _NAME.search(name.replace("-", "_")) is not None

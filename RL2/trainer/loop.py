@@ -352,11 +352,8 @@ class Trainer:
             self.checkpoints.save(step, self.actor, source, state)
 
     def _finish(self, step: int) -> None:
-        self.checkpoints.wait()
-        if not broadcast(self.checkpoints.path(step).exists()):
-            self._save(step, self.source.state_dict())
+        self._keep(step, self._position())
         self._save_model("final")
-        self.checkpoints.wait()
         logger.info("model: %s", self._path("final"))
         if self.best:
             logger.info("best evaluation: test %(test/score).4f at step %(step)d", self.best)
