@@ -36,7 +36,8 @@ if current_platform.is_cpu():
 else:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 
-_LOAD_FORMAT = "rl2_plain"
+# Of vLLM's load formats, those whose loader we stand in for on the CPU, and our names for them.
+_PLAIN_FORMATS = {"auto": "rl2_plain_auto", "safetensors": "rl2_plain_safetensors"}
 _BACKEND_DEVICE = {"gloo": "cpu", "nccl": "cuda"}
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -45,8 +46,9 @@ class Worker(_Worker):
     """vLLM's worker of this platform, with what the module's docstring lists."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        if current_platform.is_cpu() and self.load_config.load_format == "auto":
-            self.load_config.load_format = _LOAD_FORMAT
+        if current_platform.is_cpu():
+            wanted = self.load_config.load_format
+            self.load_config.load_format = _PLAIN_FORMATS.get(wanted, wanted)
         super().load_model(*args, **kwargs)
         _use_plain_weights(self.model_runner.get_model())
         sampler = self.model_runner.sampler
@@ -161,12 +163,14 @@ class _TemperedLogps(nn.Module):
         return sampled, logps
 
 
-@register_model_loader(_LOAD_FORMAT)
+@register_model_loader(_PLAIN_FORMATS["auto"])
+@register_model_loader(_PLAIN_FORMATS["safetensors"])
 class _PlainLoader(DefaultModelLoader):
     """The default loader; on the CPU the weights of linear layers are kept and not packed."""
 
     def __init__(self, load_config: Any) -> None:
-        super().__init__(dataclasses.replace(load_config, load_format="auto"))
+        wanted = load_config.load_format.removeprefix("rl2_plain_")
+        super().__init__(dataclasses.replace(load_config, load_format=wanted))
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         for module in model.modules():
