@@ -32,6 +32,8 @@ logger = logging.getLogger("RL2")
 _WAIT_FOR_RANK_0 = 10.0  # seconds; a process takes one to three to get to its checks
 # As in pyproject.toml. Long before these, torch.load ran code even with weights_only (below 2.6).
 FLOORS = {"torch": "2.13", "transformers": "5.19"}
+# What torchrun sets for each process, and the least that it can be.
+_LAUNCH_VARIABLES = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
 _OPTIONAL = ("flash_attn", "liger_kernel", "peft", "sglang", "triton", "vllm")
 
 
@@ -60,6 +62,7 @@ def run(config_name: str) -> None:
     register_schemas()
     try:
         check_versions()
+        check_launch_variables()
         check_overrides(config_name, sys.argv[1:])
     except RL2Error as error:
         _fail(error)
@@ -90,6 +93,17 @@ def check_versions() -> None:
             raise ConfigError(
                 f"{name}=={found}: must be {floor} or newer; install it (pip install '{name}>="
                 f"{floor}')"
+            )
+
+
+def check_launch_variables() -> None:
+    """ConfigError where what torchrun tells a process about its place is not a number."""
+    for name, least in _LAUNCH_VARIABLES.items():
+        text = os.environ.get(name, str(least))
+        if not (text.isascii() and text.isdecimal() and int(text) >= least):
+            raise ConfigError(
+                f"{name}={text}: must be a whole number from {least} on; torchrun sets it, "
+                f"otherwise unset it"
             )
 
 

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 import RL2.trainer.loop
 from RL2.config import ConfigError, DataError, RL2Error
-from RL2.trainer.main import launch
+from RL2.trainer.main import check_launch_variables, launch
 from tests.trainer.support import command, composed, overrides, write_files, write_model
 
 
@@ -57,6 +57,18 @@ def test_the_command_ends_with_one_line(files, tmp_path, case):
     assert line.startswith(f"ConfigError: {expected}"), line
     assert done.stderr.strip() == line  # no warning, no traceback
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("WORLD_SIZE", "two", 1), ("LOCAL_WORLD_SIZE", "0", 1), ("RANK", "-1", 0)],
+)
+def test_what_torchrun_sets_is_a_number(monkeypatch, name, value, least):
+    check_launch_variables()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        check_launch_variables()
+    assert str(caught.value).startswith(f"{name}={value}: must be a whole number from {least} on; ")
 
 
 @pytest.mark.parametrize(("size", "use"), [(3, "1 or 2"), (4, "1 or 2")])
