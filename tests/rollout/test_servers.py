@@ -35,13 +35,14 @@ open(sys.argv[1], "a").write(f"{os.getpid()} ")
 time.sleep(600)
 """
 TRAINER = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from RL2.rollout.servers import ServerProcess
 from RL2.rollout.weights import HostWeights
 import torch
 weights = HostWeights()
 weights.fill([("w", torch.ones(3))], 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 print(weights.folder, flush=True)
 process = ServerProcess([sys.executable, "-c", sys.argv[1], sys.argv[2]], {}, Path(sys.argv[3]))
 print(process.pid, flush=True)
@@ -84,7 +85,7 @@ def test_nothing_is_left_when_the_trainer_is_killed(tmp_path, number):
     assert all(map(alive, [guard, *pids]))
     assert weights.is_dir()
     trainer.send_signal(number)
-    trainer.wait()
+    trainer.wait(timeout=60)
     trainer.stdout.close()
     wait_for(lambda: not any(map(alive, [guard, *pids])))
     assert not weights.exists()
