@@ -163,7 +163,7 @@ def collate(sequences: list[Sequence]) -> dict[str, Tensor]:
 class StatefulBatchSampler(Sampler[list[int]]):
     """Batches of indices whose position can be saved and restored at any batch.
 
-    The order of an epoch is a function of (seed, epoch) alone, so the state is four numbers. After
+    The order of an epoch is a function of (seed, epoch) alone, so the state is a few numbers. After
     the last batch of an epoch the state is already the start of the next one: a run that is resumed
     at the boundary goes on with a new epoch and does not see an empty one first. (torchdata's
     RandomSampler keeps the state of a generator instead and leaves that empty epoch.)
@@ -173,9 +173,18 @@ class StatefulBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self, size: int, batch_size: int, seed: int, *, shuffle: bool, drop_last: bool, key: str
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        *,
+        shuffle: bool,
+        drop_last: bool,
+        key: str,
+        fingerprint: str,
     ) -> None:
         self.size = size
+        self.fingerprint = fingerprint  # of the rows' content
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
@@ -216,21 +225,26 @@ class StatefulBatchSampler(Sampler[list[int]]):
             random.Random(f"{self.seed}/{epoch}").shuffle(order)
         return order
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             "epoch": self.epoch,
             "position": self.position,
             "seed": self.seed,
             "size": self.size,
+            "fingerprint": self.fingerprint,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken, in the order of the seed that it was taken with."""
+        other = None
         if state["size"] != self.size:
+            other = f"has {self.size} rows, the checkpoint was written with {state['size']}"
+        elif state["fingerprint"] != self.fingerprint:
+            other = f"has {self.size} rows, but not those that the checkpoint was written with"
+        if other is not None:
             raise DataError(
-                f"{self.key}.path: the data set has {self.size} rows, the checkpoint was written "
-                f"with {state['size']}; resume with the same data, or start without "
-                "trainer.load_ckpt_from"
+                f"{self.key}.path: the data set {other}; resume with the same data, or start "
+                "without trainer.load_ckpt_from"
             )
         self.epoch, self.position, self.seed = state["epoch"], state["position"], state["seed"]
 
@@ -244,7 +258,8 @@ def make_loader(
     touched. `state_dict()` can be written as JSON.
 
     Args:
-        dataset: needs `key` and `batch_size_key` (for messages).
+        dataset: needs `key` and `batch_size_key` (for messages), and `fingerprint`, which says
+            whether a checkpoint was written with the same rows.
 
     Returns:
         An iterable of lists of items.
@@ -261,8 +276,9 @@ def make_loader(
             f"{len(dataset)}, or give more data in {dataset.key}.path"
         )
     sampler = StatefulBatchSampler(
-        len(dataset), batch_size, seed, shuffle=shuffle, drop_last=drop_last, key=dataset.key
-    )
+        len(dataset), batch_size, seed, shuffle=shuffle, drop_last=drop_last, key=dataset.key,
+        fingerprint=dataset.fingerprint,
+    )  # fmt: skip
     # Each new iterator of a loader draws a number; from its own generator it leaves the global
     # one alone, so that a resumed run, which makes one iterator more, samples the same.
     generator = torch.Generator().manual_seed(0)

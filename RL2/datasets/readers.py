@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import pyarrow
@@ -66,6 +67,15 @@ class Rows:
         """`file:line`, or `file: row n` where the format has no lines."""
         separator = ":" if self.unit == "line" else ": row "
         return f"{self.source}{separator}{self.numbers[index]}"
+
+    def fingerprint(self, indices: Iterable[int]) -> str:
+        """SHA-256 over the content of these rows, wherever they were read from. What JSON does not
+        have (a date, an image) counts by its type alone."""
+        digest = sha256()
+        for index in indices:
+            row = json.dumps(self.rows[index], default=type_name, sort_keys=True)
+            digest.update(row.encode() + b"\n")
+        return digest.hexdigest()
 
     def select(self, spans: Iterable[tuple[int, int]]) -> Rows:
         """Rows of the half-open ranges `spans`, in that order."""

@@ -57,6 +57,7 @@ class RLDataset(Dataset):
             self._items: list[dict[str, Any]] = [
                 {"extra_info": {}} for _ in range(config.prompts_per_rollout)
             ]
+            self.fingerprint = ""
             return
         if max_prompt_length is None:
             max_prompt_length = option(config, "max_prompt_length")
@@ -77,6 +78,7 @@ class RLDataset(Dataset):
             limit_key=f"{key}.max_prompt_length",
         )
         self._items = [items[i] for i in kept]
+        self.fingerprint = rows.fingerprint(kept)
 
     def __len__(self) -> int:
         return len(self._items)

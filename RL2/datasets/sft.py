@@ -83,6 +83,7 @@ class SFTDataset(Dataset):
             limit_key=f"{key}.max_length",
         )
         self._sequences = [sequences[i] for i in kept]
+        self.fingerprint = rows.fingerprint(kept)
 
     def __len__(self) -> int:
         return len(self._sequences)

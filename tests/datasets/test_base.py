@@ -18,8 +18,8 @@ class Numbers(Dataset):
     key = "train_data"
     batch_size_key = "train_data.prompts_per_rollout"
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, fingerprint: str = "") -> None:
+        self.size, self.fingerprint = size, fingerprint
 
     def __len__(self) -> int:
         return self.size
@@ -235,6 +235,10 @@ def test_resume_with_other_data_is_refused():
     loader = make_loader(Numbers(15), 4, seed=5)
     loader.load_state_dict(state)
     with pytest.raises(DataError, match=r"train_data.path: the data set has 15 rows, .* with 16"):
+        next(iter(loader))
+    loader = make_loader(Numbers(16, fingerprint="other"), 4, seed=5)
+    loader.load_state_dict(state)
+    with pytest.raises(DataError, match=r"train_data.path: the data set has 16 rows, but not tho"):
         next(iter(loader))
 
 

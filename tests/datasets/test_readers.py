@@ -1,3 +1,4 @@
+import datetime
 import json
 import socket
 import struct
@@ -417,3 +418,30 @@ def test_arrow_stream_cut_between_batches():
     assert len(load_rows("a.arrow", "train_data")) == 8
     Path("a.arrow").write_bytes(whole[:-8])
     assert "it ends without the end mark: it was cut off" in error_of("a.arrow")
+
+
+# ------------------------------------------------------------------------------ the same rows?
+
+
+def test_fingerprint_is_of_the_content():
+    def fingerprint(path, indices=range(10)):
+        return load_rows(path, "train_data").fingerprint(indices)
+
+    expected = fingerprint(write_rows("a.jsonl"))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), "a.parquet")
+    turned = [dict(reversed(row.items())) for row in ROWS]
+    for path in ("a.parquet", write_rows("b.jsonl", turned), "train[:10]@a.jsonl"):
+        assert fingerprint(path) == expected
+    others = [
+        fingerprint("a.jsonl", range(9)),
+        fingerprint(write_rows("c.jsonl", [*ROWS[:9], ROWS[9] | {"more": None}])),
+        fingerprint(write_rows("d.jsonl", [ROWS[1], ROWS[0], *ROWS[2:]])),
+    ]
+    assert len({expected, *others}) == 4
+
+
+def test_fingerprint_of_what_json_does_not_have():
+    rows = [{"prompt": "a", "when": datetime.date(2026, 1, 2), "raw": b"\xff"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "a.parquet")
+    one, same = (load_rows("a.parquet", "train_data").fingerprint([0]) for _ in range(2))
+    assert one == same

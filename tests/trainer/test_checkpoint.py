@@ -258,6 +258,24 @@ def test_other_data_than_the_checkpoints_is_an_error(files, whole, tmp_path):
         train(files, "sft", folder, **changes, trainer__load_ckpt_from="latest")
 
 
+@pytest.mark.parametrize("trainer", ["sft", "spo"])
+def test_rows_that_were_edited_are_other_data(files, whole, tmp_path, trainer):
+    """The same rows under another name are not; a folder that was refused is as it was."""
+    folder = copy(whole(trainer), tmp_path, 2)
+    steps = sorted(folder.glob("checkpoints/*"))
+    changes = settings(files, trainer) | {"trainer__load_ckpt_from": "latest"}
+    key = "data__path" if trainer == "sft" else "train_data__path"
+    first, *others = (files / "rows.jsonl").read_text().splitlines(keepends=True)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join([*others, first]))
+    with pytest.raises(DataError, match=r"has 24 rows, but not those that the checkpoint was"):
+        train(files, trainer, folder, **changes | {key: path})
+    assert sorted(folder.glob("checkpoints/*")) == steps
+    path.write_text("".join([first, *others]))
+    train(files, trainer, folder, **changes | {key: path})
+    assert_same_run(folder, whole(trainer))
+
+
 # ------------------------------------------------------------------------------ beside the training
 
 
