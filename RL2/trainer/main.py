@@ -113,6 +113,8 @@ def launch(config: DictConfig) -> None:
     main_rank = os.environ.get("RANK", "0") == "0"
     if not main_rank:
         logger.setLevel(logging.ERROR)
+        # What happens to a rank's own servers and environments is told by no other.
+        logging.getLogger("RL2.rollout").setLevel(logging.WARNING)
 
     import torch  # after the checks: it takes seconds
     import transformers

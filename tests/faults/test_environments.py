@@ -72,7 +72,7 @@ def environment(tmp_path, kinds):
     )
 
 
-CASES = list(product(("ppo", "spo"), (1, 2))) if LONG else [("ppo", 1)]
+CASES = list(product(("ppo", "spo"), (1, 2))) if LONG else [("ppo", 2)]
 
 
 @pytest.mark.parametrize(("trainer", "n_ranks"), CASES)
@@ -92,6 +92,8 @@ def test_a_run_loses_what_fails_and_nothing_else(tmp_path, trainer, n_ranks):
     codes = run.wait(timeout=500)
     assert not any(codes), run.output()
     rows, expected = ([lasting(row) for row in rows_of(each.folder)] for each in (run, one))
+    for row in (*rows, *expected):  # what says why a sample failed crosses ranks, too
+        row.pop("comm/samples_bytes", None)
     assert rows == expected
     assert rows[-1]["rollout/env_errors"] >= 12
     assert same_weights(weights(run.folder / "final"), weights(one.folder / "final"))
