@@ -13,11 +13,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 
-from RL2.config.errors import ConfigError
+from RL2.config.errors import ConfigError, first_line
 
 _HUB_NAME = r"[\w\-][\w.\-]*"
 _HUB_MODEL = re.compile(rf"{_HUB_NAME}/{_HUB_NAME}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_TIMEOUT = 5.0  # seconds
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -63,6 +64,42 @@ def check_model(node: DictConfig, group: str) -> None:
         described = _read_json(folder / "config.json", key)
         _check_weights(folder, key, f"{group}.allow_pickle", node.allow_pickle)
     _check_revision(node, group, described if local else None)
+
+
+def ask_hub(node: DictConfig, group: str) -> None:
+    """One short question to the hub about a model that is no folder: `from_pretrained` repeats its
+    own for most of a minute where there is no network. A copy in the cache is good enough.
+
+    Raises:
+        ConfigError: the hub has no such model, or does not answer and nothing is cached.
+    """
+    name = node.model_name
+    if os.path.isdir(os.path.expanduser(name)):
+        return
+    # Imported here: runs on folders do without.
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    key = f"{group}.model_name={name}"
+    try:
+        HfApi().model_info(name, revision=node.revision, timeout=_HUB_TIMEOUT)
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{key}: the hub has no model of this name that you may read; check the name, or log "
+            "in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ConfigError(
+            f"{group}.revision={node.revision}: {name} has no such commit; the hub shows those it "
+            "has under the model's history"
+        ) from error
+    except Exception as error:  # no network, a proxy, offline mode: many unrelated classes
+        cached = try_to_load_from_cache(name, "config.json", revision=node.revision)
+        if not isinstance(cached, str):
+            raise ConfigError(
+                f"{key}: the hub cannot be asked for it ({first_line(error)}), and no "
+                "copy is cached; give a folder made by save_pretrained"
+            ) from error
 
 
 def context_length(name: str) -> int | None:

@@ -381,6 +381,8 @@ def _check_servers(rollout: DictConfig) -> None:
                 "all users of the machine see it; leave it out (each run makes a key of its own, "
                 "and servers inherit HF_TOKEN from the environment)"
             )
+    if rollout.weights_dir is not None:
+        _check_folder("rollout.weights_dir", rollout.weights_dir)
     python = rollout.server_python
     program = os.path.expanduser(python or sys.executable)
     if not os.path.isfile(program) or not os.access(program, os.X_OK):
@@ -587,15 +589,7 @@ def _check_trainer(trainer: DictConfig) -> None:
             f"control characters that begins with a letter, a digit or _ and has at most "
             f"{_LONGEST_NAME} bytes"
         )
-    save_dir = trainer.save_dir
-    if not save_dir.strip() or not save_dir.isprintable() or not _can_exist(save_dir):
-        raise ConfigError(
-            f"trainer.save_dir={save_dir}: cannot be a folder; give a path without control "
-            "characters, such as runs/first"
-        )
-    save_dir = os.path.expanduser(save_dir)
-    if os.path.exists(save_dir) and not os.path.isdir(save_dir):
-        raise ConfigError(f"trainer.save_dir={trainer.save_dir}: is a file; give a folder")
+    _check_folder("trainer.save_dir", trainer.save_dir)
     health = trainer.health
     if None not in (low := health.min_entropy, high := health.max_entropy) and low >= high:
         raise ConfigError(
@@ -626,6 +620,17 @@ def _check_trainer(trainer: DictConfig) -> None:
             f"trainer.project={project}: no name that wandb takes; use at most 128 characters, "
             "none of them / \\ # ? % or :, or trainer.use_wandb=false"
         )
+
+
+def _check_folder(key: str, path: str) -> None:
+    if not path.strip() or not path.isprintable() or not _can_exist(path):
+        raise ConfigError(
+            f"{key}={path}: cannot be a folder; give a path without control characters, such as "
+            "runs/first"
+        )
+    full = os.path.expanduser(path)
+    if os.path.exists(full) and not os.path.isdir(full):
+        raise ConfigError(f"{key}={path}: is a file; give a folder")
 
 
 def _can_exist(path: str) -> bool:

@@ -69,7 +69,7 @@ def load(path: str, source: bytes) -> Functions:
         # Not by the loader: a file that is edited during a run must not change what it rewards.
         exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
         step, reset = getattr(module, "step", None), getattr(module, "reset", None)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # exit() and what else a file may raise, or define
         del sys.modules[name]
         raise Failed(f"cannot import: {describe(error)}") from error
     if not inspect.iscoroutinefunction(step):

@@ -407,7 +407,7 @@ class ServerEngine:
         if member.state != "serving":
             return
         await self._set(member, "lost", why)
-        end = f"; the end of its log:\n{member.process.last_lines()}" if member.process else ""
+        end = f"; {member.process.end_of_log()}" if member.process else ""
         logger.warning("%s %s%s", member.name, why, end)
 
     async def _try_to_bring_back(self, member: _Member) -> None:
@@ -415,7 +415,7 @@ class ServerEngine:
         if member.process is not None and member.restarts >= self._limits.max_restarts:
             problem = (
                 f"{member.problem}; it was restarted {member.restarts} times already "
-                f"(rollout.max_restarts); the end of its log:\n{member.process.last_lines()}"
+                f"(rollout.max_restarts); {member.process.end_of_log()}"
             )
             member.failed_starts = _FAILED_STARTS
         else:
@@ -519,7 +519,7 @@ def server_engine(
         dialect,
         HostWeights(
             getattr(torch, str(dtype)), config=model, tokenizer=tokenizer,
-            folder=rollout.weights_dir,
+            folder=rollout.weights_dir and os.path.expanduser(rollout.weights_dir),
         ),
         servers=servers,
         urls=urls,

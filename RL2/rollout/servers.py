@@ -173,15 +173,15 @@ class ServerProcess:
         """Exit status; None while it runs."""
         return self._process.poll()
 
-    def last_lines(self) -> str:
-        """The end of its log, indented."""
+    def end_of_log(self) -> str:
+        """What to say of its log: the last lines, indented, or that there are none."""
         try:
             with self.log.open(errors="replace") as file:
                 lines = deque(file, maxlen=_LOG_LINES)
         except OSError as error:
-            return f"  (no log: {error})"
-        text = redact("".join(f"  | {line.rstrip():.300}\n" for line in lines), self._secrets)
-        return text.rstrip() or "  (empty log)"
+            return f"its log cannot be read ({error})"
+        text = redact("".join(f"\n  | {line.rstrip():.300}" for line in lines), self._secrets)
+        return f"the end of {self.log}:{text}" if lines else f"{self.log} is empty"
 
     async def stop(self) -> None:
         """End it and everything it started."""
@@ -208,7 +208,7 @@ async def wait_until_healthy(
         if process.status is not None:
             raise EngineError(
                 f"{name} ended with status {process.status} while it started; "
-                f"the end of {process.log}:\n{process.last_lines()}"
+                f"{process.end_of_log()}"
             )
         try:
             await server.get(path, timeout=5.0)
@@ -220,7 +220,7 @@ async def wait_until_healthy(
         if now - start > timeout:
             raise EngineError(
                 f"{name} was not ready after {timeout:g} s (rollout.server_start_timeout); "
-                f"the end of {process.log}:\n{process.last_lines()}"
+                f"{process.end_of_log()}"
             )
         if now - said >= _PROGRESS_EVERY:
             said = now

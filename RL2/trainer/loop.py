@@ -19,7 +19,7 @@ from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
 from RL2.config import ConfigError, HealthError, Interrupted, TrainingError
 from RL2.config.errors import first_line
-from RL2.config.models import hub_options
+from RL2.config.models import ask_hub, hub_options
 from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks
 from RL2.distributed.comm import Batch
 from RL2.trainer.checkpoint import Checkpoints, rng_state, save_model, set_rng_state
@@ -93,6 +93,7 @@ def add_advantages(batch: Batch, config: DictConfig, estimator: Callable[..., Te
 def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
     """The actor's tokenizer; ConfigError where there is none, or one of another model."""
     name, options = config.actor.model_name, hub_options(config.actor)
+    ask_hub(config.actor, "actor")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = AutoConfig.from_pretrained(name, **options)
@@ -138,6 +139,8 @@ class Trainer:
         self.tokenizer = load_tokenizer(config)
         self.source = (RolloutSource if self.is_rl else DatasetSource)(config, self.tokenizer)
         self.required = required_fields(config, self.loss) if self.is_rl else ()
+        if "ref_logps" in self.required:
+            ask_hub(config.ref_actor, "ref_actor")
         n_steps = config.trainer.n_epochs * len(self.source.loader)
         self.n_steps = min(n_steps, config.trainer.max_steps or n_steps)
 

@@ -6,8 +6,10 @@ import os
 import pytest
 
 from RL2.config import ConfigError, validate
-from RL2.config.models import context_length, hub_options, weight_options
+from RL2.config.models import ask_hub, context_length, hub_options, weight_options
+from RL2.rollout.servers import free_port
 from tests.config.support import write_model_files
+from tests.hub import hub_without
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -121,3 +123,50 @@ def test_the_context_of_the_model_bounds_lengths(folder, message, composed):
     text = message("data.max_length=2049", trainer="sft")
     assert text.startswith("data.max_length=2049: must be at most 2048, the context of actor.mo")
     validate(composed("spo", "actor.model_name=model", *longer), 1)
+
+
+# ------------------------------------------------------------------------------ the hub
+
+
+def asked(composed, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        ask_hub(composed("spo", "actor.model_name=nobody/nothing", *overrides).actor, "actor")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_model_that_the_hub_does_not_have(monkeypatch, composed):
+    with hub_without(monkeypatch, "RepoNotFound"):
+        text = asked(composed)
+    assert text.startswith("actor.model_name=nobody/nothing: the hub has no model of this name")
+    assert "hf auth login" in text
+
+
+def test_a_commit_that_the_hub_does_not_have(monkeypatch, composed):
+    with hub_without(monkeypatch, "RevisionNotFound"):
+        text = asked(composed, f"actor.revision='{COMMIT}'")
+    assert text.startswith(f"actor.revision={COMMIT}: nobody/nothing has no such commit")
+
+
+def test_a_hub_that_is_not_there_is_asked_once(monkeypatch, composed, tmp_path, caplog):
+    """from_pretrained would ask it for most of a minute, with a line for each time."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    text = asked(composed)
+    assert text.startswith("actor.model_name=nobody/nothing: the hub cannot be asked for it (")
+    assert text.endswith("and no copy is cached; give a folder made by save_pretrained")
+    assert not caplog.records
+    cached = tmp_path / f"models--nobody--nothing/snapshots/{COMMIT}/config.json"
+    cached.parent.mkdir(parents=True)
+    cached.write_text("{}")
+    (tmp_path / "models--nobody--nothing/refs").mkdir()
+    (tmp_path / "models--nobody--nothing/refs/main").write_text(COMMIT)
+    for revision in ((), (f"actor.revision='{COMMIT}'",)):
+        node = composed("spo", "actor.model_name=nobody/nothing", *revision).actor
+        ask_hub(node, "actor")
+    assert "no copy is cached" in asked(composed, f"actor.revision='{COMMIT[::-1]}'")
+
+
+def test_a_folder_is_not_asked_for(folder, composed):
+    ask_hub(composed("spo", "actor.model_name=model").actor, "actor")

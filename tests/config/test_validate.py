@@ -185,6 +185,8 @@ def test_servers(message, composed, workdir):
     assert text.startswith("rollout.server_python=nowhere/python: no executable file")
     (workdir / "python").touch(mode=0o755)
     validate(composed("spo", "rollout.engine=vllm", "rollout.server_python=python"), 1)
+    text = message("spo", "rollout.engine=vllm", "rollout.weights_dir=python")
+    assert text == "rollout.weights_dir=python: is a file; give a folder"
 
 
 def test_rollout(message, workdir):

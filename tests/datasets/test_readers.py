@@ -2,8 +2,6 @@ import datetime
 import json
 import socket
 import struct
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import datasets
@@ -14,6 +12,7 @@ import pytest
 
 from RL2.config.errors import DataError
 from RL2.datasets import load_rows
+from tests.hub import hub_without
 
 ROWS = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(10)]
 
@@ -328,31 +327,9 @@ def test_hub_refuses_the_connection(monkeypatch):
     assert "cannot reach the Hugging Face hub" in message and "OfflineMode" not in message
 
 
-class NotFound(BaseHTTPRequestHandler):
-    """What the hub answers for a data set that it does not have."""
-
-    def do_GET(self):
-        self.send_response(404)
-        self.send_header("X-Error-Code", "RepoNotFound")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *args):
-        pass
-
-
 def test_hub_has_no_such_data_set(monkeypatch):
-    server = HTTPServer(("127.0.0.1", 0), NotFound)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(
-        "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}"
-    )
-    try:
+    with hub_without(monkeypatch, "RepoNotFound"):
         message = error_of("train@openai/gsm9k")
-    finally:
-        server.shutdown()
-        server.server_close()
     assert "the hub has no data set 'openai/gsm9k'" in message and "hf auth login" in message
 
 

@@ -202,6 +202,15 @@ def test_a_server_that_cannot_start_is_shown_with_its_log(tmp_path):
         asyncio.run(wait_until_healthy(server, process, "/health", "server 0", 60))
 
 
+def test_a_server_that_says_nothing_is_one_line(tmp_path):
+    process = ServerProcess([sys.executable, "-c", "raise SystemExit(3)"], {}, tmp_path / "log")
+    server = Server(f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(EngineError) as caught:
+        asyncio.run(wait_until_healthy(server, process, "/health", "server 0", 60))
+    problem = "server 0 ended with status 3 while it started"
+    assert str(caught.value) == f"{problem}; {tmp_path / 'log'} is empty"
+
+
 def test_a_server_that_takes_too_long_names_the_key(tmp_path):
     process = ServerProcess([sys.executable, "-c", "import time; time.sleep(60)"], {},
                             tmp_path / "log")  # fmt: skip

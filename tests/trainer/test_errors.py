@@ -156,6 +156,10 @@ LOADED = {
         "spo", lambda t: {"rollout__env_path": text(t / "e.py", "raise SystemExit(0)")},
         "rollout.env_path=.*e.py: cannot import: SystemExit: 0",
     ),
+    "environment that interrupts": (
+        "spo", lambda t: {"rollout__env_path": text(t / "e.py", "raise KeyboardInterrupt")},
+        "rollout.env_path=.*e.py: cannot import: KeyboardInterrupt",
+    ),
     "loss that exits": (
         "spo", lambda t: {"actor__loss__import_path": f"{text(t / 'l.py', 'exit(0)')}:f"},
         "actor.loss.import_path=.*raised SystemExit: 0",
