@@ -142,7 +142,7 @@ def describe(error: BaseException) -> str:
     except Exception:
         text = "(its text cannot be had)"
     text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def _checked_step(answer: Any, extra_info: Any) -> Answer:

@@ -158,7 +158,7 @@ LOADED = {
     ),
     "environment that interrupts": (
         "spo", lambda t: {"rollout__env_path": text(t / "e.py", "raise KeyboardInterrupt")},
-        "rollout.env_path=.*e.py: cannot import: KeyboardInterrupt",
+        "rollout.env_path=.*e.py: cannot import: KeyboardInterrupt$",
     ),
     "loss that exits": (
         "spo", lambda t: {"actor__loss__import_path": f"{text(t / 'l.py', 'exit(0)')}:f"},
