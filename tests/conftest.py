@@ -1,9 +1,11 @@
-"""Fixtures that all tests share: a real tokenizer and a real model, both tiny, and a data file."""
+"""Fixtures that all tests share: a real tokenizer and a real model, both tiny, a data file, and a
+disk that is soon full."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 # Before any import of transformers or datasets: tests never look for the hub.
@@ -98,3 +100,25 @@ def gsm8k_rows_file(tmp_path: Path) -> str:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Call with a size: a file system of that size in memory."""
+    mounted = []
+
+    def mount(size):
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        made = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if made.returncode:
+            pytest.skip(f"may not mount: {made.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

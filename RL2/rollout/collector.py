@@ -135,6 +135,8 @@ class Collector:
         )
         self.engine = engine
         self.rollouts_dir = None if rollouts_dir is None else Path(rollouts_dir)
+        # Rank 0: the first rollouts that could not be dumped, and why.
+        self.unwritten: tuple[Path, OSError] | None = None
         self.n_ranks, self.rank, self.group = n_ranks, rank, group
         self.drivers = tuple(range(n_ranks)) if drivers is None else drivers
         self.responses_per_prompt = {
@@ -349,7 +351,11 @@ class Collector:
         table = table.sorted()
         name = "train" if step.train else "test"
         if self.rollouts_dir is not None:
-            dump(table, self.rollouts_dir / f"step{step.number:06d}_{name}.jsonl")
+            path = self.rollouts_dir / f"step{step.number:06d}_{name}.jsonl"
+            try:
+                dump(table, path)
+            except OSError as error:  # the other ranks do not know of it: no time to raise
+                self.unwritten = self.unwritten or (path, error)
         good = table.good()
         metrics = summarise(good, name)
         metrics["rollout/env_errors"] = float(self.env_errors)

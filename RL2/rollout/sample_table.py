@@ -275,8 +275,12 @@ def dump(table: SampleTable, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     text = table.text[ranges(table.samples["start"], table.samples["n_bytes"])]
-    temporary.write_bytes(text.numpy().tobytes())
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(text.numpy().tobytes())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _line(sample: Sample) -> bytes:

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from RL2.config.errors import EngineError
+from RL2.config.errors import EngineError, first_line
 
 _SHARED_MEMORY = Path("/dev/shm")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -145,18 +146,25 @@ class HostWeights:
     def _create(self, tensors: dict[str, Tensor]) -> None:
         if not tensors:
             raise EngineError("weight update: there is no parameter in it")
+        n_bytes = sum(tensor.nbytes for tensor in tensors.values())
         if self._folder is None:
-            need = 2 * sum(tensor.nbytes for tensor in tensors.values())
             # With the process id, by which a guard finds what a killed trainer left (guard.py).
             prefix = f"rl2-weights-{os.getpid()}-"
-            self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=_parent(need)))
-        self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=_parent(2 * n_bytes)))
         path = self._folder / "model.safetensors"
-        save_file(tensors, path, metadata={"format": "pt"})
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, path, metadata={"format": "pt"})
+            for part in (self._config, self._tokenizer):
+                if part is not None:
+                    part.save_pretrained(self._folder)
+        except (OSError, SafetensorError) as error:
+            raise EngineError(
+                f"rollout.weights_dir: the copy of the weights that servers get, {n_bytes} bytes, "
+                f"cannot be written to {self._folder} ({first_line(error)}); name a folder with "
+                "more room"
+            ) from error
         self._tensors = _mapped(path, list(tensors))
-        for part in (self._config, self._tokenizer):
-            if part is not None:
-                part.save_pretrained(self._folder)
 
 
 def _parent(need: int) -> str | None:

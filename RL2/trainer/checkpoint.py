@@ -46,7 +46,7 @@ from RL2.config import CheckpointError, RL2Error
 from RL2.distributed import broadcast, rank, second_group, sum_over_ranks, world_size
 from RL2.rollout.event_loop import in_thread
 from RL2.trainer import manifest
-from RL2.trainer.folders import TEMPORARY, clean, free_name, fsync, publish, remove
+from RL2.trainer.folders import TEMPORARY, cannot_write, clean, free_name, fsync, publish, remove
 from RL2.workers import Actor
 from RL2.workers.lora import has_adapters, merged, save_adapters
 
@@ -65,7 +65,7 @@ _STAGING = StagingOptions(
 )
 
 
-def _together(
+def together(
     action: Callable[[], T],
     error: Callable[[str], RL2Error],
     group: dist.ProcessGroup | None = None,
@@ -272,22 +272,17 @@ class Checkpoints:
         needed = int(sum_over_ranks(torch.tensor(_n_bytes(tensors)), group))
 
         def failed(reason: str) -> CheckpointError:
-            existing = next(path for path in self.folder.absolute().parents if path.exists())
-            free = shutil.disk_usage(existing).free
-            return CheckpointError(
-                f"trainer.save_dir={self.folder.parent}: {final} cannot be written ({reason}; "
-                f"about {needed} bytes are needed, {free} are free); make room there or choose "
-                "another folder; earlier checkpoints are as they were"
-            )
+            problem = cannot_write(self.folder.parent, final, reason, needed)
+            return CheckpointError(f"{problem}; earlier checkpoints are as they were")
 
-        temporary = broadcast(_together(lambda: self._begin(final, needed), failed, group), group)
+        temporary = broadcast(together(lambda: self._begin(final, needed), failed, group), group)
         try:
             # All positions in one file: the next run may have another number of ranks.
             others = _of_all(None if rank() == 0 else position, group)
             own = {"rng": rng} | ({"source": [position, *others[1:]]} if rank() == 0 else {})
-            written = _together(lambda: _write_part(temporary, tensors, own, group), failed, group)
+            written = together(lambda: _write_part(temporary, tensors, own, group), failed, group)
             files = _of_all(written, group)
-            _together(lambda: self._end(temporary, final, files, state, step), failed, group)
+            together(lambda: self._end(temporary, final, files, state, step), failed, group)
         except CheckpointError:
             if rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -433,11 +428,16 @@ def _set_apart(folder: Path) -> str:
 
 def save_model(actor: Actor, tokenizer: Any, folder: Path) -> None:
     """Write the whole model where `AutoModelForCausalLM.from_pretrained` finds it, adapters merged
-    (collective). The adapters themselves go to `<folder>/adapter`."""
+    (collective). The adapters themselves go to `<folder>/adapter`.
+
+    Raises:
+        CheckpointError: on every rank, where it cannot be written. What was there before stays.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(actor.model, options=options)
-    if rank() == 0:
-        temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
+    temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
+
+    def write() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         model = actor.hf_model
         tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
@@ -447,4 +447,10 @@ def save_model(actor: Actor, tokenizer: Any, folder: Path) -> None:
         if has_adapters(model):
             save_adapters(model, tensors, temporary / "adapter")
         publish(temporary, folder)
-    dist.barrier()
+
+    def failed(reason: str) -> CheckpointError:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return CheckpointError(cannot_write(folder.parent, folder, reason, _n_bytes(state)))
+
+    together(write if rank() == 0 else lambda: None, failed)

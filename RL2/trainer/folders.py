@@ -47,6 +47,22 @@ def lock(save_dir: str) -> TextIO:
     return file
 
 
+def cannot_write(save_dir: Path, path: Path, reason: str, needed: int | None = None) -> str:
+    """What to say of a part of a run's folder for which there is no room, or no right.
+
+    needed: bytes, where that is known.
+    """
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    free = shutil.disk_usage(existing).free
+    room = (
+        f"about {needed} bytes are needed, {free} are free" if needed else f"{free} bytes are free"
+    )
+    return (
+        f"trainer.save_dir={save_dir}: {path} cannot be written ({reason}; {room}); make room "
+        "there or choose another folder"
+    )
+
+
 def fsync(path: Path) -> None:
     """Make a file, or the names in a folder, survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -3,6 +3,7 @@
 import logging
 import resource
 from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,13 +18,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from RL2.algorithms.advantages import resolve_advantage
 from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
-from RL2.config import ConfigError, HealthError, Interrupted, TrainingError
+from RL2.config import CheckpointError, ConfigError, HealthError, Interrupted, TrainingError
 from RL2.config.errors import first_line
 from RL2.config.models import ask_hub, hub_options
 from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks
 from RL2.distributed.comm import Batch
-from RL2.trainer.checkpoint import Checkpoints, rng_state, save_model, set_rng_state
-from RL2.trainer.folders import lock
+from RL2.trainer.checkpoint import Checkpoints, rng_state, save_model, set_rng_state, together
+from RL2.trainer.folders import cannot_write, lock
 from RL2.trainer.health import observe
 from RL2.trainer.metrics import Metrics, Timers
 from RL2.trainer.sources import DatasetSource, RolloutSource
@@ -131,6 +132,7 @@ class Trainer:
         self.timers, self.traffic = Timers(), Traffic()
         self.alarmed = self.done = False
         self.metrics: Metrics | None = None
+        self.unwritten: str | None = None  # what there was no room for in the step
         torch.manual_seed(config.trainer.seed + rank())
 
         self.loss = resolve_loss(config.actor.loss)
@@ -267,14 +269,24 @@ class Trainer:
         return saved
 
     def _conclude(self, step: int, metrics: dict[str, float]) -> None:
-        """Log a step, and stop a run that is dying, saved as it is."""
+        """Log a step, and stop a run that is dying or has no room to write, saved as it is."""
+        metrics = metrics | self.traffic.pop()
         self._log(step, metrics)
-        problem = None
+        unwritten = problem = None
         if rank() == 0:
-            self.health, problem = observe(self.config, self.health, metrics)
-        if (problem := broadcast(problem)) is None:
+            unwritten = self.unwritten
+            if unwritten is None and self.source.unwritten is not None:
+                unwritten = self._cannot_write(*self.source.unwritten)
+            if unwritten is None:
+                self.health, problem = observe(self.config, self.health, metrics)
+        unwritten, problem = broadcast((unwritten, problem))
+        if unwritten is None and problem is None:
             return
-        raise HealthError(f"{problem}; step {step} is in {self._keep(step, self._position())}")
+        # What there was no room for, the run that goes on writes.
+        saved = self._keep(step, self._position(), None if unwritten is None else metrics)
+        if unwritten is not None:
+            raise CheckpointError(f"{unwritten}; step {step} is in {saved}")
+        raise HealthError(f"{problem}; step {step} is in {saved}")
 
     def _compare(self, metrics: dict[str, float]) -> dict[str, float]:
         """Whether engine and trainer disagree too much; warned of when it begins."""
@@ -306,10 +318,13 @@ class Trainer:
         if score is None:
             return metrics
         if score > self.best.get("test/score", -1.0):
-            if self.best and self.config.trainer.keep_best:
-                with self.timers("save"):
-                    self._save_model("best")
-            self.best = {"step": step, "test/score": score}
+            try:
+                if self.best and self.config.trainer.keep_best:
+                    with self.timers("save"):
+                        self._save_model("best")
+                self.best = {"step": step, "test/score": score}
+            except CheckpointError as error:  # the step comes to its end first
+                self.unwritten = str(error)
         return metrics
 
     def _resume(self) -> tuple[int, dict[str, float] | None]:
@@ -330,12 +345,18 @@ class Trainer:
             self._publish(state["step"])
         if state["step"] > 0:
             self.traffic.pop()  # belongs to no step
-        if rank() == 0:
-            self.checkpoints.set_aside(state["step"])
-            self.checkpoints.prune()  # a run that was killed may not have come to it
-            logged = state["step"] - (state["unfinished"] is not None)
-            self.metrics = Metrics(self.config, logged, state["run_id"])
+        together(
+            partial(self._open_folder, state) if rank() == 0 else lambda: None,
+            lambda reason: CheckpointError(self._cannot_write(self._path("metrics.jsonl"), reason)),
+        )
         return state["step"], state["unfinished"]
+
+    def _open_folder(self, state: dict[str, Any]) -> None:
+        """Rank 0: leave there what the run continues, and begin to log."""
+        self.checkpoints.set_aside(state["step"])
+        self.checkpoints.prune()  # a run that was killed may not have come to it
+        logged = state["step"] - (state["unfinished"] is not None)
+        self.metrics = Metrics(self.config, logged, state["run_id"])
 
     def _publish(self, step: int) -> None:
         """The actor's weights to the engine, which from then on has the device's memory."""
@@ -355,8 +376,13 @@ class Trainer:
             self.checkpoints.save(step, self.actor, source, state)
 
     def _finish(self, step: int) -> None:
-        self._keep(step, self._position())
-        self._save_model("final")
+        saved = self._keep(step, self._position())
+        try:
+            self._save_model("final")
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; step {step} is in {saved}; trainer.load_ckpt_from=latest goes on there"
+            ) from error
         logger.info("model: %s", self._path("final"))
         if self.best:
             logger.info("best evaluation: test %(test/score).4f at step %(step)d", self.best)
@@ -376,12 +402,20 @@ class Trainer:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         metrics["memory/peak_gib"] = peak / 2**30
         if self.metrics:
-            self.metrics.log(step, self.n_steps, metrics)
+            try:
+                self.metrics.log(step, self.n_steps, metrics)
+            except OSError as error:
+                self.unwritten = self._cannot_write(self.metrics.path, error)
 
     def _bar(self, done: int) -> tqdm:
         return tqdm(
             total=self.n_steps, initial=done, desc="train", disable=rank() != 0, dynamic_ncols=True
         )
+
+    def _cannot_write(self, path: Path, reason: OSError | str) -> str:
+        if isinstance(reason, OSError):
+            reason = reason.strerror or str(reason)
+        return cannot_write(self._path(""), path, reason)
 
     def _path(self, name: str) -> Path:
         return Path(self.config.trainer.save_dir) / name

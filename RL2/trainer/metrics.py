@@ -97,7 +97,10 @@ class Metrics:
 
     def close(self, good: bool = True) -> None:
         """good: whether the run came to its end."""
-        self.file.close()
+        try:
+            self.file.close()
+        except OSError:
+            pass  # a row for which there was no room, which `log` has told
         if self.wandb:
             self.wandb.close(good)
 

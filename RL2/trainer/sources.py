@@ -129,6 +129,11 @@ class RolloutSource:
         self._pending: tuple[Future[Result], dict[str, Any]] | None = None
         self._while_open = ExitStack()
 
+    @property
+    def unwritten(self) -> tuple[Path, OSError] | None:
+        """Rank 0: the first rollouts that could not be written to the run's folder, and why."""
+        return self.collector.unwritten
+
     def start(self, device: torch.device) -> None:
         """Load the engine, or start its servers. It serves the actor after `publish`."""
         if self.ahead and self.config.rollout.engine == EngineName.transformers:
@@ -273,6 +278,8 @@ class RolloutSource:
 
 class DatasetSource:
     """Rows of a data set as they are, every response token an action of advantage 1."""
+
+    unwritten = None  # nothing is dumped
 
     def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase):
         self.data = SFTDataset(config.data, tokenizer, key="data")

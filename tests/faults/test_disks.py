@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -12,34 +13,20 @@ from RL2.config import ConfigError
 from RL2.trainer.checkpoint import Checkpoints, damage
 from RL2.trainer.folders import lock
 from tests.faults.support import Run
-from tests.trainer.support import rows_of, write_files
+from tests.trainer.support import (
+    ENVIRONMENT,
+    lasting,
+    rows_of,
+    same_weights,
+    weights,
+    write_env,
+    write_files,
+)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return write_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """Call with a size: a file system of that size in memory."""
-    mounted = []
-
-    def mount(size):
-        folder = tmp_path / "disk"
-        folder.mkdir()
-        made = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
-            capture_output=True, text=True,
-        )  # fmt: skip
-        if made.returncode:
-            pytest.skip(f"may not mount: {made.stderr.strip()}")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def failure(run):
@@ -107,6 +94,90 @@ def fill(event, arguments):
 sys.addaudithook(fill)
 greedy = ppo
 """
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+@pytest.mark.parametrize("size", ["24k", "64k"])
+def test_a_disk_without_room_for_anything(files, small_disk, n_ranks, size, tmp_path):
+    """Not even for the rollouts and the rows of the metrics, of the second and the sixth step."""
+    changes = {"trainer__n_epochs": 4, "test_data__path": files / "rows.jsonl"}
+    folder = small_disk(size) / "run"
+    run = Run(files, "spo", folder, n_ranks, logs=tmp_path, trainer__test_freq=2, **changes)
+    line, seconds = failure(run)
+    assert line.startswith("CheckpointError: trainer.save_dir=") and " are free" in line
+    assert "Traceback" not in run.output() and seconds < 60
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_a_disk_without_room_for_the_model(files, small_disk, n_ranks, tmp_path):
+    """All that was learned is in the checkpoint; with more room the run comes to its end."""
+    changes = {"trainer__max_steps": 2, "trainer__dump_rollouts": "false"}
+    whole, disk = tmp_path / "whole", small_disk("10m")
+    Run(files, "spo", whole, n_ranks, **changes).finish()
+    pages = [-(-path.stat().st_size // 4096) for path in whole.glob("checkpoints/*/*")]
+    size = 4096 * (sum(pages) + 12)  # and what is no file of a checkpoint
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+    changes["logs"] = tmp_path
+    line, _ = failure(Run(files, "spo", disk / "run", n_ranks, **changes))
+    assert line.startswith("CheckpointError: trainer.save_dir=") and "/run/final cannot be" in line
+    assert "bytes are needed" in line and "; step 2 is in" in line
+    assert not list((disk / "run").glob("*final"))
+    subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
+    Run(files, "spo", disk / "run", n_ranks, trainer__load_ckpt_from="latest", **changes).finish()
+    assert same_weights(weights(disk / "run/final"), weights(whole / "final"))
+
+
+# Puts a file in the place of the folder of rollouts, once there are three rows of metrics.
+HINDRANCE = """
+import os
+from pathlib import Path
+
+RUN = Path({run!r})
+
+
+def hinder():
+    if not (RUN / "away").exists() and (RUN / "metrics.jsonl").read_text().count("\\n") == 3:
+        try:
+            os.rename(RUN / "rollouts", RUN / "away")
+        except OSError:  # another process was faster
+            return
+        (RUN / "rollouts").touch()
+"""
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+@pytest.mark.parametrize("name", ["rollouts/step000003_train.jsonl", "best"])
+def test_what_cannot_be_written_stops_a_run_that_is_saved(
+    files, small_disk, tmp_path, name, n_ranks
+):
+    """The same run with more room writes it."""
+    folder, env, disk = tmp_path / "run", tmp_path / "env.py", small_disk("4k")
+    changes = {
+        "trainer__n_epochs": 3, "test_data__path": files / "rows.jsonl", "trainer__test_freq": 1,
+        "actor__lr": "1e-2",
+    }  # fmt: skip
+    Run(files, "spo", tmp_path / "whole", n_ranks, **changes).finish()
+    again = dict(changes)
+    folder.mkdir()
+    if name == "best":
+        (folder / ".writing-best").symlink_to(disk)
+    else:
+        text = ENVIRONMENT.replace("extra_info):\n", "extra_info):\n    hinder()\n", 1)
+        again["rollout__env_path"] = write_env(env, text + HINDRANCE.format(run=str(folder)))
+    line, _ = failure(Run(files, "spo", folder, n_ranks, **again))
+    assert line.startswith(f"CheckpointError: trainer.save_dir={folder}: {folder}/{name} cannot be")
+    (step,) = re.findall(rf"; step (\d+) is in {folder}/checkpoints/step\d+$", line)
+    assert "step000003" not in name or step == "3"
+    if name == "best":
+        (folder / ".writing-best").unlink()
+    else:
+        (folder / "rollouts").unlink()
+        (folder / "away").rename(folder / "rollouts")
+    Run(files, "spo", folder, n_ranks, trainer__load_ckpt_from="latest", **changes).finish()
+    rows, expected = ([lasting(row) for row in rows_of(f)] for f in (folder, tmp_path / "whole"))
+    assert rows == expected
+    for last in ("best", "final"):
+        assert same_weights(weights(folder / last), weights(tmp_path / "whole" / last))
 
 
 def test_a_folder_that_may_only_be_read(files, small_disk, tmp_path):

@@ -120,3 +120,13 @@ def test_another_model_is_named(weights, change, message):
 def test_nothing_to_publish_is_an_error(weights):
     with pytest.raises(EngineError, match="no parameter"):
         weights.fill([], 0)
+
+
+def test_a_folder_without_room_is_named(small_disk):
+    disk = small_disk("16k")
+    weights = HostWeights(folder=disk / "weights")
+    with pytest.raises(EngineError) as caught:
+        weights.fill([("a", torch.zeros(10_000))], 0)
+    assert str(caught.value).startswith("rollout.weights_dir: the copy of the weights that ")
+    assert f"40000 bytes, cannot be written to {disk}/weights (" in str(caught.value)
+    assert weights.version is None and len(weights) == 0
