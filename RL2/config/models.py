@@ -77,12 +77,23 @@ def ask_hub(node: DictConfig, group: str) -> None:
     if os.path.isdir(os.path.expanduser(name)):
         return
     # Imported here: runs on folders do without.
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     key = f"{group}.model_name={name}"
     try:
-        HfApi().model_info(name, revision=node.revision, timeout=_HUB_TIMEOUT)
+        # The first request of from_pretrained, so that whatever serves that one serves this.
+        url = hf_hub_url(name, "config.json", revision=node.revision)
+        get_hf_file_metadata(url, timeout=_HUB_TIMEOUT)
+    except EntryNotFoundError as error:
+        raise ConfigError(
+            f"{key}: the hub has no config.json there, so it is no model of transformers; give one "
+            "that is, or a folder made by save_pretrained"
+        ) from error
     except RepositoryNotFoundError as error:
         raise ConfigError(
             f"{key}: the hub has no model of this name that you may read; check the name, or log "

@@ -9,7 +9,7 @@ from RL2.config import ConfigError, validate
 from RL2.config.models import ask_hub, context_length, hub_options, weight_options
 from RL2.rollout.servers import free_port
 from tests.config.support import write_model_files
-from tests.hub import hub_without
+from tests.hub import hub_at, hub_without
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -142,6 +142,11 @@ def test_a_model_that_the_hub_does_not_have(monkeypatch, composed):
     assert "hf auth login" in text
 
 
+def test_a_name_on_the_hub_that_is_no_model(monkeypatch, composed):
+    with hub_without(monkeypatch, "EntryNotFound"):
+        assert "no config.json there, so it is no model" in asked(composed)
+
+
 def test_a_commit_that_the_hub_does_not_have(monkeypatch, composed):
     with hub_without(monkeypatch, "RevisionNotFound"):
         text = asked(composed, f"actor.revision='{COMMIT}'")
@@ -150,8 +155,7 @@ def test_a_commit_that_the_hub_does_not_have(monkeypatch, composed):
 
 def test_a_hub_that_is_not_there_is_asked_once(monkeypatch, composed, tmp_path, caplog):
     """from_pretrained would ask it for most of a minute, with a line for each time."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    hub_at(monkeypatch, free_port())
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     text = asked(composed)
     assert text.startswith("actor.model_name=nobody/nothing: the hub cannot be asked for it (")
