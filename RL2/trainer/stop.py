@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 # What Python does with the signals that are waited for.
@@ -69,12 +70,27 @@ def follow_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     launcher = os.getppid()
+    there = _may_be_launcher(launcher)  # it may have been killed while Python started
 
     def follow() -> None:
-        while os.getppid() == launcher:
+        while there and os.getppid() == launcher:
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(_GRACE)
         os.kill(os.getpid(), signal.SIGKILL)  # it hangs, as in a collective that nobody joins
 
     threading.Thread(target=follow, name="follow-launcher", daemon=True).start()
+
+
+def _may_be_launcher(pid: int) -> bool:
+    """Whether a parent is not one that has adopted us, such as init: torchrun runs in Python, and
+    a script between it and us has its variables."""
+    process = Path("/proc", str(pid))
+    if pid == 0 or not Path("/proc/self").exists():  # in another namespace; not Linux
+        return True
+    try:
+        if "python" in Path(os.readlink(process / "exe")).name:
+            return True
+        return b"TORCHELASTIC_RUN_ID=" in (process / "environ").read_bytes()
+    except OSError:  # gone meanwhile, or somebody else's
+        return False

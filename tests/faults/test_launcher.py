@@ -98,17 +98,20 @@ def test_ranks_stop_and_save_when_the_launcher_is_killed(files, whole, tmp_path)
     assert_goes_on(files, tmp_path / "run", whole)
 
 
-def test_ranks_that_are_being_set_up_end_when_the_launcher_is_killed(files, tmp_path):
-    """Long before there is anything that could be saved; they would wait for its store."""
+@pytest.mark.parametrize("seconds", [n / 10 for n in (range(20) if LONG else (0, 7))])
+def test_ranks_that_are_being_set_up_end_when_the_launcher_is_killed(files, tmp_path, seconds):
+    """Long before there is anything that could be saved; they would wait for its store. At once:
+    before they know whose children they are."""
     run = Torchrun(files, tmp_path / "run")
     agent, end = psutil.Process(run.agent.pid), time.monotonic() + 60
     while not (ranks := agent.children()):
         assert time.monotonic() < end, run.output()
         time.sleep(0.01)
-    time.sleep(0.7)
+    time.sleep(seconds)
     run.agent.send_signal(signal.SIGKILL)
     run.agent.wait()
     assert gone(ranks, 2 * GRACE), run.output()
+    assert not (run.folder / "final").exists()  # nor have they trained on, and ended by that
 
 
 @long

@@ -2,11 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from RL2.trainer.stop import StopRequest, stop_signals
+from RL2.trainer.stop import StopRequest, _may_be_launcher, stop_signals
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -50,3 +52,18 @@ def test_another_thread_gets_a_request_that_stays_empty():
     thread.start()
     thread.join()
     assert isinstance(requests[0], StopRequest) and requests[0].number is None
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="needs /proc (Linux)")
+@pytest.mark.parametrize(
+    ("variable", "expected"), [("TORCHELASTIC_RUN_ID", "True"), ("X", "False")]
+)
+def test_a_launcher_is_python_or_a_script_that_it_runs(variable, expected):
+    """Not what adopts a process whose launcher was killed before it could look."""
+    assert _may_be_launcher(os.getpid()) and not _may_be_launcher(2**22 + 1)
+    code = "import os; from RL2.trainer.stop import _may_be_launcher as f; print(f(os.getppid()))"
+    told = subprocess.run(
+        ["sh", "-c", '"$0" -c "$1"; exit', sys.executable, code],
+        env=os.environ | {variable: "1"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert told.stdout.strip() == expected
