@@ -435,6 +435,7 @@ def save_model(actor: Actor, tokenizer: Any, folder: Path) -> None:
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(actor.model, options=options)
+    needed = broadcast(_n_bytes(state))  # only rank 0 has it
     temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
 
     def write() -> None:
@@ -451,6 +452,6 @@ def save_model(actor: Actor, tokenizer: Any, folder: Path) -> None:
     def failed(reason: str) -> CheckpointError:
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        return CheckpointError(cannot_write(folder.parent, folder, reason, _n_bytes(state)))
+        return CheckpointError(cannot_write(folder.parent, folder, reason, needed))
 
     together(write if rank() == 0 else lambda: None, failed)
