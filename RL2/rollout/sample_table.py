@@ -285,6 +285,9 @@ def dump(table: SampleTable, path: Path) -> None:
 
 def _line(sample: Sample) -> bytes:
     line = redact(json.dumps(_record(sample), ensure_ascii=False)) + "\n"
+    # JSON may hold them as they are, but str.splitlines and much else would cut the line there.
+    for separator in "\x85\u2028\u2029":
+        line = line.replace(separator, f"\\u{ord(separator):04x}")
     # An answer may hold half a surrogate pair; its escape is JSON's own.
     return line.encode(errors="backslashreplace")
 

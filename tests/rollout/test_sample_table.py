@@ -187,6 +187,17 @@ def test_half_a_surrogate_pair_in_an_answer_is_written_down(tmp_path):
     assert json.loads((tmp_path / "one.jsonl").read_text("utf-8"))["answer"] == "5\ud83d"
 
 
+def test_a_dumped_line_is_one_line_for_everybody(tmp_path):
+    """Whatever an answer holds, also for `str.splitlines`."""
+    answer = "".join(map(chr, [*range(0x100), 0x2028, 0x2029, 0x4E00]))
+    assert len(answer.splitlines()) > 5
+    samples = [Sample(0, i, answer=answer) for i in range(2)]
+    dump(SampleTable.of(samples, lines=True), tmp_path / "two.jsonl")
+    lines = (tmp_path / "two.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["answer"] for line in lines] == [answer] * 2
+    assert "\u4e00" in lines[0]  # what can be read is left as it is
+
+
 def test_rewards_that_differ_in_the_last_bit_are_not_equal():
     samples = [Sample(0, i, turns=[Turn("", "a", 1, "stop", 0.3, 0.0)]) for i in range(2)]
     kept, ratio = SampleTable.of(samples).without_equal_groups()
