@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,38 @@ def served_by(
         loop.run(server.close())
         loop.run(process.stop())
         loop.close()
+
+
+def in_the_middle(attempt: Callable[[float], int], delay: float = 0.3) -> None:
+    """Call `attempt` with one delay after the other until it met requests that were half written.
+
+    How long that takes depends on the machine and on what else it does: any fixed delay is too
+    short on one and too long on another.
+
+    attempt: takes seconds to wait before it interferes; returns a negative number where nothing was
+        written yet, a positive one where everything was, and 0 in the middle. It checks all that
+        holds in any of the three itself.
+    """
+    tried = []
+    for _ in range(12):
+        tried.append(f"{delay:.3g} s")
+        outcome = attempt(delay)
+        if outcome == 0:
+            return
+        delay *= 2 if outcome < 0 else 0.3  # the powers never meet: no two delays are tried in turn
+    pytest.fail(f"no request was met half written after {', '.join(tried)}")
+
+
+def side_of(versions: Iterable[list[int]], before: int) -> int:
+    """What `in_the_middle` wants to know of an update of weights.
+
+    versions: of each response, the version of the weights behind each of its tokens.
+    before: the version before the update.
+    """
+    versions = [v for v in versions if v]
+    if any(0 < v.count(before) < len(v) for v in versions):
+        return 0
+    return 1 if any(before in v for v in versions) else -1
 
 
 def engine_python(name: str) -> str:
