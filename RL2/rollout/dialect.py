@@ -82,7 +82,8 @@ def token_versions(name: str, spans: list[dict[str, Any]], count: int, version: 
     """Version of the weights of each of `count` tokens, from spans that follow one another.
 
     name: of the kind of server. spans: {"version", "start", "end"} each, as SGLang and vLLM tell
-    them; the version "default" of a server that was never told one stands for `version`.
+    them; the version "default" of a server that was never told one stands for `version`. A span
+    may be empty: SGLang sends one with a request that is aborted before its first token.
 
     Raises MalformedReply for spans that leave a gap, overlap, or cover another number of tokens.
     """
@@ -90,7 +91,7 @@ def token_versions(name: str, spans: list[dict[str, Any]], count: int, version: 
     try:
         for span in spans:
             start, end = span["start"], span["end"]
-            if start != len(versions) or not start < end <= count:
+            if start != len(versions) or not start <= end <= count:
                 raise ValueError("no span of these tokens")
             number = version if span["version"] == "default" else int(span["version"])
             versions += [number] * (end - start)

@@ -225,6 +225,8 @@ def test_abort_brings_back_what_there_is(running):
             return 0
         return -1 if aborted else 1
 
+    for delay in (0.0, 0.003, 0.01, 0.03):  # before, at and after the first tokens
+        attempt(delay)
     in_the_middle(attempt)
     (after,) = ask(running, ["after"], sampling())
     assert after.finish_reason != "abort"

@@ -119,6 +119,9 @@ def test_an_abort_keeps_what_was_written():
         output_ids=[], output_token_logprobs=[], weight_versions=[],
     )  # fmt: skip
     assert read(nothing).token_ids == [] and read(nothing).weight_versions == []
+    # Where it was running already, its first token not yet written.
+    nothing["meta_info"]["weight_versions"] = [{"version": "4", "start": 0, "end": 0}]
+    assert read(nothing).token_ids == [] and read(nothing).weight_versions == []
 
 
 def test_rounding_above_zero_is_zero():
