@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -28,6 +29,8 @@ HOST = "127.0.0.1"
 _LOG_LINES = 12
 _STOP_GRACE = 15.0  # seconds for the guard, which kills after three of its own
 _PROGRESS_EVERY = 10.0
+_PORTS_OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_PORTS = 16384  # how many below those are tried
 
 
 class ServerUnreachable(EngineError):
@@ -229,10 +232,28 @@ async def wait_until_healthy(
 
 
 def free_port() -> int:
-    """A port on loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
+    """A port on loopback that nobody listens on now.
+
+    Not one of those that the kernel gives to outgoing connections, where there are others: until a
+    server listens, seconds later, one of them could have it.
+    """
+    first = _first_of_connections()
+    candidates = (max(1024, first - _PORTS) + secrets.randbelow(_PORTS) for _ in range(100))
+    for port in (*candidates, 0):
+        with socket.socket() as probe:
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
+    raise EngineError(f"{HOST} has no free port; end some of what listens there")
+
+
+def _first_of_connections() -> int:
+    try:
+        return int(_PORTS_OF_CONNECTIONS.read_text().split()[0])
+    except (OSError, ValueError):
+        return 32768
 
 
 def _of_torchrun(variable: str) -> bool:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from RL2.rollout.servers import (
     ServerProcess,
     ServerRefused,
     ServerUnreachable,
+    _first_of_connections,
     free_port,
     wait_until_healthy,
 )
@@ -192,6 +194,20 @@ def test_answers_and_errors(scripted):
         ask(port, timeout=0.3)
     with pytest.raises(ServerUnreachable):
         ask(free_port())
+
+
+def test_free_ports_are_not_those_of_outgoing_connections():
+    first = _first_of_connections()
+    ports = [free_port() for _ in range(50)]
+    assert all(1024 <= port < first for port in ports) and len({*ports}) > 40
+
+
+def test_where_all_other_ports_are_taken_the_kernel_chooses(monkeypatch):
+    monkeypatch.setattr("secrets.randbelow", lambda n: n - 1)
+    port = free_port()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        assert free_port() >= _first_of_connections() > port
 
 
 def test_a_server_that_cannot_start_is_shown_with_its_log(tmp_path):
