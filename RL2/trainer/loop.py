@@ -178,7 +178,7 @@ class Trainer:
                 self._conclude(done, self._end_step(done, unfinished))
             elif done == 0:
                 if metrics := self._end_step(0, {}):
-                    self._log(0, metrics)
+                    self._log(0, metrics | self.traffic.pop())
             for step in range(done + 1, self.n_steps + 1):
                 with self.timers("step"):
                     metrics = self._step(step)
@@ -395,7 +395,7 @@ class Trainer:
         self.actor.offload()
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
-        metrics = metrics | self.timers.pop() | self.traffic.pop()
+        metrics = metrics | self.timers.pop()
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
         else:
