@@ -20,12 +20,14 @@ any moment a name without a dot stands for something whole, or for nothing.
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent import futures
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,6 +59,7 @@ T = TypeVar("T")
 _PREFIX = "model."  # TokenStatsModel's name for the transformers model inside
 _RUN_FILES = ("checkpoints", "best", "final", "rollouts", "metrics.jsonl")
 _PACKAGES = ("rl2", "torch", "transformers")
+_STEP = re.compile(r"step(\d{6,})")
 _STAGING = StagingOptions(
     use_pinned_memory=torch.cuda.is_available(),
     use_shared_memory=False,
@@ -124,6 +127,10 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
+def _step_of(checkpoint: Path) -> int:
+    return int(_STEP.fullmatch(checkpoint.name)[1])
+
+
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     """Of this rank's generators."""
     state = {"cpu": torch.get_rng_state()}
@@ -177,8 +184,10 @@ class Checkpoints:
         return self.folder / f"step{step:06d}"
 
     def steps(self) -> list[Path]:
-        """Complete checkpoints, newest first."""
-        return sorted(self.folder.glob("step[0-9]*"), reverse=True)
+        """Complete checkpoints, newest first. Copies of other names are not the run's: they are
+        neither resumed from nor pruned."""
+        found = (path for path in self.folder.glob("step*") if _STEP.fullmatch(path.name))
+        return sorted(found, key=_step_of, reverse=True)
 
     def set_aside(self, step: int) -> None:
         """Rank 0: move what this run does not continue out of its way, never delete it.
@@ -193,12 +202,11 @@ class Checkpoints:
         if step == 0:
             old = [run / name for name in _RUN_FILES]
         else:
-            old = [path for path in self.steps() if path.name > self.path(step).name]
+            old = [path for path in self.steps() if _step_of(path) > step]
         old = [path for path in old if path.exists()]
         if not old:
             return
-        number = 1 + sum(1 for _ in run.glob("before[0-9]*"))
-        aside = run / f"before{number}"
+        aside = next(path for n in count(1) if not (path := run / f"before{n}").exists())
         for path in old:
             target = aside / path.relative_to(run)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -419,10 +427,14 @@ def damage(folder: Path) -> str | None:
 
 
 def _set_apart(folder: Path) -> str:
-    """Rename a damaged checkpoint, so that it is not tried again (rank 0); returns its name."""
+    """Rename a damaged checkpoint, so that it is not tried again (a collective); its new name."""
     name = broadcast(free_name(folder, "damaged-"))
-    if rank() == 0:
-        folder.rename(folder.with_name(name))
+    together(
+        lambda: folder.rename(folder.with_name(name)) if rank() == 0 else None,
+        lambda reason: CheckpointError(
+            f"{folder} is damaged and cannot be renamed to {name} ({reason}); move it away"
+        ),
+    )
     return name
 
 

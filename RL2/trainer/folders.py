@@ -10,8 +10,8 @@ from typing import TextIO
 
 from RL2.config import ConfigError
 
-TEMPORARY, REMOVED = ".writing-", ".removed-"
-"""How the names of folders begin that are not whole yet, or not any more."""
+TEMPORARY, REPLACED, REMOVED = ".writing-", ".replaced-", ".removed-"
+"""How the names of folders begin that are not whole yet, make room for another, or go."""
 
 
 def lock(save_dir: str) -> TextIO:
@@ -73,11 +73,12 @@ def fsync(path: Path) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Make a finished folder appear under its name: durable first, then renamed."""
+    """Make a finished folder appear under its name: durable first, then renamed. One that has the
+    name already stays until then; broken off in between, `clean` gives it the name back."""
     for path in temporary.rglob("*"):
         fsync(path)
     fsync(temporary)
-    old = final.with_name(f"{REMOVED}{final.name}")
+    old = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
@@ -94,8 +95,13 @@ def remove(folder: Path) -> None:
 
 
 def clean(parent: Path) -> None:
-    """Delete what a process that was killed left half written or half removed."""
-    for prefix in (TEMPORARY, REMOVED):
+    """Delete what a process that was killed left half written or half removed, and undo a
+    replacement that did not come."""
+    for replaced in parent.glob(f"{REPLACED}*"):
+        final = replaced.with_name(replaced.name.removeprefix(REPLACED))
+        if not final.exists():
+            replaced.rename(final)
+    for prefix in (TEMPORARY, REPLACED, REMOVED):
         for unfinished in parent.glob(f"{prefix}*"):
             shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -199,12 +199,12 @@ class Wandb:
 def _lines_until(path: Path, step: int) -> list[str]:
     """Lines of `metrics.jsonl` up to a step; a killed process may have left half of one."""
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except ValueError:
-            logger.warning("%s: a line that is not JSON was dropped: %.80s", path, line)
+        except (ValueError, LookupError, TypeError):
+            logger.warning("%s: a line that is no step's was dropped: %.80s", path, line)
     return kept
 
 

@@ -36,7 +36,7 @@ class Run:
 
     Args:
         die_at: the rank `mortal` kills itself, as `kill -9` does, when it asks the system for
-            the so manyth time to open, make, rename or remove something below `checkpoints`.
+            the so manyth time to open, make, rename or remove something below `folder`.
         logs: where its output goes, if not beside `folder`.
         environ: variables beside those of torchrun.
         changes: of the tiny run of `tests.trainer.support.overrides`.
@@ -61,6 +61,7 @@ class Run:
             arguments = (
                 trainer,
                 lines,
+                folder,
                 environment,
                 self.log,
                 self.log.with_suffix(f".{rank}"),
@@ -113,8 +114,9 @@ class Run:
 
 
 def _rank(
-    trainer: str, lines: list[str], environment: dict, log: Path, count: Path, die_at: int | None
-) -> None:
+    trainer: str, lines: list[str], folder: Path, environment: dict, log: Path, count: Path,
+    die_at: int | None,
+) -> None:  # fmt: skip
     os.environ |= {name: str(value) for name, value in environment.items()}
     torch.set_num_threads(1)
     with log.open("a", buffering=1) as file:
@@ -124,7 +126,7 @@ def _rank(
 
     def watch(event: str, arguments: tuple) -> None:
         nonlocal seen
-        if event in _EVENTS and any("/checkpoints" in str(x) for x in arguments[:2]):
+        if event in _EVENTS and any(f"{folder}/" in str(x) for x in arguments[:2]):
             seen += 1
             if seen == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -20,7 +20,8 @@ from tests.trainer.support import (
 )
 
 # Six steps of an epoch of three, each saved, so that old checkpoints are removed, too. Dropout:
-# what is computed depends on the random generator's state.
+# what is computed depends on the random generator's state. Rollouts are also evaluated, so that
+# `best` is replaced.
 SETTINGS = {
     "trainer__n_epochs": 2, "trainer__save_freq": 1, "trainer__keep_last": 2,
     "actor__scheduler": "cosine", "actor__warmup_ratio": 0.3, "actor__lr": "1e-2",
@@ -30,6 +31,7 @@ KINDS = {
     "sft": ("sft", {}), "spo": ("spo", {}), "ahead": ("spo", AHEAD), "beside": ("sft", BESIDE),
     "both": ("spo", AHEAD | BESIDE),
 }  # fmt: skip
+TESTED = {"trainer__test_freq": 1, "test_data__max_examples": 8}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,8 @@ def start(files, kind, folder, n_ranks, **changes):
     trainer, own = KINDS[kind]
     if trainer == "sft":
         own = own | {"actor__model_name": files / "dropout"}
+    else:
+        own = own | TESTED | {"test_data__path": files / "rows.jsonl"}
     return Run(files, trainer, folder, n_ranks, **SETTINGS, **own, **changes)
 
 
@@ -66,12 +70,18 @@ def whole(files, tmp_path_factory):
 def assert_nothing_half(folder):
     for checkpoint in Checkpoints(folder).steps():
         assert damage(checkpoint) is None
+    for model in ("final", "best"):
+        if (folder / model).exists():
+            weights(folder / model)
 
 
 def assert_same(folder, expected):
     rows = [lasting(row) for row in rows_of(folder)]
     assert rows == [lasting(row) for row in rows_of(expected)]
-    assert same_weights(weights(folder / "final"), weights(expected / "final"))
+    for model in ("final", "best"):
+        assert (folder / model).exists() is (expected / model).exists()
+        if (folder / model).exists():
+            assert same_weights(weights(folder / model), weights(expected / model))
     steps = Checkpoints(folder).steps()
     assert [path.name for path in steps] == ["step000006", "step000005"]
     one, other = (checkpoint_weights(run / "checkpoints/step000006") for run in (folder, expected))
@@ -86,7 +96,8 @@ def resume(files, kind, folder, n_ranks):
 
 @pytest.mark.parametrize("seed", points(few=4, many=25))
 def test_killed_within_a_save(files, whole, tmp_path, seed):
-    """Data, manifest, renaming, removing: wherever the file system is asked for something."""
+    """Data, manifest, renaming, removing, models, metrics, rollouts: wherever the file system is
+    asked for something."""
     chance = random.Random(seed)
     kind, n_ranks = chance.choice([*KINDS]), 1 + seed % 2
     one, _ = whole(kind, n_ranks)

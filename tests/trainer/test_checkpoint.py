@@ -244,6 +244,22 @@ def test_a_named_damaged_checkpoint_is_an_error(files, whole, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_damaged_one_that_cannot_be_renamed_is_an_error(files, whole, tmp_path, monkeypatch):
+    folder = copy(whole("sft"), tmp_path, 6)
+    (folder / "checkpoints/step000006/.metadata").unlink()
+    rename = os.rename
+
+    def read_only(source, target, **kwargs):
+        if "damaged-" in str(target):
+            raise PermissionError(13, "Permission denied")
+        rename(source, target, **kwargs)
+
+    monkeypatch.setattr(os, "rename", read_only)
+    message = "step000006 is damaged and cannot be renamed to damaged-step000006 .*denied"
+    with pytest.raises(CheckpointError, match=message):
+        train(files, "sft", folder, **settings(files, "sft"), trainer__load_ckpt_from="latest")
+
+
 def test_no_checkpoint_that_loads_is_an_error(files, whole, tmp_path):
     folder = copy(whole("sft"), tmp_path, 2)
     (folder / "checkpoints/step000002/.metadata").unlink()

@@ -102,6 +102,18 @@ def test_half_a_row_is_read_when_it_is_whole(tmp_path):
         assert [*new_rows(file)] == []
 
 
+def test_rows_that_were_damaged_are_dropped_and_named(tmp_path, caplog):
+    """Those beyond the resumed step come again."""
+    good = ['{"step": 1, "a": 1.5}', '{"step": 2, "a": NaN}']
+    bad = [b"5", b"{}", b'{"step": "2"}', b"\x00\xff\xfe", b'{"step": 2, "a": 1', b"[]", b"null"]
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([good[0].encode(), *bad, good[1].encode(), b'{"step": 3}', b""]))
+    trainer = {"save_dir": str(tmp_path), "use_wandb": False}
+    Metrics(OmegaConf.create({"trainer": trainer}), 2, None).close()
+    assert path.read_text().splitlines() == good
+    assert sum("no step's was dropped" in line for line in caplog.messages) == len(bad)
+
+
 def test_a_sink_that_reads_nothing_is_not_waited_for(tmp_path, caplog):
     """More pokes than a pipe holds; then it is killed, which is said once."""
     metrics = Metrics(sink_config(tmp_path), 0, None)
