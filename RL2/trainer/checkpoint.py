@@ -325,14 +325,15 @@ class Checkpoints:
         manifest.write(temporary, listed, about)
         temporary.chmod(0o755)  # mkdtemp's is for its owner alone
         publish(temporary, final)
-        pointer = self.folder / ".latest"
-        pointer.write_text(final.name)
-        fsync(pointer)
-        pointer.replace(self.folder / "latest")
-        self.prune()
+        self.tidy()
 
-    def prune(self) -> None:
-        """Rank 0: keep the newest `keep_last` alone."""
+    def tidy(self) -> None:
+        """Rank 0: have `latest` name the newest checkpoint; keep the newest `keep_last` alone."""
+        for newest in self.steps()[:1]:
+            pointer = self.folder / ".latest"
+            pointer.write_text(newest.name)
+            fsync(pointer)
+            pointer.replace(self.folder / "latest")
         for old in self.steps()[self.keep_last :] if self.keep_last else []:
             remove(old)
 

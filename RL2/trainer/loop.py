@@ -354,7 +354,7 @@ class Trainer:
     def _open_folder(self, state: dict[str, Any]) -> None:
         """Rank 0: leave there what the run continues, and begin to log."""
         self.checkpoints.set_aside(state["step"])
-        self.checkpoints.prune()  # a run that was killed may not have come to it
+        self.checkpoints.tidy()  # a run that was killed may not have come to it
         logged = state["step"] - (state["unfinished"] is not None)
         self.metrics = Metrics(self.config, logged, state["run_id"])
 

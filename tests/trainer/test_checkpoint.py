@@ -374,3 +374,17 @@ def test_going_back_to_an_earlier_checkpoint_leaves_the_later_ones(files, whole,
     assert not same_weights(final, weights(whole("sft")[0] / "final"))
     aside = [path.name for path in Checkpoints(folder / "before1").steps()]
     assert aside == ["step000007", "step000006", "step000004"]
+
+
+def test_latest_names_the_newest_also_after_a_kill(files, whole, tmp_path):
+    """Just before it was to be renamed, or with later checkpoints in its way."""
+    folder = copy(whole("sft"), tmp_path, 4)
+    (folder / "checkpoints/.latest").write_text("step000004")
+    (folder / "checkpoints/latest").write_text("step000002")
+    changes = settings(files, "sft") | {
+        "trainer__max_steps": 4,
+        "trainer__load_ckpt_from": "latest",
+    }
+    train(files, "sft", folder, **changes)
+    assert (folder / "checkpoints/latest").read_text() == "step000004"
+    assert not (folder / "checkpoints/.latest").exists()

@@ -114,10 +114,11 @@ def test_copies_are_no_checkpoints_of_the_run(tmp_path):
         "step999999",
         "step000002",
     ]
-    checkpoints.prune()
+    checkpoints.tidy()
+    assert (tmp_path / "checkpoints/latest").read_text() == "step1000000"
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert left == ["damaged-step000006", "step000003 copy", "step000004.tar", "step1000000",
-                    "step5", "step999999"]  # fmt: skip
+    assert left == ["damaged-step000006", "latest", "step000003 copy", "step000004.tar",
+                    "step1000000", "step5", "step999999"]  # fmt: skip
 
 
 def test_no_name_for_what_is_set_aside_is_taken_twice(tmp_path):
