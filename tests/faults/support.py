@@ -14,9 +14,10 @@ import torch
 
 from RL2.config import RL2Error
 from RL2.rollout.servers import free_port
+from RL2.trainer.checkpoint import Checkpoints, damage
 from RL2.trainer.loop import Trainer  # noqa: F401  what the server has to have imported
 from RL2.trainer.main import launch
-from tests.trainer.support import composed, overrides
+from tests.trainer.support import composed, lasting, overrides, rows_of, same_weights, weights
 
 # `bash tests/run.sh faults` asks for many more points than a change has to pass.
 LONG = os.environ.get("RL2_FAULTS") == "long"
@@ -25,6 +26,34 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])
 
 _EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree"}
+
+
+def assert_nothing_half(folder: Path) -> None:
+    """Whatever has a name in a run's folder is whole."""
+    for checkpoint in Checkpoints(folder).steps():
+        assert damage(checkpoint) is None
+    for model in ("final", "best"):
+        if (folder / model).exists():
+            weights(folder / model)
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    """Metrics, answers and models of two runs are equal to the last bit."""
+    rows, others = ([lasting(row) for row in rows_of(run)] for run in (folder, expected))
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    for row, other in zip(rows, others, strict=True):
+        assert row == other
+    for model in ("final", "best"):
+        assert (folder / model).exists() is (expected / model).exists()
+        if (folder / model).exists():
+            assert same_weights(weights(folder / model), weights(expected / model))
+    answers, others = (
+        {path.name: path.read_text() for path in (run / "rollouts").glob("*")}
+        for run in (folder, expected)
+    )
+    assert answers.keys() == others.keys()
+    for name in answers:
+        assert answers[name] == others[name], name
 
 
 def points(few: int, many: int) -> range:

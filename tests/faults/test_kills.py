@@ -7,14 +7,11 @@ import time
 import pytest
 import torch
 
-from RL2.trainer.checkpoint import Checkpoints, damage
-from tests.faults.support import Run, points
+from RL2.trainer.checkpoint import Checkpoints
+from tests.faults.support import Run, assert_nothing_half, assert_same_run, points
 from tests.trainer.support import (
     checkpoint_weights,
-    lasting,
-    rows_of,
     same_weights,
-    weights,
     write_files,
     write_model,
 )
@@ -67,21 +64,8 @@ def whole(files, tmp_path_factory):
     return run
 
 
-def assert_nothing_half(folder):
-    for checkpoint in Checkpoints(folder).steps():
-        assert damage(checkpoint) is None
-    for model in ("final", "best"):
-        if (folder / model).exists():
-            weights(folder / model)
-
-
 def assert_same(folder, expected):
-    rows = [lasting(row) for row in rows_of(folder)]
-    assert rows == [lasting(row) for row in rows_of(expected)]
-    for model in ("final", "best"):
-        assert (folder / model).exists() is (expected / model).exists()
-        if (folder / model).exists():
-            assert same_weights(weights(folder / model), weights(expected / model))
+    assert_same_run(folder, expected)
     steps = Checkpoints(folder).steps()
     assert [path.name for path in steps] == ["step000006", "step000005"]
     one, other = (checkpoint_weights(run / "checkpoints/step000006") for run in (folder, expected))

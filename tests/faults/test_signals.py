@@ -9,8 +9,8 @@ from itertools import product
 import pytest
 
 from RL2.trainer.checkpoint import Checkpoints, damage
-from tests.faults.support import LONG, Run, points
-from tests.trainer.support import lasting, rows_of, same_weights, weights, write_files, write_model
+from tests.faults.support import LONG, Run, assert_nothing_half, assert_same_run, points
+from tests.trainer.support import rows_of, write_files, write_model
 
 GRACE = 30  # seconds that torchrun gives between SIGTERM and SIGKILL
 
@@ -106,14 +106,6 @@ def stopped(files, run, number):
     return codes, time.monotonic() - start
 
 
-def assert_same(folder, expected):
-    rows, others = ([lasting(row) for row in rows_of(run)] for run in (folder, expected))
-    assert [row["step"] for row in rows] == [row["step"] for row in others]
-    for row, other in zip(rows, others, strict=True):
-        assert row == other
-    assert same_weights(weights(folder / "final"), weights(expected / "final"))
-
-
 # Calls of the environment, shared by the ranks: 4 tests at step 0 and after steps 2, 4 and 6, and 8
 # samples a step.
 PLACES = {
@@ -143,11 +135,11 @@ def test_stopped_while_it_generates(files, whole, tmp_path, place, staleness, n_
     assert codes == [128 + number] * n_ranks, run.output()
     assert seconds < GRACE
     assert "asked to stop" in run.output() and "Traceback" not in run.output()
-    assert all(damage(path) is None for path in Checkpoints(folder).steps())
+    assert_nothing_half(folder)
     rest = Run(files, "spo", folder, n_ranks, trainer__load_ckpt_from="latest", **changes)
     rest.finish()
     if staleness == 0 or PLACES[place] <= PLACES["first rollout"]:
-        assert_same(folder, expected)
+        assert_same_run(folder, expected)
     else:  # what was generated ahead is generated anew, by newer weights
         steps, others = ([row["step"] for row in rows_of(run)] for run in (folder, expected))
         assert steps == others
@@ -171,7 +163,7 @@ def test_what_is_generated_ahead_gets_time_to_be_complete(files, whole, tmp_path
     codes = run.wait(timeout=GRACE, end_others=False)
     assert codes in ([128 + signal.SIGTERM] * n_ranks, [0] * n_ranks), run.output()
     Run(files, "spo", folder, n_ranks, trainer__load_ckpt_from="latest", **changes).finish()
-    assert_same(folder, expected)
+    assert_same_run(folder, expected)
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
@@ -192,4 +184,4 @@ def test_stopped_while_it_updates(files, whole, tmp_path, n_ranks):
     saved = Checkpoints(folder).steps()
     assert len(saved) == 1 and damage(saved[0]) is None
     Run(files, "sft", folder, n_ranks, trainer__load_ckpt_from="latest", **changes).finish()
-    assert_same(folder, expected)
+    assert_same_run(folder, expected)

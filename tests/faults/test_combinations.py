@@ -1,0 +1,110 @@
+"""Runs of many kinds, killed, stopped and resumed, are the runs that nobody disturbed.
+
+What else a run carries from step to step: adapters and their dropout, several updates a rollout,
+conversations, prompts that are drawn again, steps that overlap, parameters that are spread.
+"""
+
+import random
+import signal
+import time
+
+import pytest
+
+from tests.faults.support import LONG, Run, assert_nothing_half, assert_same_run
+from tests.trainer.support import write_env, write_files
+
+# The reward of what it has said so far decides whether the policy goes on.
+CONVERSATION = """
+async def step(state, action, extra_info):
+    good = float(sum(map(ord, action)) % 2)
+    if len(state) < 60 and len(action) % 3:
+        said = state + action + " again: "
+        return {"next_state": said, "reward": 0.5 * good, "score": 0.0, "done": False}
+    return {"next_state": None, "reward": good, "score": good, "done": True}
+"""
+COMMON = {
+    "trainer__max_steps": 6, "trainer__n_epochs": 8, "trainer__save_freq": 1,
+    "trainer__keep_last": 2, "trainer__test_freq": 2, "test_data__max_examples": 6,
+    "actor__scheduler": "cosine", "actor__warmup_ratio": 0.3, "actor__lr": "1e-2",
+}  # fmt: skip
+AHEAD, BESIDE = {"rollout__staleness": 1}, {"trainer__async_save": "true"}
+GROUPS = {"train_data__responses_per_prompt": 4}
+LORA = {"actor__lora__rank": 4, "actor__lora__dropout": 0.1}
+AGAIN = GROUPS | {"rollout__max_resampled": 16}
+TALK = {"rollout__env_path": "talk.py", "rollout__max_turns": 3}
+# (trainer, ranks, changes)
+KINDS = {
+    "adapters": ("spo", 1, LORA),
+    "adapters, ahead, beside": ("ppo", 2, LORA | GROUPS | AHEAD | BESIDE),
+    "reference, two updates": (
+        "ppo", 2, GROUPS | {"actor__update_per_rollout": 2, "actor__kl__coef": 0.1,
+                            "actor__kl__type": "loss"},
+    ),
+    "reference in the reward": (
+        "ppo", 2, GROUPS | BESIDE | {"actor__kl__coef": 0.1, "actor__kl__type": "reward",
+                                     "adv__global_norm": "true", "adv__norm_var": "true"},
+    ),
+    "drawn again": ("ppo", 2, AGAIN),
+    "drawn again, ahead": ("ppo", 1, AGAIN | AHEAD),
+    "turns": ("ppo", 1, TALK | GROUPS),
+    "turns, ahead, beside": ("spo", 2, TALK | AHEAD | BESIDE),
+    "fixed target, saved now and then": ("spo_0p5", 1, BESIDE | {"trainer__save_freq": 2}),
+    "first steps do not train": ("spo", 1, AHEAD | {"actor__freeze_steps": 2}),
+    "top-p, mask, samples of tests": (
+        "ppo", 1, GROUPS | {
+            "rollout__train_sampling_params__top_p": 0.8, "actor__tis_type": "mask",
+            "rollout__train_sampling_params__temperature": 0.7,
+            "test_data__responses_per_prompt": 2,
+            "rollout__test_sampling_params__temperature": 1.0,
+        },
+    ),
+    "ranks, entropy, small batches": (
+        "spo", 2, {"actor__loss__name": "rank_jsd", "actor__loss__max_rank": 4,
+                   "actor__entropy__coef": 0.01, "rollout__max_batch_size": 5},
+    ),
+    "environment in the trainer": ("spo", 2, AHEAD | {"rollout__env_workers": 0}),
+    "sequence-parallel": ("spo", 2, {"actor__sp_size": 2}),
+    "tensor-parallel": ("spo", 2, {"actor__tp_size": 2}),
+    "replicated": ("spo", 2, AHEAD | {"actor__ddp_size": 2}),
+}  # fmt: skip
+SOME = ["adapters, ahead, beside", "drawn again, ahead", "turns, ahead, beside"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    files = write_files(tmp_path_factory.mktemp("files"))
+    write_env(files / "talk.py", CONVERSATION)
+    return files
+
+
+def start(files, kind, folder, **changes):
+    trainer, n_ranks, own = KINDS[kind]
+    changes = COMMON | {"test_data__path": files / "rows.jsonl"} | own | changes
+    if "rollout__env_path" in changes:
+        changes["rollout__env_path"] = files / changes["rollout__env_path"]
+    return Run(files, trainer, folder, n_ranks, **changes)
+
+
+@pytest.mark.parametrize("kind", [*KINDS] if LONG else SOME)
+def test_killed_stopped_and_resumed(files, tmp_path, kind):
+    chance = random.Random(kind)
+    begin = time.monotonic()
+    whole = start(files, kind, tmp_path / "whole")
+    whole.finish()
+    seconds = time.monotonic() - begin
+    folder = tmp_path / "run"
+    run = start(files, kind, folder)
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
+        time.sleep(chance.uniform(0.2, seconds))
+        if number == signal.SIGKILL:
+            run.kill()
+        else:
+            for process in run.ranks:
+                process.terminate()
+            codes = {*run.wait(end_others=False)}
+            # 0: was done before; -number: within the first moments nobody listens yet.
+            assert codes <= {0, -number, 128 + number}, run.output()
+        assert_nothing_half(folder)
+        run = start(files, kind, folder, trainer__load_ckpt_from="latest")
+    run.finish()
+    assert_same_run(folder, whole.folder)
