@@ -42,7 +42,8 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     rows, others = ([lasting(row) for row in rows_of(run)] for run in (folder, expected))
     assert [row["step"] for row in rows] == [row["step"] for row in others]
     for row, other in zip(rows, others, strict=True):
-        assert row == other
+        names = {name for name in {*row, *other} if row.get(name) != other.get(name)}
+        assert row == other, {name: (row.get(name), other.get(name)) for name in names}
     for model in ("final", "best"):
         assert (folder / model).exists() is (expected / model).exists()
         if (folder / model).exists():
@@ -112,6 +113,9 @@ class Run:
         if time.monotonic() > end:
             raise TimeoutError(f"a run of {timeout} s; its output:\n{self.output()}")
         return [process.exitcode for process in self.ranks]
+
+    def is_alive(self) -> bool:
+        return all(process.is_alive() for process in self.ranks)
 
     def kill(self) -> None:
         for process in self.ranks:

@@ -88,14 +88,15 @@ def start(files, kind, folder, **changes):
 @pytest.mark.parametrize("kind", [*KINDS] if LONG else SOME)
 def test_killed_stopped_and_resumed(files, tmp_path, kind):
     chance = random.Random(kind)
-    begin = time.monotonic()
     whole = start(files, kind, tmp_path / "whole")
     whole.finish()
-    seconds = time.monotonic() - begin
     folder = tmp_path / "run"
     run = start(files, kind, folder)
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
-        time.sleep(chance.uniform(0.2, seconds))
+    numbers = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGTERM)
+    for number, step in zip(numbers, sorted(chance.sample(range(2, 7), 4)), strict=True):
+        while not (folder / f"rollouts/step{step:06d}_train.jsonl").exists() and run.is_alive():
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.3))
         if number == signal.SIGKILL:
             run.kill()
         else:
