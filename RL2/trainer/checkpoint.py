@@ -131,6 +131,14 @@ def _step_of(checkpoint: Path) -> int:
     return int(_STEP.fullmatch(checkpoint.name)[1])
 
 
+def _best_step(checkpoint: Path) -> int:
+    """Of the best evaluation that it knows; 0 where there is none, or the file is damaged."""
+    try:
+        return json.loads((checkpoint / "trainer.json").read_bytes())["best"]["step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
+
+
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     """Of this rank's generators."""
     state = {"cpu": torch.get_rng_state()}
@@ -194,23 +202,35 @@ class Checkpoints:
 
         A run that starts anew (`step` 0) continues nothing that lies in its folder; a resumed one
         nothing beyond `step`. Left in place, those checkpoints would count as newer than this
-        run's own: `latest` would resume from them and `keep_last` would keep them.
+        run's own: `latest` would resume from them and `keep_last` would keep them. With them go the
+        models that came of them; metrics and later rollouts are copied, as what is resumed may
+        have written some of those itself (`rollout.staleness=1`).
         """
         run = self.folder.parent
         clean(run)
         clean(self.folder)
+        shared = []
         if step == 0:
             old = [run / name for name in _RUN_FILES]
         else:
             old = [path for path in self.steps() if _step_of(path) > step]
+            if old:
+                models = ["final", "best"] if _best_step(old[0]) > step else ["final"]
+                rollouts = sorted((run / "rollouts").glob("step*.jsonl"))
+                shared = [path for path in rollouts if path.name > f"step{step + 1:06d}"]
+                shared.append(run / "metrics.jsonl")
+                old += [run / name for name in models]
         old = [path for path in old if path.exists()]
         if not old:
             return
         aside = next(path for n in count(1) if not (path := run / f"before{n}").exists())
-        for path in old:
+        for path in (*shared, *old):
             target = aside / path.relative_to(run)
             target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
+            if path in old:
+                path.rename(target)
+            elif path.exists():
+                shutil.copy2(path, target)
         what = "an earlier run" if step == 0 else f"checkpoints beyond step {step}"
         logger.warning("%s: %s moved aside to %s", run, what, aside)
 

@@ -376,6 +376,43 @@ def test_going_back_to_an_earlier_checkpoint_leaves_the_later_ones(files, whole,
     assert aside == ["step000007", "step000006", "step000004"]
 
 
+@pytest.mark.parametrize("best", [4, 2, None])
+def test_going_back_keeps_what_came_of_the_later_steps(files, whole, tmp_path, best):
+    """best: the step of the best evaluation that the newest checkpoint knows."""
+    folder = copy(whole("spo"), tmp_path, 7)
+    expected = [lasting(row) for row in rows_of(folder)]
+    newest = folder / "checkpoints/step000007/trainer.json"
+    state = json.loads(newest.read_text())
+    state["best"] = {} if best is None else {"step": best, "test/score": 0.5}
+    newest.write_text(json.dumps(state))
+    answers = {path.name: path.read_text() for path in (folder / "rollouts").iterdir()}
+    Checkpoints(str(folder)).set_aside(2)
+    aside = folder / "before1"
+    assert [path.name for path in Checkpoints(str(folder)).steps()] == ["step000002"]
+    assert (
+        [lasting(row) for row in rows_of(aside)]
+        == expected
+        == [lasting(row) for row in rows_of(folder)]
+    )  # which the metrics cut
+    kept = {path.name: path.read_text() for path in (aside / "rollouts").iterdir()}
+    assert kept == {name: text for name, text in answers.items() if name > "step000003"}
+    assert same_weights(weights(aside / "final"), weights(whole("spo")[0] / "final"))
+    assert not (folder / "final").exists()
+    assert (aside / "best").exists() is not (folder / "best").exists()
+    assert (aside / "best").exists() is (best == 4)
+    Checkpoints(str(folder)).set_aside(2)
+    assert not (folder / "before2").exists()
+
+
+def test_going_back_and_on_with_rollouts(files, whole, tmp_path):
+    folder = copy(whole("spo"), tmp_path, 7)
+    start = folder / "checkpoints/step000004"
+    train(files, "spo", folder, **settings(files, "spo"), trainer__load_ckpt_from=start)
+    assert_same_run(folder, whole("spo"))
+    for name in ("best", "final"):
+        assert same_weights(weights(folder / name), weights(whole("spo")[0] / name))
+
+
 def test_latest_names_the_newest_also_after_a_kill(files, whole, tmp_path):
     """Just before it was to be renamed, or with later checkpoints in its way."""
     folder = copy(whole("sft"), tmp_path, 4)
