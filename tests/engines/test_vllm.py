@@ -287,9 +287,9 @@ def test_requests_that_were_paused_go_on_with_the_new_weights(served, weights):
             versions = completion.weight_versions
             assert versions == sorted(versions) and set(versions) <= {before, served.version}
             split = versions.count(before)
-            for model, part in ((0, slice(0, split)), (1, slice(split, None))):
+            for which, part in ((0, slice(0, split)), (1, slice(split, None))):
                 if versions[part]:
-                    model = served.models[model]
+                    model = served.models[which]
                     assert error(completion, model, prompt, sampling, part) < TOLERANCE
         return side_of((c.weight_versions for c in completions), before)
 
