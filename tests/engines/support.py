@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from RL2.config import apply_fallbacks, validate
 from RL2.rollout.dialect import Dialect
+from RL2.rollout.engine import Completion
 from RL2.rollout.event_loop import EventLoopThread
 from RL2.rollout.servers import HOST, Server, ServerOptions, ServerProcess, wait_until_healthy
 from tests.rollout.support import EOS, PAD, VOCAB, make_tokenizer
@@ -72,7 +73,15 @@ def in_the_middle(attempt: Callable[[float], int], delay: float = 0.3) -> None:
     pytest.fail(f"no request was met half written after {', '.join(tried)}")
 
 
-def side_of(versions: Iterable[list[int]], before: int) -> int:
+def side_of_abort(completions: Iterable[Completion]) -> int:
+    """What `in_the_middle` wants to know of an abort."""
+    aborted = [c for c in completions if c.finish_reason == "abort"]
+    if any(c.token_ids for c in aborted):
+        return 0
+    return -1 if aborted else 1
+
+
+def side_of_update(versions: Iterable[list[int]], before: int) -> int:
     """What `in_the_middle` wants to know of an update of weights.
 
     versions: of each response, the version of the weights behind each of its tokens.

@@ -16,7 +16,7 @@ from transformers import TopPLogitsWarper
 from RL2.config.errors import EngineError
 from RL2.rollout.engine import SamplingParams
 from RL2.rollout.samples import action_text
-from tests.engines.support import TOLERANCE, in_the_middle, side_of
+from tests.engines.support import TOLERANCE, in_the_middle, side_of_abort, side_of_update
 from tests.rollout.support import make_tokenizer, reference_logps
 
 
@@ -221,9 +221,7 @@ def test_abort_brings_back_what_there_is(running):
             assert len(answers[i].token_ids) == len(answers[i].logps) < 440
             if answers[i].token_ids:
                 assert_logps(answers[i], model, prompts[i], 1.0)
-        if any(answers[i].token_ids for i in aborted):
-            return 0
-        return -1 if aborted else 1
+        return side_of_abort(answers)
 
     for delay in (0.0, 0.003, 0.01, 0.03):  # before, at and after the first tokens
         attempt(delay)
@@ -305,7 +303,7 @@ def test_new_weights_while_paused(running):
             assert_logps(fresh, new, "fresh", 1.0)
         finally:
             running.publish(running.folder, 0)
-        return side_of((c.weight_versions for c in answers), before=0)
+        return side_of_update((c.weight_versions for c in answers), before=0)
 
     in_the_middle(attempt)
 

@@ -40,7 +40,8 @@ from tests.engines.support import (
     in_the_middle,
     make_engine_model,
     served_by,
-    side_of,
+    side_of_abort,
+    side_of_update,
 )
 from tests.rollout.support import reference_logps
 
@@ -322,7 +323,7 @@ def test_an_update_in_the_middle_of_responses(served, weights):
                 )
                 if len(expected[part]):
                     assert (logps[part] - expected[part]).abs().max() < TOLERANCE
-        return side_of((c.weight_versions for c in completions), before)
+        return side_of_update((c.weight_versions for c in completions), before)
 
     in_the_middle(attempt)
 
@@ -343,11 +344,9 @@ def test_an_abort_returns_what_was_written(served, weights):
         return [task.result() for task in done]
 
     def attempt(delay):
-        cut = [c for c in served.run(aborted(delay)) if c.finish_reason == "abort"]
-        assert all(len(c.logps) == len(c.token_ids) for c in cut)
-        if any(c.token_ids for c in cut):
-            return 0
-        return -1 if cut else 1
+        completions = served.run(aborted(delay))
+        assert all(len(c.logps) == len(c.token_ids) for c in completions)
+        return side_of_abort(completions)
 
     in_the_middle(attempt)
 

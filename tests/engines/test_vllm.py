@@ -37,7 +37,8 @@ from tests.engines.support import (
     in_the_middle,
     make_engine_model,
     served_by,
-    side_of,
+    side_of_abort,
+    side_of_update,
 )
 from tests.rollout.support import reference_logps
 
@@ -239,10 +240,7 @@ def test_an_abort_reaches_requests_of_a_paused_server(served):
         for prompt, completion in zip(PROMPTS, written, strict=True):
             if completion.token_ids:
                 assert error(completion, served.models[0], prompt, sampling) < TOLERANCE
-        aborted = [c for c in written if c.finish_reason == "abort"]
-        if any(c.token_ids for c in aborted):
-            return 0
-        return -1 if aborted else 1
+        return side_of_abort(written)
 
     in_the_middle(attempt)
 
@@ -291,7 +289,7 @@ def test_requests_that_were_paused_go_on_with_the_new_weights(served, weights):
                 if versions[part]:
                     model = served.models[which]
                     assert error(completion, model, prompt, sampling, part) < TOLERANCE
-        return side_of((c.weight_versions for c in completions), before)
+        return side_of_update((c.weight_versions for c in completions), before)
 
     in_the_middle(attempt)
 
