@@ -282,7 +282,8 @@ class Trainer:
         unwritten, problem = broadcast((unwritten, problem))
         if unwritten is None and problem is None:
             return
-        # What there was no room for, the run that goes on writes.
+        # What there was no room for, the run that goes on writes, but for this step's answers: they
+        # are trained on, and gone.
         saved = self._keep(step, self._position(), None if unwritten is None else metrics)
         if unwritten is not None:
             raise CheckpointError(f"{unwritten}; step {step} is in {saved}")

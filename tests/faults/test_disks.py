@@ -150,7 +150,7 @@ def hinder():
 def test_what_cannot_be_written_stops_a_run_that_is_saved(
     files, small_disk, tmp_path, name, n_ranks
 ):
-    """The same run with more room writes it."""
+    """The same run with more room writes `best`; answers that were trained on are gone, alone."""
     folder, env, disk = tmp_path / "run", tmp_path / "env.py", small_disk("4k")
     changes = {
         "trainer__n_epochs": 3, "test_data__path": files / "rows.jsonl", "trainer__test_freq": 1,
