@@ -12,8 +12,8 @@ def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list
     """Resolve `auto` and what this machine cannot do, in place.
 
     Afterwards `device` is cpu or cuda, `rollout.engine` names an engine, `attn_implementation` is
-    what transformers takes, and `dtype` is float32 or bfloat16 but for `auto` on CUDA, which means
-    the dtype of the checkpoint.
+    what transformers takes, and `dtype` is float32 or bfloat16. On CUDA both may stay `auto`: they
+    follow from the dtype of the checkpoint (`RL2.workers.dtypes`).
 
     Args:
         config: composed and validated.
@@ -35,6 +35,8 @@ def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list
             f"actor.lora.rank={rank}: needs peft, which is not installed; install it "
             "(pip install RL2[lora]), or leave it out"
         )
+    if config.trainer.save_dtype == Dtype.auto and config.actor.dtype != Dtype.auto:
+        config.trainer.save_dtype = config.actor.dtype
     warnings = _model_fallbacks(config, "actor", cuda, available)
     if "ref_actor" in config:
         warnings += _model_fallbacks(config, "ref_actor", cuda, available)
@@ -68,9 +70,11 @@ def _model_fallbacks(config: DictConfig, group: str, cuda: bool, available: Set[
     if own("attn_implementation"):
         flash = on_cuda and "flash_attn" in available
         if node.attn_implementation == "auto":
-            # Flash attention has no fp32 kernels.
-            usable = flash and node.dtype != Dtype.float32
-            node.attn_implementation = "flash_attention_2" if usable else "sdpa_varlen"
+            # Flash attention has no fp32 kernels; a checkpoint says later whether it is fp32.
+            if not flash or node.dtype == Dtype.float32:
+                node.attn_implementation = "sdpa_varlen"
+            elif node.dtype == Dtype.bfloat16:
+                node.attn_implementation = "flash_attention_2"
         elif node.attn_implementation == "flash_attention_2" and not flash:
             needs = "needs flash-attn, which is not installed" if on_cuda else "needs CUDA"
             fall_back("attn_implementation", "sdpa_varlen", f"{needs}; using sdpa_varlen")

@@ -288,6 +288,7 @@ class TrainerConfig:
     max_steps: int | None = MISSING
     save_dir: str = MISSING
     save_freq: int | None = MISSING
+    save_dtype: Dtype = MISSING
     keep_last: int | None = MISSING
     async_save: bool = MISSING
     use_wandb: bool = MISSING

@@ -17,6 +17,7 @@ A folder is written under a name of its own that begins with a dot, made durable
 any moment a name without a dot stands for something whole, or for nothing.
 """
 
+import copy
 import json
 import logging
 import os
@@ -43,6 +44,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig
 
 from RL2.config import CheckpointError, RL2Error
 from RL2.distributed import broadcast, rank, second_group, sum_over_ranks, world_size
@@ -459,9 +461,11 @@ def _set_apart(folder: Path) -> str:
     return name
 
 
-def save_model(actor: Actor, tokenizer: Any, folder: Path) -> None:
+def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:
     """Write the whole model where `AutoModelForCausalLM.from_pretrained` finds it, adapters merged
     (collective). The adapters themselves go to `<folder>/adapter`.
+
+    dtype: `trainer.save_dtype`; with `auto` every tensor keeps that of the checkpoint it came from.
 
     Raises:
         CheckpointError: on every rank, where it cannot be written. What was there before stays.
@@ -475,8 +479,12 @@ def save_model(actor: Actor, tokenizer: Any, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         model = actor.hf_model
         tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
-        weights = {name: tensor.to(actor.dtype) for name, tensor in merged(model, tensors.items())}
+        weights = dict(merged(model, tensors.items()))
+        for name, tensor in weights.items():
+            if tensor.is_floating_point():
+                weights[name] = tensor.to(actor.dtypes.saved(name, dtype))
         model.save_pretrained(temporary, state_dict=weights)
+        _save_config(model.config, actor.dtypes.saved("", dtype), temporary)
         tokenizer.save_pretrained(temporary)
         if has_adapters(model):
             save_adapters(model, tensors, temporary / "adapter")
@@ -488,3 +496,14 @@ def save_model(actor: Actor, tokenizer: Any, folder: Path) -> None:
         return CheckpointError(cannot_write(folder.parent, folder, reason, needed))
 
     together(write if rank() == 0 else lambda: None, failed)
+
+
+def _save_config(config: PretrainedConfig, dtype: torch.dtype, folder: Path) -> None:
+    """config.json as save_pretrained has written it, with the dtype of the saved weights: there it
+    is that of the weights in memory."""
+    config = copy.deepcopy(config)
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part in parts:
+        if part is not None:
+            part.dtype = dtype
+    config.save_pretrained(folder)

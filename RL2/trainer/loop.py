@@ -21,6 +21,7 @@ from RL2.algorithms.token_loss import TokenLoss, resolve_loss
 from RL2.config import CheckpointError, ConfigError, HealthError, Interrupted, TrainingError
 from RL2.config.errors import first_line
 from RL2.config.models import ask_hub, hub_options
+from RL2.config.schema import Dtype
 from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks
 from RL2.distributed.comm import Batch
 from RL2.trainer.checkpoint import Checkpoints, rng_state, save_model, set_rng_state, together
@@ -150,6 +151,8 @@ class Trainer:
         actor = config.actor if self.is_rl else OmegaConf.merge(_ON_DATA, config.actor)
         self.actor = Actor(actor, device, self.loss, config.trainer.max_bad_steps, self.traffic)
         self.actor.prepare_scheduler(self.n_steps * actor.update_per_rollout)
+        if self.is_rl and config.rollout.dtype == Dtype.auto:  # on CUDA: one dtype for both
+            config.rollout.dtype = str(self.actor.dtypes.compute).removeprefix("torch.")
         self.policies = {"old_logps": self.actor}
         if "ref_logps" in self.required:
             self.policies["ref_logps"] = Actor(config.ref_actor, device, traffic=self.traffic)
@@ -392,7 +395,8 @@ class Trainer:
 
     def _save_model(self, name: str) -> None:
         self.actor.load()
-        save_model(self.actor, self.tokenizer, self._path(name))
+        dtype = str(self.config.trainer.save_dtype)
+        save_model(self.actor, self.tokenizer, self._path(name), dtype)
         self.actor.offload()
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:

@@ -43,7 +43,7 @@ class Worker:
         self.device = device
         self.traffic = traffic or Traffic()
         self.layout = Layout(world_size(), config.sp_size, config.tp_size)
-        self.model, self.dtype, files = load_model(config, train=train)
+        self.model, self.dtypes, files = load_model(config, train=train)
         self.attention_cost = attention_cost(self.hf_model)
         mesh = build_mesh(device.type, config.ddp_size, config.tp_size)
         self.tp_group: dist.ProcessGroup | None = None
@@ -59,7 +59,7 @@ class Worker:
             compile_layers(self.hf_model, layers, config.gradient_checkpointing)
         if files is None:
             self.model.to(device)
-        shard(self.model, layers, mesh["ddp", "fsdp"], self.dtype)
+        shard(self.model, layers, mesh["ddp", "fsdp"], self.dtypes.compute)
         if files is not None:
             materialize(self.model, self.hf_model, files, device)
         if has_adapters(self.hf_model):

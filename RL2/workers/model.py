@@ -1,5 +1,6 @@
 """A transformers causal LM behind the one question the losses ask: statistics per token."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -33,8 +34,11 @@ from RL2.ops.token_stats import (
     loss_of,
     token_stats,
 )
+from RL2.workers.dtypes import Dtypes, find_dtypes, resolve_attention
 from RL2.workers.loading import holds_all, weight_files
 from RL2.workers.lora import add_adapters
+
+logger = logging.getLogger(__name__)
 
 # Models that do more than a matrix product between hidden states and logits name it so.
 _NON_LINEAR_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -150,9 +154,7 @@ class TokenStatsModel(nn.Module):
         )
 
 
-def load_model(
-    config, *, train: bool
-) -> tuple[TokenStatsModel, torch.dtype, dict[str, Path] | None]:
+def load_model(config, *, train: bool) -> tuple[TokenStatsModel, Dtypes, dict[str, Path] | None]:
     """Build `config.model_name` with fp32 weights, to be split, sharded and then filled.
 
     Args:
@@ -160,9 +162,9 @@ def load_model(
         train: whether gradients will be asked for (decides on gradient checkpointing).
 
     Returns:
-        The model, the dtype to compute in (`config.dtype`, or what the checkpoint says), and the
-        files that `RL2.workers.loading.materialize` reads its weights from: it is on the meta
-        device then. No files: the model holds its weights.
+        The model, the dtypes that it computes and is stored in, and the files that
+        `RL2.workers.loading.materialize` reads its weights from: it is on the meta device then.
+        No files: the model holds its weights.
 
     Raises:
         ConfigError: the model cannot be loaded, or not be spread as the config says.
@@ -173,7 +175,17 @@ def load_model(
         saved = AutoConfig.from_pretrained(name, **options)
     except Exception as error:  # a broken file makes it raise anything
         raise _not_loadable(name, error) from error
-    attention = config.attn_implementation
+    try:
+        files = weight_files(name, config.revision)
+        dtypes = find_dtypes(str(config.dtype), saved, files)
+    except Exception as error:  # as above
+        raise _not_loadable(name, error) from error
+    if train and dtypes.compute != dtypes.stored == torch.float16 and config.dtype == "auto":
+        logger.warning(
+            "actor.dtype=auto: %s is stored in float16, which cannot be trained in without scaling "
+            "the loss; computing in bfloat16", name,
+        )  # fmt: skip
+    attention = resolve_attention(config.attn_implementation, dtypes.compute)
     check_attention(saved, attention)
     if config.sp_size > 1:
         check_heads(saved, config.sp_size, config.tp_size)
@@ -181,7 +193,6 @@ def load_model(
     built = {"dtype": torch.float32, "attn_implementation": attention}
     try:
         model = _on_meta(saved, config, built)
-        files = weight_files(name, config.revision)
         if not holds_all(files, model):
             model, files = _load_whole(config, built), None
     except ConfigError:
@@ -203,7 +214,6 @@ def load_model(
         add_adapters(model, config.lora)
     if not (train and config.compile):
         accelerate_linears(model)
-    dtype = config.dtype if config.dtype != "auto" else saved.dtype or torch.float32
     model = TokenStatsModel(model, str(config.token_stats), train and config.offload_activations)
     if config.tp_size > 1 and model.linear_head and model.implementation == "naive":
         raise ConfigError(
@@ -215,7 +225,7 @@ def load_model(
             f"actor.token_stats={model.implementation}: {config.model_name} does more than one "
             "matrix product between hidden states and logits, which are computed whole; use auto"
         )
-    return model, getattr(torch, dtype) if isinstance(dtype, str) else dtype, files
+    return model, dtypes, files
 
 
 def _on_meta(saved: PretrainedConfig, config, options: dict) -> PreTrainedModel:

@@ -70,11 +70,30 @@ def test_auto_on_cuda(composed):
     config = composed("ppo")
     apply_fallbacks(config, True, ALL)
     assert (config.actor.device, config.actor.dtype) == ("cuda", "auto")
-    assert config.ref_actor.attn_implementation == "flash_attention_2"
-    for overrides, available in [((), set()), (("actor.dtype=float32",), ALL)]:
+    # whether flash attention can be had follows from the checkpoint's dtype
+    assert config.actor.attn_implementation == config.ref_actor.attn_implementation == "auto"
+    for overrides, available, attention in [
+        ((), set(), "sdpa_varlen"),
+        (("actor.dtype=float32",), ALL, "sdpa_varlen"),
+        (("actor.dtype=bfloat16",), ALL, "flash_attention_2"),
+        (("actor.dtype=bfloat16",), set(), "sdpa_varlen"),
+    ]:
         config = composed("ppo", *overrides)
         apply_fallbacks(config, True, available)
-        assert config.actor.attn_implementation == "sdpa_varlen"
+        assert config.actor.attn_implementation == attention
+        assert config.ref_actor.attn_implementation == attention
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_what_is_saved_follows_a_dtype_that_was_asked_for(composed, cuda):
+    for overrides, expected in [
+        ((), "auto"),
+        (("actor.dtype=float32",), "float32"),
+        (("actor.dtype=float32", "trainer.save_dtype=bfloat16"), "bfloat16"),
+    ]:
+        config = composed("ppo", *overrides)
+        apply_fallbacks(config, cuda, ALL)
+        assert config.trainer.save_dtype == expected
 
 
 def test_one_warning_for_each_thing_without_cuda(composed):
