@@ -123,6 +123,8 @@ def launch(config: DictConfig) -> None:
     from RL2.trainer.loop import Trainer
     from RL2.trainer.stop import stop_signals
 
+    if torch.version.cuda and config.actor.device == "auto" and not torch.cuda.is_available():
+        logger.info("actor.device=auto: no GPU found, though torch is built for one; using the CPU")
     available = {name for name in _OPTIONAL if find_spec(name)}
     for line in apply_fallbacks(config, torch.cuda.is_available(), available):
         logger.warning(line)

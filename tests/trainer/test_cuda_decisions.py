@@ -1,6 +1,7 @@
 """Runs with what is decided for a CUDA machine, on the CPU: dtypes, attention, offloading."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -77,3 +78,16 @@ def test_final_is_in_the_checkpoints_dtype_unless_asked(tmp_path, asked, saved):
     assert {tensor.dtype for tensor in weights(save_dir / "final").values()} == {saved}
     described = json.loads((save_dir / "final/config.json").read_text())
     assert described["dtype"] == str(saved).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("built_for", ["13.0", None])
+def test_a_torch_for_gpus_without_one_says_so_and_goes_on(tmp_path, monkeypatch, caplog, built_for):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    files = write_files(tmp_path)
+    with caplog.at_level(logging.INFO, "RL2"):
+        rows = train(files, "sft", tmp_path / "run", trainer__max_steps=1)
+    assert len(rows) == 1
+    said = [line for line in caplog.messages if "no GPU found" in line]
+    assert len(said) == (built_for is not None)
