@@ -1,13 +1,13 @@
 """Everything that a GPU has to show, in parts that each end within ten minutes.
 
-    bash benchmarks/gpu_day.sh                  the parts that have no report yet, one after the other
+    bash benchmarks/gpu_day.sh                  the parts that have no report yet, in turn
     bash benchmarks/gpu_day.sh head-4096 step   these, again
     bash benchmarks/gpu_day.sh --list           what there is, and what is done
     bash benchmarks/gpu_day.sh --device cpu     a rehearsal: the same calls on tiny shapes
 
 Each part leaves `<out>/<part>.md`, in the form of benchmarks/RESULTS.md, and `<part>.log`. A part
-that fails, or takes longer than `--limit` seconds, leaves its log alone and is tried again next time;
-the others go on. `<out>/report.md` holds all reports. The exit status is 1 where a part failed.
+that fails, or takes longer than `--limit` seconds, leaves only its log and is tried again next
+time; the others go on. `<out>/report.md` holds all reports. The exit status is 1 where one failed.
 """
 
 from __future__ import annotations

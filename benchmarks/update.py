@@ -4,21 +4,21 @@
     python benchmarks/update.py --shape 4B --tokens 8192 --variants auto naive compile --rounds 1
     python benchmarks/update.py --shape tiny --device cpu --tokens 512 --row 128
 
-The model is a randomly initialised Qwen3 of the shape, stored in bf16; weights, gradients and AdamW's
-moments are fp32, products bf16 (`actor.dtype=auto`), on one device. A batch is `--tokens` tokens in
+The model is a randomly initialised Qwen3 of the shape, stored in bf16; weights, gradients and
+AdamW's moments are fp32, products bf16 (`actor.dtype=auto`), on one device. A batch is `--tokens` tokens in
 rows of `--row`, each a prompt of an eighth of it and a response, in one forward and backward pass;
 the loss is `max_target_kl` with `avg_level=correct` and every row correct, so that every response
 token is learned. Rivals are variants of our own update:
 
 - auto: what a run does where nobody sets a key; naive: whole logits (`actor.token_stats=naive`);
 - tiled, compiled, triton, triton_fused: the other heads; compile: `actor.compile`;
-- liger, flash, sdpa: liger's kernels, flash_attention_2, our attention; none of them where the package
-  is missing, which the table says;
+- liger, flash, sdpa: liger's kernels, flash_attention_2, our attention; left out where the package
+  is missing, which is said below the table;
 - kept: activations kept in place of computed again (`actor.gradient_checkpointing=false`).
 
-Each is a process of its own, and the list is gone through `--rounds` times; medians over all updates
-after `--warmup`. The loss and gradient norm of the first update stand beside: they must agree. MFU is
-6 N T (N: all parameters) over the device's published bf16 peak; "with attention" adds 6 n² h d a
+Each is a process of its own, and the list is gone through `--rounds` times; medians over all
+updates after `--warmup`. Loss and gradient norm of the first update stand beside: they must agree.
+MFU is 6 N T (N: all parameters) over the device's published bf16 peak; "with attention" adds 6 n² h d a
 layer and row of n tokens (h heads of d, causal).
 """
 
@@ -295,8 +295,8 @@ def main() -> None:
             }  # fmt: skip
             found = take_turns(told, options)
             print(
-                f"Qwen3-{options.shape} ({n_parameters / 1e6:,.0f}M parameters), {n_tokens:,} tokens "
-                f"in rows of {options.row:,}:\n\n"
+                f"Qwen3-{options.shape} ({n_parameters / 1e6:,.0f}M parameters), {n_tokens:,} "
+                f"tokens in rows of {options.row:,}:\n\n"
                 + table(found, options.shape, n_parameters, n_tokens, options.row),
                 flush=True,
             )
