@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from RL2.config.errors import EngineError, EnvError, Interrupted
+from RL2.datasets.end_of_turn import EndTokens
 from RL2.distributed.traffic import Traffic
 from RL2.rollout.engine import Engine, SamplingParams
 from RL2.rollout.environments import Environment, load_environment
@@ -107,6 +108,7 @@ class Collector:
         max_length: most tokens in one sequence; a sample whose next turn might not fit ends.
         progress: True shows a progress bar, False does not, None does on a terminal.
         device: of this rank.
+        ends: end tokens of the policy; None: what the tokenizer alone says.
 
     Raises ConfigError for an environment file that cannot be used, EngineError when the engine
     does not start.
@@ -129,6 +131,7 @@ class Collector:
         max_length: int | None = None,
         progress: bool | None = None,
         device: torch.device | None = None,
+        ends: EndTokens | None = None,
     ):
         self.environment = environment or load_environment(
             config.env_path, timeout=float(config.env_timeout), workers=config.env_workers
@@ -178,6 +181,7 @@ class Collector:
             seed=seed,
             max_turns=int(config.max_turns),
             max_length=min(limits, default=None),
+            ends=ends,
         )
         if hasattr(engine, "settled"):  # its batches wait for the environments
             engine.settled = self._player.settled

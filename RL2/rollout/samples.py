@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from RL2.datasets.end_of_turn import EndTokens, end_tokens
 from RL2.rollout.engine import Completion, SamplingParams
 
 _MASK_64 = (1 << 64) - 1
@@ -35,25 +36,58 @@ def stable_seed(*parts: int) -> int:
 
 
 def action_text(
-    completion: Completion, sampling: SamplingParams, tokenizer: PreTrainedTokenizerBase
+    completion: Completion,
+    sampling: SamplingParams,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: EndTokens | None = None,
 ) -> str:
-    """The text of a completion that an environment judges.
+    """The text of a completion that an environment judges; see `action_parts`."""
+    return action_parts(completion, sampling, tokenizer, ends or end_tokens(tokenizer))[0]
 
-    The end-of-sequence token is cut off; every other special token (`</think>` where it is one)
-    stays. With `no_stop_trim=False` the text ends before the stop string.
+
+def action_parts(
+    completion: Completion,
+    sampling: SamplingParams,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: EndTokens,
+) -> tuple[str, str]:
+    """The text of a completion that an environment judges, and the stop text behind it that is cut
+    off.
+
+    The token that ended the completion is in neither; every other special token (`</think>` where
+    it is one) stays. The first ends before a stop text with `no_stop_trim=False`, and always before
+    one that special tokens spell, as those end a turn and say nothing.
     """
     ids = completion.token_ids
-    if completion.finish_reason == "stop" and ids and ids[-1] in tokenizer.all_special_ids:
-        # Any special token that ended the completion, since a model may have several
-        # end-of-sequence tokens; but not one that is a stop string itself.
-        last = tokenizer.decode([ids[-1]], skip_special_tokens=False)
-        if not any(stop in last for stop in sampling.stop):
-            ids = ids[:-1]
-    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if completion.finish_reason == "stop" and not sampling.no_stop_trim:
-        found = [text.find(stop) for stop in sampling.stop if stop in text]
-        text = text[: min(found)] if found else text
+    whole = _decode(tokenizer, ids)
+    if completion.finish_reason != "stop":
+        return whole, ""
+    text = _decode(tokenizer, ids[:-1]) if ids and ids[-1] in ends.ids else whole
+    cut = [
+        stop
+        for stop in sampling.stop
+        if stop in whole and (not sampling.no_stop_trim or _is_special(stop, tokenizer, ends))
+    ]
+    at = min([len(text), *map(whole.find, cut)])
+    return text[:at], text[at:]
+
+
+def without_echo(text: str, hidden: str, stops: tuple[str, ...]) -> str:
+    """What an environment wrote behind an action whose stop text it was not shown (`hidden`),
+    without that stop text, if it begins with it."""
+    for echo in (hidden, *(stop for stop in stops if hidden.startswith(stop))):
+        if text.startswith(echo):
+            return text[len(echo) :]
     return text
+
+
+def _is_special(stop: str, tokenizer: PreTrainedTokenizerBase, ends: EndTokens) -> bool:
+    ids = tokenizer.encode(stop.strip(), add_special_tokens=False)
+    return bool(ids) and ends.special.issuperset(ids)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from RL2.config.models import context_length
 from RL2.config.schema import EngineName
 from RL2.datasets import RLDataset, SFTDataset, collate, make_loader
+from RL2.datasets.end_of_turn import EndTokens, end_tokens
 from RL2.distributed import rank, second_group, world_size
 from RL2.distributed.comm import Batch
 from RL2.ops.fp32 import without_switching
@@ -99,10 +100,18 @@ class RolloutSource:
     Args:
         config: the whole run's config.
         tokenizer: of the actor.
+        ends: its end tokens; None: what the tokenizer alone says.
     """
 
-    def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        config: DictConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: EndTokens | None = None,
+    ):
         self.config, self.tokenizer = config, tokenizer
+        self.ends = ends or end_tokens(tokenizer)
+        self.end_ids = self.ends.ids  # what a turn may end with
         self.environment = load_environment(
             config.rollout.env_path,
             timeout=config.rollout.env_timeout,
@@ -155,6 +164,7 @@ class RolloutSource:
             test_responses_per_prompt=self.config.test_data.responses_per_prompt,
             max_length=self.config.actor.max_length_per_device * self.config.actor.sp_size,
             device=device,
+            ends=self.ends,
         )
 
     def _drivers(self) -> tuple[int, ...]:
@@ -281,8 +291,14 @@ class DatasetSource:
 
     unwritten = None  # nothing is dumped
 
-    def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase):
-        self.data = SFTDataset(config.data, tokenizer, key="data")
+    def __init__(
+        self,
+        config: DictConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: EndTokens | None = None,
+    ):
+        self.data = SFTDataset(config.data, tokenizer, key="data", ends=ends)
+        self.end_ids = self.data.end_ids
         self.batch_size = config.data.batch_size
         self.loader = make_loader(self.data, self.batch_size, seed=config.trainer.seed)
         self.rows = PromptStream(self.data, self.loader)
