@@ -90,8 +90,8 @@ class Collector:
 
     Args:
         config: the `rollout` node: env_path, env_timeout, env_workers, max_env_errors,
-            max_malformed, max_turns, max_in_flight, responses_per_prompt, dynamic_filtering,
-            max_resampled, partial_rollout, over_sampling, train_sampling_params,
+            max_malformed, max_turns, max_in_flight, responses_per_prompt, truncated,
+            dynamic_filtering, max_resampled, partial_rollout, over_sampling, train_sampling_params,
             test_sampling_params.
         tokenizer: of the policy.
         engine: this rank's engine, None where it does not drive one; the collector starts and
@@ -154,6 +154,7 @@ class Collector:
         self.max_resampled = int(config.max_resampled)
         self.partial_rollout = bool(config.partial_rollout)
         self.over_sampling: int | None = config.over_sampling
+        self.truncated = str(config.get("truncated", "keep"))
         self.max_in_flight = int(config.max_in_flight)
         self.max_env_errors: int | None = config.max_env_errors
         self.max_malformed: int | None = config.max_malformed
@@ -182,6 +183,7 @@ class Collector:
             max_turns=int(config.max_turns),
             max_length=min(limits, default=None),
             ends=ends,
+            truncated=self.truncated,
         )
         if hasattr(engine, "settled"):  # its batches wait for the environments
             engine.settled = self._player.settled
@@ -370,6 +372,8 @@ class Collector:
             return None, metrics
         metrics |= traffic.pop()
         metrics["rollout/tokens_per_s"] = int(good.samples["length"].sum()) / seconds
+        if self.truncated == "mask":
+            good = good.whole()
         if self._filters(step.n_responses):
             good, metrics["rollout/dynamic_filtering_ratio"] = good.without_equal_groups()
             metrics["rollout/resampled"] = float(n_resampled)

@@ -91,6 +91,8 @@ class Player:
         max_turns: model turns in one sample at most.
         max_length: most tokens in one sequence; a sample whose next turn might not fit ends.
         ends: end tokens of the policy; None: what the tokenizer alone says.
+        truncated: what becomes of samples with a turn that was cut off at its longest: "keep",
+            "mask" (left out of the batch) or "zero" (their reward is 0).
 
     settled: set while no sample is between two requests, with its environment or its tokenizer.
     """
@@ -105,6 +107,7 @@ class Player:
         max_turns: int,
         max_length: int | None,
         ends: EndTokens | None = None,
+        truncated: str = "keep",
     ):
         self.engine = engine
         self.environment = environment
@@ -113,6 +116,7 @@ class Player:
         self.max_turns = max_turns
         self.max_length = max_length
         self.ends = ends or end_tokens(tokenizer)
+        self.truncated = truncated
         self.settled = asyncio.Event()
         self.settled.set()
         self._n_between = 0
@@ -136,6 +140,9 @@ class Player:
         except MalformedReply as error:
             sample.fail(str(error), "malformed")
         sample.ended = True
+        if sample.truncated and self.truncated == "zero":
+            sample.forfeit()
+        sample.masked = sample.truncated and self.truncated == "mask"
         if sample.error is not None:
             logger.warning(
                 "sample dropped: prompt %d, response %d of step %d: %s",
@@ -169,7 +176,9 @@ class Player:
                 action, hidden = action_parts(completion, sampling, self.tokenizer, self.ends)
                 prefix = state + action
                 try:
-                    result = await self.environment.step(state, action, sample.extra_info, key)
+                    result = await self.environment.step(
+                        state, action, sample.extra_info, key, completion.finish_reason
+                    )
                     ends = result.done or turn + 1 == self.max_turns
                     continues = not ends and result.next_state.startswith(prefix)
                     text = "" if ends else result.next_state

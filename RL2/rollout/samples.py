@@ -117,6 +117,7 @@ class Sample:
         bytes where the environment runs in a process of its own.)
     written: of the next turn, as long as the environment has not answered it.
     ended: whether nothing more comes.
+    masked: whether it takes no part in a batch, as it was cut off.
     """
 
     position: int
@@ -132,6 +133,12 @@ class Sample:
     extra_info: dict[str, Any] | bytes | None = None
     written: Completion | None = None
     ended: bool = False
+    masked: bool = False
+
+    @property
+    def truncated(self) -> bool:
+        """Whether a turn was cut off at its longest."""
+        return any(turn.finish_reason == "length" for turn in self.turns)
 
     @property
     def reward(self) -> float:
@@ -144,6 +151,13 @@ class Sample:
     @property
     def length(self) -> int:
         return sum(turn.length for turn in self.turns)
+
+    def forfeit(self) -> None:
+        """Make the reward 0; the score stays."""
+        for turn in self.turns:
+            turn.reward = 0.0
+        for sequence in self.sequences:
+            sequence["rewards"] = [0.0] * len(sequence["rewards"])
 
     def fail(self, error: str, cause: str) -> None:
         self.error, self.cause = error, cause
@@ -211,9 +225,10 @@ class Group:
             sample.position = position
 
     def teaches(self, filtering: bool) -> bool:
-        """Whether a finished group goes into a batch: some sample is good and, with `filtering`,
-        the rewards differ."""
-        rewards = {sample.reward for sample in self.samples if sample.error is None}
+        """Whether a finished group goes into a batch: some sample is good and not masked and, with
+        `filtering`, the rewards differ."""
+        good = [sample for sample in self.samples if sample.error is None and not sample.masked]
+        rewards = {sample.reward for sample in good}
         return len(rewards) > int(filtering)
 
 

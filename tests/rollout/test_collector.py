@@ -424,6 +424,55 @@ async def step(state, action, extra_info):
     assert "rollout/dynamic_filtering_ratio" not in metrics
 
 
+# ------------------------------------------------------------------------ truncated samples
+
+TOLD = """
+async def step(state, action, extra_info, finish_reason):
+    score = 7.0 * (finish_reason == "stop")
+    return {"next_state": "", "reward": 1.0 + len(action) % 2, "score": score, "done": True}
+"""
+
+
+def test_what_becomes_of_samples_that_were_cut_off(make, tmp_path):
+    items, batches, metrics, lines = make_items(6), {}, {}, {}
+    for kind in ("keep", "mask", "zero"):
+        collector = make(TOLD, {"truncated": kind}, rollouts_dir=tmp_path / kind)
+        batches[kind], metrics[kind] = collector.collect(items, 1, train=True)
+        dump = (tmp_path / kind / "step000001_train.jsonl").read_text().splitlines()
+        lines[kind] = [json.loads(line) for line in dump]
+    keep, mask, zero = batches.values()
+    cut = torch.tensor([line["finish_reason"] == "length" for line in lines["keep"]])
+    assert 0 < cut.sum() < 24
+    scores = [7.0 * (not one) for one in cut.tolist()]
+    for kind in batches:
+        assert [line["score"] for line in lines[kind]] == scores
+        same = ("train/n_samples", "train/score", "train/length_clip_ratio")
+        assert [metrics[kind][name] for name in same] == [metrics["keep"][name] for name in same]
+    assert len(keep["states"]) == 24 and bool(keep["correct"].all())
+    # Left out of the batch, and so of all that is summed or averaged over it.
+    assert mask["sample_ids"].tolist() == (~cut).nonzero().squeeze(1).tolist()
+    assert torch.equal(mask["rewards"].sum(1), keep["rewards"].sum(1)[~cut])
+    assert metrics["mask"]["train/reward"] == metrics["keep"]["train/reward"]
+    assert torch.equal(zero["rewards"].sum(1), keep["rewards"].sum(1) * ~cut)
+    assert torch.equal(zero["correct"], ~cut)
+    assert torch.equal(zero["states"], keep["states"])
+    assert [line["reward"] == 0 for line in lines["zero"]] == cut.tolist()
+    assert metrics["zero"]["train/reward"] == pytest.approx(zero["rewards"].sum().item() / 24)
+
+
+def test_masked_samples_do_not_make_a_group_teach(make):
+    """All whole answers have the same reward: nothing to compare, whatever those cut off got."""
+    source = TOLD.replace("1.0 + len(action) % 2", "float(finish_reason == 'stop')")
+    settings = {"dynamic_filtering": True, "truncated": "mask"}
+    batch, metrics = make(source, settings).collect(make_items(6), 1, train=True)
+    assert batch is None and 0 < metrics["train/score"] < 7
+    assert metrics["rollout/dynamic_filtering_ratio"] == 1
+    batch, metrics = make(source, settings | {"truncated": "keep"}).collect(
+        make_items(6), 1, train=True
+    )
+    assert batch is not None
+
+
 # ------------------------------------------------------------------------ text
 
 

@@ -160,7 +160,7 @@ class Surroundings:
         await self._think()
         return "R: ", self._carried(0)
 
-    async def step(self, state, action, extra_info, key=0):
+    async def step(self, state, action, extra_info, key=0, finish_reason="stop"):
         await self._think()
         extra_info = json.loads(extra_info) if isinstance(extra_info, bytes) else extra_info
         return self.answer(state, action, extra_info["turn"])
@@ -428,7 +428,7 @@ class Tells:
     def __init__(self, tell):
         self.tell, self.shown = tell, []
 
-    async def step(self, state, action, extra_info, key=0):
+    async def step(self, state, action, extra_info, key=0, finish_reason="stop"):
         self.shown.append((state, action))
         return Step(self.tell(state, action), 0.0, 0.0, False, extra_info)
 
@@ -556,3 +556,42 @@ def test_a_stop_text_within_a_token(tiny_tokenizer):
         )
         assert shown == [("Q: ", "cats"), ("Q: cats;! found\n", "cats")]
         assert tokenizer.decode(sample.sequences[0]["token_ids"]) == "Q: cats;! found\ncats;!"
+
+
+class Counts:
+    """An environment of three turns, each with a reward, that keeps the finish reasons."""
+
+    path = "counts.py"
+
+    def __init__(self):
+        self.reasons = []
+
+    async def step(self, state, action, extra_info, key=0, finish_reason="stop"):
+        self.reasons.append(finish_reason)
+        turn = len(self.reasons)
+        return Step(state + action + ".", float(turn), 1.0, turn == 3, extra_info)
+
+
+@pytest.mark.parametrize("truncated", ["keep", "mask", "zero"])
+@pytest.mark.parametrize("cut_at", [0, 1, 2, None])
+def test_a_sample_is_cut_off_if_any_turn_is(byte_tokenizer, truncated, cut_at):
+    replies = iter(range(3))
+
+    def reply(*_):
+        reason = "length" if next(replies) == cut_at else "stop"
+        return Completion([70], [-1.0], reason, [0])
+
+    environment, sample = Counts(), Sample(0, 0, born=(0, 0))
+    player = Player(
+        ScriptedEngine(reply), environment, byte_tokenizer,
+        seed=0, max_turns=5, max_length=None, truncated=truncated,
+    )  # fmt: skip
+    asyncio.run(player.play(sample, {"prompt": "Q"}, SamplingParams(1.0, 1), Gate(1), train=True))
+    was_cut = cut_at is not None
+    assert environment.reasons == ["length" if i == cut_at else "stop" for i in range(3)]
+    assert sample.reward == (0.0 if was_cut and truncated == "zero" else 6.0)
+    assert sum(sample.sequences[0]["rewards"]) == sample.reward
+    assert sample.score == 3.0
+    assert sample.masked == (was_cut and truncated == "mask")
+    again = Sample.from_state_dict(0, sample.state_dict())
+    assert (again.masked, again.reward) == (sample.masked, sample.reward)
