@@ -30,7 +30,7 @@ class EndTokens:
     ids: a completion ends with any of these.
     saved: those of them at which whoever generates from the model's folder stops: its generation
         config's, or its config's where it has none.
-    special: all tokens of the tokenizer that are no text.
+    special: all tokens of the tokenizer that neither are text nor stand for some.
     turn: with which the chat template closes an assistant turn; None where there is no template, or
         where it closes none and the next role's marker, one of `ids`, ends a turn.
     last: what ends a text that nothing ends: `eos_token`, or else what the model's configs name.
@@ -52,6 +52,8 @@ def end_tokens(
         where it has none, or they are not known.
     """
     eos, special = tokenizer.eos_token_id, special_ids(tokenizer)
+    if tokenizer.unk_token_id not in (eos, tokenizer.pad_token_id, tokenizer.bos_token_id):
+        special.discard(tokenizer.unk_token_id)  # which stands for text
     saved = _ids_of(config if generation is None else generation)
     # A config that does not name one has its class's default, which may be any token.
     more = [token for token in _ids_of(config) if token in special]

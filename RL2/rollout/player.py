@@ -211,7 +211,7 @@ class Player:
                 if continues and new and completion.finish_reason == "stop":
                     # A chat template closes the action with the end token that the policy wrote.
                     last = completion.token_ids[-1:]
-                    if new[:1] == last and last[0] in self.ends.ids:
+                    if new[:1] == last and last[0] in self.ends.special.union(self.ends.ids):
                         new = new[1:]
                 begun = len(sequence["token_ids"]) if continues else 0
                 if (

@@ -62,7 +62,12 @@ def action_parts(
     whole = _decode(tokenizer, ids)
     if completion.finish_reason != "stop":
         return whole, ""
-    text = _decode(tokenizer, ids[:-1]) if ids and ids[-1] in ends.ids else whole
+    last = ids[-1] if ids else None
+    # Somebody else's server may stop at more than we know of: what but an end was it then?
+    by_token = last in ends.ids or (
+        last in ends.special and not any(stop in whole for stop in sampling.stop)
+    )
+    text = _decode(tokenizer, ids[:-1]) if by_token else whole
     cut = [
         stop
         for stop in sampling.stop

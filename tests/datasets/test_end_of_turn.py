@@ -67,6 +67,18 @@ def test_without_a_template_that_tells(template):
     assert end_tokens(tokenizer).ids == (tokenizer.eos_token_id,)
 
 
+def test_what_a_tokenizer_does_not_know_ends_nothing():
+    tokenizer = tokenizer_of(FAMILIES["chatml"], "words")
+    tokenizer.chat_template = (
+        "{% for m in messages %}Speaker {{ m.role }} says {{ m.content }} done. {% endfor %}"
+    )
+    ends = end_tokens(tokenizer)
+    assert ends.turn is None and ends.ids == (tokenizer.eos_token_id,)
+    assert tokenizer.unk_token_id not in ends.special
+    tokenizer.unk_token = tokenizer.eos_token  # as GPT-2
+    assert tokenizer.eos_token_id in end_tokens(tokenizer).special
+
+
 def test_all_that_the_files_name():
     tokenizer = make_tiny_tokenizer()
     assert end_tokens(tokenizer, GenerationConfig(eos_token_id=5)).ids == (5, 256)

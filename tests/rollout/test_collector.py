@@ -493,6 +493,8 @@ def test_masked_samples_do_not_make_a_group_teach(make):
         ("ab<pad><pad>", "stop", ("<pad><pad>",), True, "ab"),
         ("ab<pad>\n", "stop", ("<pad>\n",), True, "ab"),
         ("ab</think>", "stop", ("</think>",), True, "ab</think>"),
+        ("ab<pad>", "stop", ("c",), True, "ab"),  # nothing but a token that we do not know ended it
+        ("cb<pad>", "stop", ("c",), True, "cb<pad>"),
         ("ab<pad>", "stop", ("b<pad>",), True, "ab<pad>"),
         ("ab<pad>", "stop", ("b<pad>",), False, "a"),
         ("ab<eos>", "stop", ("b<eos>",), False, "a"),

@@ -304,7 +304,7 @@ def told(conversation, tokenizer):
                     break
             next_state = state + action + hidden + added
         new = given(added if goes_on else next_state)
-        if goes_on and reason == "stop" and new and new[0][0] == ids[-1] == EOS:
+        if goes_on and reason == "stop" and new and new[0][0] == ids[-1] and ids[-1] in (EOS, PAD):
             new = new[1:]
         length = len(new) + goes_on * len(sequences[-1]) + sampling.max_new_tokens
         if conversation.max_length is not None and length > conversation.max_length:

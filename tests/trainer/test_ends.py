@@ -124,3 +124,21 @@ def test_a_model_without_any_end_token(tmp_path, caplog):
     stop = {"rollout__train_sampling_params__stop": "abc"}
     train(files, "ppo", tmp_path / "other", trainer__max_steps=1, **stop)
     assert of_ends(caplog) == []
+
+
+def test_a_step_whose_samples_were_all_cut_off(tmp_path):
+    """With rollout.truncated=mask nothing is learned then, and the metrics still tell of them."""
+    files = make_base(tmp_path, "phi3", ["<|end|>"])
+    mask = {"rollout__truncated": "mask", "rollout__train_sampling_params__max_new_tokens": 1}
+    rows = train(files, "spo", tmp_path / "mask", trainer__max_steps=1, **mask)
+    assert rows[-1]["train/length_clip_ratio"] == 1.0
+    assert rows[-1]["train/score"] == rows[-1]["train/reward"] > 0
+    assert "actor/loss" not in rows[-1]
+    rows = train(
+        files,
+        "spo",
+        tmp_path / "zero",
+        trainer__max_steps=1,
+        **mask | {"rollout__truncated": "zero"},
+    )
+    assert rows[-1]["train/score"] > rows[-1]["train/reward"] == 0.0
