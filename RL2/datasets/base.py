@@ -16,7 +16,8 @@ from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from RL2.config.errors import DataError
-from RL2.datasets.readers import Rows, load_rows
+from RL2.datasets.readers import load_rows
+from RL2.datasets.rows import Rows
 
 __all__ = [
     "Rows",

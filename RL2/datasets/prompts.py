@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from RL2.config.errors import DataError
-from RL2.datasets.readers import type_name
+from RL2.datasets.rows import type_name
 
 GSM8K_INSTRUCTION = "Let's think step by step and end with `#### answer`."
 RL_FORMATS = '{"messages", "extra_info"}, {"prompt", "extra_info"} or {"question", "answer"}'
