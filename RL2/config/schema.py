@@ -319,6 +319,7 @@ class SFTDataConfig:
     max_length: int = MISSING
     batch_size: int = MISSING
     overlong: Overlong = MISSING
+    separator: str = MISSING
 
 
 @dataclass

@@ -521,6 +521,12 @@ def _check_evaluation(config: DictConfig) -> None:
 
 
 def _check_sft(config: DictConfig) -> None:
+    separator = config.data.separator
+    if re.search(r"\\[nrt]", separator):
+        raise ConfigError(
+            f"data.separator={separator}: holds a backslash and a letter, of which neither shell "
+            "nor hydra makes a line break; in bash, write one as $'data.separator=\"\\n\"'"
+        )
     if config.actor.avg_level == AvgLevel.correct:
         raise ConfigError(
             "actor.avg_level=correct: in sft every sequence counts as correct; use token or "

@@ -276,6 +276,8 @@ def make_loader(
             f"{setting}: data set has only {len(dataset)} rows; lower it to at most "
             f"{len(dataset)}, or give more data in {dataset.key}.path"
         )
+    if said := _remainder(len(dataset), batch_size, drop_last):
+        logger.info("%s: %s", setting, said)
     sampler = StatefulBatchSampler(
         len(dataset), batch_size, seed, shuffle=shuffle, drop_last=drop_last, key=dataset.key,
         fingerprint=dataset.fingerprint,
@@ -289,3 +291,15 @@ def make_loader(
         return StatefulDataLoader(
             dataset, batch_sampler=sampler, collate_fn=list, generator=generator
         )
+
+
+def _remainder(n_rows: int, batch_size: int, drop_last: bool) -> str | None:
+    """What happens to the rows of an epoch that make no whole batch."""
+    left = n_rows % batch_size
+    if not left:
+        return None
+    if drop_last:
+        return f"each epoch leaves out {left} of {n_rows} rows, others each time where it shuffles"
+    if n_rows < batch_size:
+        return f"the data set has only {n_rows} rows, which each step takes"
+    return f"the last step of each epoch takes the {left} rows that are left of {n_rows}"

@@ -16,7 +16,7 @@ from RL2.config.data_paths import (
 )
 from RL2.config.errors import DataError
 from RL2.config.paths import expand_home
-from RL2.datasets.rows import Rows, one_line
+from RL2.datasets.rows import Rows, one_line, without_nested_nulls
 from RL2.datasets.table_files import read_arrow, read_parquet
 from RL2.datasets.text_files import read_csv, read_json, read_jsonl
 
@@ -136,4 +136,4 @@ def _read_hub(name: str, split: str, key: str) -> Rows:
             f"{key}.path={source}: data set {repository!r} does not load: {one_line(error)}; "
             "check name, config and split"
         ) from error
-    return Rows.without_lines(table.to_list(), source)
+    return Rows.without_lines(without_nested_nulls(table.to_list()), source)

@@ -77,6 +77,22 @@ class Rows:
         )
 
 
+def without_nested_nulls(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a columnar file without the nulls inside of their values.
+
+    All rows of such a file have the same fields, so that null stands for what a row does not have:
+    the arguments of other calls, the fields of other messages. (A null that was meant cannot be
+    told from it; a JSON file keeps those.) Columns stay, and nulls that are items of a list.
+    """
+    return [{column: _without_nulls(value) for column, value in row.items()} for row in rows]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(v) for name, v in value.items() if v is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def type_name(value: Any) -> str:
     """What a value is, in the words of a data file."""
     if value is None:

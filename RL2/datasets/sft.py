@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig
@@ -13,10 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from RL2.config.errors import DataError
 from RL2.datasets.base import Sequence, keep_within, load_limited_rows, option
+from RL2.datasets.continuation import continuation_encoder
 from RL2.datasets.end_of_turn import EndTokens, end_tokens
+from RL2.datasets.formats import SFT_ROWS, Unread, format_of
+from RL2.datasets.messages import learned_turns, messages_of, tools_of
 from RL2.datasets.prompts import (
     SFT_FORMATS,
-    messages_of,
     missing_keys,
     question_prompt,
     render,
@@ -28,7 +31,11 @@ from RL2.datasets.prompts import (
 @dataclass(frozen=True)
 class _Pair:
     """Prompt and response, tokenised apart as in a rollout, where the policy begins after the
-    prompt's last token; the token `end` follows."""
+    prompt's last token; the token `end` follows.
+
+    What the tokenizer puts before every text (a space) does not come between the two. Where it
+    would merge the prompt's end with the response's beginning, they stay apart.
+    """
 
     prompt: str
     response: str
@@ -57,12 +64,17 @@ class SFTDataset(Dataset):
     of rows unless it ends with an end token already, and behind an assistant turn that the template
     leaves open.
 
+    With {"messages"}, `tools` is shown to the chat template, and a turn with `weight` 0 is not
+    learned. `separator` stands between prompt and response of {"prompt", "response"}, as the first
+    of what is learned: the prompt is that of a rollout.
+
     end_ids: the tokens that end what is learned.
 
     An item is a Sequence {"token_ids": list[int], "action_mask": list[bool]}.
 
     Args:
-        config: node `data`: path, max_length (tokens, null for no limit), overlong, max_examples.
+        config: node `data`: path, max_length (tokens, null for no limit), overlong, max_examples,
+            separator.
         ends: end tokens of the model; None: what the tokenizer alone says.
 
     Raises:
@@ -82,8 +94,9 @@ class SFTDataset(Dataset):
         if option(config, "path") is None:
             raise DataError(f"{key}.path=null: name the data to train on")
         rows = load_limited_rows(config, key)
-        parse = _Parser(tokenizer, ends, key)
+        parse = _Parser(tokenizer, ends, key, option(config, "separator", ""))
         parsed = [parse(row, rows.where(i)) for i, row in enumerate(rows)]
+        parse.unread.report()
         sequences: list[Sequence] = [{} for _ in parsed]
         _fill_pairs(sequences, parsed, tokenizer, ends)
         _fill_conversations(sequences, parsed, tokenizer, key)
@@ -114,8 +127,11 @@ class SFTDataset(Dataset):
 class _Parser:
     """Makes a prompt and a response, or a conversation, of a row."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: EndTokens, key: str):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, ends: EndTokens, key: str, separator: str
+    ):
         self.tokenizer, self.ends, self.key = tokenizer, ends, key
+        self.separator, self.unread = separator, Unread(key, tokenizer)
         # As they stand in a text. Only what is special or added is found there as it is.
         whole = ends.special | tokenizer.added_tokens_decoder.keys()
         self.stops = _texts(tokenizer, whole.intersection(ends.ids))
@@ -123,39 +139,44 @@ class _Parser:
 
     def __call__(self, row: dict[str, Any], where: str) -> _Pair | _Conversation:
         tokenizer, ends, key = self.tokenizer, self.ends, self.key
-        if "messages" in row:
-            return self._conversation(messages_of(row, where, key), where)
-        if "prompt" in row and "response" in row:
-            prompt, response = (text_of(row, name, where, key) for name in ("prompt", "response"))
-            return _Pair(prompt, response, self._last())
-        if "question" in row and "answer" in row:
-            question = text_of(row, "question", where, key)
-            answer = text_of(row, "answer", where, key)
-            prompt = question_prompt(tokenizer, question, where, key)
-            # The prompt is the chat template's, where there is one, and so is the end.
-            last = self._last()
-            return _Pair(prompt, answer, last if ends.turn is None else ends.turn)
-        raise missing_keys(row, SFT_FORMATS, where, key)
+        kind = format_of(row, SFT_ROWS)
+        if kind is None:
+            raise missing_keys(row, SFT_FORMATS, where, key)
+        self.unread.add_row(row, kind)
+        if "messages" in kind.needs:
+            messages, tools = messages_of(row, where, key), tools_of(row, where, key)
+            self.unread.add_messages(messages, tools)
+            return self._conversation(messages, tools, where)
+        if "prompt" in kind.needs:
+            prompt, response = (text_of(row, name, where, key) for name in kind.needs)
+            return _Pair(prompt, self.separator + response, self._last())
+        question = text_of(row, "question", where, key)
+        answer = text_of(row, "answer", where, key)
+        prompt = question_prompt(tokenizer, question, where, key)
+        # The prompt is the chat template's, where there is one, and so is the end.
+        last = self._last()
+        return _Pair(prompt, answer, last if ends.turn is None else ends.turn)
 
-    def _conversation(self, messages: list[dict[str, Any]], where: str) -> _Conversation:
-        """Find each assistant turn in the rendered text.
+    def _conversation(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, where: str
+    ) -> _Conversation:
+        """Find each assistant turn that is learned in the rendered text.
 
         A turn stands between the rendering of what comes before it, with the generation prompt, and
         the rendering up to it. Both must be prefixes of the whole, the second as far as the end of
         the turn, or the positions would be wrong.
         """
         tokenizer, key = self.tokenizer, self.key
-        text = render(tokenizer, messages, where, key, add_generation_prompt=False)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not turns:
-            raise row_error(key, where, "messages without an assistant turn: nothing to learn")
+        shown = partial(render, tokenizer, where=where, key=key, tools=tools)
+        text = shown(messages, add_generation_prompt=False)
+        turns = learned_turns(messages, where, key)
         if turns[0] == 0:
             problem = "messages begin with an assistant turn; put a user turn before"
             raise row_error(key, where, problem)
         pieces, spans, done, n_written = [], [], 0, 0
         for i in turns:
-            before = render(tokenizer, messages[:i], where, key, add_generation_prompt=True)
-            upto = render(tokenizer, messages[: i + 1], where, key, add_generation_prompt=False)
+            before = shown(messages[:i], add_generation_prompt=True)
+            upto = shown(messages[: i + 1], add_generation_prompt=False)
             turn = upto.removeprefix(before)
             words, is_closed = self._end(turn, messages[i].get("content") or "")
             end = len(before) + words
@@ -242,7 +263,7 @@ def _fill_pairs(
     if not indices:
         return
     prompts = _tokenize(tokenizer, [parsed[i].prompt for i in indices])["input_ids"]
-    responses = _tokenize(tokenizer, [parsed[i].response for i in indices])["input_ids"]
+    responses = continuation_encoder(tokenizer)([parsed[i].response for i in indices])
     for i, prompt, response in zip(indices, prompts, responses, strict=True):
         end = [] if response and response[-1] in ends.ids else [parsed[i].end]
         response = response + end

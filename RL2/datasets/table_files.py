@@ -7,7 +7,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from RL2.config.errors import DataError
-from RL2.datasets.rows import Rows, one_line
+from RL2.datasets.rows import Rows, one_line, without_nested_nulls
 
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of the Arrow IPC format
 
@@ -51,10 +51,11 @@ def _rows_of_table(table: pyarrow.Table, name: str, key: str) -> Rows:
         )
     try:
         table.validate(full=True)
-        return Rows.without_lines(table.to_pylist(), name)
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        rows = table.to_pylist(maps_as_pydicts="strict")
+    except (pyarrow.ArrowException, ValueError, OverflowError, KeyError) as error:
         # Bytes that are no UTF-8, dates that Python cannot hold.
         raise DataError(
             f"{key}.path: {name}: its values cannot be read ({one_line(error)}); write it again "
             "with text in UTF-8"
         ) from error
+    return Rows.without_lines(without_nested_nulls(rows), name)

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from RL2.config.errors import EnvError
+from RL2.datasets.continuation import continuation_encoder
 from RL2.datasets.end_of_turn import EndTokens, end_tokens
 from RL2.rollout.engine import Completion, Engine, MalformedReply, SamplingParams
 from RL2.rollout.environments import Environment
@@ -115,6 +116,8 @@ class Player:
         self.seed = seed
         self.max_turns = max_turns
         self.max_length = max_length
+        continuations = continuation_encoder(tokenizer)
+        self._encode_behind = lambda text: continuations([text])[0]
         self.ends = ends or end_tokens(tokenizer)
         self.truncated = truncated
         self.settled = asyncio.Event()
@@ -185,7 +188,7 @@ class Player:
                     if continues:  # the state says what the tokens say: with the stop text
                         added = without_echo(text[len(prefix) :], hidden, sampling.stop)
                         text = prefix + hidden + added
-                    new = await self._encode(added if continues else text)
+                    new = await self._encode(added if continues else text, continues)
                     if not (ends or continues or new):  # an engine has no answer to nothing
                         raise EnvError(
                             f"{self.environment.path}: step returned next_state={text!r:.80} "
@@ -278,8 +281,11 @@ class Player:
                 break  # an abort that nobody here asked for
         return written
 
-    async def _encode(self, text: str) -> list[int]:
+    async def _encode(self, text: str, continues: bool = False) -> list[int]:
+        """Tokens of a text at the beginning of a sequence, or of one that follows another."""
         encode = partial(self.tokenizer.encode, text, add_special_tokens=False)
+        if continues:
+            encode = partial(self._encode_behind, text)
         # The event loop cannot wait for the tokens of a book.
         return encode() if len(text) < _LONG_TEXT else await asyncio.to_thread(encode)
 

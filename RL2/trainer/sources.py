@@ -55,13 +55,22 @@ class PromptStream:
         """The next n items."""
         drawn, self._first = self._first[:n], self._first[n:]
         while len(drawn) < n:
-            if self._used == len(self._batch):
-                self._before = self.loader.state_dict()
-                self._batch, self._used = self._next_batch(), 0
+            self._need_batch()
             more = self._batch[self._used :][: n - len(drawn)]
             self._used += len(more)
             drawn += more
         return drawn
+
+    def draw_batch(self) -> list[Any]:
+        """What is left of a batch of the loader, or the next one: the last of an epoch may be
+        smaller than the others."""
+        self._need_batch()
+        return self.draw(len(self._batch) - self._used)
+
+    def _need_batch(self) -> None:
+        if self._used == len(self._batch):
+            self._before = self.loader.state_dict()
+            self._batch, self._used = self._next_batch(), 0
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands."""
@@ -287,7 +296,8 @@ class RolloutSource:
 
 
 class DatasetSource:
-    """Rows of a data set as they are, every response token an action of advantage 1."""
+    """Rows of a data set as they are, every response token an action of advantage 1. The last step
+    of an epoch takes what is left of the rows."""
 
     unwritten = None  # nothing is dumped
 
@@ -299,8 +309,9 @@ class DatasetSource:
     ):
         self.data = SFTDataset(config.data, tokenizer, key="data", ends=ends)
         self.end_ids = self.data.end_ids
-        self.batch_size = config.data.batch_size
-        self.loader = make_loader(self.data, self.batch_size, seed=config.trainer.seed)
+        self.loader = make_loader(
+            self.data, config.data.batch_size, seed=config.trainer.seed, drop_last=False
+        )
         self.rows = PromptStream(self.data, self.loader)
 
     def start(self, device: torch.device) -> None:
@@ -308,7 +319,7 @@ class DatasetSource:
 
     def collect(self, step: int, last: bool = False) -> Result:
         """The next rows, on rank 0."""
-        items = self.rows.draw(self.batch_size)
+        items = self.rows.draw_batch()
         if rank() != 0:
             return None, {}
         batch = collate(items)

@@ -9,6 +9,7 @@ from RL2.config.errors import DataError
 from RL2.datasets import RLDataset, SFTDataset, collate, make_loader
 from RL2.datasets.end_of_turn import end_tokens
 from tests.chat_templates import FAMILIES, KINDS, tokenizer_of
+from tests.prefix_tokenizers import PREFIX_TOKENIZERS
 
 GSM8K = {"question": "How many?", "answer": "1 + 1 = 2\n#### 2"}
 CHAT = [
@@ -229,6 +230,38 @@ def test_answers_to_a_prompt_of_the_template_end_as_it_does():
     rows = [GSM8K, {"prompt": "p", "response": "r"}, {"prompt": "p", "response": "r<end_of_turn>"}]
     texts = [learned(tokenizer, sequence) for sequence in load(tokenizer, rows)]
     assert texts == [GSM8K["answer"] + "<end_of_turn>", "r<eos>", "r<end_of_turn>"]
+
+
+@pytest.mark.parametrize("kind", PREFIX_TOKENIZERS)
+def test_response_begins_with_no_space_of_the_tokenizers_own(kind):
+    tokenizer = PREFIX_TOKENIZERS[kind]()
+    rows = [{"prompt": "2+2=", "response": "4"}, {"prompt": "2+2=", "response": " 4"}]
+    for row, sequence in zip(rows, load(tokenizer, rows), strict=True):
+        whole = tokenizer(row["prompt"] + row["response"], add_special_tokens=False)["input_ids"]
+        assert sequence["token_ids"] == [*whole, tokenizer.eos_token_id]
+        assert learned(tokenizer, sequence).removesuffix(tokenizer.eos_token) == row["response"]
+
+
+@pytest.mark.parametrize("separator", ["", " ", "\n", "\nA: "])
+@pytest.mark.parametrize("kind", [None, "llama 2", "byte level"])
+def test_separator(tiny_tokenizer, kind, separator):
+    """It is learned with the response: the prompt is that of a rollout, to the token."""
+    tokenizer = PREFIX_TOKENIZERS[kind]() if kind else tiny_tokenizer
+    row = {"prompt": "How many?", "response": "3"}
+    (sequence,) = load(tokenizer, [row], separator=separator)
+    assert tokenizer.decode(sequence["token_ids"]).lstrip() == (
+        f"How many?{separator}3{tokenizer.eos_token}"
+    )
+    (item,) = RLDataset(OmegaConf.create({"path": "rows.jsonl"}), tokenizer)
+    n = len(item["prompt_ids"])
+    assert sequence["token_ids"][:n] == item["prompt_ids"]
+    assert sequence["action_mask"] == [i >= n for i in range(len(sequence["token_ids"]))]
+
+
+def test_separator_is_for_pairs_alone(tiny_tokenizer):
+    rows = [GSM8K, {"messages": CHAT}]
+    plain = list(load(tiny_tokenizer, rows))
+    assert list(load(tiny_tokenizer, rows, separator="x")) == plain
 
 
 # ------------------------------------------------------------------------------ bad rows

@@ -28,6 +28,7 @@ from RL2.rollout.samples import (
 )
 from tests.chat_templates import FAMILIES, KINDS, tokenizer_of
 from tests.faults.support import points
+from tests.prefix_tokenizers import PREFIX_TOKENIZERS
 from tests.rollout.scripted_engine import ScriptedEngine
 from tests.rollout.support import EOS, PAD, THINK_END
 
@@ -595,3 +596,22 @@ def test_a_sample_is_cut_off_if_any_turn_is(byte_tokenizer, truncated, cut_at):
     assert sample.masked == (was_cut and truncated == "mask")
     again = Sample.from_state_dict(0, sample.state_dict())
     assert (again.masked, again.reward) == (sample.masked, sample.reward)
+
+
+@pytest.mark.parametrize("kind", PREFIX_TOKENIZERS)
+def test_what_the_environment_adds_begins_with_no_space_of_the_tokenizers_own(tmp_path, kind):
+    path = tmp_path / "env.py"
+    path.write_text(
+        "async def step(state, action, extra_info):\n"
+        "    return {'next_state': state + action + 'yes?', 'reward': 1.0, 'score': 1.0,\n"
+        "            'done': False}\n"
+    )
+    tokenizer = PREFIX_TOKENIZERS[kind]()
+    whole = tokenizer("2+2=4yes?4", add_special_tokens=False)["input_ids"]
+    engine = ScriptedEngine(lambda *_: Completion(whole[-1:], [-1.0], "length", [0]))
+    sample, player = Sample(0, 0, born=(0, 0)), Player(
+        engine, load_environment(path), tokenizer, seed=0, max_turns=2, max_length=None
+    )  # fmt: skip
+    playing = player.play(sample, {"prompt": "2+2="}, SamplingParams(1.0, 1), Gate(1), train=True)
+    asyncio.run(playing)
+    assert sample.error is None and sample.sequences[0]["token_ids"] == whole
