@@ -184,5 +184,14 @@ def check_data_path(group: str, path: str | None) -> None:
     elif not is_hub_name(split, name):
         raise ConfigError(
             f"{key}: neither a file or folder ({FILES}) nor split@name:config such as "
-            "train@openai/gsm8k:main"
+            f"train@openai/gsm8k:main{_with_split(group, path)}"
         )
+
+
+def _with_split(group: str, path: str) -> str:
+    """The way out for the name of a data set alone."""
+    if not _HUB_DATA.fullmatch(path):
+        return ""
+    split = "test" if group == "test_data" else "train"
+    config = "" if ":" in path else "[:config]"
+    return f"; a data set of the hub needs its split: {group}.path='{split}@{path}{config}'"

@@ -82,3 +82,7 @@ def test_the_hub_is_not_asked():
         assert check(path) is None
     for path in ("openai/gsm8k", "gsm8k:main", "train@a/b/c", "tr ain@a/b", "a@b@c", ""):
         assert check(path).startswith("neither a file or folder (")
+    for path, ends in (("openai/gsm8k", "[:config]'"), ("openai/gsm8k:main", "'")):
+        way_out = f"; a data set of the hub needs its split: train_data.path='train@{path}{ends}"
+        assert check(path).endswith(way_out)
+    assert check("a@b@c").endswith("such as train@openai/gsm8k:main")
