@@ -51,7 +51,10 @@ def padded(folder: str, eos_ids: list[int], max_new_tokens: int) -> Callable:
     from RL2.rollout.engine import SamplingParams
     from RL2.rollout.transformers_engine import TransformersEngine
 
-    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=None)
+    tokenizer = SimpleNamespace(
+        pad_token_id=0, eos_token_id=None, bos_token_id=None, unk_token_id=None,
+        all_special_ids=[], added_tokens_decoder={}, chat_template=None,
+    )  # fmt: skip
     engine = TransformersEngine(folder, tokenizer=tokenizer)
     engine.eos_ids = tuple(eos_ids)
     engine.model.generation_config.eos_token_id = eos_ids or None

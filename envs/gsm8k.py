@@ -80,8 +80,9 @@ def is_correct(answer: str, gold: str) -> bool:
     return number == gold_number
 
 
-async def step(state: str, action: str, extra_info: dict) -> dict:
-    """Grade one response.
+async def step(state: str, action: str, extra_info: dict, *, finish_reason: str = "stop") -> dict:
+    """Grade one response. One that was cut off has not come to its answer: what stands behind
+    `####` may be a thought, or the beginning of a number.
 
     Raises:
         ValueError: extra_info holds no gold answer. Only the data set can be at fault, so this is
@@ -90,7 +91,7 @@ async def step(state: str, action: str, extra_info: dict) -> dict:
     gold = extra_info.get("answer")
     if gold is None or not str(gold).strip():
         raise ValueError(f"extra_info without a gold answer: it has the keys {sorted(extra_info)}")
-    answer = extract_answer(action)
+    answer = None if finish_reason == "length" else extract_answer(action)
     score = float(answer is not None and is_correct(answer, str(gold)))
     return {
         "next_state": state + action,

@@ -171,7 +171,7 @@ def _import_function(import_path: str, origin: str) -> Callable[..., Any]:
 
 
 def _load_file(location: str) -> ModuleType:
-    path = Path(location).expanduser().resolve()
+    path = Path(location).resolve()
     if not path.is_file():
         raise FileNotFoundError(location)
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:12]

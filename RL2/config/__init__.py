@@ -13,6 +13,7 @@ from RL2.config.errors import (
 )
 from RL2.config.fallbacks import apply_fallbacks
 from RL2.config.overrides import check_overrides, composition_error
+from RL2.config.paths import expand_argv, expand_paths
 from RL2.config.schema import RLConfig, SFTConfig, register_schemas
 from RL2.config.validate import validate
 
@@ -31,6 +32,8 @@ __all__ = [
     "apply_fallbacks",
     "check_overrides",
     "composition_error",
+    "expand_argv",
+    "expand_paths",
     "register_schemas",
     "validate",
 ]

@@ -42,6 +42,28 @@ def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list
         warnings += _model_fallbacks(config, "ref_actor", cuda, available)
     if "rollout" in config:
         warnings += _rollout_fallbacks(config, available)
+        warnings += _spelt_out_stops(config.rollout)
+    return warnings
+
+
+def _spelt_out_stops(rollout: DictConfig) -> list[str]:
+    """Stop texts with a backslash and a letter where a newline or a tab is meant: neither a shell
+    nor hydra makes one of it."""
+    warnings = []
+    for name in ("train_sampling_params", "test_sampling_params"):
+        stop = rollout[name].stop
+        texts = [stop] if isinstance(stop, str) else stop or []
+        if OmegaConf.is_interpolation(rollout[name], "stop"):
+            continue  # said of the other
+        for letter, what in (("n", "newline"), ("t", "tab"), ("r", "carriage return")):
+            if any(f"\\{letter}" in text for text in texts):
+                quoted = ",".join('"{}"'.format(text.replace("'", "\\'")) for text in texts)
+                quoted = quoted if isinstance(stop, str) else f"[{quoted}]"
+                warnings.append(
+                    f"rollout.{name}.stop={_text(stop)}: holds a backslash and the letter "
+                    f"{letter}, which a model hardly ever writes; for a {what} write "
+                    f"rollout.{name}.stop=$'{quoted}' in bash, or \"\\{letter}\" in YAML"
+                )
     return warnings
 
 

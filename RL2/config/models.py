@@ -47,7 +47,7 @@ def check_model(node: DictConfig, group: str) -> None:
     """
     name = node.model_name
     key = f"{group}.model_name={name}"
-    folder = Path(os.path.expanduser(name))
+    folder = Path(name)
     local = bool(name) and os.path.isdir(folder)
     # `models/tiny` has the form of a hub id too, but beside an existing `models` it is a typing
     # error that must not turn into a download.
@@ -74,7 +74,7 @@ def ask_hub(node: DictConfig, group: str) -> None:
         ConfigError: the hub has no such model, or does not answer and nothing is cached.
     """
     name = node.model_name
-    if os.path.isdir(os.path.expanduser(name)):
+    if os.path.isdir(name):
         return
     # Imported here: runs on folders do without.
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
@@ -116,7 +116,7 @@ def ask_hub(node: DictConfig, group: str) -> None:
 def context_length(name: str) -> int | None:
     """Positions that the model of a local folder was made for; None where its files do not say."""
     try:
-        described = json.loads(Path(os.path.expanduser(name), "config.json").read_bytes())
+        described = json.loads(Path(name, "config.json").read_bytes())
     except (OSError, ValueError):
         return None
     described = described.get("text_config") or described

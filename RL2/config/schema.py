@@ -90,6 +90,12 @@ class TISType(StrEnum):
     mask = "mask"
 
 
+class Truncated(StrEnum):
+    keep = "keep"
+    mask = "mask"
+    zero = "zero"
+
+
 class Estimator(StrEnum):
     reinforce = "reinforce"
     spo = "spo"
@@ -244,6 +250,7 @@ class RolloutConfig:
     max_env_errors: int | None = MISSING
     max_malformed: int | None = MISSING
     max_in_flight: int = MISSING
+    truncated: Truncated = MISSING
     dynamic_filtering: bool = MISSING
     max_resampled: int = MISSING
     partial_rollout: bool = MISSING
@@ -312,6 +319,7 @@ class SFTDataConfig:
     max_length: int = MISSING
     batch_size: int = MISSING
     overlong: Overlong = MISSING
+    separator: str = MISSING
 
 
 @dataclass

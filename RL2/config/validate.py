@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from RL2.config.data_paths import check_data_path
 from RL2.config.errors import ConfigError
 from RL2.config.models import check_model, context_length
 from RL2.config.overrides import is_open, unknown_key_message
@@ -25,9 +26,6 @@ from RL2.config.schema import (
     key_types,
 )
 from RL2.config.secrets import is_secret_name, redact
-
-DATA_EXTENSIONS = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
-"""Extensions by which a data path is a local file."""
 
 _REQUIRED = {
     "train_data.path": "give a data set (train@openai/gsm8k:main), a file, or null for an "
@@ -156,9 +154,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 _LONGEST_NAME = 255  # bytes, on all common file systems
 
-_HUB_NAME = r"[\w\-][\w.\-]*"
 _URL = re.compile(r"https?://[^/\s]+/?")
-_HUB_DATA = re.compile(rf"[^@]+@({_HUB_NAME}/)?{_HUB_NAME}(:[^:/]+)?")
 
 
 def validate(config: DictConfig, world_size: int) -> None:
@@ -194,12 +190,12 @@ def validate(config: DictConfig, world_size: int) -> None:
         _check_batches(config)
         _check_lengths(config)
         _check_objective(config)
-        _check_data("train_data", config.train_data.path)
-        _check_data("test_data", config.test_data.path)
+        check_data_path("train_data", config.train_data.path)
+        check_data_path("test_data", config.test_data.path)
         _check_evaluation(config)
     else:
         _check_sft(config)
-        _check_data("data", config.data.path)
+        check_data_path("data", config.data.path)
     _check_trainer(config.trainer)
 
 
@@ -333,7 +329,7 @@ def _check_rollout(config: DictConfig) -> None:
                 f"rollout.{name}.stop={stop}: must be a text, a list of texts or null; quote it: "
                 f"'rollout.{name}.stop=\"...\"'"
             )
-    if not os.path.isfile(os.path.expanduser(rollout.env_path)):
+    if not os.path.isfile(rollout.env_path):
         raise ConfigError(
             f"rollout.env_path={rollout.env_path}: no such file in {Path.cwd()}; give the python "
             "file of the environment, such as envs/gsm8k.py"
@@ -384,7 +380,7 @@ def _check_servers(rollout: DictConfig) -> None:
     if rollout.weights_dir is not None:
         _check_folder("rollout.weights_dir", rollout.weights_dir)
     python = rollout.server_python
-    program = os.path.expanduser(python or sys.executable)
+    program = python or sys.executable
     if not os.path.isfile(program) or not os.access(program, os.X_OK):
         raise ConfigError(
             f"rollout.server_python={python}: no executable file; give the python of the "
@@ -525,6 +521,12 @@ def _check_evaluation(config: DictConfig) -> None:
 
 
 def _check_sft(config: DictConfig) -> None:
+    separator = config.data.separator
+    if re.search(r"\\[nrt]", separator):
+        raise ConfigError(
+            f"data.separator={separator}: holds a backslash and a letter, of which neither shell "
+            "nor hydra makes a line break; in bash, write one as $'data.separator=\"\\n\"'"
+        )
     if config.actor.avg_level == AvgLevel.correct:
         raise ConfigError(
             "actor.avg_level=correct: in sft every sequence counts as correct; use token or "
@@ -547,30 +549,6 @@ def _room(actor: DictConfig) -> str:
     """What holds the longest sequence, in words."""
     times = f" * actor.sp_size={actor.sp_size}" if actor.sp_size > 1 else ""
     return f"actor.max_length_per_device={actor.max_length_per_device}{times}"
-
-
-def _check_data(group: str, path: str | None) -> None:
-    if path is None:
-        return
-    key = f"{group}.path={path}"
-    source = path.rpartition("@")[2]
-    local = os.path.expanduser(source)  # os.path: says no where Path raises (a name too long)
-    if source.lower().endswith(DATA_EXTENSIONS) or source.startswith((".", "~", os.sep)):
-        if os.path.isdir(local):
-            raise ConfigError(f"{key}: is a folder; give one of the files in it")
-        if not os.path.exists(local):
-            raise ConfigError(f"{key}: no such file in {Path.cwd()}; give an existing file")
-        if not os.path.isfile(local):
-            raise ConfigError(f"{key}: is a pipe or a device; write the rows to a file")
-        if os.path.getsize(local) == 0:
-            raise ConfigError(f"{key}: the file is empty; give one with rows")
-        if not source.lower().endswith(DATA_EXTENSIONS):
-            raise ConfigError(f"{key}: unknown file type; use {', '.join(DATA_EXTENSIONS)}")
-    elif not _HUB_DATA.fullmatch(path):
-        raise ConfigError(
-            f"{key}: neither a file ({', '.join(DATA_EXTENSIONS)}) nor split@name:config such as "
-            "train@openai/gsm8k:main"
-        )
 
 
 def _check_trainer(trainer: DictConfig) -> None:
@@ -598,13 +576,13 @@ def _check_trainer(trainer: DictConfig) -> None:
         )
     start = trainer.load_ckpt_from
     if start not in (None, "latest"):
-        key, folder = f"trainer.load_ckpt_from={start}", os.path.expanduser(start)
-        if not start.strip() or not os.path.isdir(folder):
+        key = f"trainer.load_ckpt_from={start}"
+        if not start.strip() or not os.path.isdir(start):
             raise ConfigError(
                 f"{key}: no such folder in {Path.cwd()}; use null, latest or the folder of a "
                 "checkpoint"
             )
-        if not os.path.isfile(os.path.join(folder, "manifest.json")):
+        if not os.path.isfile(os.path.join(start, "manifest.json")):
             raise ConfigError(
                 f"{key}: is no checkpoint, as it has no manifest.json; use null, latest or a "
                 "folder such as <save_dir>/checkpoints/step000020"
@@ -628,14 +606,13 @@ def _check_folder(key: str, path: str) -> None:
             f"{key}={path}: cannot be a folder; give a path without control characters, such as "
             "runs/first"
         )
-    full = os.path.expanduser(path)
-    if os.path.exists(full) and not os.path.isdir(full):
+    if os.path.exists(path) and not os.path.isdir(path):
         raise ConfigError(f"{key}={path}: is a file; give a folder")
 
 
 def _can_exist(path: str) -> bool:
     try:
-        os.stat(os.path.expanduser(path))
+        os.stat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return True  # what is in its way, other checks tell
     except (OSError, ValueError):

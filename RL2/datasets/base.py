@@ -16,7 +16,8 @@ from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from RL2.config.errors import DataError
-from RL2.datasets.readers import Rows, load_rows
+from RL2.datasets.readers import load_rows
+from RL2.datasets.rows import Rows
 
 __all__ = [
     "Rows",
@@ -275,6 +276,8 @@ def make_loader(
             f"{setting}: data set has only {len(dataset)} rows; lower it to at most "
             f"{len(dataset)}, or give more data in {dataset.key}.path"
         )
+    if said := _remainder(len(dataset), batch_size, drop_last):
+        logger.info("%s: %s", setting, said)
     sampler = StatefulBatchSampler(
         len(dataset), batch_size, seed, shuffle=shuffle, drop_last=drop_last, key=dataset.key,
         fingerprint=dataset.fingerprint,
@@ -288,3 +291,15 @@ def make_loader(
         return StatefulDataLoader(
             dataset, batch_sampler=sampler, collate_fn=list, generator=generator
         )
+
+
+def _remainder(n_rows: int, batch_size: int, drop_last: bool) -> str | None:
+    """What happens to the rows of an epoch that make no whole batch."""
+    left = n_rows % batch_size
+    if not left:
+        return None
+    if drop_last:
+        return f"each epoch leaves out {left} of {n_rows} rows, others each time where it shuffles"
+    if n_rows < batch_size:
+        return f"the data set has only {n_rows} rows, which each step takes"
+    return f"the last step of each epoch takes the {left} rows that are left of {n_rows}"

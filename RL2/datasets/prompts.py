@@ -2,13 +2,13 @@
 
 A row is one of
 
-    {"messages": [{"role", "content"}, ...], "extra_info": {...}}
+    {"messages": [{"role", "content"}, ...], "tools": [...], "extra_info": {...}}
     {"prompt": "...", "extra_info": {...}}
     {"question": "...", "answer": "... #### 42"}                       (GSM8K)
 
 `extra_info` is optional and goes to the environment untouched; an `answer` column beside `messages`
-or `prompt` becomes `extra_info["answer"]`. `messages` and `extra_info` may be JSON strings, because
-a CSV cell can hold nothing else.
+or `prompt` becomes `extra_info["answer"]`. `messages`, `tools` and `extra_info` may be JSON
+strings, because a CSV cell can hold nothing else.
 """
 
 from __future__ import annotations
@@ -20,14 +20,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from RL2.config.errors import DataError
-from RL2.datasets.readers import type_name
+from RL2.datasets.rows import type_name
 
 GSM8K_INSTRUCTION = "Let's think step by step and end with `#### answer`."
 RL_FORMATS = '{"messages", "extra_info"}, {"prompt", "extra_info"} or {"question", "answer"}'
 SFT_FORMATS = '{"messages"}, {"prompt", "response"} or {"question", "answer"}'
-
-
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 def row_error(key: str, where: str, problem: str) -> DataError:
@@ -72,49 +69,11 @@ def missing_keys(row: dict[str, Any], formats: str, where: str, key: str) -> Dat
     )
 
 
-def messages_of(row: dict[str, Any], where: str, key: str) -> list[dict[str, Any]]:
-    """`row["messages"]`, checked: a non-empty list of {"role": str, "content": str, ...}."""
-    messages = _from_json(row["messages"], "messages", where, key)
-    if not isinstance(messages, list) or not messages:
-        found = "an empty list" if isinstance(messages, list) else type_name(messages)
-        raise row_error(
-            key,
-            where,
-            f'messages is {found}; it must be a list of {{"role": "user", "content": "..."}}',
-        )
-    checked = []
-    for number, message in enumerate(messages):
-        name = f"messages[{number}]"
-        if not isinstance(message, dict):
-            raise row_error(key, where, f"{name} is {type_name(message)}; it must be an object")
-        for field in ("role", "content"):
-            if field not in message and not (field == "content" and message.get("tool_calls")):
-                raise row_error(
-                    key,
-                    where,
-                    f"{name} without {field}: it has the keys "
-                    f"{', '.join(sorted(map(str, message))) or 'none'}",
-                )
-        role = require_text(message["role"], f"{name}.role", where, key)
-        if role not in ROLES:
-            raise row_error(
-                key,
-                where,
-                f"{name}.role is {role!r:.40}, which chat templates pass over; use one of "
-                f"{', '.join(ROLES)}",
-            )
-        if not message.get("tool_calls"):
-            require_text(message["content"], f"{name}.content", where, key)
-        # Columnar files fill absent fields with nulls, which some templates take for present ones.
-        checked.append({k: v for k, v in message.items() if v is not None})
-    return checked
-
-
 def extra_info_of(row: dict[str, Any], where: str, key: str) -> dict[str, Any]:
     """`row["extra_info"]` (absent or null: empty) with the `answer` column, if any, in it."""
     value = row.get("extra_info")
     if isinstance(value, str):
-        value = _from_json(value, "extra_info", where, key) if value.strip() else None
+        value = from_json(value, "extra_info", where, key) if value.strip() else None
     if value is None:
         value = {}
     if not isinstance(value, dict):
@@ -174,7 +133,11 @@ def question_prompt(tokenizer: PreTrainedTokenizerBase, question: str, where: st
 
 
 def messages_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str, key: str
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    where: str,
+    key: str,
+    tools: list[Any] | None = None,
 ) -> str:
     """Prompt text of a conversation that the policy continues.
 
@@ -189,7 +152,7 @@ def messages_prompt(
         )
     if tokenizer.chat_template is None and len(messages) == 1 and messages[0]["role"] == "user":
         return messages[0]["content"] + "\n"
-    return render(tokenizer, messages, where, key, add_generation_prompt=True)
+    return render(tokenizer, messages, where, key, add_generation_prompt=True, tools=tools)
 
 
 def render(
@@ -199,6 +162,7 @@ def render(
     key: str,
     *,
     add_generation_prompt: bool,
+    tools: list[Any] | None = None,
 ) -> str:
     """The chat template's text of `messages`; what the template refuses is the row's error."""
     if tokenizer.chat_template is None:
@@ -208,16 +172,19 @@ def render(
             "messages need a tokenizer with a chat template and this one has none; "
             'use an instruction-tuned model, or {"prompt": "..."} rows',
         )
+    # A weight is told to us, not to the model.
+    shown = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            shown, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except Exception as error:  # a template is a program: it may divide by zero
         reason = " ".join(str(error).split()) or type(error).__name__
         raise row_error(key, where, f"the chat template refuses the messages: {reason}") from error
 
 
-def _from_json(value: Any, name: str, where: str, key: str) -> Any:
+def from_json(value: Any, name: str, where: str, key: str) -> Any:
+    """What a JSON text says; every other value is what it is already."""
     if not isinstance(value, str):
         return value
     try:

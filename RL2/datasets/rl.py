@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 from omegaconf import DictConfig
@@ -10,17 +11,21 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from RL2.datasets.base import keep_within, load_limited_rows, option
+from RL2.datasets.formats import RL_ROWS, Unread, format_of
+from RL2.datasets.messages import messages_of, tools_of
 from RL2.datasets.prompts import (
     RL_FORMATS,
     extra_info_of,
     gold_answer,
-    messages_of,
     messages_prompt,
     missing_keys,
     question_prompt,
     row_error,
     text_of,
 )
+from RL2.datasets.rows import Rows
+
+logger = logging.getLogger(__name__)
 
 
 class RLDataset(Dataset):
@@ -62,7 +67,10 @@ class RLDataset(Dataset):
         if max_prompt_length is None:
             max_prompt_length = option(config, "max_prompt_length")
         rows = load_limited_rows(config, key)
-        items = [_parse(row, tokenizer, rows.where(i), key) for i, row in enumerate(rows)]
+        unread = Unread(key, tokenizer)
+        items = [_parse(row, tokenizer, rows.where(i), key, unread) for i, row in enumerate(rows)]
+        unread.report()
+        _warn_of_missing_answers(items, rows, key)
         prompts = [item["prompt"] for item in items]
         prompt_ids = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
         for i, ids in enumerate(prompt_ids):
@@ -89,21 +97,35 @@ class RLDataset(Dataset):
         return {**item, "extra_info": copy.deepcopy(item["extra_info"]), "index": index}
 
 
+def _warn_of_missing_answers(items: list[dict[str, Any]], rows: Rows, key: str) -> None:
+    """Some rows with and some without may be meant; a hole in the data looks the same."""
+    without = [i for i, item in enumerate(items) if "answer" not in item["extra_info"]]
+    if 0 < len(without) < len(items):
+        logger.warning(
+            "%s.path: %d of %d rows have no answer, the first at %s; an environment that compares "
+            "with one fails there", key, len(without), len(items), rows.where(without[0]),
+        )  # fmt: skip
+
+
 def _parse(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str, key: str
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str, key: str, unread: Unread
 ) -> dict[str, Any]:
     """Prompt text and extra_info of one row."""
-    if "messages" in row:
-        prompt = messages_prompt(tokenizer, messages_of(row, where, key), where, key)
+    kind = format_of(row, RL_ROWS)
+    if kind is None:
+        raise missing_keys(row, RL_FORMATS, where, key)
+    unread.add_row(row, kind)
+    if "messages" in kind.needs:
+        messages, tools = messages_of(row, where, key), tools_of(row, where, key)
+        unread.add_messages(messages, tools)
+        prompt = messages_prompt(tokenizer, messages, where, key, tools)
         extra_info = extra_info_of(row, where, key)
-    elif "prompt" in row:
+    elif "prompt" in kind.needs:
         prompt = text_of(row, "prompt", where, key)
         extra_info = extra_info_of(row, where, key)
-    elif "question" in row and "answer" in row:
+    else:
         question = text_of(row, "question", where, key)
         gold = gold_answer(text_of(row, "answer", where, key), where, key)
         prompt = question_prompt(tokenizer, question, where, key)
         extra_info = {**extra_info_of(row, where, key), "answer": gold}
-    else:
-        raise missing_keys(row, RL_FORMATS, where, key)
     return {"prompt": prompt, "extra_info": extra_info}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig
@@ -12,9 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from RL2.config.errors import DataError
 from RL2.datasets.base import Sequence, keep_within, load_limited_rows, option
+from RL2.datasets.continuation import continuation_encoder
+from RL2.datasets.end_of_turn import EndTokens, end_tokens
+from RL2.datasets.formats import SFT_ROWS, Unread, format_of
+from RL2.datasets.messages import learned_turns, messages_of, tools_of
 from RL2.datasets.prompts import (
     SFT_FORMATS,
-    messages_of,
     missing_keys,
     question_prompt,
     render,
@@ -26,15 +31,21 @@ from RL2.datasets.prompts import (
 @dataclass(frozen=True)
 class _Pair:
     """Prompt and response, tokenised apart as in a rollout, where the policy begins after the
-    prompt's last token; the end-of-sequence token follows."""
+    prompt's last token; the token `end` follows.
+
+    What the tokenizer puts before every text (a space) does not come between the two. Where it
+    would merge the prompt's end with the response's beginning, they stay apart.
+    """
 
     prompt: str
     response: str
+    end: int
 
 
 @dataclass(frozen=True)
 class _Conversation:
-    """The chat template's text and the character ranges that the assistant wrote."""
+    """The chat template's text and the character ranges that are learned, each of which ends with
+    an end token."""
 
     text: str
     spans: list[tuple[int, int]]
@@ -45,29 +56,49 @@ class SFTDataset(Dataset):
 
     Rows are {"prompt", "response"}, {"question", "answer"} (the prompt text of RL, the whole answer
     as response) or {"messages"} (every assistant turn is learned; the token ids are those of the
-    chat template's own rendering, which decides about end-of-turn tokens). To the first two the
-    end-of-sequence token is appended unless the response already ends with it.
+    chat template's own rendering).
+
+    What is learned ends as a rollout does, up to and including an end token: the one with which the
+    chat template closes the turn, or the marker of the next role where that is an end token (GLM).
+    Where a text has neither, `eos_token` is put there: behind the response of the first two kinds
+    of rows unless it ends with an end token already, and behind an assistant turn that the template
+    leaves open.
+
+    With {"messages"}, `tools` is shown to the chat template, and a turn with `weight` 0 is not
+    learned. `separator` stands between prompt and response of {"prompt", "response"}, as the first
+    of what is learned: the prompt is that of a rollout.
+
+    end_ids: the tokens that end what is learned.
 
     An item is a Sequence {"token_ids": list[int], "action_mask": list[bool]}.
 
     Args:
-        config: node `data`: path, max_length (tokens, null for no limit), overlong, max_examples.
+        config: node `data`: path, max_length (tokens, null for no limit), overlong, max_examples,
+            separator.
+        ends: end tokens of the model; None: what the tokenizer alone says.
 
     Raises:
         DataError: unreadable data, a malformed row (file and line), an overlong sequence.
     """
 
     def __init__(
-        self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, key: str = "data"
+        self,
+        config: DictConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        key: str = "data",
+        ends: EndTokens | None = None,
     ) -> None:
+        ends = ends or end_tokens(tokenizer)
         self.key = key
         self.batch_size_key = f"{key}.batch_size"
         if option(config, "path") is None:
             raise DataError(f"{key}.path=null: name the data to train on")
         rows = load_limited_rows(config, key)
-        parsed = [_parse(row, tokenizer, rows.where(i), key) for i, row in enumerate(rows)]
+        parse = _Parser(tokenizer, ends, key, option(config, "separator", ""))
+        parsed = [parse(row, rows.where(i)) for i, row in enumerate(rows)]
+        parse.unread.report()
         sequences: list[Sequence] = [{} for _ in parsed]
-        _fill_pairs(sequences, parsed, tokenizer, key)
+        _fill_pairs(sequences, parsed, tokenizer, ends)
         _fill_conversations(sequences, parsed, tokenizer, key)
         for i, sequence in enumerate(sequences):
             if not any(sequence["action_mask"][1:]):
@@ -83,6 +114,7 @@ class SFTDataset(Dataset):
             limit_key=f"{key}.max_length",
         )
         self._sequences = [sequences[i] for i in kept]
+        self.end_ids = tuple(sorted(_last_ids(self._sequences) & ends.special.union(ends.ids)))
         self.fingerprint = rows.fingerprint(kept)
 
     def __len__(self) -> int:
@@ -92,72 +124,148 @@ class SFTDataset(Dataset):
         return self._sequences[index]
 
 
-def _parse(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str, key: str
-) -> _Pair | _Conversation:
-    if "messages" in row:
-        return _conversation(tokenizer, messages_of(row, where, key), where, key)
-    if "prompt" in row and "response" in row:
-        return _Pair(text_of(row, "prompt", where, key), text_of(row, "response", where, key))
-    if "question" in row and "answer" in row:
+class _Parser:
+    """Makes a prompt and a response, or a conversation, of a row."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, ends: EndTokens, key: str, separator: str
+    ):
+        self.tokenizer, self.ends, self.key = tokenizer, ends, key
+        self.separator, self.unread = separator, Unread(key, tokenizer)
+        # As they stand in a text. Only what is special or added is found there as it is.
+        whole = ends.special | tokenizer.added_tokens_decoder.keys()
+        self.stops = _texts(tokenizer, whole.intersection(ends.ids))
+        self.special = _texts(tokenizer, ends.special)
+
+    def __call__(self, row: dict[str, Any], where: str) -> _Pair | _Conversation:
+        tokenizer, ends, key = self.tokenizer, self.ends, self.key
+        kind = format_of(row, SFT_ROWS)
+        if kind is None:
+            raise missing_keys(row, SFT_FORMATS, where, key)
+        self.unread.add_row(row, kind)
+        if "messages" in kind.needs:
+            messages, tools = messages_of(row, where, key), tools_of(row, where, key)
+            self.unread.add_messages(messages, tools)
+            return self._conversation(messages, tools, where)
+        if "prompt" in kind.needs:
+            prompt, response = (text_of(row, name, where, key) for name in kind.needs)
+            return _Pair(prompt, self.separator + response, self._last())
         question = text_of(row, "question", where, key)
         answer = text_of(row, "answer", where, key)
-        return _Pair(question_prompt(tokenizer, question, where, key), answer)
-    raise missing_keys(row, SFT_FORMATS, where, key)
+        prompt = question_prompt(tokenizer, question, where, key)
+        # The prompt is the chat template's, where there is one, and so is the end.
+        last = self._last()
+        return _Pair(prompt, answer, last if ends.turn is None else ends.turn)
 
+    def _conversation(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, where: str
+    ) -> _Conversation:
+        """Find each assistant turn that is learned in the rendered text.
 
-def _conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str, key: str
-) -> _Conversation:
-    """Find each assistant turn in the rendered text.
+        A turn stands between the rendering of what comes before it, with the generation prompt, and
+        the rendering up to it. Both must be prefixes of the whole, the second as far as the end of
+        the turn, or the positions would be wrong.
+        """
+        tokenizer, key = self.tokenizer, self.key
+        shown = partial(render, tokenizer, where=where, key=key, tools=tools)
+        text = shown(messages, add_generation_prompt=False)
+        turns = learned_turns(messages, where, key)
+        if turns[0] == 0:
+            problem = "messages begin with an assistant turn; put a user turn before"
+            raise row_error(key, where, problem)
+        pieces, spans, done, n_written = [], [], 0, 0
+        for i in turns:
+            before = shown(messages[:i], add_generation_prompt=True)
+            upto = shown(messages[: i + 1], add_generation_prompt=False)
+            turn = upto.removeprefix(before)
+            words, is_closed = self._end(turn, messages[i].get("content") or "")
+            end = len(before) + words
+            if not (upto.startswith(before) and text.startswith(upto[:end])):
+                raise row_error(
+                    key,
+                    where,
+                    f"the chat template renders messages[{i}] differently when turns follow it or "
+                    "when it is generated, so what the assistant wrote cannot be located; make one "
+                    "row of each assistant turn, or use another chat template",
+                )
+            closing = ""
+            if not is_closed:
+                rest = text[len(upto) :] if text.startswith(upto) else ""
+                marker = _starts_with(rest.lstrip(), self.stops)
+                if marker:
+                    end = len(text) - len(rest.lstrip()) + len(marker)
+                else:
+                    closing = tokenizer.convert_ids_to_tokens(self._last())
+            start = n_written + len(before) - done
+            pieces += [text[done:end], closing]
+            n_written += end - done + len(closing)
+            spans.append((start, n_written))
+            done = end
+        return _Conversation("".join([*pieces, text[done:]]), spans)
 
-    A turn stands between the rendering of what comes before it, with the generation prompt, and the
-    rendering up to it. Both must be prefixes of the whole, or the positions would be wrong.
-    """
-    text = render(tokenizer, messages, where, key, add_generation_prompt=False)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise row_error(key, where, "messages without an assistant turn: nothing to learn")
-    if turns[0] == 0:
-        raise row_error(key, where, "messages begin with an assistant turn; put a user turn before")
-    special = tuple(t for t in tokenizer.all_special_tokens if t)
-    spans = []
-    for i in turns:
-        before = render(tokenizer, messages[:i], where, key, add_generation_prompt=True)
-        upto = render(tokenizer, messages[: i + 1], where, key, add_generation_prompt=False)
-        if not (upto.startswith(before) and text.startswith(upto)):
-            raise row_error(
-                key,
-                where,
-                f"the chat template renders messages[{i}] differently when turns follow it or when "
-                "it is generated, so what the assistant wrote cannot be located; make one row of "
-                "each assistant turn, or use another chat template",
+    def _last(self) -> int:
+        if self.ends.last is None:
+            raise DataError(
+                f"{self.key}.path: the tokenizer has no end-of-sequence token, so responses would "
+                "not end; set eos_token in its tokenizer_config.json"
             )
-        # Templates put a newline after the end-of-turn token. The policy stops at that token.
-        trimmed = upto.rstrip()
-        spans.append((len(before), len(trimmed if trimmed.endswith(special) else upto)))
-    return _Conversation(text, spans)
+        return self.ends.last
+
+    def _end(self, turn: str, content: str) -> tuple[int, bool]:
+        """Where what is learned of a turn ends, and whether an end token closes it.
+
+        Templates put a newline, or more, behind the token that ends a turn; the policy stops at
+        that token.
+        """
+        words = content.strip()
+        found = turn.rfind(words) if words else -1
+        behind = found + len(words) if found >= 0 else 0
+        tail = turn[behind:]
+        stops = [(tail.find(stop), -len(stop)) for stop in self.stops if stop in tail]
+        if stops:
+            at, length = min(stops)
+            return behind + at - length, True
+        if tail.rstrip().endswith(self.special):  # of a turn of this kind (Llama 3: a tool's call)
+            return behind + len(tail.rstrip()), True
+        own = content[len(content.rstrip()) :]
+        if found >= 0 and tail.isspace() and tail.startswith(own):
+            return behind + len(own), False
+        return len(turn.rstrip()), False
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> tuple[str, ...]:
+    return tuple(text for text in tokenizer.convert_ids_to_tokens(list(ids)) if text)
+
+
+def _starts_with(text: str, starts: tuple[str, ...]) -> str:
+    """The longest of `starts` with which the text begins, or nothing."""
+    return max((one for one in starts if text.startswith(one)), key=len, default="")
+
+
+def _last_ids(sequences: list[Sequence]) -> set[int]:
+    """The last token of each stretch that is learned."""
+    found: set[int] = set()
+    for sequence in sequences:
+        mask = sequence["action_mask"]
+        following = [*mask[1:], False]
+        rows = zip(sequence["token_ids"], mask, following, strict=True)
+        found |= {token for token, action, more in rows if action and not more}
+    return found
 
 
 def _fill_pairs(
     sequences: list[Sequence],
     parsed: list[_Pair | _Conversation],
     tokenizer: PreTrainedTokenizerBase,
-    key: str,
+    ends: EndTokens,
 ) -> None:
     indices = [i for i, row in enumerate(parsed) if isinstance(row, _Pair)]
     if not indices:
         return
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise DataError(
-            f"{key}.path: the tokenizer has no end-of-sequence token, so responses would not end; "
-            "set eos_token in its tokenizer_config.json"
-        )
     prompts = _tokenize(tokenizer, [parsed[i].prompt for i in indices])["input_ids"]
-    responses = _tokenize(tokenizer, [parsed[i].response for i in indices])["input_ids"]
+    responses = continuation_encoder(tokenizer)([parsed[i].response for i in indices])
     for i, prompt, response in zip(indices, prompts, responses, strict=True):
-        end = [] if response and response[-1] == eos else [eos]
+        end = [] if response and response[-1] in ends.ids else [parsed[i].end]
         response = response + end
         sequences[i]["token_ids"] = prompt + response
         sequences[i]["action_mask"] = [False] * len(prompt) + [True] * len(response)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from RL2.config.errors import EngineError, EnvError, Interrupted
+from RL2.datasets.end_of_turn import EndTokens
 from RL2.distributed.traffic import Traffic
 from RL2.rollout.engine import Engine, SamplingParams
 from RL2.rollout.environments import Environment, load_environment
@@ -89,8 +90,8 @@ class Collector:
 
     Args:
         config: the `rollout` node: env_path, env_timeout, env_workers, max_env_errors,
-            max_malformed, max_turns, max_in_flight, responses_per_prompt, dynamic_filtering,
-            max_resampled, partial_rollout, over_sampling, train_sampling_params,
+            max_malformed, max_turns, max_in_flight, responses_per_prompt, truncated,
+            dynamic_filtering, max_resampled, partial_rollout, over_sampling, train_sampling_params,
             test_sampling_params.
         tokenizer: of the policy.
         engine: this rank's engine, None where it does not drive one; the collector starts and
@@ -107,6 +108,7 @@ class Collector:
         max_length: most tokens in one sequence; a sample whose next turn might not fit ends.
         progress: True shows a progress bar, False does not, None does on a terminal.
         device: of this rank.
+        ends: end tokens of the policy; None: what the tokenizer alone says.
 
     Raises ConfigError for an environment file that cannot be used, EngineError when the engine
     does not start.
@@ -129,6 +131,7 @@ class Collector:
         max_length: int | None = None,
         progress: bool | None = None,
         device: torch.device | None = None,
+        ends: EndTokens | None = None,
     ):
         self.environment = environment or load_environment(
             config.env_path, timeout=float(config.env_timeout), workers=config.env_workers
@@ -151,6 +154,7 @@ class Collector:
         self.max_resampled = int(config.max_resampled)
         self.partial_rollout = bool(config.partial_rollout)
         self.over_sampling: int | None = config.over_sampling
+        self.truncated = str(config.get("truncated", "keep"))
         self.max_in_flight = int(config.max_in_flight)
         self.max_env_errors: int | None = config.max_env_errors
         self.max_malformed: int | None = config.max_malformed
@@ -178,6 +182,8 @@ class Collector:
             seed=seed,
             max_turns=int(config.max_turns),
             max_length=min(limits, default=None),
+            ends=ends,
+            truncated=self.truncated,
         )
         if hasattr(engine, "settled"):  # its batches wait for the environments
             engine.settled = self._player.settled
@@ -366,6 +372,8 @@ class Collector:
             return None, metrics
         metrics |= traffic.pop()
         metrics["rollout/tokens_per_s"] = int(good.samples["length"].sum()) / seconds
+        if self.truncated == "mask":
+            good = good.whole()
         if self._filters(step.n_responses):
             good, metrics["rollout/dynamic_filtering_ratio"] = good.without_equal_groups()
             metrics["rollout/resampled"] = float(n_resampled)

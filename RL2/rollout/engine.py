@@ -37,6 +37,7 @@ class SamplingParams:
     no_stop_trim: whether the text that an environment gets keeps the stop string (never
         changes token ids).
     top_p: nucleus of the tempered distribution that is sampled from; 1 is all of it.
+    stop_token_ids: end the completion, beside the end tokens that the engine finds itself.
 
     Raises ConfigError for values without a meaning.
     """
@@ -46,6 +47,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     no_stop_trim: bool = True
     top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:

@@ -75,10 +75,19 @@ def load(path: str, source: bytes) -> Functions:
     if not inspect.iscoroutinefunction(step):
         raise Failed("must define `async def step(state, action, extra_info)`")
     if reset is None:
-        return {"step": step}
+        return {"step": _told(step)}
     if not inspect.iscoroutinefunction(reset):
         raise Failed("`reset` must be `async def`")
-    return {"step": step, "reset": reset}
+    return {"step": _told(step), "reset": reset}
+
+
+def _told(step: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """`step` as it is called here, with the finish reason, which it is told if it names it."""
+    if "finish_reason" not in inspect.signature(step).parameters:
+        return lambda state, action, finish_reason, extra_info: step(state, action, extra_info)
+    return lambda state, action, finish_reason, extra_info: step(
+        state, action, extra_info, finish_reason=finish_reason
+    )
 
 
 async def call(functions: Functions, name: str, arguments: tuple, timeout: float) -> Answer:

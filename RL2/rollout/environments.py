@@ -36,6 +36,8 @@ class Environment:
     `step(state, action, extra_info)` must return a dict with `next_state` (str; may be missing or
     None when done), `reward` and `score` (finite numbers), `done` (bool), and `extra_info` (dict;
     when missing, the one passed in goes on).
+    A `step` with a parameter `finish_reason` gets by that name why the action ended: "stop" (an end
+    token or a stop text) or "length" (cut off at the most tokens of a turn).
     `reset(extra_info)`, needed only where rows have no prompt, must return the first state (str)
     or a pair of it and a dict.
 
@@ -48,13 +50,19 @@ class Environment:
         self._runs = runs
 
     async def step(
-        self, state: str, action: str, extra_info: dict[str, Any] | bytes, key: int = 0
+        self,
+        state: str,
+        action: str,
+        extra_info: dict[str, Any] | bytes,
+        key: int = 0,
+        finish_reason: str = "stop",
     ) -> Step:
         """Judge an action. Raises EnvError naming the file and what was wrong.
 
         key: calls with the same key go to the same process.
         """
-        text, numbers, extra_info = await self._call(key, "step", (state, action), extra_info)
+        texts = (state, action, finish_reason)
+        text, numbers, extra_info = await self._call(key, "step", texts, extra_info)
         return Step(text, extra_info=extra_info, **numbers)
 
     async def reset(

@@ -15,16 +15,19 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from RL2.config.errors import EnvError
+from RL2.datasets.continuation import continuation_encoder
+from RL2.datasets.end_of_turn import EndTokens, end_tokens
 from RL2.rollout.engine import Completion, Engine, MalformedReply, SamplingParams
 from RL2.rollout.environments import Environment
 from RL2.rollout.samples import (
     Sample,
     Turn,
-    action_text,
+    action_parts,
     add_reward,
     extend,
     stable_seed,
     start_sequence,
+    without_echo,
 )
 
 logger = logging.getLogger(__name__)
@@ -88,6 +91,9 @@ class Player:
         tokenizer: of the policy. seed: of the run.
         max_turns: model turns in one sample at most.
         max_length: most tokens in one sequence; a sample whose next turn might not fit ends.
+        ends: end tokens of the policy; None: what the tokenizer alone says.
+        truncated: what becomes of samples with a turn that was cut off at its longest: "keep",
+            "mask" (left out of the batch) or "zero" (their reward is 0).
 
     settled: set while no sample is between two requests, with its environment or its tokenizer.
     """
@@ -101,6 +107,8 @@ class Player:
         seed: int,
         max_turns: int,
         max_length: int | None,
+        ends: EndTokens | None = None,
+        truncated: str = "keep",
     ):
         self.engine = engine
         self.environment = environment
@@ -108,6 +116,10 @@ class Player:
         self.seed = seed
         self.max_turns = max_turns
         self.max_length = max_length
+        continuations = continuation_encoder(tokenizer)
+        self._encode_behind = lambda text: continuations([text])[0]
+        self.ends = ends or end_tokens(tokenizer)
+        self.truncated = truncated
         self.settled = asyncio.Event()
         self.settled.set()
         self._n_between = 0
@@ -123,6 +135,7 @@ class Player:
     ) -> None:
         """Play a sample to its end, from wherever it stands. A failure of its environment, or a
         reply that makes no sense, ends this sample only."""
+        sampling = replace(sampling, stop_token_ids=self.ends.ids)
         try:
             await self._play(sample, item, sampling, gate, train)
         except EnvError as error:
@@ -130,6 +143,9 @@ class Player:
         except MalformedReply as error:
             sample.fail(str(error), "malformed")
         sample.ended = True
+        if sample.truncated and self.truncated == "zero":
+            sample.forfeit()
+        sample.masked = sample.truncated and self.truncated == "mask"
         if sample.error is not None:
             logger.warning(
                 "sample dropped: prompt %d, response %d of step %d: %s",
@@ -159,14 +175,20 @@ class Player:
                 sample.fail("the engine aborted the completion", "abort")
                 return
             with self._between_requests():
-                state, action = sample.state, action_text(completion, sampling, self.tokenizer)
+                state = sample.state
+                action, hidden = action_parts(completion, sampling, self.tokenizer, self.ends)
                 prefix = state + action
                 try:
-                    result = await self.environment.step(state, action, sample.extra_info, key)
+                    result = await self.environment.step(
+                        state, action, sample.extra_info, key, completion.finish_reason
+                    )
                     ends = result.done or turn + 1 == self.max_turns
                     continues = not ends and result.next_state.startswith(prefix)
                     text = "" if ends else result.next_state
-                    new = await self._encode(text[len(prefix) :] if continues else text)
+                    if continues:  # the state says what the tokens say: with the stop text
+                        added = without_echo(text[len(prefix) :], hidden, sampling.stop)
+                        text = prefix + hidden + added
+                    new = await self._encode(added if continues else text, continues)
                     if not (ends or continues or new):  # an engine has no answer to nothing
                         raise EnvError(
                             f"{self.environment.path}: step returned next_state={text!r:.80} "
@@ -192,7 +214,7 @@ class Player:
                 if continues and new and completion.finish_reason == "stop":
                     # A chat template closes the action with the end token that the policy wrote.
                     last = completion.token_ids[-1:]
-                    if new[:1] == last and last[0] in self.tokenizer.all_special_ids:
+                    if new[:1] == last and last[0] in self.ends.special.union(self.ends.ids):
                         new = new[1:]
                 begun = len(sequence["token_ids"]) if continues else 0
                 if (
@@ -204,7 +226,7 @@ class Player:
                     extend(sequence, new)
                 else:
                     sample.sequences.append(start_sequence(new))
-                sample.state, sample.extra_info = result.next_state, result.extra_info
+                sample.state, sample.extra_info = text, result.extra_info
 
     async def _begin(self, sample: Sample, item: dict[str, Any], key: int) -> None:
         extra_info = deepcopy(dict(item.get("extra_info") or {}))
@@ -259,8 +281,11 @@ class Player:
                 break  # an abort that nobody here asked for
         return written
 
-    async def _encode(self, text: str) -> list[int]:
+    async def _encode(self, text: str, continues: bool = False) -> list[int]:
+        """Tokens of a text at the beginning of a sequence, or of one that follows another."""
         encode = partial(self.tokenizer.encode, text, add_special_tokens=False)
+        if continues:
+            encode = partial(self._encode_behind, text)
         # The event loop cannot wait for the tokens of a book.
         return encode() if len(text) < _LONG_TEXT else await asyncio.to_thread(encode)
 

@@ -83,7 +83,7 @@ class SampleTable:
                 one.length,
                 len(one.turns),
                 sum(not turn.action for turn in one.turns),
-                any(turn.finish_reason == "length" for turn in one.turns),
+                one.truncated,
                 one.error is not None,
                 len(line),
                 one.reward,
@@ -146,6 +146,10 @@ class SampleTable:
     def good(self) -> SampleTable:
         """Those that did not fail."""
         return self.select((self.samples["failed"] == 0).nonzero().squeeze(1))
+
+    def whole(self) -> SampleTable:
+        """Those of which no turn was cut off."""
+        return self.select((self.samples["clipped"] == 0).nonzero().squeeze(1))
 
     def without_equal_groups(self) -> tuple[SampleTable, float]:
         """Drop the groups in which all rewards are equal, which teach nothing against their mean.

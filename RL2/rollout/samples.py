@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from RL2.datasets.end_of_turn import EndTokens, end_tokens
 from RL2.rollout.engine import Completion, SamplingParams
 
 _MASK_64 = (1 << 64) - 1
@@ -35,25 +36,63 @@ def stable_seed(*parts: int) -> int:
 
 
 def action_text(
-    completion: Completion, sampling: SamplingParams, tokenizer: PreTrainedTokenizerBase
+    completion: Completion,
+    sampling: SamplingParams,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: EndTokens | None = None,
 ) -> str:
-    """The text of a completion that an environment judges.
+    """The text of a completion that an environment judges; see `action_parts`."""
+    return action_parts(completion, sampling, tokenizer, ends or end_tokens(tokenizer))[0]
 
-    The end-of-sequence token is cut off; every other special token (`</think>` where it is one)
-    stays. With `no_stop_trim=False` the text ends before the stop string.
+
+def action_parts(
+    completion: Completion,
+    sampling: SamplingParams,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: EndTokens,
+) -> tuple[str, str]:
+    """The text of a completion that an environment judges, and the stop text behind it that is cut
+    off.
+
+    The token that ended the completion is in neither; every other special token (`</think>` where
+    it is one) stays. The first ends before a stop text with `no_stop_trim=False`, and always before
+    one that special tokens spell, as those end a turn and say nothing.
     """
     ids = completion.token_ids
-    if completion.finish_reason == "stop" and ids and ids[-1] in tokenizer.all_special_ids:
-        # Any special token that ended the completion, since a model may have several
-        # end-of-sequence tokens; but not one that is a stop string itself.
-        last = tokenizer.decode([ids[-1]], skip_special_tokens=False)
-        if not any(stop in last for stop in sampling.stop):
-            ids = ids[:-1]
-    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if completion.finish_reason == "stop" and not sampling.no_stop_trim:
-        found = [text.find(stop) for stop in sampling.stop if stop in text]
-        text = text[: min(found)] if found else text
+    whole = _decode(tokenizer, ids)
+    if completion.finish_reason != "stop":
+        return whole, ""
+    last = ids[-1] if ids else None
+    # Somebody else's server may stop at more than we know of: what but an end was it then?
+    by_token = last in ends.ids or (
+        last in ends.special and not any(stop in whole for stop in sampling.stop)
+    )
+    text = _decode(tokenizer, ids[:-1]) if by_token else whole
+    cut = [
+        stop
+        for stop in sampling.stop
+        if stop in whole and (not sampling.no_stop_trim or _is_special(stop, tokenizer, ends))
+    ]
+    at = min([len(text), *map(whole.find, cut)])
+    return text[:at], text[at:]
+
+
+def without_echo(text: str, hidden: str, stops: tuple[str, ...]) -> str:
+    """What an environment wrote behind an action whose stop text it was not shown (`hidden`),
+    without that stop text, if it begins with it."""
+    for echo in (hidden, *(stop for stop in stops if hidden.startswith(stop))):
+        if text.startswith(echo):
+            return text[len(echo) :]
     return text
+
+
+def _is_special(stop: str, tokenizer: PreTrainedTokenizerBase, ends: EndTokens) -> bool:
+    ids = tokenizer.encode(stop.strip(), add_special_tokens=False)
+    return bool(ids) and ends.special.issuperset(ids)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 @dataclass
@@ -83,6 +122,7 @@ class Sample:
         bytes where the environment runs in a process of its own.)
     written: of the next turn, as long as the environment has not answered it.
     ended: whether nothing more comes.
+    masked: whether it takes no part in a batch, as it was cut off.
     """
 
     position: int
@@ -98,6 +138,12 @@ class Sample:
     extra_info: dict[str, Any] | bytes | None = None
     written: Completion | None = None
     ended: bool = False
+    masked: bool = False
+
+    @property
+    def truncated(self) -> bool:
+        """Whether a turn was cut off at its longest."""
+        return any(turn.finish_reason == "length" for turn in self.turns)
 
     @property
     def reward(self) -> float:
@@ -110,6 +156,13 @@ class Sample:
     @property
     def length(self) -> int:
         return sum(turn.length for turn in self.turns)
+
+    def forfeit(self) -> None:
+        """Make the reward 0; the score stays."""
+        for turn in self.turns:
+            turn.reward = 0.0
+        for sequence in self.sequences:
+            sequence["rewards"] = [0.0] * len(sequence["rewards"])
 
     def fail(self, error: str, cause: str) -> None:
         self.error, self.cause = error, cause
@@ -177,9 +230,10 @@ class Group:
             sample.position = position
 
     def teaches(self, filtering: bool) -> bool:
-        """Whether a finished group goes into a batch: some sample is good and, with `filtering`,
-        the rewards differ."""
-        rewards = {sample.reward for sample in self.samples if sample.error is None}
+        """Whether a finished group goes into a batch: some sample is good and not masked and, with
+        `filtering`, the rewards differ."""
+        good = [sample for sample in self.samples if sample.error is None and not sample.masked]
+        rewards = {sample.reward for sample in good}
         return len(rewards) > int(filtering)
 
 

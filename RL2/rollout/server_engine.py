@@ -519,7 +519,7 @@ def server_engine(
         dialect,
         HostWeights(
             getattr(torch, str(dtype)), config=model, tokenizer=tokenizer,
-            folder=rollout.weights_dir and os.path.expanduser(rollout.weights_dir),
+            folder=rollout.weights_dir,
         ),
         servers=servers,
         urls=urls,
@@ -569,7 +569,7 @@ def _server_options(
             allow_pickle=config.actor.allow_pickle,
             seed=config.trainer.seed,
             # Not resolved: the python of a virtual environment is a link to another one.
-            python=os.path.abspath(os.path.expanduser(rollout.server_python or sys.executable)),
+            python=os.path.abspath(rollout.server_python or sys.executable),
             extra_args=tuple(rollout.server_args),
             gpus=tuple(range(i * size, (i + 1) * size)) if device.type == "cuda" else (),
         )

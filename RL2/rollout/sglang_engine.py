@@ -133,6 +133,7 @@ class SGLang:
             "top_p": sampling.top_p,
             "max_new_tokens": sampling.max_new_tokens,
             "stop": list(sampling.stop),
+            "stop_token_ids": list(sampling.stop_token_ids),
             "sampling_seed": (seed + 2**63) % 2**64 - 2**63,
             # The tokens are what counts; what an environment reads is decoded from them.
             "no_stop_trim": True,

@@ -45,6 +45,7 @@ from transformers import (
 )
 
 from RL2.config.errors import EngineError
+from RL2.datasets.end_of_turn import end_tokens
 from RL2.ops.fp32 import accelerate_linears
 from RL2.rollout.engine import Completion, SamplingParams, check_request
 from RL2.rollout.noise import exponential_noise, signed
@@ -220,7 +221,7 @@ class TransformersEngine:
         self.weight_version = 0
         text_config = model.config.get_text_config()
         self.context_length: int | None = getattr(text_config, "max_position_embeddings", None)
-        self.eos_ids = _eos_ids(model.generation_config, tokenizer)
+        self.eos_ids = end_tokens(tokenizer, model.generation_config, model.config).ids
         # The checkpoint's own sampling settings (top_k, repetition penalty, …) must not slip in:
         # `generate` takes from here whatever a call does not set.
         fill = tokenizer.pad_token_id
@@ -393,7 +394,8 @@ class TransformersEngine:
             mask[row, start:] = 1
         ids, mask = ids.to(device), mask.to(device)
         seeds = torch.tensor([r.seed for r in batch], dtype=torch.int64, device=device)
-        eos = torch.tensor(self.eos_ids, dtype=torch.int64, device=device)
+        eos = dict.fromkeys(self.eos_ids + sampling.stop_token_ids)
+        eos = torch.tensor(list(eos), dtype=torch.int64, device=device)
         stop_strings = self._stop_strings(sampling.stop)
 
         def unwanted() -> bool:
@@ -554,15 +556,6 @@ class TransformersEngine:
 def _aborted() -> Completion:
     """The completion of a request that was aborted before it had a token."""
     return Completion([], [], "abort", [])
-
-
-def _eos_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """End-of-sequence ids of the checkpoint's generation config and of the tokenizer."""
-    ids = generation_config.eos_token_id if generation_config is not None else None
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    if tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
-    return tuple(dict.fromkeys(ids))
 
 
 def _plan_batches(

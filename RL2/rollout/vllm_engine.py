@@ -146,6 +146,7 @@ class VLLM:
             "max_tokens": sampling.max_new_tokens,
             "logprobs": 0,  # of the sampled token, and of no other
             "stop": list(sampling.stop),
+            "stop_token_ids": list(sampling.stop_token_ids),
             # Stop strings are looked for in text; one that a special token spells is none else.
             "detokenize": bool(sampling.stop),
             "skip_special_tokens": False,

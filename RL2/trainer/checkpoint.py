@@ -373,7 +373,7 @@ class Checkpoints:
             DataError: the data set is another one.
         """
         latest = which == "latest"
-        folders = broadcast(self.steps() if latest else [Path(which).expanduser()])
+        folders = broadcast(self.steps() if latest else [Path(which)])
         for folder in folders:
             state = None
             reason = damaged = _first(damage(folder))

@@ -22,9 +22,11 @@ from RL2.config import CheckpointError, ConfigError, HealthError, Interrupted, T
 from RL2.config.errors import first_line
 from RL2.config.models import ask_hub, hub_options
 from RL2.config.schema import Dtype
+from RL2.datasets.end_of_turn import load_end_tokens, special_ids
 from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks
 from RL2.distributed.comm import Batch
 from RL2.trainer.checkpoint import Checkpoints, rng_state, save_model, set_rng_state, together
+from RL2.trainer.ends import missing_ends, name_ends
 from RL2.trainer.folders import cannot_write, lock
 from RL2.trainer.health import observe
 from RL2.trainer.metrics import Metrics, Timers
@@ -106,8 +108,8 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
             "that this machine reaches or has cached"
         ) from error
     rows = getattr(model.get_text_config(), "vocab_size", None)
-    # A pad or end token beyond them is never read, nor written.
-    ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    # A special token beyond them is never read, nor written.
+    ordinary = set(tokenizer.get_vocab().values()) - special_ids(tokenizer)
     if rows is not None and max(ordinary, default=0) >= rows:
         raise ConfigError(
             f"actor.model_name={name}: the tokenizer has {len(tokenizer)} tokens, the model "
@@ -140,7 +142,10 @@ class Trainer:
         check_loss(config, self.loss)
         self.estimator = resolve_advantage(config.adv) if self.is_rl else None
         self.tokenizer = load_tokenizer(config)
-        self.source = (RolloutSource if self.is_rl else DatasetSource)(config, self.tokenizer)
+        ends = load_end_tokens(config.actor, self.tokenizer)
+        source = RolloutSource if self.is_rl else DatasetSource
+        self.source = source(config, self.tokenizer, ends)
+        missing = missing_ends(config, self.tokenizer, ends, self.source.end_ids)
         self.required = required_fields(config, self.loss) if self.is_rl else ()
         if "ref_logps" in self.required:
             ask_hub(config.ref_actor, "ref_actor")
@@ -150,6 +155,7 @@ class Trainer:
         self.lock = lock(config.trainer.save_dir) if rank() == 0 else None
         actor = config.actor if self.is_rl else OmegaConf.merge(_ON_DATA, config.actor)
         self.actor = Actor(actor, device, self.loss, config.trainer.max_bad_steps, self.traffic)
+        name_ends(self.actor.hf_model, ends.saved, missing)
         self.actor.prepare_scheduler(self.n_steps * actor.update_per_rollout)
         if self.is_rl and config.rollout.dtype == Dtype.auto:  # on CUDA: one dtype for both
             config.rollout.dtype = str(self.actor.dtypes.compute).removeprefix("torch.")

@@ -21,6 +21,8 @@ from RL2.config import (
     apply_fallbacks,
     check_overrides,
     composition_error,
+    expand_argv,
+    expand_paths,
     register_schemas,
     validate,
 )
@@ -63,6 +65,7 @@ def run(config_name: str) -> None:
     try:
         check_versions()
         check_launch_variables()
+        sys.argv[1:] = expand_argv(sys.argv[1:])
         check_overrides(config_name, sys.argv[1:])
     except RL2Error as error:
         _fail(error)
@@ -109,6 +112,7 @@ def check_launch_variables() -> None:
 
 def launch(config: DictConfig) -> None:
     """Check a composed config, resolve what is `auto` on this machine, and train."""
+    expand_paths(config)
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     main_rank = os.environ.get("RANK", "0") == "0"
     if not main_rank:

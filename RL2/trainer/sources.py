@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from RL2.config.models import context_length
 from RL2.config.schema import EngineName
 from RL2.datasets import RLDataset, SFTDataset, collate, make_loader
+from RL2.datasets.end_of_turn import EndTokens, end_tokens
 from RL2.distributed import rank, second_group, world_size
 from RL2.distributed.comm import Batch
 from RL2.ops.fp32 import without_switching
@@ -54,13 +55,22 @@ class PromptStream:
         """The next n items."""
         drawn, self._first = self._first[:n], self._first[n:]
         while len(drawn) < n:
-            if self._used == len(self._batch):
-                self._before = self.loader.state_dict()
-                self._batch, self._used = self._next_batch(), 0
+            self._need_batch()
             more = self._batch[self._used :][: n - len(drawn)]
             self._used += len(more)
             drawn += more
         return drawn
+
+    def draw_batch(self) -> list[Any]:
+        """What is left of a batch of the loader, or the next one: the last of an epoch may be
+        smaller than the others."""
+        self._need_batch()
+        return self.draw(len(self._batch) - self._used)
+
+    def _need_batch(self) -> None:
+        if self._used == len(self._batch):
+            self._before = self.loader.state_dict()
+            self._batch, self._used = self._next_batch(), 0
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands."""
@@ -99,10 +109,18 @@ class RolloutSource:
     Args:
         config: the whole run's config.
         tokenizer: of the actor.
+        ends: its end tokens; None: what the tokenizer alone says.
     """
 
-    def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        config: DictConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: EndTokens | None = None,
+    ):
         self.config, self.tokenizer = config, tokenizer
+        self.ends = ends or end_tokens(tokenizer)
+        self.end_ids = self.ends.ids  # what a turn may end with
         self.environment = load_environment(
             config.rollout.env_path,
             timeout=config.rollout.env_timeout,
@@ -155,6 +173,7 @@ class RolloutSource:
             test_responses_per_prompt=self.config.test_data.responses_per_prompt,
             max_length=self.config.actor.max_length_per_device * self.config.actor.sp_size,
             device=device,
+            ends=self.ends,
         )
 
     def _drivers(self) -> tuple[int, ...]:
@@ -277,14 +296,22 @@ class RolloutSource:
 
 
 class DatasetSource:
-    """Rows of a data set as they are, every response token an action of advantage 1."""
+    """Rows of a data set as they are, every response token an action of advantage 1. The last step
+    of an epoch takes what is left of the rows."""
 
     unwritten = None  # nothing is dumped
 
-    def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase):
-        self.data = SFTDataset(config.data, tokenizer, key="data")
-        self.batch_size = config.data.batch_size
-        self.loader = make_loader(self.data, self.batch_size, seed=config.trainer.seed)
+    def __init__(
+        self,
+        config: DictConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: EndTokens | None = None,
+    ):
+        self.data = SFTDataset(config.data, tokenizer, key="data", ends=ends)
+        self.end_ids = self.data.end_ids
+        self.loader = make_loader(
+            self.data, config.data.batch_size, seed=config.trainer.seed, drop_last=False
+        )
         self.rows = PromptStream(self.data, self.loader)
 
     def start(self, device: torch.device) -> None:
@@ -292,7 +319,7 @@ class DatasetSource:
 
     def collect(self, step: int, last: bool = False) -> Result:
         """The next rows, on rank 0."""
-        items = self.rows.draw(self.batch_size)
+        items = self.rows.draw_batch()
         if rank() != 0:
             return None, {}
         batch = collate(items)

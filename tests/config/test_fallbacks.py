@@ -1,3 +1,5 @@
+import subprocess
+
 import pytest
 
 from RL2.config import ConfigError, apply_fallbacks
@@ -164,3 +166,31 @@ def test_triton_for_the_reference_alone(composed):
 def test_cuda_asked_for_without_one(composed):
     with pytest.raises(ConfigError, match="actor.device=cuda: this machine has no CUDA device"):
         apply_fallbacks(composed("sft", "actor.device=cuda"), False, ALL)
+
+
+@pytest.mark.parametrize(
+    ("stop", "spelling"),
+    [
+        (r"\n", r"""$'"\n"'"""),
+        (r"'\n\nQ:'", r"""$'"\n\nQ:"'"""),
+        (r"['\t','</a>']", r"""$'["\t","</a>"]'"""),
+    ],
+)
+def test_a_stop_text_that_spells_a_newline_out(composed, stop, spelling):
+    config = composed("ppo", f"rollout.train_sampling_params.stop={stop}")
+    (line,) = apply_fallbacks(config, False, set())  # the evaluation's follows it
+    letter = "t" if "\\t" in stop else "n"
+    assert f"holds a backslash and the letter {letter}" in line
+    assert f"write rollout.train_sampling_params.stop={spelling} in bash" in line
+    # Which is what bash and hydra make the character of.
+    shell = subprocess.run(["bash", "-c", f"printf %s {spelling}"], capture_output=True, text=True)
+    config = composed("ppo", f"rollout.train_sampling_params.stop={shell.stdout}")
+    meant = config.rollout.train_sampling_params.stop
+    assert ("\t" if letter == "t" else "\n") in (meant if isinstance(meant, str) else meant[0])
+    assert apply_fallbacks(config, False, set()) == []
+
+
+def test_a_stop_text_of_the_evaluation_alone(composed):
+    config = composed("ppo", r"rollout.test_sampling_params.stop=a\r")
+    (line,) = apply_fallbacks(config, False, set())
+    assert line.startswith(r"rollout.test_sampling_params.stop=a\r: holds a backslash and the")

@@ -359,3 +359,17 @@ def test_paths_that_are_no_files(message, workdir):
         assert "no such file" in message("spo", f"rollout.env_path='{path}'")
     text = message("spo", "rollout.engine=vllm", "rollout.server_python=/")
     assert text.startswith("rollout.server_python=/: no executable file")
+
+
+@pytest.mark.parametrize("separator", ["\\n", "a\\tb", "\\r\\n"])
+def test_a_line_break_that_the_shell_did_not_make(message, separator):
+    text = message("sft", f"data.separator='{separator}'")
+    assert text.startswith(f"data.separator={separator}: holds a backslash and a letter")
+    assert text.endswith("""in bash, write one as $'data.separator="\\n"'""")
+
+
+@pytest.mark.parametrize("separator", ["", " ", "\n", "\n\n### Answer:\n", "\\"])
+def test_separators(composed, separator):
+    config = composed("sft")
+    config.data.separator = separator
+    validate(config, 1)

@@ -1,4 +1,6 @@
+import csv
 import datetime
+import gzip
 import json
 import socket
 import struct
@@ -74,6 +76,66 @@ def test_csv():
     assert [rows.where(0), rows.where(1)] == ["a.csv:2", "a.csv:5"]
 
 
+def test_csv_cells_of_any_size():
+    limit, long = csv.field_size_limit(), "x, " * 100_000
+    rows = load_rows(write("a.csv", f'question,answer\n"{long}",b\n'), "train_data")
+    assert list(rows) == [{"question": long, "answer": "b"}]
+    assert csv.field_size_limit() == limit  # it is the whole process's
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n\n", "\ufeff\r\n"])
+def test_csv_of_other_delimiters(delimiter, start):
+    """The header decides, so that the others may stand in cells, in a quoted name as well."""
+    line = delimiter.join(["prompt", '"a, b; c"', "answer"])
+    text = start + f"{line}\r\n" + delimiter.join(['"1,5; 2\t3"', "x", '"4\r\n5"']) + "\r\n"
+    rows = load_rows(write("a.csv", text), "train_data")
+    assert list(rows) == [{"prompt": "1,5; 2\t3", "a, b; c": "x", "answer": "4\r\n5"}]
+    assert rows.where(0) == f"a.csv:{start.count(chr(10)) + 2}"
+    assert list(load_rows(write("a.tsv", text), "train_data")) == list(rows)
+
+
+def test_csv_of_one_column():
+    rows = load_rows(write("a.csv", 'prompt\n"a;b,c"\nd;e\n'), "train_data")
+    assert list(rows) == [{"prompt": "a;b,c"}, {"prompt": "d;e"}]
+
+
+def test_csv_that_names_its_delimiter():
+    text = "sep=;\r\nprompt;answer,comment\r\na;b\r\n"
+    rows = load_rows(write("a.csv", text), "train_data")
+    assert list(rows) == [{"prompt": "a", "answer,comment": "b"}] and rows.where(0) == "a.csv:3"
+
+
+def gzipped(name: str, data: bytes) -> str:
+    return write(f"{name}.gz", gzip.compress(data))
+
+
+def test_gzipped_text():
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    rows = load_rows(gzipped("a.jsonl", b"\xef\xbb\xbf" + lines), "train_data")
+    assert list(rows) == ROWS and rows.where(3) == "a.jsonl.gz:4"
+    # Parts that were compressed one by one and joined.
+    write("b.JSONL.GZ", gzip.compress(lines[:50]) + gzip.compress(lines[50:]))
+    assert list(load_rows("train[2:4]@b.JSONL.GZ", "train_data")) == ROWS[2:4]
+    assert list(load_rows(gzipped("a.json", json.dumps(ROWS).encode()), "train_data")) == ROWS
+    assert list(load_rows(gzipped("a.csv", b"a;b\n1;2\n"), "train_data")) == [{"a": "1", "b": "2"}]
+    # A browser unpacks a file and keeps its name, or the other way round.
+    assert list(load_rows(write("c.jsonl.gz", lines), "train_data")) == ROWS
+    assert list(load_rows(write("c.jsonl", gzip.compress(lines)), "train_data")) == ROWS
+
+
+def test_gzipped_trouble():
+    lines = json.dumps(ROWS[0]).encode()
+    whole = gzip.compress(lines)
+    for broken in (whole[:-9], whole[:15], whole[:20] + b"xxx" + whole[23:]):
+        assert "a.jsonl.gz: does not decompress (" in error_of(write("a.jsonl.gz", broken))
+    assert "the data set is empty" in error_of(gzipped("a.jsonl", b""))
+    assert "the data set is empty" in error_of(write("a.jsonl.gz", b""))
+    assert "a.jsonl.gz:2: " in error_of(gzipped("a.jsonl", lines + b"\n[1]\n"))
+    assert "unknown extension '.parquet.gz'" in error_of(gzipped("a.parquet", b"PAR1"))
+    assert "unknown extension '.gz'" in error_of(gzipped("a", lines))
+
+
 def test_parquet_in_a_folder_with_a_telling_name(tmp_path):
     (tmp_path / "run=3").mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), "run=3/a.parquet")
@@ -139,6 +201,109 @@ def test_file_names_with_signs(name):
     write_rows(name)
     assert list(load_rows(name, "train_data")) == ROWS
     assert list(load_rows(f"train[:2]@{name}", "train_data")) == ROWS[:2]
+
+
+@pytest.mark.parametrize("folder", ["jane@example", "a@b@c", "test@x", "x=1/~y", "a:b", "[a]*?"])
+def test_folders_with_signs(tmp_path, folder):
+    Path(folder).mkdir(parents=True)
+    write_rows(f"{folder}/rows.jsonl")
+    for name in (f"{folder}/rows.jsonl", f"{tmp_path}/{folder}/rows.jsonl", folder):
+        assert list(load_rows(name, "train_data")) == ROWS
+        assert list(load_rows(f"train@{name}", "train_data")) == ROWS
+        assert list(load_rows(f"train[1:3]@{name}", "train_data")) == ROWS[1:3]
+
+
+def parts_of(path: str) -> list[list[int]]:
+    """Numbers of the rows, by the file that they come from."""
+    rows, parts = load_rows(path, "train_data"), {}
+    for i, row in enumerate(rows):
+        parts.setdefault(rows.where(i).rpartition(":")[0], []).append(row["n"])
+    return list(parts.values())
+
+
+def write_parts(*names: str) -> None:
+    """Two rows in each file: 0 and 1, 2 and 3, and so on."""
+    for i, name in enumerate(names):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"n": 2 * i}, {"n": 2 * i + 1}]
+        if name.endswith(".parquet"):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), name)
+        else:
+            data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            write(name, gzip.compress(data) if name.endswith(".gz") else data)
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "jsonl.gz", "parquet"])
+def test_folder_of_shards(extension):
+    write_parts(*(f"shards/part-{i:05}.{extension}" for i in range(3)))
+    write("shards/_SUCCESS", "")
+    write("shards/.part-00000.crc.jsonl", "x")
+    write("shards/README.md", "about")
+    for path in ("shards", "./shards/", "train@shards", "whatever@./shards"):
+        rows = load_rows(path, "train_data")
+        assert [row["n"] for row in rows] == list(range(6))
+    unit = "" if extension.startswith("jsonl") else " row "
+    assert rows.where(3) == f"./shards/part-00001.{extension}:{unit}2".removeprefix("./")
+    assert [row["n"] for row in load_rows("train[1:4]@shards", "train_data")] == [1, 2, 3]
+
+
+def test_pattern_of_files():
+    write_parts("d/a-0.jsonl", "d/a-1.jsonl", "d/b-0.jsonl", "d/e/a-2.jsonl")
+    assert parts_of("d/*.jsonl") == [[0, 1], [2, 3], [4, 5]]
+    assert parts_of("train@d/a-?.jsonl") == [[0, 1], [2, 3]]
+    assert parts_of("train[1:3]@d/a-[0-9].jsonl") == [[1], [2]]
+    assert parts_of("d/**/a-*.jsonl") == [[0, 1], [2, 3], [6, 7]]
+    assert "d/c*.jsonl does not exist" in error_of("d/c*.jsonl")
+    write("d/notes.txt", "x")
+    assert "d/notes.txt: unknown extension '.txt'" in error_of("d/*")
+
+
+def test_split_of_a_folder():
+    write_parts(
+        "hub/data/train-00000-of-00002-a1b2c3.jsonl", "hub/data/train-00001-of-00002-d4e5f6.jsonl",
+        "hub/data/test-00000-of-00001.jsonl", "hub/data/train_sft-00000-of-00001.jsonl",
+    )  # fmt: skip
+    assert parts_of("train@hub") == [[0, 1], [2, 3]]
+    assert parts_of("test@hub") == [[4, 5]]
+    assert parts_of("train_sft@hub") == [[6, 7]]
+    message = error_of("hub")
+    assert message.endswith("the folder holds the splits test, train; say which one: train@hub")
+    message = error_of("validation@hub")
+    assert (
+        "no file in the folder is of the split validation" in message and "test, train" in message
+    )
+    assert "one split of a folder at a time" in error_of("train+test@hub")
+    write_parts("dirs/train/0.jsonl", "dirs/dev/0.jsonl", "dirs/math/0.jsonl")
+    assert parts_of("train@dirs") == [[0, 1]] and parts_of("validation@dirs") == [[2, 3]]
+    assert parts_of("math@dirs") == [[4, 5]]
+    write_parts("plain/math.train.jsonl", "plain/code.train.jsonl", "plain/math.eval.jsonl")
+    assert parts_of("train@plain") == [[2, 3], [0, 1]] and parts_of("test@plain") == [[4, 5]]
+    assert parts_of("plain/math*") == [[4, 5], [0, 1]]
+
+
+def test_folder_of_one_rows_twice():
+    write_parts("twice/a.jsonl", "twice/a.jsonl.gz")
+    message = error_of("twice")
+    assert "holds .jsonl and .jsonl.gz files" in message and "twice/*.jsonl" in message
+    assert parts_of("twice/*.jsonl") == [[0, 1]]
+
+
+def test_folder_of_save_to_disk():
+    whole = datasets.Dataset.from_list(ROWS)
+    whole.save_to_disk("saved", num_shards=2)
+    assert list(load_rows("saved", "train_data")) == ROWS
+    splits = datasets.DatasetDict({"train": whole, "test": whole.select(range(3))})
+    splits.save_to_disk("splits")
+    assert list(load_rows("train@splits", "train_data")) == ROWS
+    assert list(load_rows("test@splits", "train_data")) == ROWS[:3]
+
+
+def test_empty_shards_are_none():
+    write_parts("d/a.jsonl")
+    write("d/b.jsonl", "")
+    assert parts_of("d") == [[0, 1]]
+    write("e.jsonl", "")
+    assert "the data set is empty" in error_of("e*.jsonl")
 
 
 def test_home_folder(tmp_path, monkeypatch):
@@ -286,7 +451,8 @@ def test_bad_utf8(name, mark):
         ("question,answer\na,b,c\n", "a.csv:2", "3 cells where the header names 2"),
         ('question,answer\na,"b\nc\n', "a.csv:2", "unexpected end of data"),
         ('question,answer\na,"b"c\n', "a.csv:2", "expected after"),
-        ("question,answer\n\na," + "x" * 140_000, "a.csv:3", "use .jsonl"),
+        ('question,answer\n\na,"' + "x" * 140_000, "a.csv:3", "use .jsonl"),
+        ("question;answer\na;b;c\n", "a.csv:2", "quote cells that hold semicolons"),
         ("answer,answer\na,b\n", "a.csv:1", "occurs twice"),
     ],
 )

@@ -7,6 +7,9 @@ from omegaconf import OmegaConf
 
 from RL2.config.errors import DataError
 from RL2.datasets import RLDataset, SFTDataset, collate, make_loader
+from RL2.datasets.end_of_turn import end_tokens
+from tests.chat_templates import FAMILIES, KINDS, tokenizer_of
+from tests.prefix_tokenizers import PREFIX_TOKENIZERS
 
 GSM8K = {"question": "How many?", "answer": "1 + 1 = 2\n#### 2"}
 CHAT = [
@@ -136,6 +139,129 @@ def test_generation_prompt_that_is_no_prefix_is_refused(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant:\n")
     assert "renders messages[2] differently" in error_of(tokenizer, [{"messages": CHAT}])
+
+
+# ------------------------------------------------------------------------------ end of turn
+
+TALK = [
+    {"role": "user", "content": "what is it ?"},
+    {"role": "assistant", "content": "forty- two"},
+    {"role": "user", "content": "and ?"},
+    {"role": "assistant", "content": "#### 42"},
+]
+
+
+def pieces(tokenizer, sequence: dict) -> list[list[str]]:
+    """The stretches that are learned, as tokens."""
+    stretches, before = [], False
+    for token, action in zip(sequence["token_ids"], sequence["action_mask"], strict=True):
+        if action and not before:
+            stretches.append([])
+        if action:
+            stretches[-1].append(tokenizer.convert_ids_to_tokens(token))
+        before = action
+    return stretches
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_turns_are_learned_up_to_their_end(name, kind):
+    """Up to the token at which engines stop, that one included, and nothing behind it."""
+    family = FAMILIES[name]
+    tokenizer = tokenizer_of(family, kind)
+    talks = [TALK[:2]] if name == "harmony" else [TALK[:2], TALK]  # which ends earlier turns anew
+    dataset = load(tokenizer, [{"messages": talk} for talk in talks])
+    ends = end_tokens(tokenizer)
+    for talk, sequence in zip(talks, dataset, strict=True):
+        stretches = pieces(tokenizer, sequence)
+        assert len(stretches) == len(talk) // 2
+        last = family.end if family.closes else family.eos
+        assert [one[-1] for one in stretches] == [family.end] * (len(stretches) - 1) + [last]
+        stops = set(tokenizer.convert_ids_to_tokens(list(ends.ids)))
+        assert not any(stops.intersection(one[:-1]) for one in stretches)
+        said = [tokenizer.convert_tokens_to_string(one[:-1]) for one in stretches]
+        if name not in ("command", "harmony"):  # which write more than the words
+            assert [one.strip() for one in said] == [m["content"] for m in talk[1::2]]
+        rendered = tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"]
+        added = [] if family.closes else [tokenizer.eos_token_id]
+        assert sequence["token_ids"] == rendered + added
+    assert set(dataset.end_ids) <= set(ends.ids)
+
+
+def test_a_template_that_leaves_turns_open(tiny_tokenizer):
+    """Without a token for the next role the tokenizer's end is put behind each turn."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<|{{m.role}}|>\n{{m.content}}{% endfor %}"
+    (sequence,) = load(tokenizer, [{"messages": TALK}])
+    assert tokenizer.decode(sequence["token_ids"]) == (
+        "<|user|>\nwhat is it ?<|assistant|>\nforty- two<|im_end|>"
+        "<|user|>\nand ?<|assistant|>\n#### 42<|im_end|>"
+    )
+    # It has no generation prompt, so the policy writes its role itself.
+    assert learned(tokenizer, sequence) == (
+        "<|assistant|>\nforty- two<|im_end|>|<|assistant|>\n#### 42<|im_end|>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{m.role}}: {{m.content}}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    spaces = [TALK[0], {"role": "assistant", "content": "a \n"}, *TALK[2:]]
+    (sequence,) = load(tokenizer, [{"messages": spaces}])
+    assert learned(tokenizer, sequence) == "a \n<|im_end|>|#### 42<|im_end|>"
+    tokenizer.eos_token = None
+    assert "has no end-of-sequence token" in error_of(tokenizer, [{"messages": TALK}])
+
+
+def test_a_turn_that_ends_in_another_way(tiny_tokenizer):
+    """Llama 3 ends a tool's call with another token; it is told to whoever saves the model."""
+    tokenizer = tokenizer_of(FAMILIES["llama3"])
+    call = {"function": {"name": "f", "arguments": {}}, "type": "function"}
+    talk = [TALK[0], {"role": "assistant", "content": "f ( )", "tool_calls": [call]},
+            {"role": "tool", "content": "42"}, TALK[3]]  # fmt: skip
+    dataset = load(tokenizer, [{"messages": talk}])
+    assert learned(tokenizer, dataset[0]) == "f ( )<|eom_id|>|#### 42<|eot_id|>"
+    eom, eot = tokenizer.convert_tokens_to_ids(["<|eom_id|>", "<|eot_id|>"])
+    assert dataset.end_ids == tuple(sorted((eom, eot)))
+    assert eom not in end_tokens(tokenizer).ids
+
+
+def test_answers_to_a_prompt_of_the_template_end_as_it_does():
+    tokenizer = tokenizer_of(FAMILIES["gemma"])
+    rows = [GSM8K, {"prompt": "p", "response": "r"}, {"prompt": "p", "response": "r<end_of_turn>"}]
+    texts = [learned(tokenizer, sequence) for sequence in load(tokenizer, rows)]
+    assert texts == [GSM8K["answer"] + "<end_of_turn>", "r<eos>", "r<end_of_turn>"]
+
+
+@pytest.mark.parametrize("kind", PREFIX_TOKENIZERS)
+def test_response_begins_with_no_space_of_the_tokenizers_own(kind):
+    tokenizer = PREFIX_TOKENIZERS[kind]()
+    rows = [{"prompt": "2+2=", "response": "4"}, {"prompt": "2+2=", "response": " 4"}]
+    for row, sequence in zip(rows, load(tokenizer, rows), strict=True):
+        whole = tokenizer(row["prompt"] + row["response"], add_special_tokens=False)["input_ids"]
+        assert sequence["token_ids"] == [*whole, tokenizer.eos_token_id]
+        assert learned(tokenizer, sequence).removesuffix(tokenizer.eos_token) == row["response"]
+
+
+@pytest.mark.parametrize("separator", ["", " ", "\n", "\nA: "])
+@pytest.mark.parametrize("kind", [None, "llama 2", "byte level"])
+def test_separator(tiny_tokenizer, kind, separator):
+    """It is learned with the response: the prompt is that of a rollout, to the token."""
+    tokenizer = PREFIX_TOKENIZERS[kind]() if kind else tiny_tokenizer
+    row = {"prompt": "How many?", "response": "3"}
+    (sequence,) = load(tokenizer, [row], separator=separator)
+    assert tokenizer.decode(sequence["token_ids"]).lstrip() == (
+        f"How many?{separator}3{tokenizer.eos_token}"
+    )
+    (item,) = RLDataset(OmegaConf.create({"path": "rows.jsonl"}), tokenizer)
+    n = len(item["prompt_ids"])
+    assert sequence["token_ids"][:n] == item["prompt_ids"]
+    assert sequence["action_mask"] == [i >= n for i in range(len(sequence["token_ids"]))]
+
+
+def test_separator_is_for_pairs_alone(tiny_tokenizer):
+    rows = [GSM8K, {"messages": CHAT}]
+    plain = list(load(tiny_tokenizer, rows))
+    assert list(load(tiny_tokenizer, rows, separator="x")) == plain
 
 
 # ------------------------------------------------------------------------------ bad rows

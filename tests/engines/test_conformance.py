@@ -14,6 +14,7 @@ import torch
 from transformers import TopPLogitsWarper
 
 from RL2.config.errors import EngineError
+from RL2.datasets.end_of_turn import EndTokens
 from RL2.rollout.engine import SamplingParams
 from RL2.rollout.samples import action_text
 from tests.engines.support import TOLERANCE, in_the_middle, side_of_abort, side_of_update
@@ -141,6 +142,22 @@ def test_a_stop_string_ends_and_stays_in_the_tokens(running):
     assert completion.token_ids == free.token_ids[: len(completion.token_ids)]
     assert tokenizer.decode(completion.token_ids).endswith(stop)
     assert action_text(completion, params, tokenizer) == tokenizer.decode(free.token_ids)[:end]
+
+
+def test_a_token_that_the_request_names_ends_it_and_stays(running):
+    tokenizer = make_tokenizer()
+    answers = zip(PROMPTS, ask(running, PROMPTS, sampling(0.0)), strict=True)
+    prompt, free = max(answers, key=lambda answer: len(answer[1].token_ids))
+    token = free.token_ids[len(free.token_ids) // 2]
+    first = free.token_ids.index(token)
+    params = sampling(0.0, stop_token_ids=(token, 63))
+    (completion,) = ask(running, [prompt], params)
+    assert completion.finish_reason == "stop"
+    assert completion.token_ids == free.token_ids[: first + 1]
+    ends = EndTokens(ids=params.stop_token_ids)
+    assert action_text(completion, params, tokenizer, ends) == tokenizer.decode(
+        free.token_ids[:first]
+    )
 
 
 def test_unicode_goes_through(running):

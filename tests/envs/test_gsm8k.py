@@ -179,6 +179,18 @@ def test_normal_form_is_a_fixed_point():
         assert number is not None and normalize_number(number) == number
 
 
+@pytest.mark.parametrize(
+    "action", ["#### 42", "#### 42\nBut wait,", "<think>#### 42", "</think>#### 4"]
+)
+def test_what_was_cut_off_has_no_answer(action):
+    for gold in ("42", "4"):
+        cut = asyncio.run(step("", action, {"answer": gold}, finish_reason="length"))
+        assert (cut["reward"], cut["score"], cut["done"]) == (0.0, 0.0, True)
+        whole = asyncio.run(step("", action, {"answer": gold}, finish_reason="stop"))
+        assert whole == asyncio.run(step("", action, {"answer": gold}))
+    assert asyncio.run(step("", "#### 42", {"answer": "42"}, finish_reason="stop"))["score"] == 1.0
+
+
 @pytest.mark.skipif(not REAL.is_dir(), reason="the GSM8K files do not lie beside the checkout")
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_real_gold_answer_grades_itself(split):

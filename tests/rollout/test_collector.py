@@ -424,6 +424,55 @@ async def step(state, action, extra_info):
     assert "rollout/dynamic_filtering_ratio" not in metrics
 
 
+# ------------------------------------------------------------------------ truncated samples
+
+TOLD = """
+async def step(state, action, extra_info, finish_reason):
+    score = 7.0 * (finish_reason == "stop")
+    return {"next_state": "", "reward": 1.0 + len(action) % 2, "score": score, "done": True}
+"""
+
+
+def test_what_becomes_of_samples_that_were_cut_off(make, tmp_path):
+    items, batches, metrics, lines = make_items(6), {}, {}, {}
+    for kind in ("keep", "mask", "zero"):
+        collector = make(TOLD, {"truncated": kind}, rollouts_dir=tmp_path / kind)
+        batches[kind], metrics[kind] = collector.collect(items, 1, train=True)
+        dump = (tmp_path / kind / "step000001_train.jsonl").read_text().splitlines()
+        lines[kind] = [json.loads(line) for line in dump]
+    keep, mask, zero = batches.values()
+    cut = torch.tensor([line["finish_reason"] == "length" for line in lines["keep"]])
+    assert 0 < cut.sum() < 24
+    scores = [7.0 * (not one) for one in cut.tolist()]
+    for kind in batches:
+        assert [line["score"] for line in lines[kind]] == scores
+        same = ("train/n_samples", "train/score", "train/length_clip_ratio")
+        assert [metrics[kind][name] for name in same] == [metrics["keep"][name] for name in same]
+    assert len(keep["states"]) == 24 and bool(keep["correct"].all())
+    # Left out of the batch, and so of all that is summed or averaged over it.
+    assert mask["sample_ids"].tolist() == (~cut).nonzero().squeeze(1).tolist()
+    assert torch.equal(mask["rewards"].sum(1), keep["rewards"].sum(1)[~cut])
+    assert metrics["mask"]["train/reward"] == metrics["keep"]["train/reward"]
+    assert torch.equal(zero["rewards"].sum(1), keep["rewards"].sum(1) * ~cut)
+    assert torch.equal(zero["correct"], ~cut)
+    assert torch.equal(zero["states"], keep["states"])
+    assert [line["reward"] == 0 for line in lines["zero"]] == cut.tolist()
+    assert metrics["zero"]["train/reward"] == pytest.approx(zero["rewards"].sum().item() / 24)
+
+
+def test_masked_samples_do_not_make_a_group_teach(make):
+    """All whole answers have the same reward: nothing to compare, whatever those cut off got."""
+    source = TOLD.replace("1.0 + len(action) % 2", "float(finish_reason == 'stop')")
+    settings = {"dynamic_filtering": True, "truncated": "mask"}
+    batch, metrics = make(source, settings).collect(make_items(6), 1, train=True)
+    assert batch is None and 0 < metrics["train/score"] < 7
+    assert metrics["rollout/dynamic_filtering_ratio"] == 1
+    batch, metrics = make(source, settings | {"truncated": "keep"}).collect(
+        make_items(6), 1, train=True
+    )
+    assert batch is not None
+
+
 # ------------------------------------------------------------------------ text
 
 
@@ -438,7 +487,17 @@ async def step(state, action, extra_info):
         ("abcd", "stop", ("bc",), False, "a"),
         ("abc", "length", ("bc",), False, "abc"),
         ("abc<eos>", "stop", ("zz",), False, "abc"),
-        ("ab<eos>", "stop", ("<eos>",), True, "ab<eos>"),
+        # A stop text that special tokens spell says nothing: it is never kept.
+        ("ab<eos>", "stop", ("<eos>",), True, "ab"),
+        ("ab<pad>", "stop", ("<pad>",), True, "ab"),
+        ("ab<pad><pad>", "stop", ("<pad><pad>",), True, "ab"),
+        ("ab<pad>\n", "stop", ("<pad>\n",), True, "ab"),
+        ("ab</think>", "stop", ("</think>",), True, "ab</think>"),
+        ("ab<pad>", "stop", ("c",), True, "ab"),  # nothing but a token that we do not know ended it
+        ("cb<pad>", "stop", ("c",), True, "cb<pad>"),
+        ("ab<pad>", "stop", ("b<pad>",), True, "ab<pad>"),
+        ("ab<pad>", "stop", ("b<pad>",), False, "a"),
+        ("ab<eos>", "stop", ("b<eos>",), False, "a"),
         ("ab<eos>", "stop", ("<eos>",), False, "ab"),
         ("a  , b .<eos>", "stop", (), True, "a  , b ."),
         ("", "stop", (), True, ""),

@@ -71,6 +71,28 @@ def test_a_good_answer_is_checked_and_kept(tmp_path, workers):
     assert opened(answer.extra_info) == {}
 
 
+@pytest.mark.parametrize(
+    ("declared", "told"),
+    [
+        ("", None),
+        (", finish_reason", "length"),
+        (", *, finish_reason='stop'", "length"),
+        (", **more", None),  # what it does not name may be no business of what it calls
+    ],
+)
+def test_a_step_that_names_the_finish_reason_is_told(tmp_path, workers, declared, told):
+    body = f"""
+async def step(state, action, extra_info{declared}):
+    told = locals().get("finish_reason")
+    return {{{GOOD.replace("{}", "{'told': told, 'was': dict(extra_info)}")}}}
+"""
+    answer = play(
+        tmp_path, body, lambda env: env.step("s", "a", {"answer": 3}, finish_reason="length"),
+        workers=workers,
+    )  # fmt: skip
+    assert opened(answer.extra_info) == {"told": told, "was": {"answer": 3}}
+
+
 def test_numpy_and_torch_scalars_are_numbers(tmp_path, workers):
     body = """
 import numpy, torch

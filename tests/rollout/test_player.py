@@ -10,8 +10,11 @@ from fractions import Fraction
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import GenerationConfig
 
 from RL2.config import EnvError
+from RL2.datasets.end_of_turn import end_tokens
 from RL2.rollout import Completion, SamplingParams
 from RL2.rollout.environments import Step, load_environment
 from RL2.rollout.player import Gate, Player
@@ -23,7 +26,9 @@ from RL2.rollout.samples import (
     action_text,
     stable_seed,
 )
+from tests.chat_templates import FAMILIES, KINDS, tokenizer_of
 from tests.faults.support import points
+from tests.prefix_tokenizers import PREFIX_TOKENIZERS
 from tests.rollout.scripted_engine import ScriptedEngine
 from tests.rollout.support import EOS, PAD, THINK_END
 
@@ -156,7 +161,7 @@ class Surroundings:
         await self._think()
         return "R: ", self._carried(0)
 
-    async def step(self, state, action, extra_info, key=0):
+    async def step(self, state, action, extra_info, key=0, finish_reason="stop"):
         await self._think()
         extra_info = json.loads(extra_info) if isinstance(extra_info, bytes) else extra_info
         return self.answer(state, action, extra_info["turn"])
@@ -288,8 +293,18 @@ def told(conversation, tokenizer):
         if ends:
             yield sequences, said, prompt, ids
             return
-        goes_on = answer.next_state.startswith(state + action)
-        new = given(answer.next_state[len(state + action) :] if goes_on else answer.next_state)
+        goes_on, next_state = answer.next_state.startswith(state + action), answer.next_state
+        if goes_on:
+            # What an environment writes behind an action follows what the policy wrote, whose
+            # stop text it may not have been shown, and may have written once more.
+            added = answer.next_state[len(state + action) :]
+            hidden = "" if ids[-1] == EOS else tokenizer.decode(ids).removeprefix(action)
+            for echo in (hidden, *(stop for stop in sampling.stop if hidden.startswith(stop))):
+                if added.startswith(echo):
+                    added = added.removeprefix(echo)
+                    break
+            next_state = state + action + hidden + added
+        new = given(added if goes_on else next_state)
         if goes_on and reason == "stop" and new and new[0][0] == ids[-1] and ids[-1] in (EOS, PAD):
             new = new[1:]
         length = len(new) + goes_on * len(sequences[-1]) + sampling.max_new_tokens
@@ -301,7 +316,7 @@ def told(conversation, tokenizer):
             sequences[-1] += new
         else:
             sequences.append(new)
-        state = answer.next_state
+        state = next_state
 
 
 def rows_of(sequence):
@@ -401,3 +416,202 @@ def test_a_state_without_a_token_ends_its_sample_by_name(tmp_path, byte_tokenize
         "return a text to go on with, or done=True"
     )
     assert sample.sequences[0]["token_ids"][-2:] == [70, EOS]  # what was judged
+
+
+# ------------------------------------------------------------------------ where a turn ends
+
+
+class Tells:
+    """An environment that goes on with `tell(state, action)`, and keeps what it was shown."""
+
+    path = "tells.py"
+
+    def __init__(self, tell):
+        self.tell, self.shown = tell, []
+
+    async def step(self, state, action, extra_info, key=0, finish_reason="stop"):
+        self.shown.append((state, action))
+        return Step(self.tell(state, action), 0.0, 0.0, False, extra_info)
+
+
+def play_turns(tokenizer, writes, tell, sampling, prompt="Q: ", ends=None):
+    """A sample whose policy writes these texts, one a turn, ended as `sampling` says; with what the
+    environment was shown."""
+    left = iter(writes)
+    engine = ScriptedEngine(lambda *_: _written(tokenizer, next(left)))
+    environment = Tells(tell)
+    player = Player(
+        engine, environment, tokenizer, seed=0, max_turns=len(writes), max_length=None, ends=ends
+    )
+    sample = Sample(0, 0, born=(0, 0))
+    asyncio.run(player.play(sample, {"prompt": prompt}, sampling, Gate(1), train=True))
+    assert sample.error is None
+    assert all(call[1].stop_token_ids == player.ends.ids for call in engine.calls)
+    return sample, environment.shown
+
+
+def _written(tokenizer, text):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return Completion(ids, [-1.0] * len(ids), "stop", [0] * len(ids))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_end_of_turn_is_shown_to_nobody_and_stands_once(name, kind):
+    """The environment closes a turn as the chat template does."""
+    family = FAMILIES[name]
+    tokenizer = tokenizer_of(family, kind)
+    first = [{"role": "user", "content": "what is it ?"}]
+    later = {"role": "user", "content": "and ?"}
+
+    def render(messages, generate=True):
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generate
+        )
+
+    answer = {"role": "assistant", "content": "X"}
+    behind = render([*first, answer, later]).rpartition("X")[2]
+    if name == "harmony":  # which closes earlier turns in another way
+        behind = behind.replace("<|end|>", "<|return|>", 1)
+    within = "<|END_RESPONSE|>" if name == "command" else ""
+    said = [f"{word}{within}{family.end}" for word in ("#### 42", "forty-", "two")]
+    sample, shown = play_turns(
+        tokenizer, said, lambda state, action: state + action + behind.removeprefix(within),
+        SamplingParams(1.0, 99), prompt=render(first),
+    )  # fmt: skip
+    # A tokenizer of words puts spaces where it likes.
+    assert [turn.action.replace(" ", "") for turn in sample.turns] == [
+        f"{word}{within}" for word in ("####42", "forty-", "two")
+    ]
+    (sequence,) = sample.sequences
+    (end,) = tokenizer.convert_tokens_to_ids([family.end])
+    ids, mask = sequence["token_ids"], sequence["action_mask"]
+    wrote = [
+        i for i, (token, own) in enumerate(zip(ids, mask, strict=True)) if own and token == end
+    ]
+    assert len(wrote) == 3
+    assert all(ids[i + 1] != end for i in wrote[:-1])
+    if kind == "bytes":  # elsewhere text does not come back from tokens as it was
+        assert tokenizer.decode(ids) == shown[2][0] + shown[2][1] + family.end
+
+
+def test_several_ends_of_one_model(byte_tokenizer):
+    """Whatever the generation config names ends a turn, special or not."""
+    dot = byte_tokenizer.encode(".")[0]
+    ends = end_tokens(byte_tokenizer, GenerationConfig(eos_token_id=[dot, PAD]))
+    assert ends.ids == (dot, PAD, EOS)
+    writes = ["a.", "b<pad>", "c<eos>", "d</think>"]
+    sample, shown = play_turns(
+        byte_tokenizer, writes, lambda state, action: f"{state}{action}.\n", SamplingParams(1.0, 9),
+        ends=ends,
+    )  # fmt: skip
+    assert [turn.action for turn in sample.turns] == ["a", "b", "c", "d</think>"]
+    (sequence,) = sample.sequences
+    assert byte_tokenizer.decode(sequence["token_ids"]) == "Q: a.\nb<pad>.\nc<eos>.\nd</think>"
+
+
+@pytest.mark.parametrize("no_stop_trim", [True, False])
+@pytest.mark.parametrize(
+    ("stop", "writes", "tell", "text"),
+    [
+        # An environment puts back what was cut off, or does not: the tokens say the same.
+        (";", "search cats;", "; found 3\n", "search cats; found 3\n"),
+        (";", "search cats;", " found 3\n", "search cats; found 3\n"),
+        (
+            "</search>",
+            "<search>cats</search>",
+            "</search><result>3",
+            "<search>cats</search><result>3",
+        ),
+        ("</search>", "<search>cats</search>", "<result>3", "<search>cats</search><result>3"),
+        ("\n", "Act: f\n", "\nObs: 3\n", "Act: f\nObs: 3\n"),
+        ("<pad>", "cats<pad>", "<pad>3 ", "cats<pad>3 "),
+        ("<pad>", "cats<pad>", "3 ", "cats<pad>3 "),
+    ],
+)
+def test_a_state_says_what_the_tokens_say(byte_tokenizer, stop, writes, tell, text, no_stop_trim):
+    shows = no_stop_trim and stop != "<pad>"  # made of special tokens: never shown
+
+    def answer(state, action):
+        return state + action + (tell.removeprefix(stop) if shows else tell)
+
+    sampling = SamplingParams(1.0, 99, (stop,), no_stop_trim)
+    sample, shown = play_turns(byte_tokenizer, [writes] * 3, answer, sampling)
+    assert [action for _, action in shown] == [writes if shows else writes.removesuffix(stop)] * 3
+    assert [state for state, _ in shown] == ["Q: ", "Q: " + text, "Q: " + text * 2]
+    (sequence,) = sample.sequences
+    ids = sequence["token_ids"]
+    assert byte_tokenizer.decode(ids) == "Q: " + text * 2 + writes
+
+
+def test_a_stop_text_within_a_token(tiny_tokenizer):
+    """What its last token says behind a stop text stays in the state."""
+    content = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
+    content["model"]["vocab"][";!"] = 300
+    content["model"]["merges"] = [[";", "!"]]
+    tokenizer = type(tiny_tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+    sampling = SamplingParams(1.0, 99, (";",), no_stop_trim=False)
+    for told in ("; found\n", " found\n", ";! found\n"):
+        sample, shown = play_turns(
+            tokenizer, ["cats;!"] * 2, lambda state, action, t=told: state + action + t, sampling
+        )
+        assert shown == [("Q: ", "cats"), ("Q: cats;! found\n", "cats")]
+        assert tokenizer.decode(sample.sequences[0]["token_ids"]) == "Q: cats;! found\ncats;!"
+
+
+class Counts:
+    """An environment of three turns, each with a reward, that keeps the finish reasons."""
+
+    path = "counts.py"
+
+    def __init__(self):
+        self.reasons = []
+
+    async def step(self, state, action, extra_info, key=0, finish_reason="stop"):
+        self.reasons.append(finish_reason)
+        turn = len(self.reasons)
+        return Step(state + action + ".", float(turn), 1.0, turn == 3, extra_info)
+
+
+@pytest.mark.parametrize("truncated", ["keep", "mask", "zero"])
+@pytest.mark.parametrize("cut_at", [0, 1, 2, None])
+def test_a_sample_is_cut_off_if_any_turn_is(byte_tokenizer, truncated, cut_at):
+    replies = iter(range(3))
+
+    def reply(*_):
+        reason = "length" if next(replies) == cut_at else "stop"
+        return Completion([70], [-1.0], reason, [0])
+
+    environment, sample = Counts(), Sample(0, 0, born=(0, 0))
+    player = Player(
+        ScriptedEngine(reply), environment, byte_tokenizer,
+        seed=0, max_turns=5, max_length=None, truncated=truncated,
+    )  # fmt: skip
+    asyncio.run(player.play(sample, {"prompt": "Q"}, SamplingParams(1.0, 1), Gate(1), train=True))
+    was_cut = cut_at is not None
+    assert environment.reasons == ["length" if i == cut_at else "stop" for i in range(3)]
+    assert sample.reward == (0.0 if was_cut and truncated == "zero" else 6.0)
+    assert sum(sample.sequences[0]["rewards"]) == sample.reward
+    assert sample.score == 3.0
+    assert sample.masked == (was_cut and truncated == "mask")
+    again = Sample.from_state_dict(0, sample.state_dict())
+    assert (again.masked, again.reward) == (sample.masked, sample.reward)
+
+
+@pytest.mark.parametrize("kind", PREFIX_TOKENIZERS)
+def test_what_the_environment_adds_begins_with_no_space_of_the_tokenizers_own(tmp_path, kind):
+    path = tmp_path / "env.py"
+    path.write_text(
+        "async def step(state, action, extra_info):\n"
+        "    return {'next_state': state + action + 'yes?', 'reward': 1.0, 'score': 1.0,\n"
+        "            'done': False}\n"
+    )
+    tokenizer = PREFIX_TOKENIZERS[kind]()
+    whole = tokenizer("2+2=4yes?4", add_special_tokens=False)["input_ids"]
+    engine = ScriptedEngine(lambda *_: Completion(whole[-1:], [-1.0], "length", [0]))
+    sample, player = Sample(0, 0, born=(0, 0)), Player(
+        engine, load_environment(path), tokenizer, seed=0, max_turns=2, max_length=None
+    )  # fmt: skip
+    playing = player.play(sample, {"prompt": "2+2="}, SamplingParams(1.0, 1), Gate(1), train=True)
+    asyncio.run(playing)
+    assert sample.error is None and sample.sequences[0]["token_ids"] == whole

@@ -14,7 +14,9 @@ from RL2.rollout.sglang_engine import KEY_VARIABLE, SERVER_SIDE, SGLang, differe
 from RL2.rollout.weights import HostWeights, checksum
 
 DIALECT = SGLang()
-SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=3, stop=("\n",), top_p=0.9)
+SAMPLING = SamplingParams(
+    temperature=0.7, max_new_tokens=3, stop=("\n",), top_p=0.9, stop_token_ids=(4, 1)
+)
 
 
 def reply(**changes):
@@ -80,6 +82,7 @@ def test_a_request():
     sent = body["sampling_params"]
     assert (sent["temperature"], sent["top_p"], sent["max_new_tokens"]) == (0.7, 0.9, 3)
     assert (sent["stop"], sent["no_stop_trim"], sent["sampling_seed"]) == (["\n"], True, 7)
+    assert sent["stop_token_ids"] == [4, 1]
     # What a checkpoint's own settings could bring.
     assert (sent["top_k"], sent["min_p"], sent["repetition_penalty"]) == (-1, 0.0, 1.0)
 

@@ -175,6 +175,12 @@ def test_stop_strings_are_looked_for_in_all_of_the_text():
     assert params["detokenize"] and not params["skip_special_tokens"]
 
 
+def test_end_tokens_are_sent():
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=9, stop_token_ids=(4, 1))
+    params = DIALECT.request([5], sampling, 0, "name")[1]["sampling_params"]
+    assert params["stop_token_ids"] == [4, 1]
+
+
 def test_a_temperature_that_vllm_would_change_is_refused():
     with pytest.raises(ConfigError, match=r"temperature=0.005: vLLM raises it to 0.01"):
         DIALECT.request([5], SamplingParams(temperature=0.005, max_new_tokens=1), 0, "name")

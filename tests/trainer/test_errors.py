@@ -32,6 +32,8 @@ BY_COMMAND = {
     "avg_level": (["actor.avg_level=all"], "actor.avg_level=all: not an avg_level; use token"),
     "no model": (["actor.model_name=models/none"], "actor.model_name=models/none: "),
     "no data": (["train_data.path=none.jsonl"], "train_data.path=none.jsonl: no such file"),
+    "no user": (["trainer.save_dir=~nobody-here/x"], "trainer.save_dir=~nobody-here/x: ~nobody-"),
+    "home": (["actor.model_name=~/no-such-model"], "actor.model_name=/"),
     "no rows": (["train_data.path=empty.jsonl"], "train_data.path=empty.jsonl: the file is empty"),
     "no environment": (["rollout.env_path=none.py"], "rollout.env_path=none.py: no such file"),
     "no checkpoint": (["trainer.load_ckpt_from=none"], "trainer.load_ckpt_from=none: no such"),

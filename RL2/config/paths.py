@@ -1,0 +1,79 @@
+"""`~` and `~user` in a config's paths: what they stand for is found here, and nowhere else."""
+
+import os
+import re
+from collections.abc import Sequence
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from RL2.config.errors import ConfigError
+
+PATH_KEYS = (
+    "actor.model_name",
+    "ref_actor.model_name",
+    "rollout.model_name",
+    "rollout.env_path",
+    "rollout.server_python",
+    "rollout.weights_dir",
+    "actor.loss.import_path",
+    "trainer.save_dir",
+    "trainer.load_ckpt_from",
+    "train_data.path",
+    "test_data.path",
+    "data.path",
+)
+"""The keys that may name a file or folder."""
+
+_FLAGS = ("--config-dir", "--config-path")  # hydra's
+
+_HOME = re.compile(r"((?:[^/@]*@)?)(~[^/]*)(.*)", re.DOTALL)  # `split@`, `~user`, the rest
+
+
+def expand_home(path: str, key: str) -> str:
+    """`path` with the home folder for `~`, or that of a user for `~user`, at its beginning or
+    behind `split@`.
+
+    Raises:
+        ConfigError: there is no such user.
+    """
+    found = _HOME.match(path)
+    if found is None:
+        return path
+    split, home, rest = found.groups()
+    folder = os.path.expanduser(home)
+    if folder == home:
+        raise ConfigError(
+            f"{key}={path}: {home} stands for the home folder of a user, and there is no user "
+            f"{home[1:]} here; write the folder itself (./{home} if that is its name)"
+        )
+    return split + folder + rest
+
+
+def expand_argv(argv: Sequence[str]) -> list[str]:
+    """Command-line arguments with the home folder for `~` in `key=path`.
+
+    The shell leaves a `~` behind `=` alone, and hydra's grammar has none outside of quotes.
+    """
+    return [_expand_argument(argument) for argument in argv]
+
+
+def _expand_argument(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    name = key.lstrip("+")
+    if name not in (*PATH_KEYS, *_FLAGS) or "~" not in value or value[0] in "'\"":
+        return argument
+    paths = value.split(",")  # of a sweep
+    return key + equals + ",".join(expand_home(path, name) for path in paths)
+
+
+def expand_paths(config: DictConfig) -> None:
+    """Write the home folder for `~` into all paths of a config; what does not resolve is left."""
+    for key in PATH_KEYS:
+        try:
+            path = OmegaConf.select(config, key)
+        except (OmegaConfBaseException, ValueError):
+            continue  # the checks that follow name it
+        # A key that follows another (`rollout.model_name`) is expanded with that one.
+        if isinstance(path, str) and (expanded := expand_home(path, key)) != path:
+            OmegaConf.update(config, key, expanded)

@@ -1,0 +1,109 @@
+"""Rows of a data set, each of which knows the file and line that it came from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a data set and where each stands.
+
+    Attributes:
+        rows: one dict per row.
+        places: for each row what stands before its number in messages, `file:` or `file: row `.
+        numbers: for each row the physical line on which it begins, or its place among the rows
+            where there are no lines (parquet, arrow, hub); both from 1.
+    """
+
+    rows: list[dict[str, Any]]
+    places: list[str]
+    numbers: list[int]
+
+    @classmethod
+    def of_lines(cls, rows: list[dict[str, Any]], file: str, lines: list[int]) -> Rows:
+        """Rows of a text file."""
+        return cls(rows, [f"{file}:"] * len(rows), lines)
+
+    @classmethod
+    def without_lines(cls, rows: list[dict[str, Any]], source: str) -> Rows:
+        """Rows of a source that has no lines."""
+        return cls(rows, [f"{source}: row "] * len(rows), list(range(1, len(rows) + 1)))
+
+    @classmethod
+    def joined(cls, parts: Iterable[Rows]) -> Rows:
+        """The rows of all parts, one after another."""
+        joined = cls([], [], [])
+        for part in parts:
+            joined.rows.extend(part.rows)
+            joined.places.extend(part.places)
+            joined.numbers.extend(part.numbers)
+        return joined
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+    def where(self, index: int) -> str:
+        """`file:line`, or `file: row n` where the format has no lines."""
+        return f"{self.places[index]}{self.numbers[index]}"
+
+    def fingerprint(self, indices: Iterable[int]) -> str:
+        """SHA-256 over the content of these rows, wherever they were read from. What JSON does not
+        have (a date, an image) counts by its type alone."""
+        digest = sha256()
+        for index in indices:
+            row = json.dumps(self.rows[index], default=type_name, sort_keys=True)
+            digest.update(row.encode() + b"\n")
+        return digest.hexdigest()
+
+    def select(self, spans: Iterable[tuple[int, int]]) -> Rows:
+        """Rows of the half-open ranges `spans`, in that order."""
+        indices = [i for start, stop in spans for i in range(start, stop)]
+        return Rows(
+            [self.rows[i] for i in indices],
+            [self.places[i] for i in indices],
+            [self.numbers[i] for i in indices],
+        )
+
+
+def without_nested_nulls(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a columnar file without the nulls inside of their values.
+
+    All rows of such a file have the same fields, so that null stands for what a row does not have:
+    the arguments of other calls, the fields of other messages. (A null that was meant cannot be
+    told from it; a JSON file keeps those.) Columns stay, and nulls that are items of a list.
+    """
+    return [{column: _without_nulls(value) for column, value in row.items()} for row in rows]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(v) for name, v in value.items() if v is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def type_name(value: Any) -> str:
+    """What a value is, in the words of a data file."""
+    if value is None:
+        return "null"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if value != value else "infinite"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    names |= {list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else text[:240] + "..."

@@ -1,0 +1,233 @@
+"""JSON lines, JSON and CSV, each gzipped or not.
+
+They are parsed here and not by a data-frame library for two reasons: an error can then name the
+physical line, and rows keep the types that they were written with (one column type for all rows
+would turn `extra_info` of differing shapes into nulls).
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from RL2.config.errors import DataError
+from RL2.datasets.rows import Rows, one_line, type_name
+
+_GZIP = b"\x1f\x8b"  # how a compressed file begins, whatever its name
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_HEADER = 2**20  # characters; a header is looked for no further
+
+
+def _read_text(name: str, key: str) -> str:
+    with open(name, "rb") as file:
+        data = file.read()
+    if data.startswith(_GZIP):
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, OSError, zlib.error) as error:
+            raise DataError(
+                f"{key}.path: {name}: does not decompress ({one_line(error)}); copy or download "
+                "it again"
+            ) from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # With a byte order mark the codec counts from behind it.
+        start = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
+        line = data.count(b"\n", 0, start) + 1
+        column = start - data.rfind(b"\n", 0, start)
+        raise DataError(
+            f"{key}.path: {name}:{line}:{column}: byte 0x{data[start]:02x} at offset {start} "
+            "is not UTF-8; save the file as UTF-8"
+        ) from error
+
+
+def read_jsonl(name: str, key: str) -> Rows:
+    return _parse_jsonl(_read_text(name, key), name, key)
+
+
+def _parse_jsonl(text: str, name: str, key: str) -> Rows:
+    rows, lines = [], []
+    # Not splitlines(): JSON strings may hold U+2028 and its kin unescaped.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=_no_key_twice)
+        except (ValueError, RecursionError) as error:
+            decoding = isinstance(error, json.JSONDecodeError)
+            column = f":{len(line[: error.pos].encode()) + 1}" if decoding else ""
+            reason = error.msg if decoding else one_line(error)
+            raise DataError(
+                f"{key}.path: {name}:{number}{column}: not JSON ({reason}); "
+                "each line holds one object, for example "
+                '{"question": "...", "answer": "... #### 42"}'
+            ) from error
+        rows.append(_require_object(row, f"{name}:{number}", key))
+        lines.append(number)
+    return Rows.of_lines(rows, name, lines)
+
+
+def read_json(name: str, key: str) -> Rows:
+    """A list of objects; objects one after another (JSON lines in a .json file) are read as well.
+
+    Elements are decoded one by one, because only so their positions are known.
+    """
+    text = _read_text(name, key)
+    start = _skip(text, 0)
+    if text[start : start + 1] != "[":
+        return _parse_jsonl_or_object(text, name, key)
+    decoder = json.JSONDecoder(object_pairs_hook=_no_key_twice)
+    rows, lines = [], []
+    line, counted = 1, 0
+    position = _skip(text, start + 1)
+    if text[position : position + 1] == "]":
+        _require_end(text, position + 1, name, key)
+        return Rows.of_lines([], name, [])
+    while True:
+        line += text.count("\n", counted, position)
+        counted = position
+        try:
+            row, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            at = error.pos if isinstance(error, json.JSONDecodeError) else position
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
+            raise _json_error(text, at, reason, name, key) from error
+        rows.append(_require_object(row, f"{name}:{line}", key))
+        lines.append(line)
+        position = _skip(text, position)
+        mark = text[position : position + 1]
+        if mark == "]":
+            _require_end(text, position + 1, name, key)
+            return Rows.of_lines(rows, name, lines)
+        if mark != ",":
+            raise _json_error(text, position, "expected ',' or ']'", name, key)
+        position = _skip(text, position + 1)
+
+
+def _parse_jsonl_or_object(text: str, name: str, key: str) -> Rows:
+    try:
+        whole = json.loads(text) if text.strip() else []
+    except (ValueError, RecursionError):
+        return _parse_jsonl(text, name, key)
+    if isinstance(whole, list):  # only the empty file comes here
+        return Rows.of_lines([], name, [])
+    if isinstance(whole, dict) and "\n" not in text.strip():
+        return _parse_jsonl(text, name, key)
+    found = f"an object with keys {sorted(whole)[:8]}" if isinstance(whole, dict) else repr(whole)
+    raise DataError(
+        f"{key}.path: {name}: the top level is {found[:120]}; a .json file holds a list of rows "
+        "(or one row a line, as .jsonl does)"
+    )
+
+
+def _skip(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _require_end(text: str, position: int, name: str, key: str) -> None:
+    position = _skip(text, position)
+    if position != len(text):
+        raise _json_error(text, position, "text after the closing ']'", name, key)
+
+
+def _json_error(text: str, position: int, reason: str, name: str, key: str) -> DataError:
+    line = text.count("\n", 0, position) + 1
+    column = len(text[text.rfind("\n", 0, position) + 1 : position].encode()) + 1  # bytes
+    return DataError(
+        f"{key}.path: {name}:{line}:{column}: not JSON ({reason}); the file holds one list of "
+        "objects"
+    )
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; json would keep the last of two in silence."""
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in row if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
+    return row
+
+
+def _require_object(row: Any, where: str, key: str) -> dict[str, Any]:
+    if isinstance(row, dict):
+        return row
+    raise DataError(f"{key}.path: {where}: a row is an object, this is {type_name(row)}")
+
+
+def read_csv(name: str, key: str) -> Rows:
+    text = _read_text(name, key)
+    with _cells_of_any_size(text):
+        return _parse_csv(text, name, key)
+
+
+@contextmanager
+def _cells_of_any_size(text: str) -> Iterator[None]:
+    """The csv module refuses cells above 128 KiB, by a limit of the whole process."""
+    before = csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _parse_csv(text: str, name: str, key: str) -> Rows:
+    declared = re.match(r"sep=(.)\r?\n", text)  # a line that spreadsheets write and read
+    delimiter = declared[1] if declared else _delimiter(text)
+    what = _DELIMITERS.get(delimiter, repr(delimiter))
+    # newline="" leaves line ends inside quoted cells to the csv module.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    if declared:
+        next(reader)
+    header: list[str] | None = None
+    rows, lines = [], []
+    line = reader.line_num + 1
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise DataError(
+                f"{key}.path: {name}:{line}: not CSV ({error}); quote cells that hold "
+                f"{what}, quotes or line breaks, or use .jsonl"
+            ) from error
+        if cells is None:
+            return Rows.of_lines(rows, name, lines)
+        begin, line = line, reader.line_num + 1
+        if not cells or cells == [""]:
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            if len(set(header)) != len(header):
+                raise DataError(f"{key}.path: {name}:{begin}: a column name occurs twice: {header}")
+        elif len(cells) != len(header):
+            raise DataError(
+                f"{key}.path: {name}:{begin}: {len(cells)} cells where the header names "
+                f"{len(header)} columns; quote cells that hold {what}"
+            )
+        else:
+            rows.append(dict(zip(header, cells, strict=True)))
+            lines.append(begin)
+
+
+def _delimiter(text: str) -> str:
+    """What cuts the header into most columns: a comma, a semicolon (spreadsheets in countries with
+    a decimal comma) or a tab."""
+
+    def n_columns(delimiter: str) -> int:
+        reader = csv.reader(io.StringIO(text[:_HEADER], newline=""), delimiter=delimiter)
+        try:
+            return len(next((cells for cells in reader if any(cells)), []))
+        except csv.Error:
+            return 0
+
+    return max(_DELIMITERS, key=n_columns)

@@ -1,0 +1,49 @@
+"""What is said and saved of the tokens that end a turn."""
+
+import logging
+from collections.abc import Iterable
+
+from omegaconf import DictConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from RL2.datasets.end_of_turn import EndTokens
+
+logger = logging.getLogger(__name__)
+
+
+def missing_ends(
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens, used: Iterable[int]
+) -> tuple[int, ...]:
+    """The end tokens that this run learns or stops at (`used`) and the model's folder does not
+    name, so that others who generate from it would not stop; said in one line.
+
+    So is that a model has none, and every rollout would go on to its longest.
+    """
+    name = f"actor.model_name={config.actor.model_name}"
+    if "rollout" in config and not ends.ids and not config.rollout.train_sampling_params.stop:
+        logger.warning(
+            "%s: has no end token in generation_config.json, config.json, its tokenizer or its "
+            "chat template, so every response runs to rollout.train_sampling_params."
+            "max_new_tokens=%d; set eos_token in its tokenizer_config.json, or give "
+            "rollout.train_sampling_params.stop", name,
+            config.rollout.train_sampling_params.max_new_tokens,
+        )  # fmt: skip
+    missing = tuple(token for token in used if token not in ends.saved)
+    if missing:
+        logger.warning(
+            "%s: its generation config stops at %s; %s at %s as well, which final/ will name in "
+            "its generation_config.json", name, _texts(tokenizer, ends.saved) or "nothing",
+            "rollouts stop" if "rollout" in config else "turns are learned to end",
+            _texts(tokenizer, missing),
+        )  # fmt: skip
+    return missing
+
+
+def name_ends(model: PreTrainedModel, saved: tuple[int, ...], missing: tuple[int, ...]) -> None:
+    """Have the model's generation config, which is saved with it, name all end tokens."""
+    if missing:
+        model.generation_config.eos_token_id = [*saved, *missing]
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
+    return ", ".join(tokenizer.decode([token]) for token in ids)

@@ -1,0 +1,94 @@
+"""Which rows each step of sft takes."""
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from RL2.trainer.sources import DatasetSource
+from tests.trainer.support import (
+    command,
+    overrides,
+    rows_of,
+    same_weights,
+    train,
+    weights,
+    write_model,
+    write_rows,
+)  # fmt: skip
+
+
+def source(folder, n_rows: int, batch_size: int, tokenizer) -> DatasetSource:
+    rows = [{"prompt": "p", "response": chr(ord("A") + i)} for i in range(n_rows)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(folder / "rows.jsonl"), "batch_size": batch_size}
+    return DatasetSource(OmegaConf.create({"data": data, "trainer": {"seed": 3}}), tokenizer)
+
+
+def taken(source: DatasetSource, n_steps: int, tokenizer) -> list[str]:
+    """The responses of each step."""
+    batches = [source.collect(step)[0] for step in range(1, n_steps + 1)]
+    return [tokenizer.decode(batch["actions"][:, 0].tolist()) for batch in batches]
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "batch_size", "sizes"),
+    [(10, 4, [4, 4, 2]), (9, 4, [4, 4, 1]), (8, 4, [4, 4]), (3, 128, [3]), (1, 1, [1])],
+)
+def test_every_row_counts_once_an_epoch(tmp_path, tiny_tokenizer, n_rows, batch_size, sizes):
+    whole = source(tmp_path, n_rows, batch_size, tiny_tokenizer)
+    assert len(whole.loader) == len(sizes)
+    steps = taken(whole, 3 * len(sizes), tiny_tokenizer)
+    assert [len(step) for step in steps] == 3 * sizes
+    expected = "".join(chr(ord("A") + i) for i in range(n_rows))
+    for epoch in range(3):
+        rows = "".join(steps[epoch * len(sizes) : (epoch + 1) * len(sizes)])
+        assert "".join(sorted(rows)) == expected
+    for done in range(3 * len(sizes)):
+        first = source(tmp_path, n_rows, batch_size, tiny_tokenizer)
+        taken(first, done, tiny_tokenizer)
+        resumed = source(tmp_path, n_rows, batch_size, tiny_tokenizer)
+        resumed.load_state_dict([json.loads(json.dumps(first.state_dict()))])
+        assert taken(resumed, 3 * len(sizes) - done, tiny_tokenizer) == steps[done:]
+
+
+def test_what_is_left_of_an_epoch_is_said_once(tmp_path, tiny_tokenizer, caplog):
+    with caplog.at_level("INFO", logger="RL2"):
+        source(tmp_path, 10, 4, tiny_tokenizer)
+    assert caplog.messages == [
+        "data.batch_size=4: the last step of each epoch takes the 2 rows that are left of 10"
+    ]
+    caplog.clear()
+    with caplog.at_level("INFO", logger="RL2"):
+        source(tmp_path, 3, 128, tiny_tokenizer)
+        source(tmp_path, 8, 4, tiny_tokenizer)
+    assert caplog.messages == [
+        "data.batch_size=128: the data set has only 3 rows, which each step takes"
+    ]
+
+
+def test_a_last_step_of_one_row_on_two_processes(tmp_path):
+    """One rank has nothing there; and the run goes on after it."""
+    write_model(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", 9)
+    changes = {"data__batch_size": 4, "trainer__n_epochs": 2, "trainer__save_freq": 3}
+    one = train(tmp_path, "sft", tmp_path / "one", **changes)
+    lines = overrides(tmp_path, "sft", tmp_path / "two", **changes)
+    done = command("sft", lines, n_processes=2)
+    assert done.returncode == 0, done.stderr
+    two = rows_of(tmp_path / "two")
+    assert [row["step"] for row in one] == [row["step"] for row in two] == [1, 2, 3, 4, 5, 6]
+    for row, other in zip(one, two, strict=True):
+        for name in ("actor/loss", "actor/grad_norm", "actor/lr", "train/avg_response_length"):
+            assert other[name] == pytest.approx(row[name], rel=1e-5), (name, row["step"])
+    last = weights(tmp_path / "one/final")
+    for name, weight in last.items():
+        torch.testing.assert_close(weights(tmp_path / "two/final")[name], weight, rtol=0, atol=5e-5)
+    checkpoint = tmp_path / "one/checkpoints/step000003"
+    resumed = train(
+        tmp_path, "sft", tmp_path / "more", **changes, trainer__load_ckpt_from=checkpoint
+    )
+    assert [row["step"] for row in resumed] == [4, 5, 6]
+    assert [row["actor/loss"] for row in resumed] == [row["actor/loss"] for row in one[3:]]
+    assert same_weights(weights(tmp_path / "more/final"), last)
