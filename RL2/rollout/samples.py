@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from RL2.algorithms.rewards import are_equal, total
 from RL2.rollout.engine import Completion, SamplingParams
 
 _MASK_64 = (1 << 64) - 1
@@ -101,7 +102,7 @@ class Sample:
 
     @property
     def reward(self) -> float:
-        return math.fsum(turn.reward for turn in self.turns)
+        return total(turn.reward for turn in self.turns)
 
     @property
     def score(self) -> float:
@@ -179,8 +180,8 @@ class Group:
     def teaches(self, filtering: bool) -> bool:
         """Whether a finished group goes into a batch: some sample is good and, with `filtering`,
         the rewards differ."""
-        rewards = {sample.reward for sample in self.samples if sample.error is None}
-        return len(rewards) > int(filtering)
+        rewards = [sample.reward for sample in self.samples if sample.error is None]
+        return bool(rewards) and not (filtering and are_equal(rewards))
 
 
 def _is_plain(value: Any) -> bool:
