@@ -23,12 +23,14 @@ _PLAIN = [
     (re.compile(pattern), plain)
     for pattern, plain in (
         (r"</?[A-Za-z_]+>|<\|[A-Za-z_]+\|>", ";"),  # <answer>, <|im_end|>
-        (r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r" \1/\2"),
-        (r"\\(?:boxed|text|textbf|mathrm|mathbf|mbox|left|right)(?![A-Za-z])", ""),
+        (r"\\[dt]?frac\{(-?[0-9]+)\}\{([0-9]+)\}", r" \1/\2"),
+        (r"\\(?:[fm]box|boxed|emph|underline|left|right)(?![A-Za-z])", ""),
+        (r"\\(?:text|math)(?:bf|it|rm)?(?![A-Za-z])", ""),
+        (r"\^\{?\\circ\}?|\\degree(?![A-Za-z])", "°"),
         (r"\\([$%])", r"\1"),
         (r"\\[()\[\],;:! ]|\\\\|~", " "),
         (r"≈|\\approx(?![A-Za-z])", "="),
-        (r"(?<=[A-Za-z])(?:\^[23]|\^\{[23]\}|[²³])", ""),  # m^2
+        (r"(?<=[A-Za-z])(\}?)(?:\^[23]|\^\{[23]\}|[²³])", r"\1"),  # m^2
         (r"(?<=[A-Za-z0-9])-(?=[A-Za-z])", " "),  # 18-year-old
         (r"/(?= ?[A-Za-z])", " "),  # km/h
     )

@@ -27,7 +27,8 @@ PIECES = [
     "\N{ARABIC-INDIC DIGIT FIVE}", "\N{DEVANAGARI DIGIT SEVEN}", "\N{FULLWIDTH DIGIT NINE}",
     "\N{SUPERSCRIPT TWO}", "\N{VULGAR FRACTION ONE HALF}", "\N{MATHEMATICAL BOLD DIGIT ONE}",
     "\N{ROMAN NUMERAL FIVE}", "e\N{COMBINING ACUTE ACCENT}", "\N{RIGHT-TO-LEFT OVERRIDE}", "İ", "ß",
-    "\\boxed{5}", "\\frac{1}{2}", "\\text{", "}", "{", "\\(", "\\$", "`", "(", ")", "[", "]",
+    "\\boxed{5}", "\\frac{1}{2}", "\\frac{-3}{2}", "^\\circ", "\\text{", "}", "{", "\\(", "\\$",
+    "`", "(", ")", "[", "]",
     "x = ", "=", "≈", "!=", "/", "/h", "1/2", "10/4", "^2", "m^2", "5-6", " or ", " apples",
     "dozen", "not ", "Rs.", "-year", "<eos>", "<|end|>", "<<3+4=7>>", "__import__('os')",
     "so it is", "\N{PILE OF POO}", "x",
@@ -67,7 +68,7 @@ def check_number(text, clock):
     assert normalize_number(number) == number
     assert clock(is_correct, text, number) and clock(is_correct, number, text)
     # The same value, read in another way: every digit of one side of the equation counts.
-    text = re.sub(r"\\(?:boxed|text)|(?<=[A-Za-z])\^\{?[23]", "", text)  # m^2
+    text = re.sub(r"\\[A-Za-z]+|(?<=[A-Za-z])\}?\^\{?[23]", "", text)  # m^2
     side = [side for side in re.split("=|≈", text) if re.search("[0-9]", side)][-1]
     found = re.search(r"\.?[0-9](?:.*[0-9])?", side, re.DOTALL)
     above, slash, below = found[0].replace("}{", "/").partition("/")
