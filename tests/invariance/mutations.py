@@ -154,8 +154,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "e-rows-counted-for-samples": Mutation(
         ACTOR,
-        'level, batch["sample_ids"]\n',
-        "level\n",
+        'level, batch["sample_ids"])',
+        "level)",
         f"{UPDATE}[qwen3-packed-ppo-sequence-reinforce]",
     ),
     "e-ratio-of-now-to-the-engine": Mutation(
@@ -167,10 +167,8 @@ MUTATIONS: dict[str, Mutation] = {
     # (f) one padding row or token too many
     "f-padding-row-counts": Mutation(
         ACTOR,
-        """        weights = token_weights(
-            batch["action_mask"], batch["correct"], level, batch["sample_ids"]
-        )
-""",
+        '        weights = token_weights(batch["action_mask"], batch["correct"], level, '
+        'batch["sample_ids"])\n',
         """        pad = torch.nn.functional.pad
         mask, correct = pad(batch["action_mask"], (0, 0, 0, 1)), pad(batch["correct"], (0, 1))
         samples = pad(batch["sample_ids"], (0, 1), value=-1)
