@@ -126,6 +126,7 @@ def samples_before(own: list[Sample], folder: Path, traffic: Traffic) -> dict[st
     return batch | {
         "sample_ids": torch.tensor([s.position * N_RESPONSES + s.response for s, _ in rows]),
         "group_ids": torch.tensor([s.position for s, _ in rows]),
+        "rewards": batch["rewards"].double(),
         "correct": torch.tensor([s.reward > 0 for s, _ in rows]),
         "weight_versions": pad_sequence(versions, True, NOT_THE_POLICY),
     }

@@ -5,10 +5,10 @@
     python benchmarks/update.py --shape tiny --device cpu --tokens 512 --row 128
 
 The model is a randomly initialised Qwen3 of the shape, stored in bf16; weights, gradients and
-AdamW's moments are fp32, products bf16 (`actor.dtype=auto`), on one device. A batch is `--tokens` tokens in
-rows of `--row`, each a prompt of an eighth of it and a response, in one forward and backward pass;
-the loss is `max_target_kl` with `avg_level=correct` and every row correct, so that every response
-token is learned. Rivals are variants of our own update:
+AdamW's moments are fp32, products bf16 (`actor.dtype=auto`), on one device. A batch is `--tokens`
+tokens in rows of `--row`, each a prompt of an eighth of it and a response, in one forward and
+backward pass; the loss is `max_target_kl` with `avg_level=correct` and every row correct, so that
+every response token is learned. Rivals are variants of our own update:
 
 - auto: what a run does where nobody sets a key; naive: whole logits (`actor.token_stats=naive`);
 - tiled, compiled, triton, triton_fused: the other heads; compile: `actor.compile`;
@@ -18,8 +18,8 @@ token is learned. Rivals are variants of our own update:
 
 Each is a process of its own, and the list is gone through `--rounds` times; medians over all
 updates after `--warmup`. Loss and gradient norm of the first update stand beside: they must agree.
-MFU is 6 N T (N: all parameters) over the device's published bf16 peak; "with attention" adds 6 n² h d a
-layer and row of n tokens (h heads of d, causal).
+MFU is 6 N T (N: all parameters) over the device's published bf16 peak; "with attention" adds
+6 n² h d a layer and row of n tokens (h heads of d, causal).
 """
 
 from __future__ import annotations

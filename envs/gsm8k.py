@@ -9,8 +9,38 @@ Nothing that the policy wrote is evaluated, and every function is linear in the 
 
 from __future__ import annotations
 
+import re
+import unicodedata
+from decimal import Decimal, localcontext
+from fractions import Fraction
+
 THOUGHT_END = "</think>"
 ANSWER_MARK = "####"
+
+_LONGEST = 1000  # characters beside a number
+# What is only dress, and what it amounts to.
+_PLAIN = [
+    (re.compile(pattern), plain)
+    for pattern, plain in (
+        (r"</?[A-Za-z_]+>|<\|[A-Za-z_]+\|>", ";"),  # <answer>, <|im_end|>
+        (r"\\[dt]?frac\{(-?[0-9]+)\}\{([0-9]+)\}", r" \1/\2"),
+        (r"\\(?:[fm]box|boxed|emph|underline|left|right)(?![A-Za-z])", ""),
+        (r"\\(?:text|math)(?:bf|it|rm)?(?![A-Za-z])", ""),
+        (r"\^\{?\\circ\}?|\\degree(?![A-Za-z])", "°"),
+        (r"\\([$%])", r"\1"),
+        (r"\\[()\[\],;:! ]|\\\\|~", " "),
+        (r"≈|\\approx(?![A-Za-z])", "="),
+        (r"(?<=[A-Za-z])(\}?)(?:\^[23]|\^\{[23]\}|[²³])", r"\1"),  # m^2
+        (r"(?<=[A-Za-z0-9])-(?=[A-Za-z])", " "),  # 18-year-old
+        (r"/(?= ?[A-Za-z])", " "),  # km/h
+    )
+]
+# Words that make another value of the number beside them.
+_CHANGES_VALUE = frozenset(
+    "not minus negative plus and or than least most half twice double point k hundred thousand "
+    "million billion trillion lakh crore dozen hundreds thousands millions billions dozens".split()
+)
+_WRAPPING = " \t*_`\"'([{"
 
 
 def extract_answer(text: str) -> str | None:
@@ -22,37 +52,78 @@ def extract_answer(text: str) -> str | None:
 
 
 def normalize_number(text: str) -> str | None:
-    """Canonical form of a number, None if the text is not one number.
+    """Canonical form of the one number in a text, None if it does not hold exactly one.
 
-    Taken off: spaces, `**`, `$`, `%`, a final period, `+`, leading zeros, zeros that end the
-    decimals. Commas and spaces may part the digits before the decimal point into groups, the last
-    of three: `1,000` and `1 000` are a thousand, `1,5` and `3, 4` are not numbers.
+    All digits of the text have to belong to that number, so that "5" is never taken for "15", nor
+    either of "5 or 6". Words, currencies, units, Markdown and LaTeX around it do not matter, unless
+    they say another value (`_CHANGES_VALUE`). Of an equation the last side with digits counts.
+    docs/gsm8k.md has a table of what that means.
     """
-    # The emphasis may stand inside or outside of the period: **5.** and **5**.
-    text = text.strip(" \t\r*").removesuffix(".").strip(" \t\r*")
-    text = text.removesuffix("%").removesuffix("$").rstrip()
-    sign, text = _take_sign(text)
-    if text.startswith("$"):
-        text = text[1:].lstrip()
-        if not sign:
-            sign, text = _take_sign(text)
+    text = text.strip().replace("\N{MINUS SIGN}", "-")
+    if len(text) <= _LONGEST:
+        for pattern, plain in _PLAIN:
+            text = pattern.sub(plain, text)
+        if re.search("[!<>]=", text):
+            return None
+        text = next((side for side in reversed(text.split("=")) if re.search("[0-9]", side)), "")
+    first = min((text.find(d) for d in "0123456789" if d in text), default=0)
+    last = max(text.rfind(d) for d in "0123456789")
+    if text[:first].endswith(".") and not text[: first - 1][-1:].isalpha():  # .5, but not Rs.5
+        first -= 1
+    if max(first, len(text) - last) > _LONGEST:
+        return None
+    number = _canonical(text[first : last + 1])
+    sign, before = _take_sign(text[:first])
+    if number is None or sign is None or not (_is_plain(before) and _is_plain(text[last + 1 :])):
+        return None
+    if before.endswith(",") or (before.endswith(".") and not before[:-1][-1:].isalpha()):
+        return None
+    return f"-{number}" if sign == "-" and number != "0" else number
+
+
+def _canonical(text: str) -> str | None:
+    """A number without sign: no separators, no zeros that do not count; a fraction is reduced, and
+    a decimal where it has one."""
+    fraction = re.fullmatch(r"([0-9,]{1,20}) ?/ ?([0-9,]{1,20})", text)
+    if fraction:
+        above, below = map(_join_groups, fraction.groups())
+        if not (above and below and int(below)):
+            return None
+        value = Fraction(int(above), int(below))
+        if 10**99 % value.denominator:
+            return str(value)
+        with localcontext(prec=200):
+            text = f"{Decimal(value.numerator) / value.denominator:f}"
     whole, _, decimals = text.partition(".")
     whole = _join_groups(whole)
     if whole is None or not (whole or decimals) or not _is_digits(decimals):
         return None
     whole = whole.lstrip("0") or "0"
     decimals = decimals.rstrip("0")
-    number = f"{whole}.{decimals}" if decimals else whole
-    return f"-{number}" if sign == "-" and number != "0" else number
+    return f"{whole}.{decimals}" if decimals else whole
 
 
-def _take_sign(text: str) -> tuple[str, str]:
-    """The leading sign (`-`, `+` or none) and the text behind it."""
-    if text[:1] in ("-", "\N{MINUS SIGN}"):
-        return "-", text[1:].lstrip()
-    if text[:1] == "+":
-        return "+", text[1:].lstrip()
-    return "", text
+def _take_sign(before: str) -> tuple[str | None, str]:
+    """The sign (`-`, `+`, none, or None where it may be a dash) and the text before it."""
+    rest = before.rstrip(_WRAPPING)
+    while rest and unicodedata.category(rest[-1]) == "Sc":  # a currency
+        rest = rest[:-1].rstrip(_WRAPPING)
+    if not rest.endswith(("-", "+")):
+        return "", before
+    words = rest[:-1].strip(_WRAPPING)
+    is_dash = words and (before[len(rest) :][:1].isspace() or rest[-2].isalnum())
+    return (None if is_dash else rest[-1]), rest[:-1]
+
+
+def _is_plain(text: str) -> bool:
+    """Whether the text beside a number leaves its value alone: no operator, no other number."""
+    says_more = any(
+        char in "/\\^‰‱"
+        or char.isnumeric()
+        or unicodedata.category(char) in ("Sm", "Pd", "Cs", "Co", "Cn")
+        for char in text
+    )
+    return not says_more and _CHANGES_VALUE.isdisjoint(re.findall(r"[^\W\d_]+", text.lower()))
 
 
 def _is_digits(text: str) -> bool:

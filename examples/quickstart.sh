@@ -59,7 +59,7 @@ for algorithm in $algorithms; do
         rollout.train_sampling_params.max_new_tokens=24 rollout.train_sampling_params.top_p=0.9 \
         rollout.env_path=envs/gsm8k.py \
         trainer.project=quickstart trainer.experiment_name="$algorithm" \
-        trainer.save_dir="$out/$algorithm" trainer.max_steps=40 trainer.test_freq=5 \
+        trainer.save_dir="$out/$algorithm" trainer.max_steps=40 trainer.test_freq=5 trainer.test_sampled=true \
         trainer.save_freq=20 trainer.seed="$seed" trainer.use_wandb=false \
         ${settings[$algorithm]} "$@"
     runs+=("$out/$algorithm")

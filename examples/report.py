@@ -68,6 +68,7 @@ def summary(run: Path) -> dict[str, str]:
         "test before": f"{scores[0]:.3f}" if scores else "–",
         "best": f"{gain(best)} at step {steps[best]}" if scores else "–",
         "last": gain(-1) if scores else "–",
+        "sampled": change(series(rows, "test/sampled_score")[1], 3),
         "entropy": change(series(rows, "actor/entropy")[1], 3),
         "length": change(series(rows, "train/avg_response_length")[1], 1),
     }

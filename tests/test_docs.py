@@ -141,15 +141,17 @@ def test_loss_example_works(readme_folder):
     assert len(example("my_loss.py").splitlines()) <= 20
     (trainer, overrides) = next(one for one in COMMANDS if "my_loss" in " ".join(one[1]))
     loss = resolve_loss(compose_config(trainer, overrides).actor.loss)
-    assert (loss.name, loss.uses_advantages) == ("my_loss", True)
-    assert loss.statistics == ("logps", "log1mps")
-    p = torch.tensor([0.9, 0.2], dtype=torch.float64)
-    losses, metrics = loss(
-        {"logps": p.log(), "log1mps": (1 - p).log(), "advantages": torch.tensor([1.0, -0.5])}
-    )
-    weights = (1 - p) ** 1.5
-    torch.testing.assert_close(losses, torch.tensor([-1.0, 0.5]) * weights * p.log())
-    torch.testing.assert_close(metrics["focal_weight"], weights)
+    assert (loss.name, loss.uses_advantages) == ("my_loss", False)
+    assert loss.statistics == ("logps", "max_logps")
+    # The likeliest token; one that is less likely by e^1 and teaches; one by e^4, beyond the reach.
+    gap = torch.tensor([0.0, 1.0, 4.0], dtype=torch.float64)
+    max_logps = torch.tensor([-0.1, -0.5, -0.2], dtype=torch.float64)
+    logps = (max_logps - gap).requires_grad_()
+    losses, metrics = loss({"logps": logps, "max_logps": max_logps})
+    losses.sum().backward()
+    torch.testing.assert_close(losses.detach(), torch.tensor([0.0, 1.0, 0.0]).double())
+    assert logps.grad.tolist() == [-1.0, -1.0, 0.0]
+    assert metrics["disagrees"].tolist() == [0.0, 1.0, 1.0]
 
 
 def test_loss_inputs_are_all_named():

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from RL2.algorithms.rewards import all_equal, totals
 from RL2.config.errors import ConfigError
 
 
 def sample_returns(rewards: Tensor, sample_ids: Tensor) -> Tensor:
     """Summed reward of the sample that each row belongs to: `[B, T]`, `[B]` -> `[B]`."""
-    _, sample_of_row = torch.unique(sample_ids, return_inverse=True)
-    return _returns_by_sample(rewards, sample_of_row)[sample_of_row].to(rewards.dtype)
+    samples, sample_of_row = torch.unique(sample_ids, return_inverse=True)
+    returns, _ = totals(rewards, sample_of_row, len(samples))
+    return returns[sample_of_row].to(rewards.dtype)
 
 
 def reinforce(
@@ -38,12 +40,13 @@ def reinforce(
 
     The baseline is the mean return over the *samples* of the group, however many rows each of
     them has; it is the mean over all samples of the batch if `global_norm`, or if no group has
-    two samples. `norm_var` divides by the unbiased standard deviation over the same samples; where
-    it is zero, or there is only one sample, the advantage is 0. `norm_var=False` is Dr. GRPO (Liu
-    et al. 2025), `True` GRPO (Shao et al. 2024).
+    two samples. `norm_var` divides by the unbiased standard deviation over the same samples. Where
+    all of them have the same return, up to rounding, or there is only one, the advantage is exactly
+    0. `norm_var=False` is Dr. GRPO (Liu et al. 2025), `True` GRPO (Shao et al. 2024).
     """
     samples, sample_of_row = torch.unique(sample_ids, return_inverse=True)
-    returns = _returns_by_sample(rewards, sample_of_row)
+    # fp64: equal rewards must give a mean that is equal to them.
+    returns, sizes = totals(rewards, sample_of_row, len(samples))
     group_of_sample = group_ids.new_zeros(len(samples)).scatter_(0, sample_of_row, group_ids)
     groups, group_of_sample = torch.unique(group_of_sample, return_inverse=True)
     if global_norm or len(groups) == len(samples):
@@ -52,10 +55,11 @@ def reinforce(
     counts = torch.bincount(group_of_sample)
     mean = _sum_by(returns, group_of_sample) / counts
     advantages = returns - mean[group_of_sample]
+    equal = all_equal(returns, group_of_sample, len(counts), sizes)
     if norm_var:
         variance = _sum_by(advantages.square(), group_of_sample) / (counts - 1).clamp(min=1)
-        eps = torch.finfo(torch.float32).eps
-        advantages = advantages / (variance.sqrt()[group_of_sample] + eps)
+        advantages = advantages / variance.sqrt()[group_of_sample]
+    advantages = advantages.masked_fill(equal[group_of_sample], 0.0)
     return (advantages[sample_of_row].unsqueeze(-1) * action_mask).to(rewards.dtype)
 
 
@@ -102,13 +106,6 @@ def resolve_advantage(adv_config: Mapping[str, Any]) -> Callable[..., Tensor]:
                 f"adv.{key}={value}: has no effect with adv.estimator={name}; {way_out}"
             )
     return partial(function, **{key: options[key] for key in taken if options.get(key) is not None})
-
-
-def _returns_by_sample(rewards: Tensor, sample_of_row: Tensor) -> Tensor:
-    # fp64: equal rewards must give a mean that is equal to them, or noise gets normalised to 1.
-    n_samples = int(sample_of_row.max()) + 1 if len(sample_of_row) else 0
-    sums = rewards.new_zeros(n_samples, dtype=torch.float64)
-    return sums.index_add_(0, sample_of_row, rewards.sum(-1, dtype=torch.float64))
 
 
 def _sum_by(values: Tensor, index: Tensor) -> Tensor:

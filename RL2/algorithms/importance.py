@@ -18,8 +18,8 @@ def _mask(ratio: Tensor, bound: float) -> Tensor:
 TIS_TYPES: dict[str, Callable[[Tensor, float], Tensor]] = {"truncate": _truncate, "mask": _mask}
 
 
-def importance_weights(logps: Tensor, llm_logps: Tensor, bound: float, kind: str) -> Tensor:
-    """Weight of each token, from its ratio r = exp(logps - llm_logps), without gradient.
+def importance_weights(old_logps: Tensor, llm_logps: Tensor, bound: float, kind: str) -> Tensor:
+    """Weight of each token, from its ratio r = exp(old_logps - llm_logps), without gradient.
 
     `truncate`: min(r, bound), truncated importance sampling (Yao et al. 2025, "Your Efficient RL
     Framework Secretly Brings You Off-Policy RL Training"). The tokens beyond stay, with a bias.
@@ -28,7 +28,9 @@ def importance_weights(logps: Tensor, llm_logps: Tensor, bound: float, kind: str
     arXiv:2510.18855). On such tokens the engine and the trainer disagree, so they teach nothing.
 
     Args:
-        logps: under the policy that is trained; llm_logps: under the one that sampled.
+        old_logps: by the trainer, before the first update with these tokens. A loss that looks back
+            has the policy's way since then in a ratio of its own; here it would count twice.
+        llm_logps: by the engine that sampled them.
         bound: C, 1 or more for `mask`.
 
     Raises:
@@ -36,4 +38,4 @@ def importance_weights(logps: Tensor, llm_logps: Tensor, bound: float, kind: str
     """
     if kind not in TIS_TYPES:
         raise ConfigError(f"actor.tis_type={kind}: unknown; use {', '.join(TIS_TYPES)}")
-    return TIS_TYPES[kind]((logps.detach() - llm_logps).exp(), bound)
+    return TIS_TYPES[kind]((old_logps.detach() - llm_logps).exp(), bound)

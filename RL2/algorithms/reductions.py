@@ -13,24 +13,25 @@ from torch import Tensor
 from RL2.config.errors import ConfigError
 
 
-def _token(mask: Tensor, correct: Tensor) -> Tensor:
+def _token(mask: Tensor, correct: Tensor, sample: Tensor) -> Tensor:
     return mask / mask.sum().clamp(min=1)
 
 
-def _sequence(mask: Tensor, correct: Tensor) -> Tensor:
-    return _per_token_of_its_row(mask) / max(len(mask), 1)
+def _sequence(mask: Tensor, correct: Tensor, sample: Tensor) -> Tensor:
+    return _per_token_of_its_sample(mask, sample) / max(len(sample.unique()), 1)
 
 
-def _correct(mask: Tensor, correct: Tensor) -> Tensor:
-    weights = _per_token_of_its_row(mask) * correct.unsqueeze(-1)
-    return weights / correct.sum().clamp(min=1)
+def _correct(mask: Tensor, correct: Tensor, sample: Tensor) -> Tensor:
+    weights = _per_token_of_its_sample(mask, sample) * correct.unsqueeze(-1)
+    return weights / max(len(sample[correct > 0].unique()), 1)
 
 
-def _per_token_of_its_row(mask: Tensor) -> Tensor:
-    return mask / mask.sum(-1, keepdim=True).clamp(min=1)
+def _per_token_of_its_sample(mask: Tensor, sample: Tensor) -> Tensor:
+    n_actions = mask.new_zeros(len(mask)).index_add_(0, sample, mask.sum(-1))
+    return mask / n_actions[sample].unsqueeze(-1).clamp(min=1)
 
 
-AVG_LEVELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+AVG_LEVELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "token": _token,
     "sequence": _sequence,
     "correct": _correct,
@@ -38,17 +39,24 @@ AVG_LEVELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def token_weights(
-    action_mask: Tensor, correct: Tensor, avg_level: str, dtype: torch.dtype = torch.float32
+    action_mask: Tensor,
+    correct: Tensor,
+    avg_level: str,
+    sample_ids: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Weights w `[B, T]` such that the batch loss is `sum(w * token_losses)`.
 
     Args:
         action_mask: bool `[B, T]` of the whole optimizer batch (all ranks, no padding rows).
         correct: bool `[B]`, rows whose sample has a positive summed reward.
-        avg_level: `token`: 1 / (all action tokens); `sequence`: 1 / (n_i x all rows);
-            `correct`: 1 / (n_i x correct rows) on correct rows, 0 elsewhere; n_i are the action
-            tokens of row i. Rows without action tokens weigh 0, and still count as rows in the
+        avg_level: `token`: 1 / (all action tokens); `sequence`: 1 / (n_i x all samples);
+            `correct`: 1 / (n_i x correct samples) on correct ones, 0 elsewhere; n_i are the action
+            tokens of sample i. Samples without action tokens weigh 0, and still count in the
             divisors of `sequence` and `correct`.
+        sample_ids: int64 `[B]`, the sample that each row belongs to: one of several turns that do
+            not continue each other has a row for each, and weighs as much as any other. Default:
+            each row is a sample of its own.
         dtype: of the weights.
 
     All zeros where nothing counts (no action tokens, or `correct` without a correct row); zero
@@ -61,7 +69,10 @@ def token_weights(
         raise ConfigError(f"actor.avg_level={avg_level}: unknown; use {', '.join(AVG_LEVELS)}")
     # fp64 until the end: counts stay exact whatever the batch size.
     mask = action_mask.to(torch.float64)
-    return AVG_LEVELS[avg_level](mask, correct.to(torch.float64)).to(dtype)
+    if sample_ids is None:
+        sample_ids = torch.arange(len(mask), device=mask.device)
+    sample = sample_ids.unique(return_inverse=True)[1]
+    return AVG_LEVELS[avg_level](mask, correct.to(torch.float64), sample).to(dtype)
 
 
 def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:

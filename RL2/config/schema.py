@@ -308,6 +308,7 @@ class TrainerConfig:
 @dataclass
 class RLTrainerConfig(TrainerConfig):
     test_freq: int | None = MISSING
+    test_sampled: bool = MISSING
     keep_best: bool = MISSING
     dump_rollouts: bool = MISSING
     health: RLHealthConfig = field(default_factory=RLHealthConfig)

@@ -518,6 +518,11 @@ def _check_evaluation(config: DictConfig) -> None:
             f"test_data.path={path}: has no effect without trainer.test_freq; set "
             "trainer.test_freq to the steps between evaluations"
         )
+    if config.trainer.test_sampled and freq is None:
+        raise ConfigError(
+            "trainer.test_sampled=true: has no effect without trainer.test_freq; set that to the "
+            "steps between evaluations, and test_data.path"
+        )
 
 
 def _check_sft(config: DictConfig) -> None:

@@ -43,7 +43,8 @@ Draw = Callable[[int], list[Item]]
 class _Step:
     """What is asked for. wanted: groups that shall teach something. spare: prompts in flight
     beyond those. budget: prompts to draw at most for those that teach nothing. cut: the step
-    ends with the last group wanted, and the others are carried to the next."""
+    ends with the last group wanted, and the others are carried to the next. sampled: an
+    evaluation that samples as training does."""
 
     number: int
     train: bool
@@ -53,6 +54,7 @@ class _Step:
     spare: int = 0
     budget: int = 0
     cut: bool = False
+    sampled: bool = False
 
 
 @dataclass
@@ -282,11 +284,13 @@ class Collector:
         step: int,
         train: bool,
         responses_per_prompt: int | None = None,
+        sampled: bool = False,
     ) -> tuple[dict[str, Tensor] | None, dict[str, float]]:
         """Answer and judge `items`, exactly these, the same list on every rank (a collective).
 
         items: dicts with `extra_info`, and `prompt` and `prompt_ids` where the environment's
             `reset` does not give them.
+        sampled: in evaluation, by `train_sampling_params`; dumped under a name of its own.
 
         Returns (batch, metrics) on rank 0 and (None, {}) on the others. The batch holds the
         fields of `to_batch`; it is None in evaluation and when no sample is left to learn from.
@@ -306,6 +310,7 @@ class Collector:
                 responses_per_prompt or self.responses_per_prompt[train],
                 draw=lambda n: [item for _, item in zip(range(n), left, strict=False)],
                 wanted=len(items),
+                sampled=sampled,
             )
         )
 
@@ -357,7 +362,8 @@ class Collector:
         table = table.sorted()
         name = "train" if step.train else "test"
         if self.rollouts_dir is not None:
-            path = self.rollouts_dir / f"step{step.number:06d}_{name}.jsonl"
+            kind = "sampled" if step.sampled else name
+            path = self.rollouts_dir / f"step{step.number:06d}_{kind}.jsonl"
             try:
                 dump(table, path)
             except OSError as error:  # the other ranks do not know of it: no time to raise
@@ -472,13 +478,13 @@ class Collector:
         if self._player is None:
             return None
         if not step.cut:
-            return self._new_flight(step.train, step.n_responses)
+            return self._new_flight(step.train, step.n_responses, step.train or step.sampled)
         if self._flight is None:
             self._flight = self._new_flight(step.train, step.n_responses)
         return self._flight
 
-    def _new_flight(self, train: bool, n_responses: int) -> Flight:
-        sampling, player = self.sampling[train], self._player
+    def _new_flight(self, train: bool, n_responses: int, sampled: bool = True) -> Flight:
+        sampling, player = self.sampling[sampled], self._player
 
         async def play(sample: Sample, item: Item, gate: Gate) -> None:
             await player.play(sample, item, sampling, gate, train=train)

@@ -19,13 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from RL2.algorithms.rewards import all_equal
 from RL2.config.secrets import redact
 from RL2.distributed.comm import concatenate_on_rank_0
 from RL2.distributed.traffic import Traffic
 from RL2.ops.ragged import ranges
 from RL2.rollout.samples import NOT_THE_POLICY, Sample
 
-_TYPECODES = {torch.int32: "i", torch.float32: "f", torch.bool: "b"}
+_TYPECODES = {torch.int32: "i", torch.float32: "f", torch.float64: "d", torch.bool: "b"}
 
 # What travels, and in which dtype; wide columns first, so that all are aligned.
 _SAMPLES = {
@@ -42,10 +43,10 @@ _SAMPLES = {
 }
 _SEQUENCES = {"sample": torch.int64, "n_tokens": torch.int64}
 _TOKENS = {
+    "rewards": torch.float64,
     "token_ids": torch.int32,
     "weight_versions": torch.int32,
     "llm_logps": torch.float32,
-    "rewards": torch.float32,
     "action_mask": torch.bool,
 }
 _TEXT = {"text": torch.uint8}
@@ -157,17 +158,9 @@ class SampleTable:
         Returns the samples that stay and the fraction of groups that went (0 without groups).
         """
         positions, group = self.samples["position"].unique(return_inverse=True)
-        reward = self.samples["reward"]
-        low, high = (
-            reward.new_zeros(len(positions)).scatter_reduce_(
-                0, group, reward, how, include_self=False
-            )
-            for how in ("amin", "amax")
-        )
-        differs = low < high
-        n_equal = len(positions) - int(differs.sum())
-        kept = differs[group].nonzero().squeeze(1)
-        return self.select(kept), n_equal / max(1, len(positions))
+        equal = all_equal(self.samples["reward"], group, len(positions))
+        kept = (~equal[group]).nonzero().squeeze(1)
+        return self.select(kept), int(equal.sum()) / max(1, len(positions))
 
 
 def gather_samples(
@@ -221,8 +214,9 @@ def _unpack(buffer: Tensor, n_rows: Iterable[int]) -> list[Columns]:
 def to_batch(table: SampleTable, n_responses: int) -> dict[str, Tensor] | None:
     """One row per sequence, in the samples' order; None without samples.
 
-    The fields of `RL2.datasets.collate` and sample_ids, group_ids [B] int64, correct [B] bool,
-    and weight_versions [B, T] int64: which weights wrote the token, -1 where the policy did not.
+    The fields of `RL2.datasets.collate`, with rewards in float64, and sample_ids, group_ids [B]
+    int64, correct [B] bool, and weight_versions [B, T] int64: which weights wrote the token, -1
+    where the policy did not.
     """
     sample, starts = table.sequences["sample"], table.sequences["start"]
     lengths = table.sequences["n_tokens"] - 1
@@ -249,7 +243,7 @@ def to_batch(table: SampleTable, n_responses: int) -> dict[str, Tensor] | None:
         "sample_ids": position * n_responses + table.samples["response"][sample],
         "group_ids": position,
         "llm_logps": padded("llm_logps", actions, torch.float32).masked_fill_(~mask, 0.0),
-        "rewards": padded("rewards", actions, torch.float32).masked_fill_(~mask, 0.0),
+        "rewards": padded("rewards", actions, torch.float64).masked_fill_(~mask, 0.0),
         "correct": table.samples["reward"][sample] > 0,
         "weight_versions": padded("weight_versions", actions, torch.int64, NOT_THE_POLICY),
     }

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from RL2.algorithms.rewards import are_equal, total
 from RL2.datasets.end_of_turn import EndTokens, end_tokens
 from RL2.rollout.engine import Completion, SamplingParams
 
@@ -147,7 +148,7 @@ class Sample:
 
     @property
     def reward(self) -> float:
-        return math.fsum(turn.reward for turn in self.turns)
+        return total(turn.reward for turn in self.turns)
 
     @property
     def score(self) -> float:
@@ -233,8 +234,8 @@ class Group:
         """Whether a finished group goes into a batch: some sample is good and not masked and, with
         `filtering`, the rewards differ."""
         good = [sample for sample in self.samples if sample.error is None and not sample.masked]
-        rewards = {sample.reward for sample in good}
-        return len(rewards) > int(filtering)
+        rewards = [sample.reward for sample in good]
+        return bool(rewards) and not (filtering and are_equal(rewards))
 
 
 def _is_plain(value: Any) -> bool:

@@ -51,11 +51,12 @@ def required_fields(config: DictConfig, loss: TokenLoss) -> tuple[str, ...]:
     """Log-probabilities that must be computed between rollout and update.
 
     `old_logps` are needed only where the policy moves away from the one that sampled (several
-    optimizer steps a rollout) or where the KL enters rewards or advantages; with one step they
-    are the update's own, without a second forward.
+    optimizer steps a rollout, in a loss or importance weights that look back) or where the KL
+    enters rewards or advantages; with one step they are the update's own, without a second forward.
     """
     kl = config.actor.kl
-    old = config.actor.update_per_rollout > 1 and "old_logps" in loss.fields
+    looks_back = "old_logps" in loss.fields or config.actor.tis_coef > 0
+    old = config.actor.update_per_rollout > 1 and looks_back
     old |= kl.coef > 0 and kl.type in ("reward", "advantage")
     ref = kl.coef > 0 or "ref_logps" in loss.fields
     return ("old_logps",) * old + ("ref_logps",) * ref
@@ -80,7 +81,8 @@ def check_loss(config: DictConfig, loss: TokenLoss) -> None:
 
 
 def add_advantages(batch: Batch, config: DictConfig, estimator: Callable[..., Tensor]) -> Batch:
-    """Rank 0: `advantages [B, T]` by `adv.estimator`, with the KL taken off where asked."""
+    """Rank 0: `advantages [B, T]` by `adv.estimator`, with the KL taken off where asked. They and
+    the rewards, which are in float64 until then, are float32."""
     kl, mask = config.actor.kl, batch["action_mask"]
     rewards, penalty = batch["rewards"], torch.zeros(())
     if kl.coef > 0 and kl.type in ("reward", "advantage"):
@@ -88,10 +90,10 @@ def add_advantages(batch: Batch, config: DictConfig, estimator: Callable[..., Te
         penalty = kl.coef * estimate * mask
     if kl.type == "reward":
         rewards = rewards - penalty
-    advantages = estimator(rewards, mask, batch["sample_ids"], batch["group_ids"])
+    advantages = estimator(rewards, mask, batch["sample_ids"], batch["group_ids"]).float()
     if kl.type == "advantage":
         advantages = advantages - penalty
-    return batch | {"advantages": advantages}
+    return batch | {"rewards": batch["rewards"].float(), "advantages": advantages}
 
 
 def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:

@@ -211,13 +211,20 @@ class RolloutSource:
             self._pending[0].result()
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Greedy score on the whole test set (metrics on rank 0)."""
+        """Greedy score on the whole test set, and with `trainer.test_sampled` the score of one
+        sampled as in training (metrics on rank 0)."""
         if self.test is None:
             return {}
         self.finish()
         self._wake()
         items = [self.test[i] for i in range(len(self.test))]
-        return self.collector.collect(items, step, train=False)[1]
+        metrics = self.collector.collect(items, step, train=False)[1]
+        if self.config.trainer.test_sampled:
+            again = self.collector.collect(items, step, train=False, sampled=True)[1]
+            metrics |= {name: again[name] for name in again if not name.startswith("test/")}
+            if "test/score" in again:
+                metrics["test/sampled_score"] = again["test/score"]
+        return metrics
 
     def interrupt(self) -> None:
         """Give up generating: what waits for a rollout or an evaluation, now or later, raises

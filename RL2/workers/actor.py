@@ -93,10 +93,14 @@ class Actor(Worker):
         self.load(optimizer=True)
         self.model.train()
         rate = self.scheduler.get_last_lr()[0]
-        metrics = [self._optimizer_step(part) for part in parts]
+        metrics: list[dict[str, float]] = []
+        for part in parts:
+            moved = any("actor/grad_norm" in one for one in metrics)
+            metrics.append(self._optimizer_step(part, moved))
         return _merge(metrics) | {"actor/lr": rate}
 
-    def _optimizer_step(self, batch: Batch | None) -> dict[str, float]:
+    def _optimizer_step(self, batch: Batch | None, moved: bool) -> dict[str, float]:
+        """moved: whether the weights are not those of the rollout any more."""
         order = None
         if rank() == 0:
             batch, order = self._count(batch)
@@ -130,6 +134,8 @@ class Actor(Worker):
             name: total if name == "actor/loss" else total / n_actions
             for name, total in totals.items()
         }
+        if moved and "old_logps" not in fields:  # it would be the distance to our own update
+            metrics.pop("rollout/llm_kl", None)
         metrics |= {"actor/grad_norm": norm, "actor/skipped": 0.0, "actor/nonfinite": 0.0}
         if not (math.isfinite(metrics["actor/loss"]) and math.isfinite(norm)):
             return self._reject(metrics)
@@ -153,7 +159,7 @@ class Actor(Worker):
             learns = self.loss.uses_advantages or batch["advantages"].any()
         if not learns:
             return batch, None
-        weights = token_weights(batch["action_mask"], batch["correct"], level)
+        weights = token_weights(batch["action_mask"], batch["correct"], level, batch["sample_ids"])
         batch = batch | {"loss_weights": weights}
         wanted = {"advantages", "old_logps", "ref_logps", "llm_logps", *self.loss.fields}
         fields = (*_ALWAYS, "loss_weights", *sorted(wanted & batch.keys()))
@@ -185,7 +191,7 @@ class Actor(Worker):
         llm_logps = tokens.get("llm_logps")
         weights = None
         if config.tis_coef > 0 and llm_logps is not None:
-            weights = importance_weights(logps, llm_logps, config.tis_coef, config.tis_type)
+            weights = importance_weights(old_logps, llm_logps, config.tis_coef, config.tis_type)
             losses = losses.masked_fill(weights == 0, 0.0) * weights
 
         objective = losses

@@ -93,6 +93,37 @@ def test_equal_rewards_give_exactly_zero(reward):
         assert per_row(reinforce(*batch, **options)) == [0] * 7
 
 
+# Equal on paper, not in binary; the second of each pair is one reward.
+EQUAL = [([0.1, 0.2], 0.3), ([1.1, 2.2], 3.3), ([0.1] * 10, 1.0), ([1.1, 2.2, -3.0], 0.3),
+         ([0.1, 0.2, -0.3], 0.0), ([1e6, 0.1, 0.2], 1e6 + 0.3), ([-0.7, -0.1], -0.8)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("parts", "whole"), EQUAL)
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+def test_rewards_that_are_equal_on_paper_give_exactly_zero(parts, whole, scale, dtype):
+    rewards = torch.zeros(3, 10, dtype=dtype)
+    rewards[0, : len(parts)] = scale * torch.tensor(parts, dtype=dtype)
+    rewards[1:, 4] = scale * torch.tensor(whole, dtype=dtype)
+    mask, samples = torch.ones(3, 10, dtype=torch.bool), torch.arange(3)
+    for groups in (torch.zeros_like(samples), samples):
+        for options in ({}, {"norm_var": True}, {"norm_var": True, "global_norm": True}):
+            assert not reinforce(rewards, mask, samples, groups, **options).any()
+    if whole == 0:
+        assert not spo(rewards, mask, samples, samples).any()
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("shift", [0.0, 1.0, 1e4])
+def test_a_difference_that_is_one_is_normalised_whatever_its_size(scale, shift):
+    returns = scale * (torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64) + shift)
+    mask, samples = torch.ones(4, 1, dtype=torch.bool), torch.arange(4)
+    found = reinforce(returns[:, None], mask, samples, samples // 4, norm_var=True)[:, 0]
+    half = 0.75**0.5
+    expected = torch.tensor([-half, half, -half, half], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
 def test_one_sample_and_no_sample():
     assert per_row(reinforce(*rows([2.0]), norm_var=True)) == [0]
     empty = (torch.zeros(0, 3), torch.zeros(0, 3).bool(), *torch.zeros(2, 0, dtype=torch.long))

@@ -35,6 +35,33 @@ def test_correct():
     assert batch_loss("correct", [1, 0, 0, 1]) == pytest.approx((6 / 3) / 2)
 
 
+# Rows 0 and 2 are one sample, of several turns that do not continue each other.
+SAMPLES = torch.tensor([7, 3, 7, 0])
+
+
+def test_a_sample_of_several_rows_weighs_as_much_as_any_other():
+    correct = torch.tensor([1, 1, 1, 0]).bool()
+    sequence = token_weights(MASK, correct, "sequence", SAMPLES)
+    assert sequence.sum(-1).tolist() == pytest.approx([3 / 5 / 3, 1 / 3, 2 / 5 / 3, 0])
+    only_correct = token_weights(MASK, correct, "correct", SAMPLES)
+    assert only_correct.sum(-1).tolist() == pytest.approx([3 / 5 / 2, 1 / 2, 2 / 5 / 2, 0])
+    token = token_weights(MASK, correct, "token", SAMPLES)
+    assert torch.equal(token, token_weights(MASK, correct, "token"))
+
+
+@pytest.mark.parametrize("avg_level", AVG_LEVELS)
+def test_cutting_a_sample_into_rows_changes_no_weight(avg_level):
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.rand(5, 12, generator=generator) < 0.6
+    correct = torch.tensor([1, 0, 1, 1, 0]).bool()
+    expected = token_weights(whole, correct, avg_level)
+    cut = torch.arange(12) < 5
+    rows = torch.stack([whole & cut, whole & ~cut], 1).flatten(0, 1)
+    samples = torch.arange(5).repeat_interleave(2)
+    found = token_weights(rows, correct.repeat_interleave(2), avg_level, samples)
+    assert torch.equal(found.view(5, 2, 12).sum(1), expected)
+
+
 def test_no_correct_row():
     weights = token_weights(MASK, torch.zeros(4, dtype=torch.bool), "correct")
     assert torch.equal(weights, torch.zeros(4, 4))

@@ -262,6 +262,10 @@ def test_options_without_effect(message, composed):
         )
     assert "without test_data.path" in message("spo", "trainer.test_freq=5")
     assert "without trainer.test_freq" in message("spo", "test_data.path=test@openai/gsm8k:main")
+    text = message("ppo", "trainer.test_sampled=true")
+    assert text.startswith(
+        "trainer.test_sampled=true: has no effect without trainer.test_freq; set"
+    )
     assert message("sft", "actor.avg_level=correct").startswith("actor.avg_level=correct: in sft")
     for kind in ("loss", "reward", "advantage"):
         overrides = (f"actor.kl.type={kind}", "actor.kl.coef=0.1", "ref_actor.model_name=a/b")

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import re
 import time
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from envs.gsm8k import extract_answer, is_correct, normalize_number, step
 
+TABLE = Path(__file__).parents[2] / "docs" / "gsm8k.md"
 REAL = Path(__file__).parents[3] / "shared/data/gsm8k"
 
 
@@ -88,6 +90,21 @@ def test_extract_answer(text, answer):
         ("**5**.", "5"),
         ("5**", "5"),  # of "**#### 5**"
         ("7" * 5000, "7" * 5000 + ".0"),  # beyond the digits that int() takes
+        ("Rs.5", "5"),
+        ("no-one but 5", "5"),
+        ("5-year-old", "5"),
+        ("Answer: -5", "-5"),
+        ("(-5)", "-5"),
+        ("5<|im_end|>", "5"),
+        ("a = b = 2 * 2.5 = 5 km", "5"),
+        ("\\boxed{\\text{about } 5\\%}", "5"),
+        ("-1/8", "-.125"),
+        ("2/6", "1/3"),
+        ("1,000/20", "50"),
+        ("\\frac{-1}{2}", "-0.5"),
+        ("\\underline{\\textit{5}}", "5"),
+        ("5\\,\\text{cm}^{2}", "5"),
+        ("5^{\\circ}C", "5"),
         ("seven", " seven "),
         ("1/2", "1/2"),
     ],
@@ -105,8 +122,33 @@ def test_equal(answer, gold):
         ("5", "50"),
         ("-5", "5"),
         ("5.1", "5"),
-        ("5 apples", "5"),
         ("5 or 6", "5"),
+        ("5 apples and 1", "5"),
+        ("5 thousand", "5"),
+        ("5 and a half", "5"),
+        ("5\N{VULGAR FRACTION ONE HALF}", "5"),
+        ("5\N{CJK UNIFIED IDEOGRAPH-5341}", "5"),  # fifty
+        ("5k", "5"),
+        ("no more than 5", "5"),
+        ("5 - x", "5"),
+        ("5-", "5"),
+        ("Answer - 5", "-5"),
+        ("x-5", "-5"),
+        ("5^2", "5"),
+        ("\\sqrt{5}", "5"),
+        ("5/0", "5"),
+        ("5/1/1", "5"),
+        ("1 5/5", "11"),
+        ("5\\frac{1}{2}", "25.5"),
+        ("5\\frac{-1}{2}", "5"),
+        ("\\boxed{5}^2", "5"),
+        ("\\textstyle 5", "5"),
+        ("5 <b> 0", "50"),
+        ("5<b>.0", "5"),
+        ("x >= 5", "5"),
+        ("x \\neq 5", "5"),
+        ("...5", "5"),
+        ("..5", "0.5"),
         ("7 2", "72"),
         ("3, 4", "34"),
         ("3,4", "34"),
@@ -133,6 +175,39 @@ def test_equal(answer, gold):
 def test_different(answer, gold):
     assert not is_correct(answer, gold) and not is_correct(gold, answer)
     assert reward(f"#### {answer}", gold) == 0.0
+
+
+def rows_of_the_table():
+    text = TABLE.read_text(encoding="utf-8")
+    found = re.findall(
+        r"^\| (`.*`) \| `(.*)` \| (.*) \| (.*) \| (.*) \| (.*) \|$", text, re.MULTILINE
+    )
+    return [(answer.strip("`").strip(), *others) for answer, *others in found]
+
+
+ROWS = rows_of_the_table()
+
+
+@pytest.mark.parametrize(("answer", "gold", "ours", "strict", "flexible", "math_verify"), ROWS)
+def test_the_table_of_the_docs(answer, gold, ours, strict, flexible, math_verify):
+    assert is_correct(answer, gold) == is_correct(gold, answer) == (ours == "yes")
+    assert reward(f"#### {answer}", gold) == (ours == "yes")
+    # What lm-evaluation-harness extracts and leaves out before it compares.
+    text = f"#### {answer}"
+    first = re.findall(r"#### (-?[0-9.,]+)", text)[:1]
+    last = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", text)[-1:]
+    for which, matches in ((strict, first), (flexible, last)):
+        same = [re.sub(r"[,$]|\.$", "", match) for match in matches] == [gold]
+        assert which == ("yes" if same else "no"), matches
+
+
+def test_nothing_is_right_that_no_grader_accepts():
+    lonely = [answer for answer, _, ours, *others in ROWS if ours == "yes" and "yes" not in others]
+    assert lonely == ["\N{MINUS SIGN}18"]
+
+
+def test_the_table_of_the_docs_is_found():
+    assert len(ROWS) > 70 and {row[2] for row in ROWS} == {"yes", "no"}
 
 
 def test_no_answer_is_wrong_whatever_the_gold_answer_is():

@@ -5,6 +5,7 @@ import random
 import re
 import time
 from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from hypothesis import example, given, settings
@@ -15,7 +16,7 @@ from tests.faults.support import points
 
 MOST_SECONDS = 0.05  # of a processor, in one call
 PER_CHUNK = 10_000  # inputs; 100 chunks with RL2_FAULTS=long
-NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*[1-9])?")
+NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*[1-9]|/[1-9][0-9]*)?")
 MINUS = "-\N{MINUS SIGN}"
 
 PIECES = [
@@ -26,7 +27,11 @@ PIECES = [
     "\N{ARABIC-INDIC DIGIT FIVE}", "\N{DEVANAGARI DIGIT SEVEN}", "\N{FULLWIDTH DIGIT NINE}",
     "\N{SUPERSCRIPT TWO}", "\N{VULGAR FRACTION ONE HALF}", "\N{MATHEMATICAL BOLD DIGIT ONE}",
     "\N{ROMAN NUMERAL FIVE}", "e\N{COMBINING ACUTE ACCENT}", "\N{RIGHT-TO-LEFT OVERRIDE}", "İ", "ß",
-    "\\boxed{5}", "<<3+4=7>>", "__import__('os')", "so it is", "\N{PILE OF POO}", "x",
+    "\\boxed{5}", "\\frac{1}{2}", "\\frac{-3}{2}", "^\\circ", "\\text{", "}", "{", "\\(", "\\$",
+    "`", "(", ")", "[", "]",
+    "x = ", "=", "≈", "!=", "/", "/h", "1/2", "10/4", "^2", "m^2", "5-6", " or ", " apples",
+    "dozen", "not ", "Rs.", "-year", "<eos>", "<|end|>", "<<3+4=7>>", "__import__('os')",
+    "so it is", "\N{PILE OF POO}", "x",
 ]  # fmt: skip
 
 
@@ -62,10 +67,21 @@ def check_number(text, clock):
     assert NUMBER.fullmatch(number) and number != "-0"
     assert normalize_number(number) == number
     assert clock(is_correct, text, number) and clock(is_correct, number, text)
-    # The same value, read in another way.
-    value = Decimal(re.sub(r"[^0-9.]", "", text).rstrip("."))
-    negative = bool(value) and any(sign in text for sign in MINUS)
-    assert Decimal(number) == (value.copy_negate() if negative else value)
+    # The same value, read in another way: every digit of one side of the equation counts.
+    text = re.sub(r"\\[A-Za-z]+|(?<=[A-Za-z])\}?\^\{?[23]", "", text)  # m^2
+    side = [side for side in re.split("=|≈", text) if re.search("[0-9]", side)][-1]
+    found = re.search(r"\.?[0-9](?:.*[0-9])?", side, re.DOTALL)
+    above, slash, below = found[0].replace("}{", "/").partition("/")
+    above, below = (re.sub("[^0-9.]", "", part) for part in (above, below))
+    if re.search(r"[^\W\d_]\.$", side[: found.start() + 1]):  # the period of Rs.
+        above = above[1:]
+    if slash:
+        assert Fraction(int(above), int(below)) == abs(Fraction(number))
+    else:
+        assert Decimal(number).copy_abs() == Decimal(above)
+    before = side[: found.start()]
+    if not re.search(r"[^\W\d_]", before):  # a hyphen between letters is no sign
+        assert number.startswith("-") == (number != "0" and any(sign in before for sign in MINUS))
 
 
 def check(text, gold, clock):
@@ -135,7 +151,11 @@ def plausible(rng):
     """Something that a policy might have written, and its gold answer."""
     value = rng.choice((rng.randrange(20), rng.randrange(-(10**6), 10**12)))
     gold = rng.choice((str, "{:,}".format, "${:,}".format, "{:.2f}".format, "{}.".format))(value)
-    answer = rng.choice((gold, str(value), f"**{gold}**", f"{value}%", f" {value} apples"))
+    answer = rng.choice((
+        gold, str(value), f"**{gold}**", f"{value}%", f" {value} apples", f"({gold}).",
+        f"\\boxed{{{gold}}}", f"x = {gold}", f"-${value}", f"{value}/40", f"{gold} km/h",
+        f"\\frac{{{value}}}{{8}}", f"{value} or {value}",
+    ))  # fmt: skip
     parts = [rng.choice(("", "<think>", "so\n")), rng.choice(("", f"it is {gold}", "#### 3\n"))]
     parts += [rng.choice(("", THOUGHT_END, f"{THOUGHT_END}\n")), "#### ", answer]
     return rng.choice(("".join(parts), answer)), gold

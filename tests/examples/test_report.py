@@ -31,6 +31,7 @@ def make_run(run: Path, tests: dict[int, list[float]], updated: bool = True) -> 
                 row |= {"actor/entropy": 0.5 - step / 10, "actor/loss": 1.0 / step}
         if step in tests:
             row["test/score"] = sum(tests[step]) / len(tests[step])
+            row["test/sampled_score"] = 0.25 + step / 100
             dump = run / "rollouts" / f"step{step:06d}_test.jsonl"
             dump.write_text("".join(json.dumps({"score": s}) + "\n" for s in tests[step]))
         rows.append(row)
@@ -68,7 +69,8 @@ def test_table_gives_start_best_and_last_with_paired_errors(run_report, tmp_path
     assert "0.500 (+0.000 ± 0.408)" in row  # differences -1, 0, 1, 0: variance 2/3 over 4 problems
     assert "0.400 → 0.100" in row and "21.0 → 24.0" in row
     # Columns stand below their names.
-    for name, cell in {"best": "0.750", "last": "0.500 (+", "entropy": "0.400"}.items():
+    cells = {"best": "0.750", "last": "0.500 (+", "sampled": "0.250 → 0.290", "entropy": "0.400"}
+    for name, cell in cells.items():
         assert row[header.index(name) :].startswith(cell)
 
 

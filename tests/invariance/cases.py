@@ -264,6 +264,10 @@ CASES |= {
     )
 }
 
+CASES["three_updates-tis"] = Case(
+    "nll", "sequence", changes={"update_per_rollout": 3, "tis_coef": 1.2, "max_grad_norm": 1.0}
+)
+
 # What families and shapes of models are tried with.
 FAMILY_CASES = {
     name: CASES[name]

@@ -152,13 +152,28 @@ MUTATIONS: dict[str, Mutation] = {
         "                sums[name] = sums.get(name, 0.0) + value.detach() * share",
         f"{UPDATE}[qwen3-small-margin-token-spo]",
     ),
+    "e-rows-counted-for-samples": Mutation(
+        ACTOR,
+        'level, batch["sample_ids"])',
+        "level)",
+        f"{UPDATE}[qwen3-packed-ppo-sequence-reinforce]",
+    ),
+    "e-ratio-of-now-to-the-engine": Mutation(
+        ACTOR,
+        "importance_weights(old_logps, llm_logps,",
+        "importance_weights(logps, llm_logps,",
+        f"{UPDATE}[qwen3-packed-tis-mask-ppo]",
+    ),
     # (f) one padding row or token too many
     "f-padding-row-counts": Mutation(
         ACTOR,
-        '        weights = token_weights(batch["action_mask"], batch["correct"], level)\n',
-        "        pad = torch.nn.functional.pad\n"
-        '        mask = pad(batch["action_mask"], (0, 0, 0, 1))\n'
-        '        weights = token_weights(mask, pad(batch["correct"], (0, 1)), level)[:-1]\n',
+        '        weights = token_weights(batch["action_mask"], batch["correct"], level, '
+        'batch["sample_ids"])\n',
+        """        pad = torch.nn.functional.pad
+        mask, correct = pad(batch["action_mask"], (0, 0, 0, 1)), pad(batch["correct"], (0, 1))
+        samples = pad(batch["sample_ids"], (0, 1), value=-1)
+        weights = token_weights(mask, correct, level, samples)[:-1]
+""",
         f"{UPDATE}[qwen3-packed-ppo-sequence-reinforce]",
     ),
     "f-filler-counts": Mutation(

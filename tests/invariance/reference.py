@@ -32,14 +32,18 @@ def statistics(logits, actions, top_k):
 
 
 def row_weight(batch, row, level):
-    """What divides the summed loss of a row's tokens."""
-    n_actions = batch["action_mask"].sum(-1).tolist()
-    n_correct = int(batch["correct"].sum())
+    """What divides the summed loss of a row's tokens. A sample may have several rows."""
+    n_actions, correct = {}, set()
+    of_rows = zip(batch["sample_ids"].tolist(), batch["action_mask"].sum(-1).tolist(), strict=True)
+    for other, (sample, n) in enumerate(of_rows):
+        n_actions[sample] = n_actions.get(sample, 0) + n
+        correct |= {sample} if batch["correct"][other] else set()
+    own = int(batch["sample_ids"][row])
     if level == "token":
-        return 1 / sum(n_actions)
+        return 1 / sum(n_actions.values())
     if level == "sequence":
-        return 1 / (n_actions[row] * len(n_actions))
-    return 1 / (n_actions[row] * n_correct) if batch["correct"][row] else 0.0
+        return 1 / (n_actions[own] * len(n_actions))
+    return 1 / (n_actions[own] * len(correct)) if own in correct else 0.0
 
 
 def batch_loss(hf, loss, config, batch):
@@ -70,7 +74,7 @@ def batch_loss(hf, loss, config, batch):
         if "llm_logps" in fields:
             d = tokens["llm_logps"] - tokens["old_logps"]
             metrics["rollout/llm_kl"] = _KL["k3"](d)
-            ratio = (tokens["logps"].detach() - tokens["llm_logps"]).exp()
+            ratio = (tokens["old_logps"] - tokens["llm_logps"]).exp()
             if config.tis_coef > 0 and config.tis_type == "truncate":
                 losses = losses * ratio.clamp(max=config.tis_coef)
             elif config.tis_coef > 0:

@@ -156,6 +156,27 @@ def test_evaluation_is_greedy_and_trains_nothing(make, byte_model, tmp_path):
     )
 
 
+def test_an_evaluation_may_sample_as_training_does(make, tmp_path):
+    """With noise of its own, into a file of its own; the greedy one stays as it is."""
+    items = make_items(3)
+    collector = make(ODD, rollouts_dir=tmp_path)
+    greedy = collector.collect(items, step=1, train=False)
+    batch, metrics = collector.collect(items, step=1, train=False, sampled=True)
+    assert batch is None and metrics["test/n_samples"] == 3
+    again = collector.collect(items, step=1, train=False)
+    assert again[1] == greedy[1]
+    collector.collect(items, step=1, train=True)
+    responses = {
+        name: [
+            json.loads(line)["response"]
+            for line in (tmp_path / f"step000001_{name}.jsonl").read_text().splitlines()
+        ]
+        for name in ("test", "sampled", "train")
+    }
+    assert responses["sampled"] != responses["test"]
+    assert responses["sampled"] != responses["train"][:: len(responses["train"]) // 3]
+
+
 def test_rollouts_are_dumped(make, tmp_path):
     folder = tmp_path / "rollouts"
     items = make_items(2)

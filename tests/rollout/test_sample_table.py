@@ -11,8 +11,17 @@ from torch.nn.utils.rnn import pad_sequence
 from RL2.datasets import collate
 from RL2.distributed import rank
 from RL2.distributed.traffic import Traffic
+from RL2.rollout.engine import Completion
 from RL2.rollout.sample_table import SampleTable, dump, gather_samples, summarise, to_batch
-from RL2.rollout.samples import NOT_THE_POLICY, Sample, Turn
+from RL2.rollout.samples import (
+    NOT_THE_POLICY,
+    Group,
+    Sample,
+    Turn,
+    add_reward,
+    extend,
+    start_sequence,
+)
 from tests.ranks import run_on_ranks
 
 N_RESPONSES = 4
@@ -67,9 +76,11 @@ def plain_batch(samples):
     rows = [(sample, one) for sample in samples for one in sample.sequences]
     batch = collate([{k: v for k, v in one.items() if k != "weight_versions"} for _, one in rows])
     versions = [torch.tensor(one["weight_versions"][1:]).long() for _, one in rows]
+    rewards = [torch.tensor(one["rewards"][1:], dtype=torch.float64) for _, one in rows]
     return batch | {
         "sample_ids": torch.tensor([s.position * N_RESPONSES + s.response for s, _ in rows]),
         "group_ids": torch.tensor([s.position for s, _ in rows]),
+        "rewards": pad_sequence(rewards, True),
         "correct": torch.tensor([s.reward > 0 for s, _ in rows]),
         "weight_versions": pad_sequence(versions, True, NOT_THE_POLICY),
     }
@@ -161,7 +172,7 @@ def test_the_same_as_sample_by_sample(spread, tmp_path):
         sequences = [one for sample in sent for one in sample.sequences]
         text = "".join(json.dumps(plain_record(s), ensure_ascii=False) + "\n" for s in sent)
         n_tokens = sum(len(one["token_ids"]) for one in sequences)
-        one = 80 * len(sent) + 16 * len(sequences) + 17 * n_tokens + len(text.encode())
+        one = 80 * len(sent) + 16 * len(sequences) + 21 * n_tokens + len(text.encode())
         expected += -(-one // 8) * 8
     # the table of sizes: five numbers of each rank, there and back to all
     n = len(spread)
@@ -198,13 +209,46 @@ def test_a_dumped_line_is_one_line_for_everybody(tmp_path):
     assert "\u4e00" in lines[0]  # what can be read is left as it is
 
 
-def test_rewards_that_differ_in_the_last_bit_are_not_equal():
-    samples = [Sample(0, i, turns=[Turn("", "a", 1, "stop", 0.3, 0.0)]) for i in range(2)]
+@pytest.mark.parametrize(
+    ("rewards", "equal"),
+    [
+        (([0.3], [0.3]), True),
+        (([0.1, 0.2], [0.3]), True),
+        (([0.3], [math.nextafter(0.3, 1)]), True),
+        (([0.1, 0.2, -0.3], [0.0]), True),
+        (([-0.1, -0.2], [-0.3]), True),
+        (([0.0], [1e-9]), False),
+        (([1.0], [1.000001]), False),
+        (([-1e-9], [1e-9]), False),
+    ],
+)
+def test_groups_whose_rewards_are_equal_on_paper_teach_nothing(rewards, equal):
+    """The table of the whole step and the count of each driver agree."""
+    samples = [
+        Sample(0, i, turns=[Turn("", "a", 1, "stop", reward, 0.0) for reward in of_turns])
+        for i, of_turns in enumerate(rewards)
+    ]
     kept, ratio = SampleTable.of(samples).without_equal_groups()
-    assert (len(kept), ratio) == (0, 1.0)
-    samples[1].turns[0].reward = math.nextafter(0.3, 1)
-    kept, ratio = SampleTable.of(samples).without_equal_groups()
-    assert (len(kept), ratio) == (2, 0.0)
+    assert (len(kept), ratio) == ((0, 1.0) if equal else (2, 0.0))
+    group = Group(0, {}, samples)
+    assert group.teaches(filtering=True) == (not equal) and group.teaches(filtering=False)
+    for sample in samples:
+        sample.fail("no answer", "env")
+    assert not group.teaches(filtering=True) and not group.teaches(filtering=False)
+
+
+def test_a_sum_that_is_zero_on_paper_is_no_correct_sample():
+    """Its 5.6e-17 would be a whole step of an optimizer that normalises."""
+    sequence = start_sequence([1, 2])
+    for n, reward in enumerate((0.1, 0.2, -0.3)):
+        extend(sequence, [3 + n], Completion([3 + n], [-1.0], "stop", [0]))
+        add_reward(sequence, reward)
+    turns = [Turn("", "a", 1, "stop", reward, 0.0) for reward in (0.1, 0.2, -0.3)]
+    assert sum(turn.reward for turn in turns) > 0
+    sample = Sample(0, 0, turns=turns, sequences=[sequence])
+    batch = to_batch(SampleTable.of([sample]), 1)
+    assert sample.reward == 0.0 and not batch["correct"].any()
+    assert batch["rewards"].dtype == torch.float64 and batch["rewards"][0, 1] == 0.1
 
 
 def test_a_sequence_with_a_column_too_short_is_refused():

@@ -355,7 +355,7 @@ def test_best_is_kept_exactly_if_an_evaluation_beats_the_start(tmp_path, files, 
 PPO = {
     "train_data__responses_per_prompt": 4, "actor__update_per_rollout": 2,
     "actor__kl__type": "loss", "actor__kl__coef": 0.1, "rollout__dynamic_filtering": "false",
-    "test_data__max_examples": 7, "trainer__test_freq": 1,
+    "test_data__max_examples": 7, "trainer__test_freq": 1, "trainer__test_sampled": "true",
 }  # fmt: skip
 
 
@@ -397,7 +397,8 @@ def test_two_processes_give_the_numbers_of_one(files, tmp_path, trainer, changes
         assert [row["step"] for row in resumed] == [3]
         pairs.append((one[-1], resumed[0]))
     names = ["actor/loss", "actor/grad_norm", "actor/entropy", "actor/lr", "actor/kl",
-             "train/score", "train/avg_response_length", "test/score"]  # fmt: skip
+             "train/score", "train/avg_response_length", "test/score",
+             "test/sampled_score"]  # fmt: skip
     for row, other in pairs:
         for name in names:
             assert (name in row) == (name in other)
@@ -406,6 +407,8 @@ def test_two_processes_give_the_numbers_of_one(files, tmp_path, trainer, changes
                 expected = pytest.approx(row[name], rel=1e-5, abs=1e-7)
                 assert other[name] == expected, (name, row["step"])
     assert sum("actor/loss" in row for row in two) == 3
+    sampled = [row["test/sampled_score"] for row in two if "test/sampled_score" in row]
+    assert len(sampled) == 4 * ("trainer__test_sampled" in changes)
     for name, weight in weights(tmp_path / "one/final").items():
         torch.testing.assert_close(weights(tmp_path / "two/final")[name], weight, rtol=0, atol=5e-5)
     # nothing of this run is alive: the folder in its command line is ours alone

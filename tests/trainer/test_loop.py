@@ -15,11 +15,12 @@ from RL2.trainer.loop import add_advantages, check_loss, required_fields
 KL_OFF = {"coef": 0.0, "type": None}
 
 
-def config(update_per_rollout=1, estimator="k1", **kl):
+def config(update_per_rollout=1, estimator="k1", tis_coef=0.0, **kl):
     return OmegaConf.create(
         {
             "actor": {
                 "update_per_rollout": update_per_rollout,
+                "tis_coef": tis_coef,
                 "kl": KL_OFF | {"reward_estimator": estimator} | kl,
             }
         }
@@ -38,6 +39,12 @@ def test_one_update_without_kl_needs_no_second_forward(loss):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_old_logps_only_where_the_policy_moves_away_and_the_loss_looks_back(loss):
     assert required(loss, update_per_rollout=2) == (("old_logps",) if loss == "ppo" else ())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_importance_weights_look_back_whatever_the_loss(loss):
+    assert required(loss, tis_coef=2.0) == ()
+    assert required(loss, tis_coef=2.0, update_per_rollout=2) == ("old_logps",)
 
 
 @pytest.mark.parametrize("kind", ["reward", "advantage"])
@@ -99,6 +106,21 @@ def test_kl_as_reward_is_summed_over_the_sample_before_the_advantage(estimator):
     half = (first - second) / 2
     torch.testing.assert_close(out["advantages"], torch.stack([half, half, -half])[:, None] * mask)
     assert torch.equal(out["rewards"], given["rewards"])
+
+
+def test_rewards_are_float64_up_to_the_advantages():
+    """0.1 + 0.2 against 0.3 in float32 differ by 7e-9; what a loss gets is float32 again."""
+    given = batch()
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    rewards = torch.tensor([[0.1, 0, 0.2, 1e6], [0, 0, 0, 1e6 + 1]], dtype=torch.float64)
+    given = {"action_mask": mask, "rewards": rewards} | {
+        name: given[name][1:] for name in ("sample_ids", "group_ids")
+    }
+    out = add_advantages(given, config(), reinforce)
+    torch.testing.assert_close(
+        out["advantages"][:, 0], torch.tensor([-0.35, 0.35]), rtol=1e-6, atol=0
+    )
+    assert out["rewards"].dtype == out["advantages"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("kl", [KL_OFF, {"coef": 0.3, "type": "loss"}])

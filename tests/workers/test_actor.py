@@ -387,6 +387,33 @@ def tis_update(model, batch, kind, coef):
     return actor.update(batch, 1)
 
 
+def two_updates(model, loss, batch, changes):
+    """Of one rollout, by an engine that is the trainer: metrics of each alone and of both."""
+    actor = make_actor(model, loss, avg_level="token", lr=0.03, update_per_rollout=2, **changes)
+    batch = actor.compute_logps(batch, "old_logps")
+    batch |= {"llm_logps": batch["old_logps"]}
+    if not actor.config.tis_coef:  # nobody has asked for them
+        del batch["old_logps"]
+    return actor.update(batch, 1), whole(actor)
+
+
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
+@pytest.mark.parametrize("loss", ["ppo", "spo"])
+def test_an_engine_that_is_the_trainer_weighs_one_in_every_update(tmp_path, loss, kind):
+    """Also in the second one, whose own logps have moved away by a factor of two and more."""
+    model, batch = make_model(tmp_path), make_batch()
+    changes = {"tis_coef": 1.5, "tis_type": kind}
+    ((found, weights),) = run_on_ranks(1, two_updates, model, loss, batch, changes)
+    plain = {} if loss == "spo" else {"tis_coef": 1e30}
+    ((expected, other),) = run_on_ranks(1, two_updates, model, loss, batch, plain)
+    assert found["actor/loss"] == expected["actor/loss"]
+    assert found.get("actor/tis_masked", 0.0) == 0.0
+    assert all(torch.equal(weights[name], other[name]) for name in weights)
+    # What engine and trainer differ by is not what the trainer has moved by since.
+    for metrics in (found, expected):
+        assert metrics["rollout/llm_kl"] == pytest.approx(0, abs=1e-9)
+
+
 def test_masked_tokens_teach_nothing_and_their_share_is_told(tmp_path):
     """Engine and trainer agree but on some tokens, which are then as if they had no advantage."""
     model, batch = make_model(tmp_path), make_batch()

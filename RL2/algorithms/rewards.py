@@ -1,0 +1,53 @@
+"""When rewards count as equal, or as nothing: one rule for filtering, advantages and divisors.
+
+Rewards are sums of what an environment gave turn by turn, and 0.1 + 0.2 is not 0.3 in binary.
+What such sums differ by would be divided by itself where advantages are normalised, and stepped on
+at full size by an optimizer that normalises. The rule leaves no less than a float32 can tell apart.
+"""
+
+import math
+from collections.abc import Iterable
+
+from torch import Tensor
+
+TOLERANCE = 2.0**-22  # relative: two float32 numbers next to each other, with their rounding
+
+
+def total(rewards: Iterable[float]) -> float:
+    """The sum; exactly 0 where what is left is rounding of its terms."""
+    rewards = list(rewards)
+    sum_ = math.fsum(rewards)
+    return sum_ if abs(sum_) > TOLERANCE * math.fsum(map(abs, rewards)) else 0.0
+
+
+def totals(rewards: Tensor, index: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """`total` of the rows `[B, T]` of each of `n` samples, and the sums of magnitudes, both `[n]`
+    float64. index: `[B]`, which sample a row belongs to."""
+    rewards = rewards.double()
+    sums, sizes = (
+        rewards.new_zeros(n).index_add_(0, index, of_rows)
+        for of_rows in (rewards.sum(-1), rewards.abs().sum(-1))
+    )
+    return sums.masked_fill(sums.abs() <= TOLERANCE * sizes, 0.0), sizes
+
+
+def all_equal(returns: Tensor, group: Tensor, n: int, sizes: Tensor | None = None) -> Tensor:
+    """Which of `n` groups hold equal returns only: bool `[n]`.
+
+    Args:
+        returns: `[S]` float64. group: `[S]`, which group each belongs to.
+        sizes: `[S]`, the magnitude of what a return was summed from; by default its own.
+    """
+    sizes = returns.abs() if sizes is None else sizes
+
+    def extreme(values: Tensor, how: str) -> Tensor:
+        return values.new_zeros(n).scatter_reduce_(0, group, values, how, include_self=False)
+
+    spread = extreme(returns, "amax") - extreme(returns, "amin")
+    return spread <= TOLERANCE * extreme(sizes, "amax")
+
+
+def are_equal(returns: Iterable[float]) -> bool:
+    """`all_equal` of one group, without tensors; true of none."""
+    returns = list(returns) or [0.0]
+    return max(returns) - min(returns) <= TOLERANCE * max(map(abs, returns))
