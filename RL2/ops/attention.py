@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
 from transformers import AttentionInterface, PretrainedConfig
 
 from RL2.config.errors import ConfigError
@@ -141,6 +142,40 @@ def check_attention(config: PretrainedConfig) -> None:
             "which the sequences of a pack would see each other; use a model whose layers are full "
             "or sliding attention"
         )
+
+
+def check_rope(model_config: PretrainedConfig, config: DictConfig) -> None:
+    """ConfigError where the longest sequence of a pack would change what the others are.
+
+    Two kinds of rotary embeddings choose their frequencies anew beyond a length, by the longest
+    sequence that is computed with others, in transformers as well as in engines.
+
+    Args:
+        config: an `actor` or `ref_actor` node.
+    """
+    text = model_config.get_text_config()
+    keys = ("max_length_per_device", "max_inference_length_per_device")
+    key, length = max(((key, config.get(key) or 0) for key in keys), key=lambda item: item[1])
+    for rope in _ropes(getattr(text, "rope_parameters", None)):
+        limit = {
+            "dynamic": getattr(text, "max_position_embeddings", None),
+            "longrope": rope.get("original_max_position_embeddings")
+            or getattr(text, "original_max_position_embeddings", None),
+        }.get(rope.get("rope_type"))
+        if limit is not None and length * config.sp_size > limit:
+            times = f" * actor.sp_size={config.sp_size}" if config.sp_size > 1 else ""
+            raise ConfigError(
+                f"actor.{key}={length}{times}: {model_config.model_type} has rope_type="
+                f"{rope['rope_type']}, where one sequence of more than {limit} tokens changes the "
+                f"others that are computed with it; use actor.{key}={limit // config.sp_size} or "
+                "less, or a model with other rotary embeddings"
+            )
+
+
+def _ropes(parameters: dict | None) -> list[dict]:
+    """The rotary embeddings of a model: one, or one for each type of layer."""
+    parts = [part for part in (parameters or {}).values() if isinstance(part, dict)]
+    return parts or [parameters or {}]
 
 
 def register_attention(attention: str = NAME) -> str:

@@ -27,7 +27,7 @@ from RL2.config.errors import first_line
 from RL2.config.models import hub_options, weight_options
 from RL2.distributed import shard_of
 from RL2.distributed.sequence_parallel import check_heads, register_sequence_parallel
-from RL2.ops.attention import check_attention, register_attention
+from RL2.ops.attention import check_attention, check_rope, register_attention
 from RL2.ops.fp32 import accelerate_linears
 from RL2.ops.token_stats import (
     LossFunction,
@@ -43,6 +43,8 @@ from RL2.workers.lora import add_adapters
 logger = logging.getLogger(__name__)
 
 _DROPOUT = re.compile(r"^(?!.*(classif|summary|pooler)).*(drop|jitter)")
+
+logger = logging.getLogger(__name__)
 
 
 class TokenStatsModel(nn.Module):
@@ -191,6 +193,12 @@ def load_model(config, *, train: bool) -> tuple[TokenStatsModel, Dtypes, dict[st
         )  # fmt: skip
     asked = resolve_attention(config.attn_implementation, dtypes.compute)
     check_attention(saved)
+    check_rope(saved, config)
+    if train and getattr(saved.get_text_config(), "output_router_logits", None):
+        logger.warning(
+            "actor.model_name: %s has output_router_logits=true, which asks for an auxiliary loss "
+            "of the routers; it is not trained here, only actor.loss is", saved.model_type,
+        )  # fmt: skip
     if config.sp_size > 1:
         check_heads(saved, config.sp_size, config.tp_size)
         attention = register_sequence_parallel(asked)

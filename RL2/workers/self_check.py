@@ -9,9 +9,10 @@ a pack, against transformers' own forward of one at a time.
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -101,8 +102,9 @@ def _probe(model: TokenStatsModel, family: str, device: torch.device) -> _Probe:
     rows = tokens.split(lengths)
     try:
         with torch.no_grad(), _attention(model.model, "eager"):
-            scale = model.run(_scale, rows[0])
-            alone = torch.cat([model.run(_logits_alone, row, scale) for row in rows])
+            scale: list[float] = []
+            # partial: FSDP copies the lists among the arguments of a forward
+            alone = torch.cat([model.run(partial(_logits_alone, scale=scale), row) for row in rows])
     except _NOT_THE_MODELS:
         raise
     except Exception as error:
@@ -120,7 +122,7 @@ def _probe(model: TokenStatsModel, family: str, device: torch.device) -> _Probe:
         n_tokens //= dist.get_world_size(model.sp_group)
         start = n_tokens * dist.get_rank(model.sp_group)
     here = slice(start, start + n_tokens)
-    return _Probe(tokens[here], torch.tensor(lengths), start, alone[here], scale)
+    return _Probe(tokens[here], torch.tensor(lengths), start, alone[here], scale[0])
 
 
 def _lengths(model: TokenStatsModel) -> list[int]:
@@ -132,45 +134,50 @@ def _lengths(model: TokenStatsModel) -> list[int]:
     return lengths
 
 
-def _scale(model: TokenStatsModel, row: Tensor) -> float:
-    """What hidden states are multiplied by; 1 where the head does not simply read them."""
-    sizes = []
+def _logits_alone(model: TokenStatsModel, row: Tensor, scale: list[float]) -> Tensor:
+    """`[N, V]` of one sequence, by the model's own forward; the first one sets the scale."""
+    head = model.model.get_output_embeddings()
 
-    def measure(module, args, output):
-        hidden = getattr(output, "last_hidden_state", None)
-        if hidden is not None:
-            logits = model.model.get_output_embeddings()(hidden)
-            sizes.append(logits.float().square().mean().sqrt().item())
+    def choose(hidden: Tensor) -> None:
+        size = head(hidden).float().square().mean().sqrt().item()
+        scale.append(2.0 ** max(0, round(math.log2(_LOGITS / size))) if size > 0 else 1.0)
 
-    if model.linear_head and model.model.base_model is not model.model:
-        hook = model.model.base_model.register_forward_hook(measure)
-        try:
-            model.model(input_ids=row[None], use_cache=False)
-        finally:
-            hook.remove()
-    return 2.0 ** max(0, round(math.log2(_LOGITS / sizes[0]))) if sizes and sizes[0] > 0 else 1.0
-
-
-def _logits_alone(model: TokenStatsModel, row: Tensor, scale: float) -> Tensor:
-    """`[N, V]` of one sequence, by the model's own forward."""
-    return _logits(model.model, {"input_ids": row[None], "use_cache": False}, scale)
+    inputs = {"input_ids": row[None], "use_cache": False}
+    logits = _logits(model.model, inputs, scale, choose if model.linear_head else None)
+    if not scale:  # the head does not simply read hidden states
+        scale.append(1.0)
+    return logits
 
 
 def _logits_packed(model: TokenStatsModel, probe: _Probe) -> Tensor:
     """`[N, V]`, or this rank's columns, of a slice of a pack, by the way that training takes."""
     inputs = model.inputs(probe.states, probe.lengths, probe.start)
     if not model.linear_head:
-        return _logits(model.model, inputs, probe.scale)
+        return _logits(model.model, inputs, [probe.scale])
     hidden = model.model.base_model(**inputs).last_hidden_state[0]
     return F.linear(hidden * probe.scale, *model.head())
 
 
-def _logits(model: PreTrainedModel, inputs: dict, scale: float) -> Tensor:
-    def multiply(module, args, output):
-        output.last_hidden_state = output.last_hidden_state * scale
-        return output
+def _logits(
+    model: PreTrainedModel,
+    inputs: dict,
+    scale: list[float],
+    choose: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Logits of hidden states times `scale`, which `choose` appends where there is none yet."""
 
-    hook = model.base_model.register_forward_hook(multiply) if scale != 1 else None
+    def multiply(module, args, output):
+        hidden = getattr(output, "last_hidden_state", None)
+        if hidden is None:
+            return
+        if not scale and choose is not None:
+            choose(hidden)
+        if scale and scale[0] != 1:
+            output.last_hidden_state = hidden * scale[0]
+
+    hook = None
+    if model.base_model is not model:
+        hook = model.base_model.register_forward_hook(multiply)
     try:
         return model(**inputs).logits[0].clone()  # FSDP warns of views
     finally:
