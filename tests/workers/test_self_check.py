@@ -1,5 +1,7 @@
 """Every family passes the check at load, or is refused by it, and what passes is right."""
 
+import os
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -8,7 +10,7 @@ from RL2.config import ConfigError
 from RL2.ops.attention import register_attention
 from RL2.workers.model import TokenStatsModel
 from RL2.workers.self_check import self_check
-from tests.workers.families import awake, tiny_config
+from tests.workers.families import FAMILIES, awake, tiny_config
 
 LENGTHS = (90, 1, 70)  # the window of the tiny configs is 64
 
@@ -124,3 +126,40 @@ def test_who_would_mix_the_sequences_is_refused_in_one_line(family):
     message = str(caught.value)
     assert message.startswith(f"actor.attn_implementation=sdpa_varlen: {family} does not compute")
     assert REFUSED[family] in message and "; use " in message and "\n" not in message
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.environ.get("RL2_FAULTS") != "long", reason="RL2_FAULTS=long runs it")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_passes_and_is_right_or_is_refused(tmp_path, family):
+    try:
+        model = build(family)
+    except Exception as error:  # no small config, or no way to build it with this attention
+        pytest.skip(f"{type(error).__name__}: {error}"[:200])
+    try:
+        check(model)
+    except ConfigError as error:
+        assert "; use " in str(error) and "\n" not in str(error)
+        return
+    expect_what_transformers_computes(model, tmp_path)
+
+
+def test_the_check_leaves_no_trace():
+    model = build("qwen2_moe")
+    model.train()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config, random = model.model.config.to_dict(), torch.get_rng_state()
+    attention = model.model.config._attn_implementation
+    check(model)
+    assert all(torch.equal(weights[name], now) for name, now in model.state_dict().items())
+    assert model.model.config.to_dict() == config and torch.equal(torch.get_rng_state(), random)
+    assert model.model.config._attn_implementation == attention
+    assert all(module.training for module in model.modules())
+
+
+def test_a_head_of_zeros_hides_nothing():
+    """As before training: what stands before and behind it shows nevertheless."""
+    model = build("bloom")
+    torch.nn.init.zeros_(model.model.get_output_embeddings().weight)
+    with pytest.raises(ConfigError, match="bloom does not compute"):
+        check(model)
