@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from RL2.config import ConfigError
 from RL2.ops.attention import register_attention
-from RL2.workers.model import TokenStatsModel
+from RL2.workers.model import TokenStatsModel, load_model
 from RL2.workers.self_check import self_check
 from tests.workers.families import FAMILIES, awake, tiny_config
+from tests.workers.test_actor import actor_config
 
 LENGTHS = (90, 1, 70)  # the window of the tiny configs is 64
 
@@ -142,6 +143,14 @@ def test_every_family_passes_and_is_right_or_is_refused(tmp_path, family):
         assert "; use " in str(error) and "\n" not in str(error)
         return
     expect_what_transformers_computes(model, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["falcon", "gptj"])
+def test_who_cannot_be_built_with_an_attention_is_named(tmp_path, family):
+    AutoModelForCausalLM.from_config(tiny_config(family)).save_pretrained(tmp_path)
+    expected = f"^actor.attn_implementation=sdpa_varlen: {family} cannot be built .*; try "
+    with pytest.raises(ConfigError, match=expected):
+        load_model(actor_config(str(tmp_path)), train=True)
 
 
 def test_the_check_leaves_no_trace():
