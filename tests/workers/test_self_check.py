@@ -30,7 +30,7 @@ def check(model, attention="sdpa_varlen"):
 
 def rows_of(model):
     n = torch.arange(sum(LENGTHS))
-    size = model.model.get_input_embeddings().weight.shape[0]
+    size = model.model.config.get_text_config().vocab_size
     return (3 + (n * n + 5 * n) % (size - 3)).split(LENGTHS)
 
 
@@ -48,7 +48,7 @@ def packed(model):
 def alone(model, folder):
     """The same by transformers: loaded from the files, one row at a time."""
     model.model.save_pretrained(folder)
-    own = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    own = type(model.model).from_pretrained(folder, attn_implementation="eager").eval()
     logps = [
         own(input_ids=row[None], use_cache=False).logits[0, :-1].log_softmax(-1)
         .gather(1, row[1:, None])[:, 0]
