@@ -176,6 +176,7 @@ class ModelConfig:
 
 @dataclass
 class TrainedModelConfig(ModelConfig):
+    dropout: float | None = MISSING
     gradient_checkpointing: bool = MISSING
     offload_activations: bool = MISSING
     compile: bool = MISSING

@@ -141,6 +141,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         _PROBABILITY,
     ),
     "actor.entropy.coef": (math.isfinite, "must be finite"),
+    "actor.dropout": (lambda x: x == 0, "must be 0 (none) or null (what the model's config says)"),
     "actor.lora.dropout": (lambda x: 0 <= x < 1, "must be 0 or more and below 1"),
     "rollout.staleness": (lambda x: x in (0, 1), "must be 0 (on-policy) or 1"),
     "actor.loss.target": (lambda x: 0 < x < 1, "must lie between 0 and 1"),

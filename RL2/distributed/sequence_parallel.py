@@ -15,6 +15,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from transformers import AttentionInterface, PretrainedConfig
 
 from RL2.config import ConfigError
+from RL2.ops.attention import register_attention
 
 _PREFIX = "sequence_parallel_"
 _TAKES_PACKS = ("sdpa_varlen", "flash_attention_2")
@@ -34,8 +35,9 @@ def register_sequence_parallel(attention: str) -> str:
             f"actor.attn_implementation={attention}: cannot be spread over actor.sp_size ranks; "
             f"use {' or '.join(_TAKES_PACKS)}"
         )
-    AttentionInterface.register(_PREFIX + attention, ulysses(AttentionInterface()[attention]))
-    return _PREFIX + attention
+    name = register_attention(attention)
+    AttentionInterface.register(_PREFIX + name, ulysses(AttentionInterface()[name]))
+    return _PREFIX + name
 
 
 def check_heads(config: PretrainedConfig, sp_size: int, tp_size: int) -> None:
@@ -72,6 +74,8 @@ def ulysses(attention: Callable[..., tuple[Tensor, None]]) -> Callable[..., tupl
         if repeats > 1:
             key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
         query, key, value = (_to_whole_packs(x, size, sp_group) for x in (query, key, value))
+        if kwargs.get("s_aux") is not None:  # sinks, one for each head
+            kwargs["s_aux"] = kwargs["s_aux"].chunk(size)[dist.get_rank(sp_group)]
         out, _ = attention(module, query, key, value, attention_mask, **kwargs)
         return _to_slices(out, size, sp_group), None
 

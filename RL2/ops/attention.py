@@ -2,11 +2,18 @@
 
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
 from transformers import AttentionInterface, PretrainedConfig
 
 from RL2.config.errors import ConfigError
 
 NAME = "sdpa_varlen"
+
+# As transformers knows it: of a name with "sdpa" in it it thinks that it is its own, and refuses it
+# for models that this one does not suit.
+_REGISTERED = "varlen"
+
+_UNKNOWN = ("position_bias", "head_mask", "block_mask", "indices")
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -21,7 +28,8 @@ def sdpa_varlen(
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
-    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention in which every sequence of a pack sees only itself.
@@ -31,22 +39,31 @@ def sdpa_varlen(
     Padding stands to the right of a causal row: no token of the sequence attends to it.
 
     Args:
-        query: `[1, heads, N, d]`; key and value `[1, kv_heads, N, d]`.
-        attention_mask: unused (the layout follows from `cu_seq_lens_q`).
+        query: `[1, heads, N, d]`; key `[1, kv_heads, N, d]` and value `[1, kv_heads, N, d_value]`.
+        attention_mask: None (the layout follows from `cu_seq_lens_q`).
         cu_seq_lens_q: `[n + 1]` offsets of the n sequences, as flash-attention takes them.
         max_length_q: tokens of the longest sequence.
-        sliding_window: how many tokens, itself included, a token sees; None for all before it.
+        softcap: logits of attention become softcap * tanh(logits / softcap).
+        s_aux: `[heads]` logits of sinks: one more key to each head, without a value.
+        kwargs: `sliding_window`, how many tokens, itself included, a token sees, None for all
+            before it; where the model does not say, as some ask for it by their mask alone,
+            `_window_of(module)`.
 
     Returns:
-        `[1, N, heads, d]` and no attention weights, as transformers' interface asks.
+        `[1, N, heads, d_value]` and no attention weights, as transformers' interface asks.
 
     Raises:
-        NotImplementedError: a model that caps attention's logits or adds sinks to them.
+        NotImplementedError: what is asked for would change the result, and is not done here.
     """
-    unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    unknown = [name for name in _UNKNOWN if kwargs.get(name) is not None]
+    unknown += ["attention_mask"] if attention_mask is not None else []
+    unknown += ["is_causal=false"] if kwargs.get("is_causal") is False else []
     if unknown:
-        raise NotImplementedError(f"{NAME}: knows no {', '.join(unknown)}; use flash_attention_2")
-    n_rows, n_tokens, width = len(cu_seq_lens_q) - 1, query.shape[2], query.shape[3]
+        raise NotImplementedError(f"{NAME} knows no {', '.join(unknown)}")
+    if cu_seq_lens_q is None:
+        raise NotImplementedError(f"{NAME} is not told where the sequences of a pack begin")
+    window = kwargs["sliding_window"] if "sliding_window" in kwargs else _window_of(module)
+    n_rows, n_tokens = len(cu_seq_lens_q) - 1, query.shape[2]
     row = torch.repeat_interleave(
         cu_seq_lens_q.diff().to(torch.int64), output_size=n_tokens
     )  # token -> sequence
@@ -54,30 +71,69 @@ def sdpa_varlen(
     slot = row * max_length_q + column
 
     def spread(packed: torch.Tensor) -> torch.Tensor:
-        heads = packed.shape[1]
+        _, heads, _, width = packed.shape
         padded = packed.new_zeros(n_rows * max_length_q, heads, width)
         padded = padded.index_copy(0, slot, packed[0].transpose(0, 1))
         return padded.view(n_rows, max_length_q, heads, width).transpose(1, 2)
 
+    plain = softcap is None and s_aux is None
     mask = None
-    if sliding_window is not None and sliding_window < max_length_q:
-        mask = torch.ones(max_length_q, max_length_q, dtype=torch.bool, device=query.device)
-        mask = mask.tril().triu(1 - sliding_window)
-    out = F.scaled_dot_product_attention(
-        spread(query),
-        spread(key),
-        spread(value),
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scaling,
-        dropout_p=dropout,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    out = out.transpose(1, 2).reshape(n_rows * max_length_q, -1, width)
+    if not plain or (window is not None and window < max_length_q):
+        mask = torch.ones(max_length_q, max_length_q, dtype=torch.bool, device=query.device).tril()
+        mask = mask if window is None else mask.triu(1 - window)
+    rows = spread(query), spread(key), spread(value)
+    if plain:
+        out = F.scaled_dot_product_attention(
+            *rows,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            dropout_p=dropout,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    else:
+        out = _by_the_formula(*rows, mask, scaling, dropout, softcap, s_aux)
+    out = out.transpose(1, 2).reshape(n_rows * max_length_q, *out.shape[1::2])
     return out.index_select(0, slot)[None], None
 
 
-def check_attention(config: PretrainedConfig, attention: str) -> None:
+def _window_of(module: torch.nn.Module) -> int | None:
+    """The window of an attention layer whose model puts it into the mask and nowhere else."""
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window
+    config = getattr(module, "config", None)
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    if types and index is not None:
+        return window if types[index] == "sliding_attention" else None
+    return window
+
+
+def _by_the_formula(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """What the fused kernel has no word for; takes memory for all logits of attention."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
+    logits = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        sinks = sinks.to(logits).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sinks], -1)
+    weights = logits.softmax(-1, torch.float32).to(value.dtype)[..., : key.shape[2]]
+    return F.dropout(weights, dropout) @ value
+
+
+def check_attention(config: PretrainedConfig) -> None:
     """ConfigError where packs of sequences would not be what each sequence is alone."""
     others = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS)
     if others:
@@ -86,14 +142,47 @@ def check_attention(config: PretrainedConfig, attention: str) -> None:
             "which the sequences of a pack would see each other; use a model whose layers are full "
             "or sliding attention"
         )
-    if attention == NAME and getattr(config, "attn_logit_softcapping", None):
-        raise ConfigError(
-            f"actor.attn_implementation={NAME}: {config.model_type} caps the logits of attention, "
-            "which this kernel does not; use flash_attention_2"
-        )
 
 
-def register_attention() -> str:
-    """Make `sdpa_varlen` known to transformers (its documented extension point)."""
-    AttentionInterface.register(NAME, sdpa_varlen)
-    return NAME
+def check_rope(model_config: PretrainedConfig, config: DictConfig) -> None:
+    """ConfigError where the longest sequence of a pack would change what the others are.
+
+    Two kinds of rotary embeddings choose their frequencies anew beyond a length, by the longest
+    sequence that is computed with others, in transformers as well as in engines.
+
+    Args:
+        config: an `actor` or `ref_actor` node.
+    """
+    text = model_config.get_text_config()
+    keys = ("max_length_per_device", "max_inference_length_per_device")
+    key, length = max(((key, config.get(key) or 0) for key in keys), key=lambda item: item[1])
+    for rope in _ropes(getattr(text, "rope_parameters", None)):
+        limit = {
+            "dynamic": getattr(text, "max_position_embeddings", None),
+            "longrope": rope.get("original_max_position_embeddings")
+            or getattr(text, "original_max_position_embeddings", None),
+        }.get(rope.get("rope_type"))
+        if limit is not None and length * config.sp_size > limit:
+            times = f" * actor.sp_size={config.sp_size}" if config.sp_size > 1 else ""
+            raise ConfigError(
+                f"actor.{key}={length}{times}: {model_config.model_type} has rope_type="
+                f"{rope['rope_type']}, where one sequence of more than {limit} tokens changes the "
+                f"others that are computed with it; use actor.{key}={limit // config.sp_size} or "
+                "less, or a model with other rotary embeddings"
+            )
+
+
+def _ropes(parameters: dict | None) -> list[dict]:
+    """The rotary embeddings of a model: one, or one for each type of layer."""
+    parts = [part for part in (parameters or {}).values() if isinstance(part, dict)]
+    return parts or [parameters or {}]
+
+
+def register_attention(attention: str = NAME) -> str:
+    """Make `sdpa_varlen` known to transformers (its documented extension point).
+
+    Returns:
+        The name by which transformers knows `attention`, one of the config's.
+    """
+    AttentionInterface.register(_REGISTERED, sdpa_varlen)
+    return _REGISTERED if attention == NAME else attention

@@ -15,6 +15,7 @@ from RL2.distributed import Traffic, broadcast, gather, rank, scatter, sum_over_
 from RL2.distributed.comm import Batch
 from RL2.ops.token_stats import TokenStats
 from RL2.workers.base import Worker
+from RL2.workers.model import start_updates
 
 _ALWAYS = ("states", "actions", "action_mask")
 _OF_THE_PACK = {
@@ -91,7 +92,7 @@ class Actor(Worker):
         n_parts = self.config.update_per_rollout
         parts = [None] * n_parts if batch is None else split_batch(batch, n_parts)
         self.load(optimizer=True)
-        self.model.train()
+        start_updates(self.model, self.config.dropout)
         rate = self.scheduler.get_last_lr()[0]
         metrics: list[dict[str, float]] = []
         for part in parts:

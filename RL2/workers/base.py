@@ -21,9 +21,18 @@ from RL2.distributed import (
 )
 from RL2.distributed.comm import Batch
 from RL2.ops.token_stats import LossFunction
+from RL2.workers.dtypes import resolve_attention
 from RL2.workers.loading import materialize
 from RL2.workers.lora import has_adapters, init_adapters, merged
-from RL2.workers.model import attention_cost, compile_layers, load_model
+from RL2.workers.model import (
+    attention_cost,
+    check_dropout,
+    check_head,
+    checkpoint_layers,
+    compile_layers,
+    load_model,
+)
+from RL2.workers.self_check import self_check
 
 
 class Worker:
@@ -44,6 +53,8 @@ class Worker:
         self.traffic = traffic or Traffic()
         self.layout = Layout(world_size(), config.sp_size, config.tp_size)
         self.model, self.dtypes, files = load_model(config, train=train)
+        if train:
+            check_dropout(self.hf_model.config, config)
         self.attention_cost = attention_cost(self.hf_model)
         mesh = build_mesh(device.type, config.ddp_size, config.tp_size)
         self.tp_group: dist.ProcessGroup | None = None
@@ -57,6 +68,8 @@ class Worker:
         layers = set(self.hf_model._no_split_modules or ())
         if train and config.compile:
             compile_layers(self.hf_model, layers, config.gradient_checkpointing)
+        elif train and config.gradient_checkpointing:
+            checkpoint_layers(self.hf_model, layers)
         if files is None:
             self.model.to(device)
         shard(self.model, layers, mesh["ddp", "fsdp"], self.dtypes.compute)
@@ -64,6 +77,9 @@ class Worker:
             materialize(self.model, self.hf_model, files, device)
         if has_adapters(self.hf_model):
             init_adapters(self.hf_model, config.lora.seed)
+        attention = resolve_attention(config.attn_implementation, self.dtypes.compute)
+        self_check(self.model, attention, device, train)
+        check_head(self.model, config)
         # Whole parameters of which a tensor-parallel rank sees a part of the gradient.
         self.partial: list[nn.Parameter] = [self.hf_model.get_parameter(name) for name in partial]
         self.optimizer: torch.optim.Optimizer | None = None

@@ -1,7 +1,8 @@
 """A transformers causal LM behind the one question the losses ask: statistics per token."""
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,14 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from RL2.config import ConfigError
 from RL2.config.errors import first_line
 from RL2.config.models import hub_options, weight_options
 from RL2.distributed import shard_of
 from RL2.distributed.sequence_parallel import check_heads, register_sequence_parallel
-from RL2.ops.attention import check_attention, register_attention
+from RL2.ops.attention import check_attention, check_rope, register_attention
 from RL2.ops.fp32 import accelerate_linears
 from RL2.ops.token_stats import (
     LossFunction,
@@ -40,8 +42,9 @@ from RL2.workers.lora import add_adapters
 
 logger = logging.getLogger(__name__)
 
-# Models that do more than a matrix product between hidden states and logits name it so.
-_NON_LINEAR_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+_DROPOUT = re.compile(r"^(?!.*(classif|summary|pooler)).*(drop|jitter)")
+
+logger = logging.getLogger(__name__)
 
 
 class TokenStatsModel(nn.Module):
@@ -56,6 +59,8 @@ class TokenStatsModel(nn.Module):
         offload_activations: keep what the backbone's backward needs in CPU memory until then.
 
     `sp_group` and `tp_group` are the groups over which packs and weights are split, None without.
+    `linear_head` says whether logits are one matrix product of the hidden states: what
+    `RL2.workers.self_check` found.
     """
 
     def __init__(
@@ -70,10 +75,7 @@ class TokenStatsModel(nn.Module):
         self.offload_activations = offload_activations
         self.sp_group: dist.ProcessGroup | None = None
         self.tp_group: dist.ProcessGroup | None = None
-        head = model.get_output_embeddings()
-        self.linear_head = isinstance(head, nn.Linear) and not any(
-            getattr(model.config, name, None) for name in _NON_LINEAR_HEADS
-        )
+        self.linear_head = isinstance(model.get_output_embeddings(), nn.Linear)
 
     def forward(
         self,
@@ -106,7 +108,7 @@ class TokenStatsModel(nn.Module):
             as `loss`, and of its metrics. A plain dict, because FSDP finds its hooks' tensors in
             those.
         """
-        inputs = self._inputs(states, lengths, start)
+        inputs = self.inputs(states, lengths, start)
         if not self.linear_head:
             logits = self.model(**inputs).logits[0].index_select(0, positions)
             stats = token_stats(logits, actions, temperature, wanted, top_k)
@@ -118,7 +120,7 @@ class TokenStatsModel(nn.Module):
         offload = self.offload_activations and torch.is_grad_enabled()
         with save_on_cpu(pin_memory=states.is_cuda) if offload else nullcontext():
             hidden = self.model.base_model(**inputs).last_hidden_state[0]
-        weight, bias = self._head()
+        weight, bias = self.head()
         arguments = hidden.index_select(0, positions), weight, actions, temperature, wanted
         options = {"bias": bias, "top_k": top_k, "implementation": self.implementation}
         if self.tp_group is not None:
@@ -129,7 +131,12 @@ class TokenStatsModel(nn.Module):
             return {"loss": loss, **metrics}
         return linear_token_stats(*arguments, **options).as_dict()
 
-    def _inputs(self, states: torch.Tensor, lengths: torch.Tensor, start: int) -> dict:
+    def run(self, function: Callable[..., torch.Tensor], *args) -> torch.Tensor:
+        """`function(self, *args)` with the weights gathered, as `forward` has them."""
+        return function(self, *args)
+
+    def inputs(self, states: torch.Tensor, lengths: torch.Tensor, start: int) -> dict:
+        """What transformers' models take for a pack, or a slice of one."""
         device, longest = states.device, int(lengths.max())
         offsets = nn.functional.pad(lengths.cumsum(0), (1, 0))
         token = torch.arange(start, start + len(states))
@@ -146,7 +153,7 @@ class TokenStatsModel(nn.Module):
         }
         return inputs if self.sp_group is None else inputs | {"sp_group": self.sp_group}
 
-    def _head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias of the head, or this rank's columns of them."""
         head = self.model.get_output_embeddings()
         return tuple(
@@ -169,7 +176,6 @@ def load_model(config, *, train: bool) -> tuple[TokenStatsModel, Dtypes, dict[st
     Raises:
         ConfigError: the model cannot be loaded, or not be spread as the config says.
     """
-    register_attention()
     name, options = config.model_name, hub_options(config)
     try:
         saved = AutoConfig.from_pretrained(name, **options)
@@ -185,19 +191,31 @@ def load_model(config, *, train: bool) -> tuple[TokenStatsModel, Dtypes, dict[st
             "actor.dtype=auto: %s is stored in float16, which cannot be trained in without scaling "
             "the loss; computing in bfloat16", name,
         )  # fmt: skip
-    attention = resolve_attention(config.attn_implementation, dtypes.compute)
-    check_attention(saved, attention)
+    asked = resolve_attention(config.attn_implementation, dtypes.compute)
+    check_attention(saved)
+    check_rope(saved, config)
+    if train and getattr(saved.get_text_config(), "output_router_logits", None):
+        logger.warning(
+            "actor.model_name: %s has output_router_logits=true, which asks for an auxiliary loss "
+            "of the routers; it is not trained here, only actor.loss is", saved.model_type,
+        )  # fmt: skip
     if config.sp_size > 1:
         check_heads(saved, config.sp_size, config.tp_size)
-        attention = register_sequence_parallel(attention)
+        attention = register_sequence_parallel(asked)
+    else:
+        attention = register_attention(asked)
     built = {"dtype": torch.float32, "attn_implementation": attention}
     try:
         model = _on_meta(saved, config, built)
+    except Exception as error:  # the model's class may raise anything at numbers out of place
+        check_buildable(saved, config, asked, error)
+        raise _not_loadable(name, error) from error
+    try:
         if not holds_all(files, model):
             model, files = _load_whole(config, built), None
     except ConfigError:
         raise
-    except Exception as error:  # the model's class may raise anything at numbers out of place
+    except Exception as error:  # as above
         raise _not_loadable(name, error) from error
     if files is not None:
         with suppress(OSError):  # not every checkpoint has one
@@ -208,13 +226,28 @@ def load_model(config, *, train: bool) -> tuple[TokenStatsModel, Dtypes, dict[st
         from transformers.integrations.liger import apply_liger_kernel
 
         apply_liger_kernel(model, None)
-    if train and config.gradient_checkpointing and not config.compile:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if train and config.lora.rank is not None:
         add_adapters(model, config.lora)
     if not (train and config.compile):
         accelerate_linears(model)
     model = TokenStatsModel(model, str(config.token_stats), train and config.offload_activations)
+    return model, dtypes, files
+
+
+def check_dropout(model_config: PretrainedConfig, config) -> None:
+    """ConfigError where tensor-parallel ranks would each leave out something else."""
+    own = dropout_of(model_config)
+    if config.dropout is None and config.tp_size > 1 and own:
+        name, value = next(iter(own.items()))
+        raise ConfigError(
+            f"actor.dropout=null: {model_config.model_type} has {name}={value}, and tensor-parallel"
+            " ranks would leave out different parts of what they share; use actor.dropout=0, or "
+            f"actor.tp_size=1 instead of {config.tp_size}"
+        )
+
+
+def check_head(model: TokenStatsModel, config) -> None:
+    """ConfigError where the head's statistics cannot be computed as the config says."""
     if config.tp_size > 1 and model.linear_head and model.implementation == "naive":
         raise ConfigError(
             "actor.token_stats=naive: takes whole logits, which no rank has with "
@@ -225,7 +258,21 @@ def load_model(config, *, train: bool) -> tuple[TokenStatsModel, Dtypes, dict[st
             f"actor.token_stats={model.implementation}: {config.model_name} does more than one "
             "matrix product between hidden states and logits, which are computed whole; use auto"
         )
-    return model, dtypes, files
+
+
+def check_buildable(saved: PretrainedConfig, config, asked: str, error: Exception) -> None:
+    """ConfigError where it was the attention that a model could not be built with."""
+    others = []
+    for other in ("sdpa", "eager"):
+        with suppress(Exception):  # whatever the class thinks of it
+            _on_meta(saved, config, {"dtype": torch.float32, "attn_implementation": other})
+            others.append(other)
+    if others and asked not in others:
+        raise ConfigError(
+            f"actor.attn_implementation={asked}: {saved.model_type} cannot be "
+            f"built with it ({first_line(error)}); try {' or '.join(others)}, or a model of "
+            "another family"
+        ) from error
 
 
 def _on_meta(saved: PretrainedConfig, config, options: dict) -> PreTrainedModel:
@@ -258,10 +305,8 @@ def _load_whole(config, options: dict) -> PreTrainedModel:
 
 
 def compile_layers(model: PreTrainedModel, layer_classes: set[str], checkpointing: bool) -> None:
-    """`torch.compile` the forward of every layer whose class is named in `layer_classes`, in place.
-
-    transformers checkpoints inside of the forward, where torch's compiler gives up on the whole
-    layer without a word; so with `checkpointing` it is done here, around the compiled forward.
+    """`torch.compile` the forward of every layer whose class is named in `layer_classes`, in place,
+    and with `checkpointing` recompute it in backward.
     """
     for layer in model.modules():
         if type(layer).__name__ in layer_classes:
@@ -269,8 +314,49 @@ def compile_layers(model: PreTrainedModel, layer_classes: set[str], checkpointin
             # dynamic: packs differ in length
             forward = torch.compile(plain.__get__(layer), dynamic=True)
             if checkpointing:
-                forward = partial(checkpoint, forward, use_reentrant=False)
+                forward = partial(_recomputed, forward)
             layer.forward = forward
+
+
+def checkpoint_layers(model: PreTrainedModel, layer_classes: set[str]) -> None:
+    """Recompute layers in backward instead of keeping their activations, in place.
+
+    transformers' own switch works in training mode alone, which is also that of dropout; and it
+    stands inside of the forward, where torch's compiler gives up on the whole layer.
+    """
+    done: tuple[str, ...] = ()
+    for name, layer in model.named_modules():
+        is_layer = isinstance(layer, GradientCheckpointingLayer)
+        if (is_layer or type(layer).__name__ in layer_classes) and not name.startswith(done):
+            layer.forward = partial(_recomputed, layer.forward)
+            done += (f"{name}.",)
+
+
+def _recomputed(forward: Callable, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def start_updates(model: nn.Module, dropout: float | None) -> None:
+    """Put a model into the mode of updates.
+
+    Without dropout that is the one of evaluation: whatever a family calls its dropout and its
+    noise, it has them in training mode alone. Adapters' dropout has a key of its own.
+    """
+    model.train(dropout is None)
+    for name, module in model.named_modules():
+        if ".lora_dropout." in name:
+            module.train()
+
+
+def dropout_of(config: PretrainedConfig) -> dict[str, float]:
+    """What a model's config says of dropout and noise in its layers."""
+    return {
+        name: value
+        for name, value in config.get_text_config().to_dict().items()
+        if _DROPOUT.search(name) and isinstance(value, float) and value > 0
+    }
 
 
 def _not_loadable(name: str, error: Exception) -> ConfigError:

@@ -76,6 +76,7 @@ def test_required(message, name, override):
         "rollout.max_in_flight=0",
         "rollout.max_resampled=-1",
         "rollout.over_sampling=0",
+        "actor.dropout=0.1",
         "rollout.staleness=2",
         "rollout.staleness=-1",
         "rollout.llm_kl_alarm=0.0",
@@ -377,3 +378,10 @@ def test_separators(composed, separator):
     config = composed("sft")
     config.data.separator = separator
     validate(config, 1)
+
+
+@pytest.mark.parametrize("name, default", [("ppo", 0), ("spo", 0), ("spo_0p5", 0), ("sft", None)])
+def test_dropout_is_off_or_the_models_own(composed, name, default):
+    assert composed(name).actor.dropout == default
+    for value in ("0", "0.0", "null"):
+        validate(composed(name, f"actor.dropout={value}"), 1)

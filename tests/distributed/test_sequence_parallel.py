@@ -57,7 +57,7 @@ def test_output_and_gradients_are_those_of_the_whole_pack(n_ranks, heads, kv_hea
 
 def test_refusals():
     register_attention()
-    assert register_sequence_parallel("sdpa_varlen") == "sequence_parallel_sdpa_varlen"
+    assert register_sequence_parallel("sdpa_varlen") == "sequence_parallel_varlen"
     with pytest.raises(ConfigError, match="actor.attn_implementation=eager: cannot be spread"):
         register_sequence_parallel("eager")
     config = LlamaConfig(hidden_size=24, num_attention_heads=12)

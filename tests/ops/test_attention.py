@@ -20,18 +20,18 @@ def case(heads=4, kv_heads=2, d=8):
     )
 
 
-def packed(query, key, value, **kwargs):
+def packed(query, key, value, module=None, attention_mask=None, **kwargs):
     offsets = F.pad(torch.tensor(LENGTHS).cumsum(0), (1, 0)).int()
     out, weights = sdpa_varlen(
-        torch.nn.Module(), query, key, value, None, cu_seq_lens_q=offsets,
+        module or torch.nn.Module(), query, key, value, attention_mask, cu_seq_lens_q=offsets,
         max_length_q=max(LENGTHS), **kwargs,
     )  # fmt: skip
     assert weights is None
     return out
 
 
-def alone(query, key, value, window):
-    """Each sequence by the formula, one key at a time."""
+def alone(query, key, value, window, softcap=None, sinks=None):
+    """Each sequence by the formula, one query at a time."""
     rows, start = [], 0
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
@@ -39,7 +39,12 @@ def alone(query, key, value, window):
         for i in range(start, start + length):
             first = max(start, i - window + 1)
             scores = (query[0, :, i, None] * key[0, :, first : i + 1]).sum(-1) / 8**0.5
-            rows.append((scores.softmax(-1)[..., None] * value[0, :, first : i + 1]).sum(1))
+            if softcap is not None:
+                scores = softcap * (scores / softcap).tanh()
+            weights = scores.exp() / (
+                scores.exp().sum(-1, keepdim=True) + (0 if sinks is None else sinks.exp()[:, None])
+            )
+            rows.append((weights[..., None] * value[0, :, first : i + 1]).sum(1))
         start += length
     return torch.stack(rows)[None]
 
@@ -58,19 +63,63 @@ def test_without_a_window_a_token_sees_all_before_it():
     torch.testing.assert_close(packed(query, key, value, sliding_window=None), out)
 
 
-@pytest.mark.parametrize("option", ["softcap", "s_aux"])
+@pytest.mark.parametrize("d_value", [8, 3])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("softcap, sinks", [(None, False), (1.5, False), (None, True), (1.5, True)])
+def test_capped_logits_sinks_and_narrow_values(softcap, sinks, window, d_value):
+    query, key, value = case()
+    value = value[..., :d_value]
+    s_aux = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64) if sinks else None
+    out = packed(query, key, value, softcap=softcap, s_aux=s_aux, sliding_window=window)
+    expected = alone(query, key, value, window or 99, softcap, s_aux)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)  # softmax is in fp32
+
+
+class Layer(torch.nn.Module):
+    """As attention layers of transformers are where they pass no window."""
+
+    def __init__(self, index, **config):
+        super().__init__()
+        self.layer_idx, self.config = index, LlamaConfig(**config)
+
+
+KINDS = ["full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    "layer, window",
+    [
+        (Layer(0), 99),
+        (Layer(0, sliding_window=4), 4),
+        (Layer(0, sliding_window=4, layer_types=KINDS, num_hidden_layers=2), 99),
+        (Layer(1, sliding_window=4, layer_types=KINDS, num_hidden_layers=2), 4),
+    ],
+)
+def test_a_window_that_only_the_mask_would_have(layer, window):
+    out = packed(*case(), module=layer)
+    torch.testing.assert_close(out, alone(*case(), window), rtol=1e-12, atol=1e-12)
+    layer.sliding_window = 2
+    torch.testing.assert_close(packed(*case(), module=layer), alone(*case(), 2))
+    torch.testing.assert_close(
+        packed(*case(), module=layer, sliding_window=None), alone(*case(), 99)
+    )
+
+
+@pytest.mark.parametrize("option", ["position_bias", "attention_mask", "indices"])
 def test_what_it_does_not_know_is_an_error(option):
-    with pytest.raises(NotImplementedError, match=f"knows no {option}; use flash_attention_2"):
-        packed(*case(), **{option: 30.0})
+    with pytest.raises(NotImplementedError, match=f"knows no {option}"):
+        packed(*case(), **{option: torch.ones(1)})
     packed(*case(), **{option: None})
+    with pytest.raises(NotImplementedError, match="knows no is_causal=false"):
+        packed(*case(), is_causal=False)
+    with pytest.raises(NotImplementedError, match="not told where the sequences"):
+        sdpa_varlen(torch.nn.Module(), *case(), None)
 
 
 def test_models_whose_sequences_would_mix_are_refused():
-    check_attention(LlamaConfig(), "sdpa_varlen")
-    check_attention(MistralConfig(), "sdpa_varlen")
+    check_attention(LlamaConfig())
+    check_attention(MistralConfig())
+    check_attention(Gemma2Config())
     hybrid = GraniteMoeHybridConfig(layer_types=["mamba", "attention"], num_hidden_layers=2)
     with pytest.raises(ConfigError, match="granitemoehybrid has layers of type linear_attention"):
-        check_attention(hybrid, "flash_attention_2")
-    with pytest.raises(ConfigError, match="attn_implementation=sdpa_varlen: gemma2 caps the"):
-        check_attention(Gemma2Config(), "sdpa_varlen")
-    check_attention(Gemma2Config(), "flash_attention_2")
+        check_attention(hybrid)

@@ -54,7 +54,7 @@ def actor_config(model, **changes):
     config = {
         "model_name": model, "trust_remote_code": False, "revision": None, "allow_pickle": False,
         "attn_implementation": "sdpa_varlen",
-        "dtype": "auto", "use_liger_kernel": False, "gradient_checkpointing": False,
+        "dtype": "auto", "dropout": 0.0, "use_liger_kernel": False, "gradient_checkpointing": False,
         "ddp_size": 1, "tp_size": 1, "sp_size": 1, "compile": False, "offload_activations": False,
         "offload_model": False, "offload_optimizer": False, "lr": 1e-3, "weight_decay": 0.01,
         "max_grad_norm": 1.0, "scheduler": "constant", "warmup_ratio": 0.0, "freeze_steps": 0,

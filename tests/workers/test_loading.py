@@ -109,6 +109,7 @@ def refusal(model, changes):
 
 MEASURE = """
 import json, sys, torch
+from unittest import mock
 from RL2.distributed import process_group, rank
 from RL2.config import ConfigError
 from RL2.workers import Actor
@@ -121,7 +122,9 @@ def resident(which):
 with process_group("cpu"):
     torch.nn.Linear(8, 8)(torch.ones(1, 8)).sum().backward()
     before = resident("VmRSS")
-    actor = Actor(actor_config(sys.argv[1]), torch.device("cpu"))
+    # Loading alone: the check that follows gathers layer after layer, as each step does.
+    with mock.patch("RL2.workers.base.self_check"):
+        actor = Actor(actor_config(sys.argv[1]), torch.device("cpu"))
     print(json.dumps([rank(), resident("VmHWM") - before]))
 """
 
