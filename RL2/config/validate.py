@@ -97,14 +97,12 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(
         [
-            "actor.lr",
             "actor.max_grad_norm",
             "actor.clip",
             "actor.loss.clip_low",
             "actor.loss.clip_high",
             "actor.temperature",
             "ref_actor.temperature",
-            "rollout.train_sampling_params.temperature",
             "rollout.env_timeout",
             "rollout.llm_kl_alarm",
             "rollout.server_start_timeout",
@@ -117,17 +115,16 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(
         [
-            "actor.weight_decay",
             "actor.tis_coef",
             "actor.freeze_steps",
             "actor.kl.coef",
-            "rollout.test_sampling_params.temperature",
             "rollout.env_workers",
             "rollout.max_env_errors",
             "rollout.max_malformed",
             "rollout.max_resampled",
             "rollout.request_retries",
             "rollout.max_restarts",
+            "trainer.show_samples",
         ],
         _FROM_ZERO,
     ),
@@ -141,6 +138,21 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
             "trainer.health.min_length_ratio",
         ],
         _PROBABILITY,
+    ),
+    # Bounds that nobody who trains a language model comes near, against a slip such as 1e4.
+    "actor.lr": (
+        lambda x: 0 < x < 1,
+        "must be above 0 and below 1, as AdamW moves each weight by about so much in a step; "
+        "give a rate such as 1e-6",
+    ),
+    "actor.weight_decay": (lambda x: 0 <= x <= 10, "must be 0 to 10; give one such as 1e-2"),
+    "rollout.train_sampling_params.temperature": (
+        lambda x: 0 < x <= 100,
+        "must be above 0 and at most 100; give one such as 1.0",
+    ),
+    "rollout.test_sampling_params.temperature": (
+        lambda x: 0 <= x <= 100,
+        "must be 0 (greedy) to 100; give one such as 0.0",
     ),
     "actor.entropy.coef": (math.isfinite, "must be finite"),
     "actor.lora.dropout": (lambda x: 0 <= x < 1, "must be 0 or more and below 1"),
@@ -212,6 +224,8 @@ def _check_keys(config: DictConfig, schema: type) -> None:
             key = f"{prefix}{name}"
             if is_open(key, known):
                 return
+            if key == "defaults":
+                continue  # a yaml file's own list, where that is loaded without hydra
             if key not in known:
                 raise ConfigError(unknown_key_message(key, schema))
             if isinstance(value, dict) and is_dataclass(known[key]):
@@ -569,8 +583,17 @@ def _check_data(group: str, path: str | None) -> None:
     elif not _HUB_DATA.fullmatch(path):
         raise ConfigError(
             f"{key}: neither a file ({', '.join(DATA_EXTENSIONS)}) nor split@name:config such as "
-            "train@openai/gsm8k:main"
+            f"train@openai/gsm8k:main{_with_split(group, path)}"
         )
+
+
+def _with_split(group: str, path: str) -> str:
+    """The way out for the name of a data set alone."""
+    if not re.fullmatch(rf"({_HUB_NAME}/)?{_HUB_NAME}(:[^:/@]+)?", path):
+        return ""
+    split = "test" if group == "test_data" else "train"
+    config = "" if ":" in path else "[:config]"
+    return f"; a data set of the hub needs its split: {group}.path='{split}@{path}{config}'"
 
 
 def _check_trainer(trainer: DictConfig) -> None:
