@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -26,8 +25,6 @@ from RL2.rollout.samples import (
     stable_seed,
     start_sequence,
 )
-
-logger = logging.getLogger(__name__)
 
 _LONG_TEXT = 2**16  # characters
 
@@ -130,11 +127,6 @@ class Player:
         except MalformedReply as error:
             sample.fail(str(error), "malformed")
         sample.ended = True
-        if sample.error is not None:
-            logger.warning(
-                "sample dropped: prompt %d, response %d of step %d: %s",
-                sample.born[1], sample.response, sample.born[0], sample.error,
-            )  # fmt: skip
 
     async def _play(
         self,
