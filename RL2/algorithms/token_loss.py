@@ -16,12 +16,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from RL2.algorithms.losses import LOSSES
-from RL2.config.errors import ConfigError
+from RL2.algorithms.trial import try_out
+from RL2.config.elsewhere import value_here
+from RL2.config.errors import ConfigError, place
 from RL2.ops.token_stats import STATISTICS
 
 FIELDS: tuple[str, ...] = ("advantages", "old_logps", "ref_logps", "llm_logps", "rewards")
@@ -75,14 +76,14 @@ def resolve_loss(
         fallbacks: values for options that the configuration leaves open, such as `actor.clip`
             for both clips; those that the function does not take are ignored.
 
-    The loss is tried on three made-up tokens, so that one which cannot train is found here and not
-    after the first rollout.
+    The loss is tried on made-up tokens, so that one which cannot train is found here and not after
+    the first rollout (`RL2.algorithms.trial`).
 
     Raises:
         ConfigError: unknown name, missing file, module or function, a parameter that is neither
             statistic nor field, an option that the function does not take, an option without
             value, `top_logps` without a `max_rank` of 1 or more, or a trial that raises, does not
-            return `[N]`, or has no gradient.
+            return `[N]`, has no gradient, or gives numbers that are not finite.
     """
     if OmegaConf.is_config(loss_config):
         loss_config = OmegaConf.to_container(loss_config, resolve=True)
@@ -97,8 +98,10 @@ def resolve_loss(
     else:
         origin = f"actor.loss.name={name}"
         if name not in LOSSES:
+            here = value_here("loss.name", name)
+            hint = f"{here}; " if here else _did_you_mean(name, LOSSES)
             raise ConfigError(
-                f"{origin}: unknown; {_did_you_mean(name, LOSSES)}use {', '.join(LOSSES)}, "
+                f"{origin}: unknown; {hint}use {', '.join(LOSSES)}, "
                 "or actor.loss.import_path=my_loss.py:my_loss for your own"
             )
         function = LOSSES[name]
@@ -127,7 +130,7 @@ def resolve_loss(
             )
     top_k = _columns(defaults | bound, origin) if "top_logps" in inputs else 0
     loss = TokenLoss(name, partial(function, **bound), inputs, top_k)
-    _try_out(loss, origin)
+    try_out(loss, function, inputs, loss.statistics, top_k, origin)
     return loss
 
 
@@ -152,9 +155,11 @@ def _import_function(import_path: str, origin: str) -> Callable[..., Any]:
             "working directory, or an absolute one"
         ) from error
     except (Exception, SystemExit) as error:  # a stranger's file may raise anything
+        where = place(error, str(Path(location).resolve()))
         raise ConfigError(
-            f"{origin}: importing {location} raised {type(error).__name__}: {error}; "
-            "make it importable"
+            f"{origin}: importing {location} raised {type(error).__name__}: {error}"
+            + (f" ({where})" if where else "")
+            + "; make it importable"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -228,47 +233,3 @@ def _columns(options: Mapping[str, Any], origin: str) -> int:
             f"{origin}: its option max_rank={max_rank} must be a whole number, 1 or more"
         )
     return max_rank
-
-
-def _try_out(loss: TokenLoss, origin: str) -> None:
-    p, p_max = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.7, 0.5, 0.6])
-    # Three tokens each, then half of what is left again and again.
-    top = torch.tensor([[0.7, 0.15, 0.1], [0.5, 0.2, 0.15], [0.6, 0.2, 0.1]])
-    halves = 0.5 ** torch.arange(1, max(1, loss.top_k - 1))  # empty up to three
-    top = torch.cat([top, (1 - top.sum(-1, keepdim=True)) * halves], -1)[:, : loss.top_k]
-    values = {
-        "logps": p.log(),
-        "log1mps": (-p).log1p(),
-        "max_logps": p_max.log(),
-        "max_log1mps": (-p_max).log1p(),
-        "entropy": torch.tensor([0.8, 1.0, 1.2]),
-        "ranks": torch.tensor([1.0, 2.0, 3.0]),
-        "top_logps": top.log(),
-        "advantages": torch.tensor([1.0, -1.0, 0.5]),
-        "old_logps": p.log() + 0.1,
-        "ref_logps": p.log() - 0.1,
-        "llm_logps": p.log() + 0.05,
-        "rewards": torch.tensor([0.0, 0.0, 1.0]),
-    }
-    for name in loss.statistics:
-        values[name].requires_grad_(name != "ranks")
-    try:
-        with torch.enable_grad():
-            losses, metrics = loss(values)
-            returned = {"losses": losses, **metrics}
-    except Exception as error:  # a stranger's function may raise anything
-        raise ConfigError(
-            f"{origin}: a trial on three tokens raised {type(error).__name__}: {error}"
-        ) from error
-    for what, tensor in returned.items():
-        if not isinstance(tensor, Tensor) or tensor.shape != p.shape:
-            got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ConfigError(
-                f"{origin}: {what} of 3 tokens came back as {got}, expected a tensor [3]; "
-                "return one value per token, without averaging"
-            )
-    if not losses.requires_grad:
-        raise ConfigError(
-            f"{origin}: its losses have no gradient; compute them from "
-            f"{', '.join(loss.statistics)} without detaching"
-        )

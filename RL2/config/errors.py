@@ -4,6 +4,11 @@ Every message is one line that names the key, the value and the way out, for exa
 `actor.tp_size=3: must divide world_size=8; use 1, 2, 4 or 8`.
 """
 
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
 
 class RL2Error(Exception):
     """Base of all errors raised by this library."""
@@ -47,3 +52,13 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, (OSError, ValueError)) and lines:
         return lines[0]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def place(error: BaseException, file: str | None) -> str | None:
+    """`name:line` of the last place in a stranger's file that an error went through, if any."""
+    lines = [
+        line
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_filename == file
+    ]
+    return f"{Path(file).name}:{lines[-1]}" if lines else None

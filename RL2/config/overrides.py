@@ -23,14 +23,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from RL2.config.elsewhere import VALUES, key_here, value_here
 from RL2.config.errors import ConfigError
 from RL2.config.schema import SCHEMAS, key_types, structured
 from RL2.config.secrets import HIDDEN, is_secret_name, redact
 
 # What a user of such libraries may well type and what is not built yet.
-_PLANNED_VALUES = {
-    ("adv.estimator", "gae"): "it needs a critic, which this version does not have yet",
-}
 _PLANNED_GROUPS = {"critic": "this version has no critic yet, leave it out"}
 
 # Beginnings of lines of hydra's messages.
@@ -60,12 +58,12 @@ def check_overrides(config_name: str, argv: Sequence[str]) -> None:
     try:
         flags, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
-        raise ConfigError(f"{error}; --help lists the flags of hydra") from error
+        raise ConfigError(f"{error}; --hydra-help lists the flags of hydra") from error
     for line in rest:
         if line.startswith("-"):
             raise ConfigError(
-                f"{line}: unknown flag; a key is set by key=value without dashes, and --help lists "
-                "the flags"
+                f"{line}: unknown flag; a key is set by key=value without dashes{_of_flag(line)}, "
+                "and --help lists the keys"
             )
     # A yaml file of the user's own has the keys of the trainer that it is for.
     config_name = flags.config_name if flags.config_name in SCHEMAS else config_name
@@ -120,6 +118,13 @@ def _check_secret(line: str) -> None:
             f"{shown}: a secret on the command line, where all users of the machine see it; put it "
             "into a variable of the environment, such as RL2_SERVER_KEY or WANDB_API_KEY"
         )
+
+
+def _of_flag(line: str) -> str:
+    """What an option of another program's command line is here, to be read in brackets."""
+    here = key_here(line.lstrip("-").partition("=")[0], {key for one in SCHEMAS.values()
+                                                       for key in key_types(one)})  # fmt: skip
+    return f" ({here})" if here else ""
 
 
 def _parse(line: str) -> Override:
@@ -210,13 +215,13 @@ def _type_advice(key: str, kind: Any, value: Any) -> str:
     article = "an" if name[0] in "aeiou" else "a"
     choices = [one.value for one in member] + ["null"] * bool(null)
     use = f"use {_listing(choices, 'or')}"
-    planned = {text: why for (of, text), why in _PLANNED_VALUES.items() if of == key}
-    if value in planned:
-        return f"{planned[value]}; {use}"
-    close = difflib.get_close_matches(str(value), [*choices, *planned], n=1)
+    if (here := value_here(name, value)) is not None:
+        return f"{here}; {use}"
+    elsewhere = VALUES.get(name, {})
+    close = difflib.get_close_matches(str(value), [*choices, *elsewhere], n=1)
     hint = f" (did you mean {close[0]}?" if close else ""
-    if close and close[0] in planned:
-        hint += f" {planned[close[0]]}"
+    if close and close[0] in elsewhere:
+        hint += f" {elsewhere[close[0]]}"
     return f"not {article} {name}; {use}{hint}{')' if hint else ''}"
 
 
@@ -235,6 +240,12 @@ def _advice(key: str, schema: type) -> str:
     if key.partition(".")[0] in _PLANNED_GROUPS:
         return _PLANNED_GROUPS[key.partition(".")[0]]
     known = key_types(schema)
+    if (here := key_here(key, known)) is not None:
+        return here
+    if group == "actor.loss":
+        close = difflib.get_close_matches(key, [one for one in known if group in one], n=1)
+        mean = f"did you mean {close[0]}? " if close else ""
+        return f"{mean}an option of a loss of your own is actor.loss.options.{name}"
     leaves = [one for one, kind in known.items() if not is_dataclass(kind)]
     names = {one.rpartition(".")[2] for one in leaves}
     close = difflib.get_close_matches(name, names, n=2, cutoff=0.75)

@@ -248,8 +248,8 @@ class RolloutConfig:
     env_path: str = MISSING
     env_timeout: float = MISSING
     env_workers: int | None = MISSING
-    max_env_errors: int | None = MISSING
-    max_malformed: int | None = MISSING
+    max_env_errors: float | None = MISSING
+    max_malformed: float | None = MISSING
     max_in_flight: int = MISSING
     truncated: Truncated = MISSING
     dynamic_filtering: bool = MISSING
@@ -312,6 +312,7 @@ class RLTrainerConfig(TrainerConfig):
     test_sampled: bool = MISSING
     keep_best: bool = MISSING
     dump_rollouts: bool = MISSING
+    show_samples: int = MISSING
     health: RLHealthConfig = field(default_factory=RLHealthConfig)
 
 

@@ -95,14 +95,12 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(
         [
-            "actor.lr",
             "actor.max_grad_norm",
             "actor.clip",
             "actor.loss.clip_low",
             "actor.loss.clip_high",
             "actor.temperature",
             "ref_actor.temperature",
-            "rollout.train_sampling_params.temperature",
             "rollout.env_timeout",
             "rollout.llm_kl_alarm",
             "rollout.server_start_timeout",
@@ -115,17 +113,16 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(
         [
-            "actor.weight_decay",
             "actor.tis_coef",
             "actor.freeze_steps",
             "actor.kl.coef",
-            "rollout.test_sampling_params.temperature",
             "rollout.env_workers",
             "rollout.max_env_errors",
             "rollout.max_malformed",
             "rollout.max_resampled",
             "rollout.request_retries",
             "rollout.max_restarts",
+            "trainer.show_samples",
         ],
         _FROM_ZERO,
     ),
@@ -139,6 +136,21 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
             "trainer.health.min_length_ratio",
         ],
         _PROBABILITY,
+    ),
+    # Bounds that nobody who trains a language model comes near, against a slip such as 1e4.
+    "actor.lr": (
+        lambda x: 0 < x < 1,
+        "must be above 0 and below 1, as AdamW moves each weight by about so much in a step; "
+        "give a rate such as 1e-6",
+    ),
+    "actor.weight_decay": (lambda x: 0 <= x <= 10, "must be 0 to 10; give one such as 1e-2"),
+    "rollout.train_sampling_params.temperature": (
+        lambda x: 0 < x <= 100,
+        "must be above 0 and at most 100; give one such as 1.0",
+    ),
+    "rollout.test_sampling_params.temperature": (
+        lambda x: 0 <= x <= 100,
+        "must be 0 (greedy) to 100; give one such as 0.0",
     ),
     "actor.entropy.coef": (math.isfinite, "must be finite"),
     "actor.dropout": (lambda x: x == 0, "must be 0 (none) or null (what the model's config says)"),
@@ -209,6 +221,8 @@ def _check_keys(config: DictConfig, schema: type) -> None:
             key = f"{prefix}{name}"
             if is_open(key, known):
                 return
+            if key == "defaults":
+                continue  # a yaml file's own list, where that is loaded without hydra
             if key not in known:
                 raise ConfigError(unknown_key_message(key, schema))
             if isinstance(value, dict) and is_dataclass(known[key]):

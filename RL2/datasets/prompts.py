@@ -40,7 +40,10 @@ def text_of(row: dict[str, Any], name: str, where: str, key: str) -> str:
 def require_text(value: Any, name: str, where: str, key: str) -> str:
     """The string itself; null, NaN, another type, blank or not encodable text is a DataError."""
     if not isinstance(value, str):
-        raise row_error(key, where, f"{name} is {type_name(value)}; it must be a non-empty string")
+        advice = "it must be a non-empty string"
+        if name in ("prompt", "question", "response") and isinstance(value, list):
+            advice += '; a conversation [{"role", "content"}, ...] belongs under messages'
+        raise row_error(key, where, f"{name} is {type_name(value)}; {advice}")
     if not value or value.isspace():
         raise row_error(key, where, f"{name} is empty; fill it or remove the row")
     if not value.isascii():

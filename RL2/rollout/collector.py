@@ -8,6 +8,7 @@ of the prompts, that teach something. (`rollout.partial_rollout` alone goes by w
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
@@ -23,16 +24,21 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config.errors import EngineError, EnvError, Interrupted
+from RL2.config.errors import EngineError, Interrupted
 from RL2.datasets.end_of_turn import EndTokens
 from RL2.distributed.traffic import Traffic
 from RL2.rollout.engine import Engine, SamplingParams
+from RL2.rollout.env_source import hints
 from RL2.rollout.environments import Environment, load_environment
 from RL2.rollout.event_loop import EventLoopThread
+from RL2.rollout.failures import Failure, FailureCount, lines
 from RL2.rollout.flight import Flight
 from RL2.rollout.player import Gate, Player
 from RL2.rollout.sample_table import SampleTable, dump, gather_samples, summarise, to_batch
 from RL2.rollout.samples import Group, Sample
+from RL2.rollout.shown import shown
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Item = dict[str, Any]
@@ -62,26 +68,28 @@ class _Report:
     """What one rank tells the others after a round.
 
     n_teach: groups for the batch. taken: positions that are done with. kept: those that stay in
-    flight there, in order. n_refilled: prompts that it drew on its own.
+    flight there, in order. n_refilled: prompts that it drew on its own. failed: samples that count
+    for nothing. unknown: keys of the environment's answers that nobody reads. failure: of the rank
+    itself.
     """
 
     n_teach: int = 0
     taken: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     n_refilled: int = 0
-    env: list[str] = field(default_factory=list)
-    malformed: list[str] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
     failure: str | None = None
     interrupted: bool = False
 
 
 class _TooManyFailures(Exception):
-    """Environments failed more often in this run than `rollout.max_env_errors`. errors: of this
-    round."""
+    """Environments failed more often in this step than `rollout.max_env_errors` allows. failed: the
+    samples of this round."""
 
-    def __init__(self, errors: list[str]):
-        super().__init__(errors)
-        self.errors = errors
+    def __init__(self, failed: list[Failure]):
+        super().__init__(failed)
+        self.failed = failed
 
 
 class Collector:
@@ -111,6 +119,7 @@ class Collector:
         progress: True shows a progress bar, False does not, None does on a terminal.
         device: of this rank.
         ends: end tokens of the policy; None: what the tokenizer alone says.
+        n_shown: answers that each evaluation logs, in readable form.
 
     Raises ConfigError for an environment file that cannot be used, EngineError when the engine
     does not start.
@@ -134,6 +143,7 @@ class Collector:
         progress: bool | None = None,
         device: torch.device | None = None,
         ends: EndTokens | None = None,
+        n_shown: int = 0,
     ):
         self.environment = environment or load_environment(
             config.env_path, timeout=float(config.env_timeout), workers=config.env_workers
@@ -158,10 +168,11 @@ class Collector:
         self.over_sampling: int | None = config.over_sampling
         self.truncated = str(config.get("truncated", "keep"))
         self.max_in_flight = int(config.max_in_flight)
-        self.max_env_errors: int | None = config.max_env_errors
-        self.max_malformed: int | None = config.max_malformed
-        self.progress = progress
-        self.env_errors = self.malformed = 0
+        self.failures = FailureCount(
+            {"env": config.max_env_errors, "malformed": config.max_malformed}
+        )
+        self.progress, self.n_shown = progress, n_shown
+        self._told: set[str] = set()  # unknown keys that were named
         self._carried: list[list[Item]] = [[] for _ in self.drivers]
         self._loop = EventLoopThread(device)
         self._player: Player | None = None
@@ -205,8 +216,8 @@ class Collector:
         all that is written of them."""
         flight = self._flight
         return {
-            "env_errors": self.env_errors,
-            "malformed": self.malformed,
+            "env_errors": self.failures.of_run["env"],
+            "malformed": self.failures.of_run["malformed"],
             "carried": [] if flight is None else self.run(flight.state_dict()),
         }
 
@@ -216,7 +227,7 @@ class Collector:
         items: the prompts of all groups that were carried, rank by rank. Without
             `rollout.partial_rollout` there must be none.
         """
-        self.env_errors, self.malformed = states[0]["env_errors"], states[0]["malformed"]
+        self.failures.of_run = {"env": states[0]["env_errors"], "malformed": states[0]["malformed"]}
         groups = [group for state in states for group in state["carried"]]
         held = [0 for _ in self.drivers]
         self._carried = [[] for _ in self.drivers]
@@ -295,12 +306,12 @@ class Collector:
         Returns (batch, metrics) on rank 0 and (None, {}) on the others. The batch holds the
         fields of `to_batch`; it is None in evaluation and when no sample is left to learn from.
 
-        `rollout/env_errors` and `rollout/malformed` count the whole run so far, as
-        `rollout.max_env_errors` and `rollout.max_malformed` do.
+        `rollout/env_errors` and `rollout/malformed` count the whole run so far.
 
-        Raises EnvError when environments failed more than `rollout.max_env_errors` times in the
-        run, EngineError when an engine failed, or answered without sense more than
-        `rollout.max_malformed` times, Interrupted after `interrupt`; on every rank.
+        Raises EnvError when environments failed for more of the samples than
+        `rollout.max_env_errors` allows, EngineError when an engine failed, or answered without
+        sense more often than `rollout.max_malformed` allows, Interrupted after `interrupt`; on
+        every rank.
         """
         left = iter(items)
         return self._collect(
@@ -358,6 +369,8 @@ class Collector:
         table = gather_samples(table, self.n_ranks, self.group, traffic)
         if table is None:
             return None, {}
+        for text in shown(samples, 0 if step.train else self.n_shown):
+            logger.info("%s", text)
         seconds = time.perf_counter() - start
         table = table.sorted()
         name = "train" if step.train else "test"
@@ -370,8 +383,8 @@ class Collector:
                 self.unwritten = self.unwritten or (path, error)
         good = table.good()
         metrics = summarise(good, name)
-        metrics["rollout/env_errors"] = float(self.env_errors)
-        metrics["rollout/malformed"] = float(self.malformed)
+        metrics["rollout/env_errors"] = float(self.failures.of_run["env"])
+        metrics["rollout/malformed"] = float(self.failures.of_run["malformed"])
         if self.engine is not None:
             metrics |= self.engine.metrics()
         if not step.train:
@@ -394,6 +407,7 @@ class Collector:
         those that taught nothing. (A single driver draws them as it goes.) Every rank keeps the
         same books: what was drawn, who has it, what is left.
         """
+        self.failures.begin(step.wanted * step.n_responses)
         flight = self._flight_of(step)
         try:
             return self._rounds(step, flight)
@@ -441,11 +455,13 @@ class Collector:
                 missing -= sum(report.n_teach for report in reports)
                 n_resampled += n_refilled
                 budget -= n_refilled
+                self.failures.draw(n_refilled * step.n_responses)
                 n_new = max(0, min(budget, missing - sum(held)))
                 if missing <= 0 or not (n_new or any(held)):
                     break
                 n_resampled += n_new
                 budget -= n_new
+                self.failures.draw(n_new * step.n_responses)
         if step.cut:
             self._carried = [[items[position] for position in positions] for positions in kept]
         return samples, n_resampled
@@ -499,9 +515,9 @@ class Collector:
         """Raise _TooManyFailures as soon as that is sure: if every call of an environment takes
         until its time limit, the end of the round may be hours away."""
         samples = [sample for group in flight.groups for sample in group.samples]
-        errors = [sample.error for sample in samples if sample.cause == "env"]
-        if self.max_env_errors is not None and self.env_errors + len(errors) > self.max_env_errors:
-            raise _TooManyFailures(errors)
+        failed = [Failure.of(sample) for sample in samples if sample.cause == "env"]
+        if self.failures.exceeded("env", len(failed)):
+            raise _TooManyFailures(failed)
 
     def _round(
         self,
@@ -521,18 +537,19 @@ class Collector:
                 report.n_teach = sum(group.teaches(flight.filtering) for group in groups)
                 report.kept = [group.position for group in flight.groups]
         except _TooManyFailures as error:  # all ranks raise it, below
-            failed = error.errors
+            failed = error.failed
         except Exception as error:  # engines may fail because their servers were asked to stop, too
             failure, report.failure = error, f"{type(error).__name__}: {error}"
         report.interrupted = self._interrupted
         report.n_refilled = len(refilled)
         samples = [sample for group in groups for sample in group.samples]
-        report.env = failed + [sample.error for sample in samples if sample.cause == "env"]
-        report.malformed = [sample.error for sample in samples if sample.cause == "malformed"]
+        report.failed = failed + [Failure.of(sample) for sample in samples if sample.error]
+        report.unknown = list(self.environment.unknown)
         reports = [report]
         if self.n_ranks > 1:
             reports = [None] * self.n_ranks  # small objects; the samples go as tensors
             dist.all_gather_object(reports, report, group=self.group)
+        self._tell(reports)
         if any(other.interrupted for other in reports):
             raise Interrupted("rollout: the run was asked to stop") from failure
         if failure is not None:
@@ -540,7 +557,7 @@ class Collector:
         for rank, other in enumerate(reports):
             if other.failure is not None:
                 raise EngineError(f"rollout stopped because rank {rank} failed: {other.failure}")
-        self._count_failures(reports)
+        self.failures.count(failure for one in reports for failure in one.failed)
         return groups, reports
 
     def _fly(self, flight: Coroutine[Any, Any, list[Group]]) -> list[Group]:
@@ -552,21 +569,19 @@ class Collector:
         finally:
             self._flying = None
 
-    def _count_failures(self, reports: list[_Report]) -> None:
-        env = [error for report in reports for error in report.env]
-        malformed = [error for report in reports for error in report.malformed]
-        self.env_errors += len(env)
-        self.malformed += len(malformed)
-        if env and self.max_env_errors is not None and self.env_errors > self.max_env_errors:
-            raise EnvError(
-                f"rollout.max_env_errors={self.max_env_errors}: environments failed "
-                f"{self.env_errors} times in this run; last: {env[-1]}"
-            )
-        if malformed and self.max_malformed is not None and self.malformed > self.max_malformed:
-            raise EngineError(
-                f"rollout.max_malformed={self.max_malformed}: {self.malformed} replies of the "
-                f"engine in this run made no sense; last: {malformed[-1]}"
-            )
+    def _tell(self, reports: list[_Report]) -> None:
+        """Rank 0: name what was dropped, once for each kind, and keys that nobody reads."""
+        if self.rank:
+            return
+        for line in lines(failure for report in reports for failure in report.failed):
+            logger.warning("%s", line)
+        unknown = {key: None for report in reports for key in report.unknown}
+        if new := [key for key in unknown if key not in self._told]:
+            logger.warning(
+                "%s: step returned keys that nobody reads: %s",
+                self.environment.path, hints(new),
+            )  # fmt: skip
+        self._told |= set(new)
 
     def _bar(self, step: _Step) -> tqdm:
         return tqdm(

@@ -161,7 +161,8 @@ class _Worker:
         if "error" in head:
             raise Failed(head["error"])
         text, extra_info = bodies
-        return text.decode() if head["text"] else None, head["numbers"], extra_info
+        text = text.decode() if head["text"] else None
+        return text, head["numbers"], extra_info, tuple(head["unknown"])
 
     async def close(self) -> None:
         """Kill the process; returns when it is gone."""

@@ -36,13 +36,19 @@ from typing import Any
 # event loop handles well within 100 ms.
 MAX_ANSWER = 4 * 2**20
 _MAX_MESSAGE = 500  # characters of somebody else's text in an error
+_MOST_UNKNOWN = 8  # keys of an answer that are named
 _TICKS = 8  # parts of a time limit
 _MAX_FRAME = 2**31  # bytes; the trainer sends what it has, a worker never more than two answers
 _LENGTH = struct.Struct("!I")
 
+# Keys of what `step` answers: those that it has to have, and all.
+NEEDED = ("reward", "score", "done")
+GIVES = ("next_state", *NEEDED, "extra_info")
+_TAKES = {"step": ("state", "action", "extra_info"), "reset": ("extra_info",)}
+
 Functions = dict[str, Callable[..., Awaitable[Any]]]
-# Text (the state to go on with), numbers by name, and extra_info.
-Answer = tuple[str | None, dict[str, float | bool], Any]
+# Text (the state to go on with), numbers by name, extra_info, and keys that nobody knows.
+Answer = tuple[str | None, dict[str, float | bool], Any, tuple[str, ...]]
 
 
 class Failed(Exception):
@@ -74,10 +80,12 @@ def load(path: str, source: bytes) -> Functions:
         raise Failed(f"cannot import: {describe(error)}") from error
     if not inspect.iscoroutinefunction(step):
         raise Failed("must define `async def step(state, action, extra_info)`")
+    _check_signature("step", step)
     if reset is None:
         return {"step": _told(step)}
     if not inspect.iscoroutinefunction(reset):
         raise Failed("`reset` must be `async def`")
+    _check_signature("reset", reset)
     return {"step": _told(step), "reset": reset}
 
 
@@ -88,6 +96,20 @@ def _told(step: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     return lambda state, action, finish_reason, extra_info: step(
         state, action, extra_info, finish_reason=finish_reason
     )
+
+
+def _check_signature(name: str, function: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+        named = {"finish_reason"} & signature.parameters.keys() if name == "step" else ()
+        signature.bind(*_TAKES[name], **dict.fromkeys(named))
+    except ValueError:
+        return  # there is none to be had
+    except TypeError as error:
+        raise Failed(
+            f"is called as {name}({', '.join(_TAKES[name])}), but defines {name}{signature}; "
+            "let it take these arguments, in this order"
+        ) from error
 
 
 async def call(functions: Functions, name: str, arguments: tuple, timeout: float) -> Answer:
@@ -145,19 +167,41 @@ async def call(functions: Functions, name: str, arguments: tuple, timeout: float
 
 
 def describe(error: BaseException) -> str:
-    """Type and text of an error, short and in one line."""
+    """Type and text of an error, short and in one line, with the last line of the environment that
+    it went through, and the place that this led to."""
     try:
         text = str(error)[:_MAX_MESSAGE]
     except Exception:
         text = "(its text cannot be had)"
     text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
-    return f"{type(error).__name__}: {text}".removesuffix(": ")
+    said = f"{type(error).__name__}: {text}".removesuffix(": ")
+    places = [
+        (frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    places = [place for place in places if place[0] != describe.__code__.co_filename]
+    if not places:
+        return said
+    # The first file that is not ours is the environment's.
+    own = [place for place in places if place[0] == places[0][0]]
+    shown = [
+        f"{os.path.basename(file)}:{line}" for file, line in dict.fromkeys((own[-1], places[-1]))
+    ]
+    return f"{said} ({', in '.join(shown)})"
 
 
 def _checked_step(answer: Any, extra_info: Any) -> Answer:
     if not isinstance(answer, dict):
-        raise Failed(f"returned {type(answer).__name__}, not a dict")
-    missing = {"reward", "score", "done"} - answer.keys()
+        raise Failed(f"returned {type(answer).__name__}, not a dict with {', '.join(NEEDED)}")
+    unknown = tuple(f"{key!r:.80}" for key in answer if key not in GIVES)[:_MOST_UNKNOWN]
+    try:
+        return _known_keys(answer, extra_info, unknown)
+    except Failed as error:
+        also = f"; it has the unknown {', '.join(unknown)}" if unknown else ""
+        raise Failed(f"{error}{also}") from error
+
+
+def _known_keys(answer: dict, extra_info: Any, unknown: tuple[str, ...]) -> Answer:
+    missing = {*NEEDED} - answer.keys()
     if missing:
         raise Failed(f"the returned dict lacks {', '.join(sorted(missing))}")
     numbers = {key: _finite(key, answer[key]) for key in ("reward", "score")}
@@ -168,14 +212,15 @@ def _checked_step(answer: Any, extra_info: Any) -> Answer:
     if not (isinstance(text, str) or (done and text is None)):
         raise Failed(f"next_state={text!r:.80} is not a str")
     extra_info = _checked_extra_info(answer.get("extra_info", extra_info))
-    return text if text is None else _text("next_state", text), numbers | {"done": done}, extra_info
+    text = text if text is None else _text("next_state", text)
+    return text, numbers | {"done": done}, extra_info, unknown
 
 
 def _checked_reset(answer: Any, extra_info: Any) -> Answer:
     text, extra_info = answer if isinstance(answer, tuple) else (answer, extra_info)
     if not isinstance(text, str) or not text:
         raise Failed(f"returned {text!r:.80}, not a non-empty str")
-    return _text("the state", text), {}, _checked_extra_info(extra_info)
+    return _text("the state", text), {}, _checked_extra_info(extra_info), ()
 
 
 def _checked_extra_info(extra_info: Any) -> dict[str, Any]:
@@ -364,11 +409,12 @@ async def _answer(
         *texts, extra_info = bodies
         texts = [text.decode("utf-8", "surrogatepass") for text in texts]
         arguments = (*texts, unsealed(extra_info))
-        text, numbers, extra_info = await call(functions, head["name"], arguments, timeout)
+        answer = await call(functions, head["name"], arguments, timeout)
+        text, numbers, extra_info, unknown = answer
         body = sealed(extra_info)
     except Failed as error:
         return frame({"number": number, "error": str(error)})
-    head = {"number": number, "numbers": numbers, "text": text is not None}
+    head = {"number": number, "numbers": numbers, "text": text is not None, "unknown": unknown}
     return frame(head, (text or "").encode(), body)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from RL2.config.errors import ConfigError, EnvError
 from RL2.rollout import env_worker
 from RL2.rollout.env_processes import Processes, default_processes
+from RL2.rollout.env_source import fault_of_returns
 from RL2.rollout.env_worker import Answer, Failed, Functions
 
 
@@ -48,6 +49,7 @@ class Environment:
     def __init__(self, path: str, runs: Processes | InProcess):
         self.path = path
         self._runs = runs
+        self.unknown: dict[str, None] = {}  # keys that answers had and nobody knows, in order
 
     async def step(
         self,
@@ -62,14 +64,15 @@ class Environment:
         key: calls with the same key go to the same process.
         """
         texts = (state, action, finish_reason)
-        text, numbers, extra_info = await self._call(key, "step", texts, extra_info)
+        text, numbers, extra_info, unknown = await self._call(key, "step", texts, extra_info)
+        self.unknown |= dict.fromkeys(unknown)
         return Step(text, extra_info=extra_info, **numbers)
 
     async def reset(
         self, extra_info: dict[str, Any], key: int = 0
     ) -> tuple[str, dict[str, Any] | bytes]:
         """First state and extra_info of a sample without a prompt. Raises EnvError."""
-        text, _, extra_info = await self._call(key, "reset", (), extra_info)
+        text, _, extra_info, _ = await self._call(key, "reset", (), extra_info)
         return text, extra_info
 
     async def close(self) -> None:
@@ -117,12 +120,15 @@ def load_environment(
 
     workers: processes for it (`rollout.env_workers`); 0 runs it in this one, None chooses.
 
-    Raises ConfigError naming `rollout.env_path` when the file is missing, cannot be imported, or
-    has no `async def step`.
+    Raises ConfigError naming `rollout.env_path` when the file is missing, cannot be imported, has
+    no `async def step` that can be called, or one that returns something else, as far as its
+    source shows that.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"rollout.env_path={path}: no such file; give the path of a .py file")
+    if (fault := fault_of_returns(path.read_bytes())) is not None:
+        raise ConfigError(f"rollout.env_path={path}: {fault}")
     workers = default_processes() if workers is None else workers
     try:
         if workers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -29,8 +28,6 @@ from RL2.rollout.samples import (
     start_sequence,
     without_echo,
 )
-
-logger = logging.getLogger(__name__)
 
 _LONG_TEXT = 2**16  # characters
 
@@ -146,11 +143,6 @@ class Player:
         if sample.truncated and self.truncated == "zero":
             sample.forfeit()
         sample.masked = sample.truncated and self.truncated == "mask"
-        if sample.error is not None:
-            logger.warning(
-                "sample dropped: prompt %d, response %d of step %d: %s",
-                sample.born[1], sample.response, sample.born[0], sample.error,
-            )  # fmt: skip
 
     async def _play(
         self,

@@ -49,7 +49,7 @@ from transformers import PretrainedConfig
 from RL2.config import CheckpointError, RL2Error
 from RL2.distributed import broadcast, rank, second_group, sum_over_ranks, world_size
 from RL2.rollout.event_loop import in_thread
-from RL2.trainer import manifest
+from RL2.trainer import manifest, record
 from RL2.trainer.folders import TEMPORARY, cannot_write, clean, free_name, fsync, publish, remove
 from RL2.workers import Actor
 from RL2.workers.lora import has_adapters, merged, save_adapters
@@ -59,7 +59,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PREFIX = "model."  # TokenStatsModel's name for the transformers model inside
-_RUN_FILES = ("checkpoints", "best", "final", "rollouts", "metrics.jsonl")
+_RUN_FILES = (
+    "checkpoints", "best", "final", "rollouts", "metrics.jsonl",
+    record.CONFIG, record.RUN, record.EARLIER,
+)  # fmt: skip
 _PACKAGES = ("rl2", "torch", "transformers")
 _STEP = re.compile(r"step(\d{6,})")
 _STAGING = StagingOptions(

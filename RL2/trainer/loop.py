@@ -23,8 +23,10 @@ from RL2.config.errors import first_line
 from RL2.config.models import ask_hub, hub_options
 from RL2.config.schema import Dtype
 from RL2.datasets.end_of_turn import load_end_tokens, special_ids
-from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks
+from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks, world_size
 from RL2.distributed.comm import Batch
+from RL2.trainer import record
+from RL2.trainer.banner import banner
 from RL2.trainer.checkpoint import Checkpoints, rng_state, save_model, set_rng_state, together
 from RL2.trainer.ends import missing_ends, name_ends
 from RL2.trainer.folders import cannot_write, lock
@@ -184,6 +186,11 @@ class Trainer:
         """
         done, unfinished = self._resume()
         self.stop.call(self.source.interrupt)
+        for line in banner(
+            self.config, self.device, world_size(), self.actor.model.parameters(),
+            self.actor.dtypes.compute, self.source.rows_of_data, done, self.n_steps,
+        ):  # fmt: skip
+            logger.info("%s", line)
         with logging_redirect_tqdm(), self._bar(done) as bar:
             if unfinished is not None:
                 self._conclude(done, self._end_step(done, unfinished))
@@ -368,6 +375,7 @@ class Trainer:
         self.checkpoints.set_aside(state["step"])
         self.checkpoints.tidy()  # a run that was killed may not have come to it
         logged = state["step"] - (state["unfinished"] is not None)
+        record.write(self._path(""), self.config, world_size(), state["step"])
         self.metrics = Metrics(self.config, logged, state["run_id"])
 
     def _publish(self, step: int) -> None:
@@ -397,9 +405,16 @@ class Trainer:
             ) from error
         logger.info("model: %s", self._path("final"))
         if self.best:
-            logger.info("best evaluation: test %(test/score).4f at step %(step)d", self.best)
+            logger.info("%s", self._best_line())
         logger.info("metrics: %s", self._path("metrics.jsonl"))
         self.done = True
+
+    def _best_line(self) -> str:
+        step, score = self.best["step"], self.best["test/score"]
+        if step == 0:
+            return f"no evaluation beat the start: test/score was {score:.4f} before training"
+        kept = "in best" if self.config.trainer.keep_best else "not kept: trainer.keep_best=false"
+        return f"best evaluation: test/score {score:.4f} at step {step} ({kept})"
 
     def _save_model(self, name: str) -> None:
         self.actor.load()

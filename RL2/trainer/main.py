@@ -27,6 +27,8 @@ from RL2.config import (
     validate,
 )
 from RL2.config.secrets import redact
+from RL2.trainer.help import asks_for_help, help_text
+from RL2.trainer.last_words import tell_launcher
 from RL2.trainer.stop import follow_launcher
 
 logger = logging.getLogger("RL2")
@@ -50,7 +52,9 @@ def _fail(error: RL2Error) -> None:
     text = redact(str(error))
     if isinstance(error, (ConfigError, DataError)):  # a value or a row may hold anything
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    sys.stderr.write(f"{type(error).__name__}: {text}\n")
+    line = f"{type(error).__name__}: {text}"
+    sys.stderr.write(f"{line}\n")
+    tell_launcher(line)
     sys.exit(1)
 
 
@@ -58,8 +62,11 @@ def run(config_name: str) -> None:
     """Run the trainer that `config/<config_name>.yaml` describes, with overrides from argv.
 
     A bad key or value ends the process with status 1 and one line on stderr, before a process
-    group, tokenizer or model exists.
+    group, tokenizer or model exists. `--help` explains the keys and does nothing else.
     """
+    if asks_for_help(sys.argv[1:]):
+        sys.stdout.write(help_text(config_name, sys.argv[1:]))
+        return
     follow_launcher()  # first of all: whoever it is must be there still
     register_schemas()
     try:
@@ -78,7 +85,9 @@ def run(config_name: str) -> None:
             _fail(error)
         except Exception:
             # hydra would write the command line and a part of the traceback, as they are.
-            sys.stderr.write(redact(traceback.format_exc()))
+            text = redact(traceback.format_exc())
+            sys.stderr.write(text)
+            tell_launcher(text)
             sys.exit(1)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what is wrong, do not write it

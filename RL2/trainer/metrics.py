@@ -19,17 +19,10 @@ from RL2.trainer import wandb_sink
 
 logger = logging.getLogger(__name__)
 
-_SUMMARY = {
-    "test/score": "test",
-    "train/score": "train",
-    "actor/loss": "loss",
-    "actor/entropy": "entropy",
-    "train/avg_response_length": "length",
-    "actor/grad_norm": "grad",
-    "actor/skipped": "skipped",
-    "actor/nonfinite": "non-finite",
-    "timing/step": "s",
-}
+_SUMMARY = (
+    "test/score", "train/score", "actor/loss", "actor/entropy", "train/avg_response_length",
+    "actor/grad_norm", "actor/skipped", "actor/nonfinite", "timing/step",
+)  # fmt: skip
 _ONLY_IF_NOT_ZERO = ("actor/skipped", "actor/nonfinite")
 
 # Seconds that wandb gets for what it has not sent yet when a run ends; one that was stopped may be
@@ -59,6 +52,35 @@ class Timers:
         return seconds
 
 
+class Clock:
+    """How long a run goes on since it was started, or resumed, and how long it will.
+
+    step: the last one that was done before.
+    """
+
+    def __init__(self, step: int):
+        self.start = time.monotonic()
+        self._from = step, self.start
+
+    def tick(self, step: int, n_steps: int) -> str:
+        """What the line of a step says of time; the steps to come are taken to be like those since
+        the start, without the evaluation before them."""
+        now = time.monotonic()
+        said = f"elapsed {hours(now - self.start)}"
+        first, since = self._from
+        if step <= first:
+            self._from = step, now
+        elif step < n_steps:
+            said += f"  left {hours((now - since) / (step - first) * (n_steps - step))}"
+        return said
+
+
+def hours(seconds: float) -> str:
+    """As h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
 class Metrics:
     """Rank 0's sinks.
 
@@ -78,6 +100,7 @@ class Metrics:
         temporary.replace(self.path)
         self.file = self.path.open("a")
         self.wandb = Wandb(config, run_id, self.path) if config.trainer.use_wandb else None
+        self.clock = Clock(resumed_step)
 
     @property
     def run_id(self) -> str | None:
@@ -89,10 +112,11 @@ class Metrics:
         if self.wandb:
             self.wandb.poke()
         shown = [
-            f"{label} {metrics[name]:.4g}"
-            for name, label in _SUMMARY.items()
+            f"{name} {metrics[name]:.4g}"
+            for name in _SUMMARY
             if name in metrics and (metrics[name] or name not in _ONLY_IF_NOT_ZERO)
         ]
+        shown.append(self.clock.tick(step, n_steps))
         logger.info("step %d/%d  %s", step, n_steps, "  ".join(shown))
 
     def close(self, good: bool = True) -> None:

@@ -174,7 +174,14 @@ class RolloutSource:
             max_length=self.config.actor.max_length_per_device * self.config.actor.sp_size,
             device=device,
             ends=self.ends,
+            n_shown=self.config.trainer.show_samples,
         )
+
+    @property
+    def rows_of_data(self) -> dict[str, int]:
+        """How many rows there are, by what they are for."""
+        rows = {} if self.config.train_data.path is None else {"training rows": len(self.train)}
+        return rows | ({} if self.test is None else {"test rows": len(self.test)})
 
     def _drivers(self) -> tuple[int, ...]:
         """The ranks with an engine: all of them in process, with servers one on each machine, with
@@ -320,6 +327,11 @@ class DatasetSource:
             self.data, config.data.batch_size, seed=config.trainer.seed, drop_last=False
         )
         self.rows = PromptStream(self.data, self.loader)
+
+    @property
+    def rows_of_data(self) -> dict[str, int]:
+        """How many rows there are, by what they are for."""
+        return {"training rows": len(self.data)}
 
     def start(self, device: torch.device) -> None:
         """Nothing to load."""

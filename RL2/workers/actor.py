@@ -218,11 +218,20 @@ class Actor(Worker):
         self.bad_steps += 1
         if self.bad_steps >= self.max_bad_steps:
             raise TrainingError(
-                f"actor: loss {metrics['actor/loss']} and gradient norm "
-                f"{metrics['actor/grad_norm']} were not finite {self.bad_steps} updates in a row "
-                f"(trainer.max_bad_steps); lower actor.lr or look at the last rollouts"
+                f"actor: {_not_finite(metrics)} in the last of {self.bad_steps} updates in a row "
+                "(trainer.max_bad_steps) that had to be left out; lower actor.lr or look at the "
+                "last rollouts"
             )
         return {"actor/nonfinite": 1.0, "actor/skipped": 0.0}
+
+
+def _not_finite(metrics: dict[str, float]) -> str:
+    """Which of the two, of an update that is left out, was not finite."""
+    values = {"loss": metrics["actor/loss"], "gradient norm": metrics["actor/grad_norm"]}
+    bad = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
+    good = [f"{name} {value:.4g}" for name, value in values.items() if math.isfinite(value)]
+    also = f" (the {good[0]} was)" if good else ""
+    return f"the {' and the '.join(bad)} {'was' if good else 'were'} not finite{also}"
 
 
 def _merge(metrics: Iterable[dict[str, float]]) -> dict[str, float]:

@@ -557,13 +557,15 @@ def test_max_rank_says_how_many_columns(stranger):
 @pytest.mark.parametrize("max_rank", [1, 2, 3, 4, 20])
 def test_the_trial_tokens_are_distributions(stranger, max_rank):
     loss = resolve_loss(config(import_path="my_loss.py:top", max_rank=max_rank))
-    logps, max_logps, ranks, top = loss.function.func.__globals__["seen"][-1]
-    assert top.shape == (3, max_rank) and top.requires_grad
-    assert torch.equal(top[:, 0], max_logps)
-    assert (top.diff(dim=-1) <= 0).all() and (top.exp().sum(-1) < 1 + 1e-6).all()
-    assert (1 + (top > logps[:, None]).sum(-1) == ranks.clamp(max=max_rank + 1)).all()
-    for row in range(3):
-        assert logps[row] in top[row] or ranks[row] > max_rank
+    seen = loss.function.func.__globals__["seen"]
+    assert len(seen) == 2  # ordinary ones and extremes
+    for logps, max_logps, ranks, top in seen:
+        assert top.shape == (3, max_rank) and top.requires_grad
+        assert torch.equal(top[:, 0], max_logps)
+        assert (top[:, 1:] <= top[:, :-1]).all() and (top.exp().sum(-1) < 1 + 1e-6).all()
+        assert (1 + (top > logps[:, None]).sum(-1) == ranks.clamp(max=max_rank + 1)).all()
+        for row in range(3):
+            assert logps[row] in top[row] or ranks[row] > max_rank
 
 
 def test_rank_jsd_wants_its_columns():
@@ -708,6 +710,7 @@ def test_a_loss_in_a_module():
         (dict(import_path="nowhere.py:f"), ["there is no file", "nowhere.py", "relative to"]),
         (dict(import_path="no_such_module:f"), ["importing no_such_module raised"]),
         (dict(import_path="broken.py:f"), ["importing broken.py raised SyntaxError"]),
+        (dict(import_path="late.py:f"), ["raised KeyError: 'a' (late.py:2); make it importable"]),
         (
             dict(import_path="my_loss.py:my_los"),
             ["no function my_los in my_loss.py", "did you mean my_loss?", "it defines my_loss,"],
@@ -717,7 +720,10 @@ def test_a_loss_in_a_module():
         (dict(import_path="my_loss.py:mean"), ["losses of 3 tokens came back as []"]),
         (dict(import_path="my_loss.py:metric_of_wrong_shape"), ["p of 3 tokens came back as []"]),
         (dict(import_path="my_loss.py:detached"), ["have no gradient", "from logps"]),
-        (dict(import_path="my_loss.py:raises"), ["raised NameError: name 'undefined'"]),
+        (
+            dict(import_path="my_loss.py:raises"),
+            ["raised NameError: name 'undefined' is not defined (my_loss.py:27)"],
+        ),
         (dict(import_path="my_loss.py:star"), ["its parameter *args does not say"]),
         (dict(import_path="my_loss.py:keywords"), ["its parameter **kwargs does not say"]),
         (
@@ -749,6 +755,7 @@ def test_a_loss_in_a_module():
 )
 def test_errors_name_key_value_and_way_out(stranger, changes, parts):
     (stranger / "broken.py").write_text("def f(:\n")
+    (stranger / "late.py").write_text("x = {}\nx['a']\n")
     with pytest.raises(ConfigError) as error:
         resolve_loss(config(**changes))
     message = str(error.value)

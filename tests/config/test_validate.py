@@ -47,6 +47,11 @@ def test_required(message, name, override):
         "actor.lr=0.0",
         "actor.lr=nan",
         "actor.lr=inf",
+        "actor.lr=10000.0",
+        "actor.lr=1.0",
+        "actor.weight_decay=10000.0",
+        "rollout.train_sampling_params.temperature=10000.0",
+        "rollout.test_sampling_params.temperature=10000.0",
         "actor.weight_decay=-1.0",
         "actor.warmup_ratio=1.5",
         "actor.max_grad_norm=0.0",
@@ -71,8 +76,8 @@ def test_required(message, name, override):
         "rollout.gpu_memory_utilization=30.0",
         "rollout.base_port=99999",
         "rollout.env_timeout=0.0",
-        "rollout.max_env_errors=-1",
-        "rollout.max_malformed=-1",
+        "rollout.max_env_errors=-1.0",
+        "rollout.max_malformed=-1.0",
         "rollout.max_in_flight=0",
         "rollout.max_resampled=-1",
         "rollout.over_sampling=0",
@@ -157,6 +162,15 @@ def test_data_path(message, composed, workdir):
     assert "unknown file type" in message("spo", "train_data.path=./rows.txt")
     for path in ("openai/gsm8k", "train", "", "a@b@c", "train@x/y/z"):
         assert "neither a file" in message("spo", f"train_data.path='{path}'")
+    for path, use in {
+        "openai/gsm8k": "train_data.path='train@openai/gsm8k[:config]'",
+        "openai/gsm8k:main": "train_data.path='train@openai/gsm8k:main'",
+        "gsm8k": "train_data.path='train@gsm8k[:config]'",
+    }.items():
+        assert message("spo", f"train_data.path='{path}'").endswith(f"needs its split: {use}")
+    assert message("spo", "test_data.path=a/b", "trainer.test_freq=1").endswith(
+        "'test@a/b[:config]'"
+    )
     for path in ("rows.jsonl", "train@rows.jsonl", "train[:10]@openai/gsm8k:main", "train@gsm8k"):
         validate(composed("spo", f"train_data.path='{path}'"), 1)
     validate(composed("spo", "train_data.path=null"), 1)

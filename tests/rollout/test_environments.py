@@ -57,7 +57,8 @@ def answering(expression):
     return f"""
 import asyncio, time
 async def step(state, action, extra_info):
-    return {expression}
+    answer = {expression}
+    return answer
 """
 
 
@@ -134,14 +135,64 @@ def test_a_wrong_answer_names_the_file_and_the_fault(tmp_path, expression, said,
     assert said in str(error.value)
 
 
+HELPED = """
+import json
+async def step(state, action, extra_info):
+    def judge(text):
+        return WHAT
+    return {"reward": judge(action), "score": 0.0, "done": True}
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "place"),
+    [
+        ("extra_info['gold']", r"raised KeyError: 'gold' \(env.py:5\)"),
+        ("json.loads(text)", r"raised JSONDecodeError: .* \(env.py:5, in decoder.py:\d+\)"),
+    ],
+)
+def test_what_is_raised_names_the_line(tmp_path, what, place, workers):
+    with pytest.raises(EnvError, match=place):
+        step(tmp_path, HELPED.replace("WHAT", what), workers=workers)
+
+
+def test_what_an_import_raises_names_the_line(tmp_path, workers):
+    with pytest.raises(ConfigError, match=r"cannot import: KeyError: 'KEY_' \(env.py:2, in "):
+        environment(tmp_path, "import os\nkey = os.environ['KEY_']\n", workers=workers)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (f"{{{GOOD}, 'scroe': 1, 'info': 2}}", None),
+        ("{'rewards': 1.0, 'score': 1.0, 'done': True}", "lacks reward; it has the unknown 'rewar"),
+        (f"{{{GOOD}, 'reward': None, 'rewards': 1}}", "reward=None is not a number; it has the un"),
+        ("{'next': 'x', 'reward': 0, 'score': 0, 'done': False}", "next_state=None is not a str; "),
+        ("0.5", "returned float, not a dict with reward, score, done"),
+    ],
+)
+def test_unknown_keys_of_an_answer_are_named(tmp_path, answer, said, workers):
+    async def do(env):
+        if said is None:
+            for _ in range(2):
+                await env.step("state", "action", {})
+        else:
+            with pytest.raises(EnvError) as error:
+                await env.step("state", "action", {})
+            assert said in str(error.value)
+        return list(env.unknown)
+
+    unknown = play(tmp_path, answering(answer), do, workers=workers)
+    assert unknown == (["'scroe'", "'info'"] if said is None else [])
+
+
 def test_a_call_that_blocks_too_long_in_the_trainers_process_fails_afterwards(tmp_path):
     with pytest.raises(EnvError, match="step blocked for 0.[3-9] s, over the limit of 0.2 s"):
         step(tmp_path, answering(f"time.sleep(0.3) or {{{GOOD}}}"), timeout=0.2)
 
 
 def test_an_environments_own_timeout_is_not_ours(tmp_path):
-    body = answering("1") + "    raise TimeoutError\n"
-    body = body.replace("return 1", "pass")
+    body = answering("1").replace("return answer", "raise TimeoutError")
     with pytest.raises(EnvError, match="raised TimeoutError"):
         step(tmp_path, body)
 
@@ -171,6 +222,29 @@ def test_reset_is_checked(tmp_path, workers):
         ("x = 1", "must define `async def step"),
         ("def step(state, action, extra_info): pass", "must define `async def step"),
         ("import no_such_module_at_all", "cannot import: ModuleNotFoundError"),
+        (
+            "async def step(state, action): pass",
+            "is called as step(state, action, extra_info), but",
+        ),
+        ("async def step(completions, **kwargs): pass", "defines step(completions, **kwargs); let"),
+        (
+            "class S:\n async def step(self, s, a, e): pass\nstep = S.step",
+            "but defines step(self, ",
+        ),
+        (
+            answering("1") + "async def reset(): pass",
+            "called as reset(extra_info), but defines reset()",
+        ),
+        (
+            "async def step(s, a, e): return 1.0",
+            "step returns 1.0, not a dict with reward, score, d",
+        ),
+        ("async def step(s, a, e):\n if a: return s, 1.0\n", "returns a tuple, not a dict"),
+        (
+            "async def step(s, a, e):\n return {'rewards': 1, 'score': 1, 'done': True}",
+            "lacks reward; unknown: 'rewards' (did you mean reward?) in line 2",
+        ),
+        ("async def step(s, a, e): return None", "step returns None, not a dict"),
         ("def broken(", "cannot import: SyntaxError"),
         ("exit(3)", "cannot import: SystemExit: 3"),
         (answering("1") + "def reset(extra_info): pass", "`reset` must be `async def`"),
@@ -196,6 +270,24 @@ def test_a_file_that_hangs_or_ends_its_process_is_a_config_error(tmp_path, monke
         environment(tmp_path, body, timeout=0.5, workers=1)
     assert said in str(error.value)
     assert not running(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "async def step(s, a, e, *more, finish_reason=None): raise ValueError",
+        "async def step(*texts): return dict(zip(('reward', 'score', 'done'), (0, 0, True)))",
+        # Another function's return, one that drops a sample on purpose, and what a decorator adds.
+        "async def step(s, a, e):\n def f(): return 1.0\n if f(): return None\n return dict(e)",
+        "def full(f):\n async def step(s, a, e): return {'done': True} | await f(s, a, e)\n"
+        " return step\n@full\nasync def step(s, a, e): return {'reward': 1, 'score': 1}",
+        "async def step(s, a, e): return {'reward': 1, **e}",
+        "async def step(s, a, e): return 1.0\nbare = step\n"
+        "async def whole(s, a, e): return {'reward': await bare(s, a, e)}\nstep = whole",
+    ],
+)
+def test_files_in_which_nothing_is_wrong_for_sure(tmp_path, body):
+    asyncio.run(environment(tmp_path, body).close())
 
 
 def test_a_missing_file_is_a_config_error(tmp_path):

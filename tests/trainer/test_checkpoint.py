@@ -165,7 +165,7 @@ def test_spo_killed_and_resumed(files, whole, die, tmp_path):
 
 @pytest.mark.parametrize("named", [False, True], ids=["latest", "path"])
 def test_sft_broken_off_and_resumed(files, whole, die, tmp_path, named):
-    die("raise 7")  # one call is the trial at the start, one each step
+    die("raise 8")  # two calls are the trial at the start, one each step
     changes = settings(files, "sft") | {"trainer__save_freq": 2}
     with pytest.raises(RuntimeError, match="went away"):
         train(files, "sft", tmp_path, **changes)

@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.faults.support import Run
@@ -82,9 +84,30 @@ def test_one_line_a_step_and_one_warning_for_what_cannot_take_effect(spo_run):
     lines = spo_run[1].stderr.splitlines()
     for step in range(2 * STEPS + 1):
         assert sum(f"step {step}/{2 * STEPS}  " in line for line in lines) == 1
+        (line,) = [line for line in lines if f"step {step}/{2 * STEPS}  " in line]
+        named = set(re.findall(r"(\w+/\w+) [\d.e+-]+", line))  # as in metrics.jsonl
+        assert named and named <= rows_of(spo_run[0])[step].keys(), line
+        assert "  elapsed 0:0" in line and ("  left 0:" in line) == (0 < step < 2 * STEPS)
     liger = [line for line in lines if "use_liger_kernel" in line]
     assert len(liger) == (0 if torch.cuda.is_available() else 1)
     assert "Traceback" not in spo_run[1].stderr and "Warning" not in spo_run[1].stderr
+
+
+def test_what_it_is_is_said_before_and_answers_are_shown(spo_run):
+    save_dir, done = spo_run
+    text = done.stderr
+    assert (
+        "parameters trained by max_target_kl in float32 on CPU" in text or torch.cuda.is_available()
+    )
+    assert f"{N_ROWS} training rows, 10 test rows" in text
+    assert f"steps 1 to {2 * STEPS}, 8 prompts x 1 responses" in text
+    assert text.index("parameters trained by") < text.index("step 0/")
+    assert text.count("answer to prompt 0: score ") == STEPS + 1  # with each evaluation
+    assert text.count("answer to prompt 1: score ") == STEPS + 1
+    assert "answer to prompt 2: " not in text and "  prompt | 0 + 0 = " in text
+    config = OmegaConf.load(save_dir / "config.yaml")
+    assert config.actor.lr == 1e-2 and config.trainer.save_dir == str(save_dir)
+    assert "RL2.trainer.spo" in json.loads((save_dir / "run.json").read_text())["command"]
 
 
 def test_final_is_a_plain_folder_with_the_weights_of_the_last_checkpoint(spo_run, files):
@@ -328,7 +351,8 @@ async def step(state, action, extra_info):
 
 
 @pytest.mark.parametrize("rises", [True, False])
-def test_best_is_kept_exactly_if_an_evaluation_beats_the_start(tmp_path, files, rises):
+def test_best_is_kept_exactly_if_an_evaluation_beats_the_start(tmp_path, files, rises, caplog):
+    caplog.set_level("INFO", "RL2")
     write_model(tmp_path / "model", std=0.02)
     env = write_env(tmp_path / "letters.py", LETTERS.replace("SCORE", "share" if rises else "0.5"))
     rows = train(
@@ -340,14 +364,17 @@ def test_best_is_kept_exactly_if_an_evaluation_beats_the_start(tmp_path, files, 
     scores = {row["step"]: row["test/score"] for row in rows if "test/score" in row}
     assert list(scores) == [0, 3, 6, 9, 12]
     assert (tmp_path / "run/best").exists() == rises
+    (said,) = [line for line in caplog.messages if "no evaluation" in line or "best eval" in line]
     if rises:
         step = max(scores, key=scores.get)
+        assert said == f"best evaluation: test/score {scores[step]:.4f} at step {step} (in best)"
         assert scores[step] > scores[0] + 0.1
         best = weights(tmp_path / "run/best")
         assert same_weights(best, checkpoint_weights(tmp_path / f"run/checkpoints/step{step:06d}"))
         AutoModelForCausalLM.from_pretrained(tmp_path / "run/best")
     else:
         assert set(scores.values()) == {0.5}
+        assert said == "no evaluation beat the start: test/score was 0.5000 before training"
 
 
 # ------------------------------------------------------------------------------ two processes

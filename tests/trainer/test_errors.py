@@ -42,6 +42,16 @@ BY_COMMAND = {
     "unknown flag": (["--actor.lr=1"], "--actor.lr=1: unknown flag; a key is set by key=value"),
     "nothing to interpolate": (["actor.lr=${nope}"], "actor.lr=${nope}: does not resolve ("),
     "no such yaml": (["--config-name", "nope"], "the configuration cannot be composed (Cannot fi"),
+    "another library's key": (
+        ["actor.learning_rate=1"],
+        "actor.learning_rate=1: unknown key; here that is actor.lr",
+    ),
+    "another library's value": (
+        ["adv.estimator=grpo"],
+        "adv.estimator=grpo: GRPO is reinforce with",
+    ),
+    "too much": (["actor.lr=1e4"], "actor.lr=10000.0: must be above 0 and below 1"),
+    "no split": (["train_data.path=openai/gsm8k"], "train_data.path=openai/gsm8k: neither a file"),
     "control characters": (["actor.model_name='a\nb\x1b'"], "actor.model_name=a\\nb\\x1b: no such"),
     "secret": (["rollout.server_url=http://u:p@h"], "rollout.server_url=http://***@h: a secret on"),
     "tp_size": (["actor.tp_size=3"], "actor.tp_size=3: must divide world_size=1; use 1"),
@@ -81,6 +91,8 @@ def test_processes_that_tp_size_does_not_divide(files, tmp_path, size, use):
     ours = [line for line in done.stderr.splitlines() if line.startswith("ConfigError: ")]
     # torchrun adds its own report; of ours there is one line for both processes
     assert ours == [f"ConfigError: actor.tp_size={size}: must divide world_size=2; use {use}"]
+    # It is the root cause that torchrun's own report, which comes last, ends with.
+    assert done.stderr.splitlines()[-2].endswith(f"  traceback : {ours[0]}"), done.stderr
     assert "RL2/" not in done.stderr.replace(str(files), "")
 
 
@@ -109,6 +121,33 @@ LOADED = {
         "spo",
         lambda t: {"train_data__path": rows(t / "a.jsonl", {"prompt": "x"}, {"answer": "#### 1"})},
         "train_data.path: .*a.jsonl:2: row without question",
+    ),
+    "a conversation as prompt": (
+        "spo",
+        lambda t: {
+            "train_data__path": rows(t / "a.jsonl", {"prompt": [{"role": "user", "content": "x"}]})
+        },
+        "train_data.path: .*a.jsonl:1: prompt is .*; a conversation .* belongs under messages",
+    ),
+    "loss without a number": (
+        "spo",
+        lambda t: {
+            "actor__loss__import_path": f"{text(t / 'l.py', 'def f(logps): return -logps.log()')}:f"
+        },
+        r"its losses are \[nan, nan, nan\] \(l.py:1, log\)",
+    ),
+    "environment of another signature": (
+        "spo",
+        lambda t: {"rollout__env_path": text(t / "e.py", "async def step(prompt, answer): ...")},
+        r"rollout.env_path=.*e.py: is called as step\(state, action, extra_info\), but defi",
+    ),
+    "environment of another answer": (
+        "spo",
+        lambda t: {"rollout__env_path": text(t / "e.py", "async def step(s, a, e): return 1.0")},
+        "rollout.env_path=.*e.py: step returns 1.0, not a dict with reward, score, done in line 1",
+    ),
+    "loss of another library": (
+        "spo", lambda t: {"actor__loss__name": "grpo"}, "=grpo: unknown; its clipped loss is ppo"
     ),
     "blank lines only": (
         "spo", lambda t: {"train_data__path": text(t / "b.jsonl", "\n\n")}, "b.jsonl.*(no|empty)"
@@ -160,7 +199,7 @@ LOADED = {
     ),
     "environment that interrupts": (
         "spo", lambda t: {"rollout__env_path": text(t / "e.py", "raise KeyboardInterrupt")},
-        "rollout.env_path=.*e.py: cannot import: KeyboardInterrupt$",
+        r"rollout.env_path=.*e.py: cannot import: KeyboardInterrupt \(e.py:1\)$",
     ),
     "loss that exits": (
         "spo", lambda t: {"actor__loss__import_path": f"{text(t / 'l.py', 'exit(0)')}:f"},

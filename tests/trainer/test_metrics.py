@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from RL2.rollout.guard import _descendants
-from RL2.trainer.metrics import Metrics, Timers
+from RL2.trainer.metrics import Clock, Metrics, Timers, hours
 from RL2.trainer.wandb_sink import new_rows
 from tests.trainer.support import command, environ, overrides, rows_of, train, write_files
 
@@ -131,3 +131,21 @@ def test_a_sink_that_reads_nothing_is_not_waited_for(tmp_path, caplog):
     metrics.close()
     (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert "status -9" in line and str(tmp_path / "metrics.jsonl") in line
+
+
+def test_time_gone_and_left(monkeypatch):
+    """What is left is told by the steps since the start, without the evaluation before them."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    clock = Clock(0)
+    now[0] += 600
+    assert clock.tick(0, 10) == "elapsed 0:10:00"
+    now[0] += 60
+    assert clock.tick(1, 10) == "elapsed 0:11:00  left 0:09:00"
+    now[0] += 30
+    assert clock.tick(2, 10) == "elapsed 0:11:30  left 0:06:00"
+    assert clock.tick(10, 10) == "elapsed 0:11:30"
+    resumed = Clock(20)
+    now[0] += 10
+    assert resumed.tick(21, 1021) == "elapsed 0:00:10  left 2:46:40"
+    assert hours(100 * 3600 + 62) == "100:01:02"

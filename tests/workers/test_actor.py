@@ -15,7 +15,7 @@ from RL2.algorithms import resolve_loss
 from RL2.config import ConfigError, TrainingError
 from RL2.distributed import process_group, rank
 from RL2.workers import Actor
-from RL2.workers.actor import split_batch
+from RL2.workers.actor import _not_finite, split_batch
 from tests.ranks import run_on_ranks
 
 VOCAB = 67
@@ -304,6 +304,18 @@ def test_non_finite_updates_are_skipped_counted_and_stop_the_run(tmp_path):
         assert "actor/loss" not in first
         assert same
         assert "2 updates in a row" in message and "trainer.max_bad_steps" in message
+        assert "the loss nan and the gradient norm nan were not finite" in message
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "said"),
+    [
+        (float("nan"), 0.25, "the loss nan was not finite (the gradient norm 0.25 was)"),
+        (1.5, float("inf"), "the gradient norm inf was not finite (the loss 1.5 was)"),
+    ],
+)
+def test_what_was_not_finite_is_named_and_no_more(loss, norm, said):
+    assert _not_finite({"actor/loss": loss, "actor/grad_norm": norm}) == said
 
 
 def frozen_then_not(model, batch):

@@ -1,0 +1,207 @@
+"""A loss tried on made-up tokens, so that one which cannot train is found before a model loads."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from RL2.config.errors import ConfigError, place
+
+logger = logging.getLogger(__name__)
+
+_N = 3  # tokens of a trial
+Loss = Callable[[Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+
+
+def tokens(top_k: int) -> dict[str, Tensor]:
+    """Three tokens as a rollout has them, before an update that is not the first: every statistic
+    and field by name."""
+    p, p_max = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.7, 0.5, 0.6])
+    # Three tokens each, then half of what is left again and again.
+    top = torch.tensor([[0.7, 0.15, 0.1], [0.5, 0.2, 0.15], [0.6, 0.2, 0.1]])
+    halves = 0.5 ** torch.arange(1, max(1, top_k - 1))  # empty up to three
+    top = torch.cat([top, (1 - top.sum(-1, keepdim=True)) * halves], -1)[:, :top_k]
+    return {
+        "logps": p.log(),
+        "log1mps": (-p).log1p(),
+        "max_logps": p_max.log(),
+        "max_log1mps": (-p_max).log1p(),
+        "entropy": torch.tensor([0.8, 1.0, 1.2]),
+        "ranks": torch.tensor([1.0, 2.0, 3.0]),
+        "top_logps": top.log(),
+        "advantages": torch.tensor([1.0, -1.0, 0.5]),
+        "old_logps": p.log() + 0.1,
+        "ref_logps": p.log() - 0.1,
+        "llm_logps": p.log() + 0.05,
+        "rewards": torch.tensor([0.0, 0.0, 1.0]),
+    }
+
+
+def _of_one_policy(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first update after a rollout: all policies are the one that is trained."""
+    return values | {name: values["logps"] for name in ("old_logps", "ref_logps", "llm_logps")}
+
+
+def _without_reward(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return values | {name: torch.zeros(_N) for name in ("advantages", "rewards")}
+
+
+def _peaked(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One token of the vocabulary has all but `rest` of the probability. It was sampled, but for
+    the second row, where that was one of probability 1e-12."""
+    rest = torch.tensor([1e-6, 1e-6, 0.0])
+    sampled = torch.tensor([True, False, True])
+    most, log_rest = (-rest).log1p(), rest.log()
+    top = (rest / 1e5).log()[:, None].expand_as(values["top_logps"]).clone()
+    top[:, :1] = most[:, None]
+    changed = {
+        "logps": most.where(sampled, torch.tensor(1e-12).log()),
+        "log1mps": log_rest.where(sampled, torch.tensor(-1e-12)),
+        "max_logps": most,
+        "max_log1mps": log_rest,
+        "entropy": 20 * rest,
+        "ranks": torch.tensor([1.0, 1000.0, 1.0]),
+        "top_logps": top,
+    }
+    return _of_one_policy(values | changed)
+
+
+# What every run meets, and what the tokens of a kind are.
+_SURE: tuple[tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]], ...] = (
+    ("three ordinary tokens", lambda values: values),
+    ("three ordinary tokens of a policy that was not updated since", _of_one_policy),
+)
+# What many runs meet, and may do without.
+_POSSIBLE = (
+    ("tokens without reward or advantage", _without_reward),
+    ("tokens with probabilities of 0.999999, 1e-12 and exactly 1", _peaked),
+)
+
+
+class _Unfit(Exception):
+    """The loss cannot train on the tokens at hand; the text says why."""
+
+
+def try_out(
+    loss: Loss,
+    function: Callable[..., Any],
+    inputs: tuple[str, ...],
+    statistics: tuple[str, ...],
+    top_k: int,
+    origin: str,
+) -> None:
+    """Call a loss on three tokens each of several kinds, as far as it can tell them apart.
+
+    Args:
+        function: whose file and lines are named. inputs: names of what the loss takes. statistics:
+            those of them that the model computes. origin: the key and value that chose the loss.
+
+    Raises:
+        ConfigError: it raises, does not return `[N]`, has no gradient, or a loss or gradient is not
+            finite on tokens that no run can do without. About others there is a warning.
+    """
+    ordinary = tokens(top_k)
+    for kinds in (_SURE, _POSSIBLE):
+        for what, change in kinds:
+            values = change(ordinary)
+            if values is not ordinary and all(values[name] is ordinary[name] for name in inputs):
+                continue
+            try:
+                _check(loss, function, values, statistics)
+            except _Unfit as fault:
+                if kinds is _SURE:
+                    raise ConfigError(f"{origin}: on {what}, {fault}") from fault.__cause__
+                logger.warning(
+                    "%s: on %s, %s; an update that meets one is left out (actor/nonfinite), or "
+                    "stops the run",
+                    origin, what, fault,
+                )  # fmt: skip
+
+
+def _check(
+    loss: Loss,
+    function: Callable[..., Any],
+    values: dict[str, Tensor],
+    statistics: tuple[str, ...],
+) -> None:
+    """Raises _Unfit, which names the line at which it begins."""
+    values = {name: value.clone() for name, value in values.items()}
+    learned = {name: values[name].requires_grad_() for name in statistics if name != "ranks"}
+    try:
+        with torch.enable_grad():
+            losses, metrics = loss(values)
+            returned = {"losses": losses, **metrics}
+    except Exception as error:  # a stranger's function may raise anything
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        where = place(error, code and code.co_filename)
+        at = f" ({where})" if where else ""
+        raise _Unfit(f"a trial raised {type(error).__name__}: {error}{at}") from error
+    for what, tensor in returned.items():
+        if not isinstance(tensor, Tensor) or tensor.shape != (_N,):
+            got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise _Unfit(
+                f"{what} of 3 tokens came back as {got}, expected a tensor [3]; "
+                "return one value per token, without averaging"
+            )
+    if not losses.requires_grad:
+        raise _Unfit(
+            "its losses have no gradient; compute them from "
+            f"{', '.join(statistics)} without detaching"
+        )
+    if not losses.isfinite().all():
+        raise _Unfit(f"its losses are {_numbers(losses)}{_begin(loss, function, values)}")
+    gradients = torch.autograd.grad(losses.sum(), [*learned.values()], allow_unused=True)
+    for name, gradient in zip(learned, gradients, strict=True):
+        if gradient is not None and not gradient.isfinite().all():
+            numbers = _numbers(gradient[:, 0] if gradient.dim() > 1 else gradient)
+            raise _Unfit(f"its gradient for {name} is {numbers}{_begin(loss, function, values)}")
+
+
+def _begin(loss: Loss, function: Callable[..., Any], values: dict[str, Tensor]) -> str:
+    """Where a loss has the first number that is not finite, or begins itself."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        return ""
+    with _Watch(code.co_filename) as watch:
+        loss(values)
+    return f" ({watch.place or f'{Path(code.co_filename).name}:{code.co_firstlineno}'})"
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the line of a file at which the first nan or infinity comes up, and by what."""
+
+    def __init__(self, file: str):
+        super().__init__()
+        self.file, self.place = file, None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if self.place is None and _makes_bad(result, [*args, *(kwargs or {}).values()]):
+            frame = sys._getframe(1)
+            while frame is not None and frame.f_code.co_filename != self.file:
+                frame = frame.f_back
+            if frame is not None:
+                name = getattr(func, "__name__", "").strip("_")
+                self.place = f"{Path(self.file).name}:{frame.f_lineno}, {name}"
+        return result
+
+
+def _makes_bad(result: Any, args: list[Any]) -> bool:
+    if not isinstance(result, Tensor) or not result.is_floating_point():
+        return False
+    given = [one for one in args if isinstance(one, Tensor) and one.is_floating_point()]
+    if result.isnan().any():
+        return not any(one.isnan().any() for one in given)
+    return not result.isfinite().all() and all(one.isfinite().all() for one in given)
+
+
+def _numbers(values: Tensor) -> str:
+    return f"[{', '.join(f'{value:.3g}' for value in values.tolist())}]"

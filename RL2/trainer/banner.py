@@ -1,0 +1,54 @@
+"""What a run says of itself before its first step."""
+
+from collections.abc import Iterable
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+
+def banner(
+    config: DictConfig,
+    device: torch.device,
+    n_ranks: int,
+    parameters: Iterable[nn.Parameter],
+    dtype: torch.dtype,
+    rows: dict[str, int],
+    done: int,
+    n_steps: int,
+) -> list[str]:
+    """Two lines: what trains on what, and which steps it will take.
+
+    rows: of the data sets, by name. done: the step after which it goes on.
+    """
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
+    n_all, n_trained = sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
+    of = "" if n_trained == n_all else f" of {short(n_all)}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    where = f"{n_ranks} x {name}" if n_ranks > 1 else name
+    if device.type == "cpu":
+        n_threads = torch.get_num_threads()
+        where += f" ({n_threads} thread{'s' * (n_threads != 1)})"
+    data = ", ".join(f"{n} {what}" for what, n in rows.items()) or "prompts by the environment"
+    if "rollout" in config:
+        per_step = (
+            f"{config.train_data.prompts_per_rollout} prompts x "
+            f"{config.train_data.responses_per_prompt} responses each"
+        )
+    else:
+        per_step = f"{config.data.batch_size} rows each"
+    loss = config.actor.loss.import_path or config.actor.loss.name
+    steps = f"steps {done + 1} to {n_steps}" if done < n_steps else f"all {n_steps} steps done"
+    return [
+        f"{config.actor.model_name}: {short(n_trained)}{of} parameters trained by {loss} in "
+        f"{str(dtype).removeprefix('torch.')} on {where}; {data}",
+        f"{steps}, {per_step}; everything is written to {config.trainer.save_dir}",
+    ]
+
+
+def short(n: int) -> str:
+    """A number with three digits and a unit: 1.06M."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return str(n)
