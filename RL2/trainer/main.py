@@ -25,6 +25,7 @@ from RL2.config import (
     validate,
 )
 from RL2.config.secrets import redact
+from RL2.config.streams import keep_streams
 from RL2.trainer.stop import follow_launcher
 
 logger = logging.getLogger("RL2")
@@ -58,7 +59,8 @@ def run(config_name: str) -> None:
     A bad key or value ends the process with status 1 and one line on stderr, before a process
     group, tokenizer or model exists.
     """
-    follow_launcher()  # first of all: whoever it is must be there still
+    keep_streams()
+    follow_launcher()  # early: whoever it is must be there still
     register_schemas()
     try:
         check_versions()
