@@ -24,6 +24,7 @@ from RL2.config import (
     register_schemas,
     validate,
 )
+from RL2.config.launcher import check_launch_variables
 from RL2.config.secrets import redact
 from RL2.config.streams import keep_streams
 from RL2.trainer.stop import follow_launcher
@@ -33,18 +34,16 @@ logger = logging.getLogger("RL2")
 _WAIT_FOR_RANK_0 = 10.0  # seconds; a process takes one to three to get to its checks
 # As in pyproject.toml. Long before these, torch.load ran code even with weights_only (below 2.6).
 FLOORS = {"torch": "2.13", "transformers": "5.19"}
-# What torchrun sets for each process, and the least that it can be.
-_LAUNCH_VARIABLES = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
 _OPTIONAL = ("flash_attn", "liger_kernel", "peft", "sglang", "triton", "vllm")
 
 
-def _fail(error: RL2Error) -> None:
+def _fail(error: RL2Error, own: bool = False) -> None:
     """One line, exit status 1.
 
     torchrun ends all processes as soon as one has failed, so the others leave the line to rank 0
-    and wait for that; where it does not come, the error is theirs alone.
+    and wait for that; where it does not come, the error is theirs alone. own: it is.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" and not own:
         time.sleep(_WAIT_FOR_RANK_0)
     text = redact(str(error))
     if isinstance(error, (ConfigError, DataError)):  # a value or a row may hold anything
@@ -63,8 +62,11 @@ def run(config_name: str) -> None:
     follow_launcher()  # early: whoever it is must be there still
     register_schemas()
     try:
-        check_versions()
         check_launch_variables()
+    except RL2Error as error:
+        _fail(error, own=True)
+    try:
+        check_versions()
         check_overrides(config_name, sys.argv[1:])
     except RL2Error as error:
         _fail(error)
@@ -95,17 +97,6 @@ def check_versions() -> None:
             raise ConfigError(
                 f"{name}=={found}: must be {floor} or newer; install it (pip install '{name}>="
                 f"{floor}')"
-            )
-
-
-def check_launch_variables() -> None:
-    """ConfigError where what torchrun tells a process about its place is not a number."""
-    for name, least in _LAUNCH_VARIABLES.items():
-        text = os.environ.get(name, str(least))
-        if not (text.isascii() and text.isdecimal() and int(text) >= least):
-            raise ConfigError(
-                f"{name}={text}: must be a whole number from {least} on; torchrun sets it, "
-                f"otherwise unset it"
             )
 
 
