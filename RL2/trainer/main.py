@@ -25,7 +25,7 @@ from RL2.config import (
     validate,
 )
 from RL2.config.launcher import check_launch_variables
-from RL2.config.secrets import redact
+from RL2.config.secrets import for_terminal, redact
 from RL2.config.streams import keep_streams
 from RL2.trainer.stop import follow_launcher
 
@@ -45,10 +45,10 @@ def _fail(error: RL2Error, own: bool = False) -> None:
     """
     if os.environ.get("RANK", "0") != "0" and not own:
         time.sleep(_WAIT_FOR_RANK_0)
-    text = redact(str(error))
+    text = redact(str(error))  # whole, before anything is escaped
     if isinstance(error, (ConfigError, DataError)):  # a value or a row may hold anything
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    sys.stderr.write(f"{type(error).__name__}: {text}\n")
+    sys.stderr.write(f"{type(error).__name__}: {for_terminal(text)}\n")
     sys.exit(1)
 
 
@@ -79,7 +79,7 @@ def run(config_name: str) -> None:
             _fail(error)
         except Exception:
             # hydra would write the command line and a part of the traceback, as they are.
-            sys.stderr.write(redact(traceback.format_exc()))
+            sys.stderr.write(for_terminal(traceback.format_exc()))
             sys.exit(1)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what is wrong, do not write it
