@@ -126,7 +126,8 @@ def launch(config: DictConfig) -> None:
         1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     )
     torch.set_num_threads(threads)
-    with stop_signals() as stop, process_group(config.actor.device) as device:
+    group = process_group(config.actor.device, config.trainer.rank_timeout)
+    with stop_signals() as stop, group as device:
         trainer = Trainer(config, device, stop)
         try:
             trainer.train()
