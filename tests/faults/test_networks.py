@@ -2,14 +2,15 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.faults.support import LONG, assert_nothing_half
-from tests.trainer.support import environ, lasting, overrides, rows_of, write_files
+from tests.faults.support import LONG, Run, assert_nothing_half, assert_same_run
+from tests.trainer.support import environ, overrides, write_files
 
 ADDRESSES = ("10.203.7.1", "10.203.7.2")
 SILENCE = 8  # seconds until a rank is lost
@@ -75,16 +76,16 @@ def files(tmp_path_factory):
     return files
 
 
-def lines(files, folder):
-    return overrides(
-        files, "spo", folder, rollout__env_path=files / "slow.py", trainer__save_freq=1,
-        trainer__n_epochs=2, trainer__rank_timeout=SILENCE, trainer__load_ckpt_from="latest",
-        rollout__env_workers=1,
-    )  # fmt: skip
+def settings(files):
+    return {
+        "rollout__env_path": files / "slow.py", "trainer__save_freq": 1, "trainer__n_epochs": 2,
+        "trainer__rank_timeout": SILENCE, "trainer__load_ckpt_from": "latest",
+        "rollout__env_workers": 1,
+    }  # fmt: skip
 
 
-class Run:
-    """torchrun on both machines."""
+class TwoTorchruns:
+    """A run on both machines."""
 
     def __init__(self, machines, files, folder, **variables):
         self.folder = folder
@@ -97,7 +98,7 @@ class Run:
                 "ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run",
                 "--nnodes=2", "--nproc-per-node=1", f"--node-rank={i}",
                 f"--master-addr={ADDRESSES[0]}", "--master-port=29511",
-                "-m", "RL2.trainer.spo", *lines(files, folder),
+                "-m", "RL2.trainer.spo", *overrides(files, "spo", folder, **settings(files)),
             ]  # fmt: skip
             environment = environ(**{"GLOO_SOCKET_IFNAME": link} | variables)
             if not environment["GLOO_SOCKET_IFNAME"]:
@@ -138,7 +139,7 @@ class Run:
 
 def test_a_cable_is_cut(machines, files, tmp_path):
     """Both sides end, and say who was lost and where they stood; then the run goes on."""
-    run = Run(machines, files, tmp_path / "run", SLOW="0.2")
+    run = TwoTorchruns(machines, files, tmp_path / "run", SLOW="0.2")
     try:
         run.wait_for(2)
         machines.cut()
@@ -153,17 +154,37 @@ def test_a_cable_is_cut(machines, files, tmp_path):
         assert f"rank {own} on " in said[0] and " of step " in said[0] and ".py:" in said[0]
     assert_nothing_half(run.folder)
     assert not (run.folder / "final").exists()
-    rest = Run(machines, files, tmp_path / "run")
-    assert rest.wait(250) == [0, 0], rest.output()
-    whole = Run(machines, files, tmp_path / "whole")
-    assert whole.wait(250) == [0, 0], whole.output()
-    rows, others = ([lasting(row) for row in rows_of(r.folder)] for r in (rest, whole))
-    assert rows == others
+    whole = tmp_path / "whole"
+    for folder in (run.folder, whole):  # on one machine, as that is quicker
+        Run(files, "spo", folder, 2, **settings(files)).finish()
+    assert_same_run(run.folder, whole)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_rank_is_gone(files, tmp_path, monkeypatch, number, victim):
+    """The other one ends by itself, as no torchrun ends it, and says who was lost."""
+    if not LONG and (number == signal.SIGKILL) == (victim == 0):
+        pytest.skip("long: bash tests/run.sh faults")
+    monkeypatch.setenv("SLOW", "0.2")
+    run = Run(files, "spo", tmp_path / "run", 2, **settings(files) | {"trainer__rank_timeout": 3})
+    end = time.monotonic() + 100
+    while not (run.folder / "checkpoints/step000001").exists():
+        assert run.is_alive() and time.monotonic() < end, run.output()
+        time.sleep(0.02)
+    gone, left = run.ranks[victim], run.ranks[1 - victim]
+    os.kill(gone.pid, number)
+    left.join(60)
+    code = left.exitcode
+    run.kill()
+    assert code == 1, run.output()
+    words = "no sign of life from" if number == signal.SIGSTOP else "lost another rank while it was"
+    assert words in run.output() and f"rank {1 - victim} on " in run.output()
 
 
 def test_a_name_that_is_loopback(machines, files, tmp_path):
     """gloo would tell the other machine to look for us on its own loopback."""
-    run = Run(machines, files, tmp_path / "run", GLOO_SOCKET_IFNAME="")
+    run = TwoTorchruns(machines, files, tmp_path / "run", GLOO_SOCKET_IFNAME="")
     statuses = run.wait(120)
     assert all(status != 0 for status in statuses)
     said = [line for line in run.output().splitlines() if "ConfigError: " in line]
@@ -172,8 +193,18 @@ def test_a_name_that_is_loopback(machines, files, tmp_path):
 
 
 @pytest.mark.skipif(not LONG, reason="long: bash tests/run.sh faults")
+def test_a_cable_that_is_back_in_time(machines, files, tmp_path):
+    run = TwoTorchruns(machines, files, tmp_path / "run", SLOW="0.2")
+    run.wait_for(2)
+    machines.cut()
+    time.sleep(SILENCE / 2)
+    ip("-n", machines.names[1], "link", "set", machines.links[1], "up")
+    assert run.wait(250) == [0, 0], run.output()
+
+
+@pytest.mark.skipif(not LONG, reason="long: bash tests/run.sh faults")
 def test_a_long_rollout_is_no_silence(machines, files, tmp_path):
-    run = Run(machines, files, tmp_path / "run", SLOW=str(2 * SILENCE))
+    run = TwoTorchruns(machines, files, tmp_path / "run", SLOW=str(2 * SILENCE))
     run.wait_for(1)
     for agent in run.agents:
         agent.terminate()
