@@ -21,13 +21,16 @@ HIDDEN = "***"
 _WORDS = (
     r"(^|[_.])(keys?|credentials?|creds|pass|pat|dsn|cookie|auth|jwt)$",
     r"[^_.]_pwd$",  # PWD is a folder
-    r"(?<!no_)(tokens?|secrets?|pass_?w(or)?ds?|passphrase|api_?keys?)$",
+    r"(token|secrets?|pass_?w(or)?ds?|passphrase|api_?keys?)$",
+    r"(access|api|auth|bearer|refresh|hub|judge)_tokens$",
     r"password|passwd|passphrase|secret_|private_?key|access_?key$|authorization",
     r"webhook(_?url)?$|connection_?string$|database_?url$",
 )
 _NAME = re.compile("|".join(_WORDS), re.I)
 # What models read and write are tokens as well.
-_NO_SECRET = re.compile(r"(max|min|num|n|new|new_?max|of|pad|eos|bos|unk|stop|special)\w*_tokens?$")
+_NO_SECRET = re.compile(
+    r"(^|[_.])(pad|eos|bos|unk|cls|sep|mask|stop|end|start|image|special)_token$"
+)
 _SHORTEST = 8  # characters; a variable that says "1" or "true" would blank out half of a log
 _LIST = re.compile(r"[,;\s]+")
 _PASSWORD = re.compile(rf"://{USER}:({PASSWORD})@")

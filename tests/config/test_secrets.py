@@ -24,6 +24,7 @@ REAL = Path(__file__).parents[3] / "shared/data/gsm8k"
         "PGPASSWORD", "MYSQL_PWD", "DB_PASS", "GITHUB_PAT", "GPG_PASSPHRASE", "API_KEYS", "MYTOKEN",
         "SENTRY_DSN", "DATABASE_URL", "SECRET_KEY_BASE", "DB_PASSWD_OLD", "HTTP_AUTH", "APIKEY",
         "AZURE_CONNECTION_STRING", "SLACK_WEBHOOK_URL", "AWS_SECRET_ACCESS_KEY", "SESSION_COOKIE",
+        "API_TOKENS",
     ],
 )  # fmt: skip
 def test_names_of_secrets(name):
@@ -35,6 +36,7 @@ def test_names_of_secrets(name):
     [
         "max_new_tokens", "TOKENIZERS_PARALLELISM", "KEYBOARD", "SSH_AUTH_SOCK", "actor.lora.alpha",
         "PWD", "OLDPWD", "PATH", "XAUTHORITY", "AWS_ACCESS_KEY_ID", "PAD_TOKEN", "AUTHOR", "PASSED",
+        "loss.options.prompt_tokens", "tokenizer.eos_token",
     ],
 )  # fmt: skip
 def test_names_of_none(name):
