@@ -303,6 +303,7 @@ class TrainerConfig:
     seed: int = MISSING
     max_bad_steps: int = MISSING
     num_threads: int | None = MISSING
+    rank_timeout: float | None = MISSING
     health: HealthConfig = field(default_factory=HealthConfig)
 
 

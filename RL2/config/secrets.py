@@ -1,28 +1,48 @@
 """Secrets: what counts as one, and text without them.
 
 A secret is the value of an environment variable that is named like one (WANDB_API_KEY, HF_TOKEN,
-RL2_SERVER_KEY), a password in an address, or what has the form of a common token.
+PGPASSWORD), the password in such a variable's address, or what has the shape of one
+(`RL2.config.secret_shapes`).
 """
 
+import json
 import logging
 import os
 import re
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
+from urllib.parse import quote, unquote
+
+from RL2.config.secret_shapes import PASSWORD, USER, without_shapes
 
 HIDDEN = "***"
 
-_NAME = re.compile(r"(^|[_\-.])(api_?key|key|token|secret|password|passwd|credentials?)$", re.I)
+_WORDS = (
+    r"(^|[_.])(keys?|credentials?|creds|pass|pat|dsn|cookie|auth|jwt)$",
+    r"[^_.]_pwd$",  # PWD is a folder
+    r"(token|secrets?|pass_?w(or)?ds?|passphrase|api_?keys?)$",
+    r"(access|api|auth|bearer|refresh|hub|judge)_tokens$",
+    r"password|passwd|passphrase|secret_|private_?key|access_?key$|authorization",
+    r"webhook(_?url)?$|connection_?string$|database_?url$",
+)
+_NAME = re.compile("|".join(_WORDS), re.I)
+# What models read and write are tokens as well.
+_NO_SECRET = re.compile(
+    r"(^|[_.])(pad|eos|bos|unk|cls|sep|mask|stop|end|start|image|special)_token$"
+)
 _SHORTEST = 8  # characters; a variable that says "1" or "true" would blank out half of a log
-_TOKEN = re.compile(r"\b(hf_\w{16,}|sk-[\w\-]{16,}|gh[pousr]_\w{16,}|wandb_v1_\w{16,})")
-_USERINFO = re.compile(r"(?<=://)[^/\s@\"']+(?=@)")
+_LIST = re.compile(r"[,;\s]+")
+_PASSWORD = re.compile(rf"://{USER}:({PASSWORD})@")
+# A terminal would act on them; tabs and ends of lines stay.
+_CONTROLS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if n not in (9, 10, 133)}
 
 
-@cache  # asked about every variable for every line that is written
+@lru_cache(10_000)  # asked about every variable for every line that is written
 def is_secret_name(name: str) -> bool:
     """Whether a variable, key or flag of this name holds a secret."""
-    return _NAME.search(name.replace("-", "_")) is not None
+    name = name.replace("-", "_").lower().strip("_")
+    return _NAME.search(name) is not None and _NO_SECRET.search(name) is None
 
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
@@ -30,32 +50,86 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
 
     environment: variables whose secrets are meant beside those of this process.
     """
-    variables = [*os.environ.items(), *(environment or {}).items()]
-    values = {
-        value for name, value in variables if len(value) >= _SHORTEST and is_secret_name(name)
-    }
-    for value in sorted(values, key=len, reverse=True):  # one may be a part of another
-        text = text.replace(value, HIDDEN)
-    return _TOKEN.sub(HIDDEN, _USERINFO.sub(HIDDEN, text))
+    return _without(text, _values(environment))
+
+
+def redact_all(node: Any) -> Any:
+    """Plain data (dicts, lists, scalars) with every text redacted.
+
+    To be used before the data become JSON: escapes would hide a secret from us, not from a reader.
+    """
+    return _redact_node(node, _values(), by_name=False)
 
 
 def redact_config(node: Any) -> Any:
-    """A plain config (dicts, lists, scalars) with every text redacted, and whole what stands under
-    the name of a secret."""
-    if isinstance(node, dict):
-        return {
-            name: HIDDEN
-            if isinstance(value, str) and is_secret_name(str(name))
-            else redact_config(value)
-            for name, value in node.items()
-        }
-    if isinstance(node, list):
-        return [redact_config(value) for value in node]
-    return redact(node) if isinstance(node, str) else node
+    """As `redact_all`, and whole what stands under the name of a secret."""
+    return _redact_node(node, _values(), by_name=True)
+
+
+def for_terminal(text: str) -> str:
+    """`text` without secrets, and with escapes for what a terminal would act on."""
+    return redact(text).translate(_CONTROLS)
 
 
 class RedactingFormatter(logging.Formatter):
-    """Log lines, tracebacks among them, without secrets."""
+    """Log lines, tracebacks among them, as `for_terminal` has them."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        return for_terminal(super().format(record))
+
+
+def _redact_node(node: Any, values: tuple[str, ...], by_name: bool) -> Any:
+    if isinstance(node, dict):
+        return {
+            _redact_node(name, values, by_name): HIDDEN
+            if by_name and isinstance(value, str) and is_secret_name(str(name))
+            else _redact_node(value, values, by_name)
+            for name, value in node.items()
+        }
+    if isinstance(node, (list, tuple)):
+        return [_redact_node(value, values, by_name) for value in node]
+    return _without(node, values) if isinstance(node, str) else node
+
+
+def _without(text: str, values: tuple[str, ...]) -> str:
+    for value in values:
+        if value in text:
+            text = text.replace(value, HIDDEN)
+    return without_shapes(text, HIDDEN)
+
+
+def _values(environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """What variables hide, long ones first, as one may be a part of another."""
+    variables = [*os.environ.items(), *(environment or {}).items()]
+    held = {
+        value
+        for name, value in variables
+        if len(value) >= _SHORTEST and (is_secret_name(name) or "://" in value and "@" in value)
+        for value in _secrets_of(value, is_secret_name(name), name.lower().endswith("s"))
+    }
+    return _forms(frozenset(held))
+
+
+def _secrets_of(value: str, named: bool, several: bool) -> Iterator[str]:
+    """A variable's value, its lines and parts, and the password in its address."""
+    yield from _PASSWORD.findall(value)
+    if named:
+        yield value
+        yield from value.splitlines()
+        if several:
+            yield from _LIST.split(value)
+
+
+@lru_cache(16)
+def _forms(values: frozenset[str]) -> tuple[str, ...]:
+    """Each value as it is, and as JSON, Python and addresses write it."""
+    forms = {
+        form
+        for value in values
+        for form in (
+            value, value.strip(), json.dumps(value)[1:-1], repr(value)[1:-1],
+            json.dumps(value, ensure_ascii=False)[1:-1], unquote(value),
+            quote(value.encode(errors="surrogateescape"), safe=""),
+        )
+    }  # fmt: skip
+    return tuple(sorted((f for f in forms if len(f) >= _SHORTEST), key=len, reverse=True))

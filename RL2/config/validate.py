@@ -105,6 +105,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
             "rollout.llm_kl_alarm",
             "rollout.server_start_timeout",
             "rollout.request_timeout",
+            "trainer.rank_timeout",
             "trainer.health.min_entropy",
             "trainer.health.max_entropy",
             "trainer.health.max_llm_kl",

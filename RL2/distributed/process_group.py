@@ -8,6 +8,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from RL2.distributed.alive import lost_connection, watching
+from RL2.distributed.rendezvous import WAIT, find_store, meet
 
 # A sweep starts one run after the other in the same processes, and torchrun's store remembers the
 # keys of all of them.
@@ -16,7 +20,7 @@ _RUNS = itertools.count()
 # How long a rank waits for another in a collective. Ranks that do not drive an engine wait in one
 # for as long as the others generate, which takes hours for long answers of large models; torch's
 # 10 to 30 minutes would end the run. A rank that dies does not cost this time: torchrun then ends
-# all others.
+# all others of its machine, and those of other machines hear nothing of it any more (`alive`).
 _TIMEOUT = timedelta(days=1)
 
 
@@ -29,7 +33,7 @@ def world_size() -> int:
 
 
 @contextlib.contextmanager
-def process_group(device: str) -> Iterator[torch.device]:
+def process_group(device: str, rank_timeout: float | None = None) -> Iterator[torch.device]:
     """Initialise the default group for the life of a run and yield this rank's device.
 
     Started by `torchrun` the group spans all its processes; started by plain `python -m` it is a
@@ -38,23 +42,47 @@ def process_group(device: str) -> Iterator[torch.device]:
     Args:
         device: `cpu` or `cuda`. With `cuda` every rank owns the GPU of its local rank and
             collectives on CPU tensors still go through gloo.
+        rank_timeout: seconds without a sign of life from another rank after which this process
+            ends; None is never.
+
+    Raises:
+        ConfigError, TrainingError: the ranks do not find each other, or the body has lost one.
     """
     store, own_rank, n_ranks = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
-        store, own_rank, n_ranks = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"run{next(_RUNS)}", store)
-    group = {"store": store, "rank": own_rank, "world_size": n_ranks, "timeout": _TIMEOUT}
-    if device == "cuda":
-        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(own)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=own, **group)
-    else:
-        own = torch.device("cpu")
-        dist.init_process_group("gloo", **group)
-    try:
-        yield own
-    finally:
-        dist.destroy_process_group()
+        store = find_store()
+        own_rank, n_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    own_store, prefix = store, f"run{next(_RUNS)}"
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        # Ranks that torchrun starts again find what the earlier ones have left. (Of several
+        # machines each counts its own.)
+        prefix += f"-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store = dist.PrefixStore(prefix, store)
+    ranks = meet(store, own_rank, n_ranks)
+    group = {"store": store, "rank": own_rank, "world_size": n_ranks}
+    group["timeout"] = timedelta(seconds=WAIT)  # for connecting
+    with contextlib.ExitStack() as stack:
+        if n_ranks > 1 and rank_timeout is not None:
+            alive = dist.PrefixStore(prefix, own_store.clone())
+            stack.enter_context(watching(alive, own_rank, ranks, rank_timeout))
+        try:
+            if device == "cuda":
+                own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+                torch.cuda.set_device(own)
+                dist.init_process_group("cpu:gloo,cuda:nccl", device_id=own, **group)
+            else:
+                own = torch.device("cpu")
+                dist.init_process_group("gloo", **group)
+            _set_pg_timeout(_TIMEOUT)
+            yield own
+        except RuntimeError as error:
+            lost = lost_connection(error, own_rank, ranks[own_rank].host)
+            if lost is None:
+                raise
+            raise lost from error
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def second_group() -> dist.ProcessGroup | None:

@@ -18,8 +18,9 @@ _POLL = 1.0  # seconds; the end of the input says it at once, unless a fork of t
 
 def main(trainer: int) -> None:
     # Signals from a terminal, or for all processes of a job, are for the trainer.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "XCPU", "PWR"):
+        if number := getattr(signal, f"SIG{name}", None):
+            signal.signal(number, signal.SIG_IGN)
     groups, text = set(), b""
     while os.getppid() == trainer:
         if not select.select([0], [], [], _POLL)[0]:

@@ -30,6 +30,7 @@ import threading
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine
 from numbers import Real
+from types import ModuleType
 from typing import Any
 
 # Bytes of a text or of an extra_info (pickled) that an environment may return: what the trainer's
@@ -40,6 +41,7 @@ _MOST_UNKNOWN = 8  # keys of an answer that are named
 _TICKS = 8  # parts of a time limit
 _MAX_FRAME = 2**31  # bytes; the trainer sends what it has, a worker never more than two answers
 _LENGTH = struct.Struct("!I")
+_FOR_THE_TRAINER = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "XCPU", "PWR")
 
 # Keys of what `step` answers: those that it has to have, and all.
 NEEDED = ("reward", "score", "done")
@@ -419,9 +421,15 @@ async def _answer(
 
 
 async def _serve(
-    connection: socket.socket, pulse: Pulse, functions: Functions, timeout: float, beat: float
+    connection: socket.socket,
+    pulse: Pulse,
+    functions: Functions,
+    timeout: float,
+    beat: float,
+    before: Callable[[], None],
 ) -> None:
-    """Answer calls. Raises EOFError or OSError when the trainer has closed the connection."""
+    """Answer calls, each after `before`. Raises EOFError or OSError when the trainer has closed
+    the connection."""
     loop = asyncio.get_running_loop()
     loop.set_task_factory(
         lambda loop, coroutine, **options: asyncio.Task(
@@ -449,6 +457,7 @@ async def _serve(
             if number in tasks:
                 tasks[number].cancel()
             continue
+        before()
         context = contextvars.copy_context()
         context.run(_CALL.set, number)
         tasks[number] = loop.create_task(answer(head, bodies), context=context)
@@ -470,11 +479,23 @@ def greeting(connection: socket.socket) -> tuple[dict[str, Any], list[bytes]]:
     return parts_of(read(length))
 
 
+def _streams() -> ModuleType:
+    """RL2.config.streams, without the packages around it."""
+    path = os.path.join(os.path.dirname(__file__), os.pardir, "config", "streams.py")
+    spec = importlib.util.spec_from_file_location("rl2_streams", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def main(connection: int, memory: int, path: str) -> None:
     # The trainer ends its workers; a signal for all processes of a job is for the trainer. Not
     # SIG_IGN, which what the environment starts would inherit.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: None)
+    for name in _FOR_THE_TRAINER:
+        if number := getattr(signal, f"SIG{name}", None):
+            signal.signal(number, lambda *_: None)
+    streams = _streams()
+    streams.keep_streams()  # what cannot be printed is no fault of a call
     try:  # where memory runs out, it is not the trainer that has to go
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
@@ -495,7 +516,10 @@ def main(connection: int, memory: int, path: str) -> None:
     sock.sendall(frame({}))
     sock.setblocking(False)
     loop = asyncio.new_event_loop()
-    loop.run_until_complete(_serve(sock, pulse, functions, head["timeout"], head["beat"]))
+    serve = _serve(
+        sock, pulse, functions, head["timeout"], head["beat"], streams.look_after_streams
+    )
+    loop.run_until_complete(serve)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,10 @@ def main(trainer: int, command: list[str]) -> int:
     asked = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: asked.append(True))
+    # Those that schedulers send to all processes of a job are for the trainer, which then asks.
+    for name in ("QUIT", "USR1", "USR2", "XCPU", "PWR"):
+        if number := getattr(signal, f"SIG{name}", None):
+            signal.signal(number, lambda *_: None)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     # A session of its own: Ctrl-C in the trainer's terminal is for the trainer. Should the guard
     # itself be killed, the server goes with it.

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from RL2.algorithms.rewards import all_equal
-from RL2.config.secrets import redact
+from RL2.config.secrets import redact_all
 from RL2.distributed.comm import concatenate_on_rank_0
 from RL2.distributed.traffic import Traffic
 from RL2.ops.ragged import ranges
@@ -282,7 +282,7 @@ def dump(table: SampleTable, path: Path) -> None:
 
 
 def _line(sample: Sample) -> bytes:
-    line = redact(json.dumps(_record(sample), ensure_ascii=False)) + "\n"
+    line = json.dumps(redact_all(_record(sample)), ensure_ascii=False) + "\n"
     # JSON may hold them as they are, but str.splitlines and much else would cut the line there.
     for separator in "\x85\u2028\u2029":
         line = line.replace(separator, f"\\u{ord(separator):04x}")

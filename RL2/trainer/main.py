@@ -26,7 +26,9 @@ from RL2.config import (
     register_schemas,
     validate,
 )
-from RL2.config.secrets import redact
+from RL2.config.launcher import check_launch_variables
+from RL2.config.secrets import for_terminal, redact
+from RL2.config.streams import keep_streams
 from RL2.trainer.help import asks_for_help, help_text
 from RL2.trainer.last_words import tell_launcher
 from RL2.trainer.stop import follow_launcher
@@ -36,23 +38,21 @@ logger = logging.getLogger("RL2")
 _WAIT_FOR_RANK_0 = 10.0  # seconds; a process takes one to three to get to its checks
 # As in pyproject.toml. Long before these, torch.load ran code even with weights_only (below 2.6).
 FLOORS = {"torch": "2.13", "transformers": "5.19"}
-# What torchrun sets for each process, and the least that it can be.
-_LAUNCH_VARIABLES = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
 _OPTIONAL = ("flash_attn", "liger_kernel", "peft", "sglang", "triton", "vllm")
 
 
-def _fail(error: RL2Error) -> None:
+def _fail(error: RL2Error, own: bool = False) -> None:
     """One line, exit status 1.
 
     torchrun ends all processes as soon as one has failed, so the others leave the line to rank 0
-    and wait for that; where it does not come, the error is theirs alone.
+    and wait for that; where it does not come, the error is theirs alone. own: it is.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" and not own:
         time.sleep(_WAIT_FOR_RANK_0)
-    text = redact(str(error))
+    text = redact(str(error))  # whole, before anything is escaped
     if isinstance(error, (ConfigError, DataError)):  # a value or a row may hold anything
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    line = f"{type(error).__name__}: {text}"
+    line = f"{type(error).__name__}: {for_terminal(text)}"
     sys.stderr.write(f"{line}\n")
     tell_launcher(line)
     sys.exit(1)
@@ -64,14 +64,18 @@ def run(config_name: str) -> None:
     A bad key or value ends the process with status 1 and one line on stderr, before a process
     group, tokenizer or model exists. `--help` explains the keys and does nothing else.
     """
+    keep_streams()
     if asks_for_help(sys.argv[1:]):
         sys.stdout.write(help_text(config_name, sys.argv[1:]))
         return
-    follow_launcher()  # first of all: whoever it is must be there still
+    follow_launcher()  # early: whoever it is must be there still
     register_schemas()
     try:
-        check_versions()
         check_launch_variables()
+    except RL2Error as error:
+        _fail(error, own=True)
+    try:
+        check_versions()
         sys.argv[1:] = expand_argv(sys.argv[1:])
         check_overrides(config_name, sys.argv[1:])
     except RL2Error as error:
@@ -85,7 +89,7 @@ def run(config_name: str) -> None:
             _fail(error)
         except Exception:
             # hydra would write the command line and a part of the traceback, as they are.
-            text = redact(traceback.format_exc())
+            text = for_terminal(traceback.format_exc())
             sys.stderr.write(text)
             tell_launcher(text)
             sys.exit(1)
@@ -105,17 +109,6 @@ def check_versions() -> None:
             raise ConfigError(
                 f"{name}=={found}: must be {floor} or newer; install it (pip install '{name}>="
                 f"{floor}')"
-            )
-
-
-def check_launch_variables() -> None:
-    """ConfigError where what torchrun tells a process about its place is not a number."""
-    for name, least in _LAUNCH_VARIABLES.items():
-        text = os.environ.get(name, str(least))
-        if not (text.isascii() and text.isdecimal() and int(text) >= least):
-            raise ConfigError(
-                f"{name}={text}: must be a whole number from {least} on; torchrun sets it, "
-                f"otherwise unset it"
             )
 
 
@@ -148,7 +141,8 @@ def launch(config: DictConfig) -> None:
         1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     )
     torch.set_num_threads(threads)
-    with stop_signals() as stop, process_group(config.actor.device) as device:
+    group = process_group(config.actor.device, config.trainer.rank_timeout)
+    with stop_signals() as stop, group as device:
         trainer = Trainer(config, device, stop)
         try:
             trainer.train()

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT, a launcher that is gone: the run saves where it stands and ends."""
+"""Signals that ask a run to end, a launcher that is gone: it saves where it stands and ends."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-# What Python does with the signals that are waited for.
-_DEFAULTS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-
-
+# What ends a process that does not listen, and what people, schedulers and terminals send to have
+# one end: kill, Ctrl-C, a terminal that closes, Ctrl-\, a time limit, a power supply.
+_NAMES = ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "XCPU", "PWR")
+NUMBERS = tuple(getattr(signal, f"SIG{name}") for name in _NAMES if hasattr(signal, f"SIG{name}"))
+# The same one again means: at once. The others come several times for one reason.
+_URGENT = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _GRACE = 30.0  # seconds from SIGTERM to SIGKILL, as torchrun has it
 
 
@@ -35,30 +37,44 @@ class StopRequest:
             callback()
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """A signal's handler. The next one ends the process as if there were no handler."""
-        self.number = number
-        for each, handler in _DEFAULTS.items():
-            signal.signal(each, handler)
-        for callback in self._callbacks:
-            callback()
+        """A signal's handler.
+
+        The same one again ends the process as if there were no handler. Not under torchrun: that
+        passes on what a scheduler sends to all processes of a job, so that it comes twice, and
+        kills what does not end in time.
+        """
+        if number in _URGENT and "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(number, _default(number))
+        if self.number is None:
+            self.number = number
+            for callback in self._callbacks:
+                callback()
+
+
+def _default(number: int) -> signal.Handlers | Callable:
+    """What Python does with a signal."""
+    return signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """A request that SIGTERM and SIGINT fill while the body runs.
+    """A request that a signal fills while the body runs.
 
-    Python only lets the main thread have handlers; elsewhere the request stays empty.
+    A signal that whoever started us has ignored, as `nohup` does, stays ignored. Python only lets
+    the main thread have handlers; elsewhere the request stays empty.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request.receive) for number in _DEFAULTS}
+    heard = [number for number in NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, request.receive) for number in heard}
     try:
         yield request
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # None: of a library in C, which cannot be given back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def follow_launcher() -> None:
@@ -75,7 +91,8 @@ def follow_launcher() -> None:
     def follow() -> None:
         while there and os.getppid() == launcher:
             time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
+        heard = [each for each in NUMBERS if signal.getsignal(each) != signal.SIG_IGN]
+        os.kill(os.getpid(), heard[0] if heard else signal.SIGKILL)
         time.sleep(_GRACE)
         os.kill(os.getpid(), signal.SIGKILL)  # it hangs, as in a collective that nobody joins
 

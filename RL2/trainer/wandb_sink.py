@@ -54,7 +54,9 @@ def start(settings: dict[str, Any], trainer: int, program: str, tell: Callable[[
 def main() -> int:
     """Follow a run. Its JSON: `settings` of wandb.init, `trainer` (its process id), `program`, and
     `metrics` and `offset`, the file and where its new rows begin."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end of our input says when, a guard kills
+    for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "XCPU", "PWR"):
+        if number := getattr(signal, f"SIG{name}", None):
+            signal.signal(number, signal.SIG_IGN)  # the end of our input says when, a guard kills
     report = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # wandb's own words
     words = sys.stdin.buffer

@@ -152,6 +152,7 @@ def _rank(
 ) -> None:  # fmt: skip
     os.environ |= {name: str(value) for name, value in environment.items()}
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with log.open("a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 
 from RL2.trainer.checkpoint import Checkpoints, damage
+from RL2.trainer.stop import NUMBERS
 from tests.faults.support import LONG, Run, assert_nothing_half, assert_same_run, points
 from tests.trainer.support import rows_of, write_files, write_model
 
@@ -121,7 +122,8 @@ SOME = [("first rollout", 0, 1), ("evaluation", 0, 2), ("third rollout", 1, 2)]
 
 @pytest.mark.parametrize(("place", "staleness", "n_ranks"), ALL if LONG else SOME)
 def test_stopped_while_it_generates(files, whole, tmp_path, place, staleness, n_ranks):
-    number = signal.SIGTERM if n_ranks == 2 else signal.SIGINT
+    # Each signal somewhere.
+    number = NUMBERS[(list(PLACES).index(place) + 5 * staleness + n_ranks) % len(NUMBERS)]
     changes = settings(files, "spo", staleness)
     expected = whole("spo", n_ranks, staleness)
     folder = tmp_path / "run"

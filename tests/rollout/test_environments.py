@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from RL2.config.errors import ConfigError, EnvError
 from RL2.rollout import env_processes
 from RL2.rollout.environments import load_environment
+from RL2.trainer.stop import NUMBERS
 from tests.rollout.support import open_files, running, wait_until
 
 
@@ -554,12 +556,37 @@ async def step(state, action, extra_info):
 def test_signals_of_a_terminal_or_a_job_are_for_the_trainer(tmp_path):
     async def do(env):
         before = await env.step("", "good", {})
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in NUMBERS:
             os.kill(int(before.score), number)
         return before, await env.step("", "good", {})
 
     before, after = play(tmp_path, MIXED, do)
     assert after.score == before.score
+
+
+@pytest.mark.parametrize("helper", ["env_guard.py", "guard.py"])
+def test_signals_of_a_job_are_for_the_trainer_and_not_for_its_guards(helper):
+    asked = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # after which a server's guard ends it
+    numbers = set(NUMBERS) - asked if helper == "guard.py" else NUMBERS
+    command = [sys.executable, "-I", f"RL2/rollout/{helper}", str(os.getpid()), "sleep", "60"]
+    command = command[:4] if helper == "env_guard.py" else command
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as guard:
+        caught = f"/proc/{guard.pid}/status"
+        wait_until(lambda: all(_heeds(caught, number) for number in numbers))
+        for number in numbers:
+            guard.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            guard.wait(0.5)
+        guard.send_signal(signal.SIGTERM if helper == "guard.py" else signal.SIGKILL)
+
+
+def _heeds(status, number):
+    """Whether a process handles or ignores a signal."""
+    text = Path(status).read_text()
+    masks = [
+        int(line.split()[1], 16) for line in text.splitlines() if line[:6] in ("SigIgn", "SigCgt")
+    ]
+    return any(mask >> number - 1 & 1 for mask in masks)
 
 
 def test_the_file_is_read_once(tmp_path):

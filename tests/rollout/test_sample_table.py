@@ -198,6 +198,15 @@ def test_half_a_surrogate_pair_in_an_answer_is_written_down(tmp_path):
     assert json.loads((tmp_path / "one.jsonl").read_text("utf-8"))["answer"] == "5\ud83d"
 
 
+@pytest.mark.parametrize("value", ['quo"ted-secret', "back\\slash-secret", "two-lines-\nof-secret"])
+def test_a_secret_is_not_saved_by_its_escapes(tmp_path, monkeypatch, value):
+    monkeypatch.setenv("JUDGE_PASSWORD", value)
+    sample = Sample(0, 0, answer={"said": f"no: {value}!"}, error=f"refused {value}", cause="env")
+    dump(SampleTable.of([sample], lines=True), tmp_path / "one.jsonl")
+    row = json.loads((tmp_path / "one.jsonl").read_text())
+    assert (row["answer"], row["error"]) == ({"said": "no: ***!"}, "refused ***")
+
+
 def test_a_dumped_line_is_one_line_for_everybody(tmp_path):
     """Whatever an answer holds, also for `str.splitlines`."""
     answer = "".join(map(chr, [*range(0x100), 0x2028, 0x2029, 0x4E00]))

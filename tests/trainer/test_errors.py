@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 
 import RL2.trainer.loop
 from RL2.config import ConfigError, DataError, RL2Error
-from RL2.trainer.main import check_launch_variables, launch
-from tests.trainer.support import command, composed, overrides, write_files, write_model
+from RL2.trainer.main import launch
+from tests.trainer.support import command, composed, environ, overrides, write_files, write_model
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +71,12 @@ def test_the_command_ends_with_one_line(files, tmp_path, case):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "least"),
-    [("WORLD_SIZE", "two", 1), ("LOCAL_WORLD_SIZE", "0", 1), ("RANK", "-1", 0)],
-)
-def test_what_torchrun_sets_is_a_number(monkeypatch, name, value, least):
-    check_launch_variables()
-    monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError) as caught:
-        check_launch_variables()
-    assert str(caught.value).startswith(f"{name}={value}: must be a whole number from {least} on; ")
+def test_launch_variables_that_cannot_be_end_the_command_at_once(files, tmp_path):
+    """RANK=5 of 2 would wait for ever."""
+    variables = {"RANK": "5", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    done = command("spo", overrides(files, "spo", "out"), env=environ(**variables), cwd=tmp_path)
+    assert done.returncode == 1
+    assert the_line(done.stderr).startswith("ConfigError: RANK=5: must be at most 1 with WORLD_S")
 
 
 @pytest.mark.parametrize(("size", "use"), [(3, "1 or 2"), (4, "1 or 2")])

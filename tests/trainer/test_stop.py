@@ -8,14 +8,34 @@ import threading
 
 import pytest
 
-from RL2.trainer.stop import StopRequest, _may_be_launcher, stop_signals
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from RL2.trainer.stop import NUMBERS, StopRequest, _may_be_launcher, stop_signals
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.fixture(autouse=True)
+def listening(monkeypatch):
+    """As a shell starts a command in the foreground; those in the background ignore some."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    for number in NUMBERS:
+        is_int = number == signal.SIGINT
+        signal.signal(number, signal.default_int_handler if is_int else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def handlers():
+    return {number: signal.getsignal(number) for number in NUMBERS}
+
+
+def test_all_that_end_a_process_without_a_fault_of_its_own():
+    names = {signal.Signals(number).name for number in NUMBERS}
+    assert {"SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"} <= names
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: signal.Signals(number).name)
 def test_a_signal_fills_the_request_and_calls_back(number):
-    before = {each: signal.getsignal(each) for each in SIGNALS}
+    before = handlers()
     called = []
     with stop_signals() as request:
         assert request.number is None
@@ -24,21 +44,53 @@ def test_a_signal_fills_the_request_and_calls_back(number):
         assert request.number == number and called == ["first"]
         request.call(lambda: called.append("late"))  # who asks later is called at once
         assert called == ["first", "late"]
-    assert {each: signal.getsignal(each) for each in SIGNALS} == before
+    assert handlers() == before
 
 
-def test_the_second_signal_interrupts():
-    with pytest.raises(KeyboardInterrupt), stop_signals():
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+def test_the_same_signal_again_interrupts():
+    with pytest.raises(KeyboardInterrupt), stop_signals() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.number == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_what_comes_several_times_for_one_reason_is_one_request():
+    """A terminal that closes says so to its session and to its jobs, a limit every second, and
+    systemd sends SIGTERM and SIGHUP."""
+    called = []
+    with stop_signals() as request:
+        request.call(lambda: called.append(1))
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGXCPU):
+            os.kill(os.getpid(), number)
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGXCPU)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert request.number == signal.SIGHUP and called == [1]
+
+
+def test_torchrun_passes_on_what_has_come_already(monkeypatch):
+    """A scheduler's SIGTERM goes to all processes of a job, and torchrun's to its own."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with stop_signals() as request:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert request.number == signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: signal.Signals(number).name)
+def test_what_is_ignored_stays_ignored(number):
+    signal.signal(number, signal.SIG_IGN)
+    with stop_signals() as request:
+        os.kill(os.getpid(), number)
+        assert request.number is None
+    assert signal.getsignal(number) == signal.SIG_IGN
+
+
 def test_handlers_are_given_back_after_an_error():
-    before = {each: signal.getsignal(each) for each in SIGNALS}
+    before = handlers()
     with pytest.raises(ValueError), stop_signals():
         raise ValueError
-    assert {each: signal.getsignal(each) for each in SIGNALS} == before
+    assert handlers() == before
 
 
 def test_another_thread_gets_a_request_that_stays_empty():

@@ -1,0 +1,104 @@
+"""What a process is told about its place among the others of a run, by torchrun or by hand."""
+
+import errno
+import os
+import socket
+from collections.abc import Mapping
+
+from RL2.config.errors import ConfigError
+
+# The least that each can be, and the most.
+_NUMBERS = {
+    "RANK": (0, None),
+    "LOCAL_RANK": (0, None),
+    "WORLD_SIZE": (1, None),
+    "LOCAL_WORLD_SIZE": (1, None),
+    "MASTER_PORT": (1, 65535),
+}
+_NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # beside RANK
+_WAY_OUT = "start it with torchrun, which sets all of them, or unset it"
+
+
+def check_launch_variables(environ: Mapping[str, str] | None = None) -> None:
+    """ConfigError where what a process is told about its place cannot be.
+
+    It would wait for processes that never come, or be one of several that each train alone. Needs
+    no torch; looks up an address and tries a port.
+    """
+    environ = os.environ if environ is None else environ
+    numbers = {name: _number(name, environ[name]) for name in _NUMBERS if name in environ}
+    if "RANK" not in environ:
+        _check_alone(environ, numbers)
+        return
+    for name in _NEEDED:
+        if not environ.get(name):
+            raise ConfigError(f"RANK={environ['RANK']} without {name}: {_WAY_OUT}")
+    for name, size, less in (
+        ("RANK", "WORLD_SIZE", 1),
+        ("LOCAL_RANK", "LOCAL_WORLD_SIZE", 1),
+        ("LOCAL_WORLD_SIZE", "WORLD_SIZE", 0),
+    ):
+        most = numbers.get(size, numbers.get(name, 0) + less) - less
+        if numbers.get(name, 0) > most:
+            raise ConfigError(
+                f"{name}={numbers[name]}: must be at most {most} with {size}={numbers[size]}; "
+                "start it with torchrun, which numbers the processes"
+            )
+    _check_address(environ["MASTER_ADDR"], numbers["MASTER_PORT"], hosts_store(environ))
+
+
+def hosts_store(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether this process listens where all others look for it (else torchrun or rank 0 does)."""
+    environ = os.environ if environ is None else environ
+    return environ["RANK"] == "0" and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def _number(name: str, text: str) -> int:
+    least, most = _NUMBERS[name]
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else -1
+    if number < least or most is not None and number > most:
+        upto = "on" if most is None else f"to {most}"
+        raise ConfigError(
+            f"{name}={text}: must be a whole number from {least} {upto}; torchrun sets it, "
+            f"otherwise unset it"
+        )
+    return number
+
+
+def _check_alone(environ: Mapping[str, str], numbers: dict[str, int]) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        if numbers.get(name, 1) > 1:
+            raise ConfigError(
+                f"{name}={numbers[name]} without RANK: this process would train alone; {_WAY_OUT}"
+            )
+    # What mpirun and srun tell each process; torchrun is the one to start there, one a machine.
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if environ.get(name, "1") not in ("", "1"):
+            raise ConfigError(
+                f"{name}={environ[name]} without RANK: each of these processes would train alone; "
+                "have each machine start one torchrun (--nnodes, --node-rank, --master-addr)"
+            )
+
+
+def _check_address(address: str, port: int, hosts: bool) -> None:
+    try:
+        families = {found[0] for found in socket.getaddrinfo(address, port)}
+    except OSError as error:
+        raise ConfigError(
+            f"MASTER_ADDR={address}: no machine of that name is known here ({error.strerror}); "
+            "give the name or number of the machine where rank 0 runs"
+        ) from error
+    if not hosts:
+        return
+    family = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+            probe.listen()
+        except OSError as error:
+            reason = "in use" if error.errno == errno.EADDRINUSE else error.strerror
+            raise ConfigError(
+                f"MASTER_PORT={port}: rank 0 cannot listen there ({reason}); choose another port "
+                "for all ranks"
+            ) from error

@@ -1,0 +1,103 @@
+"""What secrets look like, whoever holds them: tokens of well-known services, keys, passwords.
+
+A text is searched for a shape only where the shape's mark stands in it, so that a large dump
+without secrets costs little. Shapes are narrow: what a model writes must stay as it is.
+"""
+
+import re
+
+# Of an address. The password may hold a slash or an @; a port is none.
+USER = r"[^\s/@:\"']{0,100}"
+PASSWORD = r"(?!\d{1,5}(?:[/?#\s]|$))[^\s\"']{0,300}"
+
+_START = r"(?<![A-Za-z0-9])"
+
+
+def _shape(pattern: str) -> re.Pattern[str]:
+    """Of a token, which begins where no other word goes on."""
+    return re.compile(_START + pattern)
+
+
+_HEADER = r"[\"']?\s*[:=]\s*[\"']?"
+# By mark: the shape. What its first group holds, if it has one, is no secret and stays.
+_SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
+    (
+        ("PRIVATE KEY",),
+        re.compile(
+            r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----"
+            r"(?:[^-]{0,20000}?-----END [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----"
+            r"|(?:[A-Za-z0-9+/=\s]|\\[nr])*)"
+        ),
+    ),
+    (("://",), re.compile(rf"(?<=://)(?:{USER}:{PASSWORD}|[^/\s@\"']{{1,300}})(?=@)")),
+    (
+        ("ey=", "EY=", "ken=", "KEN=", "ig=", "ignature=", "word=", "wd=", "ret="),
+        re.compile(
+            r"([?&](?:api_?key|key|(?:access_?|refresh_?|id_?|auth_?)?token|sig|signature|password"
+            r"|passwd|pwd|client_secret|secret|X-Amz-Signature|X-Amz-Security-Token)=)"
+            r"[^&\s\"'#<>]{8,}",
+            re.I,
+        ),
+    ),
+    (
+        ("uthorization", "UTHORIZATION"),
+        re.compile(
+            rf"(authorization{_HEADER}(?:(?:bearer|basic|token|digest|apikey)\s+)?)[^\s\"',}}]{{6,}}",
+            re.I,
+        ),
+    ),
+    (
+        ("earer", "EARER"),
+        re.compile(r"(\bbearer\s+)(?=\S*\d|\S{24})[\w.~+/=-]{16,}", re.I),
+    ),
+    (
+        ("-key", "-Key", "-KEY", "-token", "-Token", "-TOKEN"),
+        re.compile(
+            rf"(\b(?:x-)?(?:[a-z]+-)?(?:api-key|(?:auth|access|private|job)-token){_HEADER})"
+            r"[^\s\"',}]{8,}",
+            re.I,
+        ),
+    ),
+    (
+        ("ecret", "ECRET"),
+        re.compile(
+            r"((?:aws_?)?secret_?(?:access_?)?key(?:[\"']?\s*[:=,]\s*|\s+(?:is\s+)?)[\"']?)"
+            r"[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])",
+            re.I,
+        ),
+    ),
+    (("AccountKey=", "SharedAccessKey="), re.compile(r"((?:Account|Access)Key=)[\w+/=]{20,}")),
+    (("github_pat_",), _shape(r"github_pat_\w{20,}")),
+    (("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), _shape(r"gh[pousr]_\w{16,}")),
+    (("glpat-", "gldt-", "glrt-", "glptt-"), _shape(r"gl(?:pat|dt|rt|ptt)-[\w.-]{16,}")),
+    # Not hyphened words, as of style sheets.
+    (
+        ("sk-",),
+        _shape(r"sk-(?!(?:[a-z]{1,11}-)*[a-z]{1,11}(?![\w-]))[\w-]{16,}"),
+    ),
+    (("_live_", "_test_"), _shape(r"[srp]k_(?:live|test)_[A-Za-z0-9]{16,}")),
+    (("hf_", "api_org_"), _shape(r"(?:hf|api_org)_[A-Za-z0-9]{16,}")),
+    (("wandb_v1_",), _shape(r"wandb_v1_\w{16,}")),
+    (("AKIA", "ASIA"), _shape(r"A(?:KIA|SIA)[A-Z0-9]{16}(?![A-Za-z0-9])")),
+    (("xox", "xapp-"), _shape(r"(?:xox[a-z]|xapp)-[A-Za-z0-9-]{10,}")),
+    (("hooks.slack.com/",), re.compile(r"(hooks\.slack\.com/(?:services|workflows)/)[\w/-]{8,}")),
+    (("/api/webhooks/",), re.compile(r"(/api/webhooks/)\d+/[\w-]{8,}")),
+    (("AIza",), _shape(r"AIza[\w-]{30,}")),
+    (("ya29.",), _shape(r"ya29\.[\w-]{20,}")),
+    (("nvapi-",), _shape(r"nvapi-[\w-]{16,}")),
+    (("npm_",), _shape(r"npm_[A-Za-z0-9]{30,}")),
+    (("pypi-",), _shape(r"pypi-[\w-]{40,}")),
+    (("gsk_", "r8_", "xai-", "pplx-"), _shape(r"(?:gsk_|r8_|xai-|pplx-)[A-Za-z0-9]{20,}")),
+    (("do",), _shape(r"do[opr]_v1_[a-f0-9]{32,}")),
+    (("SG.",), _shape(r"SG\.[\w-]{16,}\.[\w-]{16,}")),
+    (("eyJ",), _shape(r"eyJ[\w-]{10,2000}\.[\w-]{10,9999}\.[\w-]*(?:\.[\w-]+)*")),
+)
+
+
+def without_shapes(text: str, hidden: str) -> str:
+    """`text` with `hidden` in place of all that looks like a secret."""
+    for marks, shape in _SHAPES:
+        if any(mark in text for mark in marks):
+            keeps = rf"\g<1>{hidden}" if shape.groups else hidden
+            text = shape.sub(keeps, text)
+    return text
