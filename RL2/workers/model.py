@@ -209,7 +209,7 @@ def load_model(config, *, train: bool) -> tuple[TokenStatsModel, Dtypes, dict[st
 
         apply_liger_kernel(model, None)
     if train and config.gradient_checkpointing and not config.compile:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(model)
     if train and config.lora.rank is not None:
         add_adapters(model, config.lora)
     if not (train and config.compile):
@@ -255,6 +255,15 @@ def _load_whole(config, options: dict) -> PreTrainedModel:
             f"wants {list(wanted)}{way_out}"
         )
     return model
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep the inputs of layers alone and compute the rest again in backward."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:  # before transformers 5.23, where the other name began to warn
+        model.gradient_checkpointing_enable(options)
 
 
 def compile_layers(model: PreTrainedModel, layer_classes: set[str], checkpointing: bool) -> None:
