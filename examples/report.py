@@ -2,8 +2,9 @@
 
     python examples/report.py runs/quickstart/spo [runs/quickstart/ppo …] --png curves.png
 
-Works for supervised runs as well. Reads each run's `metrics.jsonl` and its dumps of the test set. A gain is given with its standard
-error over the test problems, both evaluations being paired problem by problem.
+Works for supervised runs as well. Reads each run's `metrics.jsonl` and its dumps of the test set. A
+gain is given with its standard error over the test problems, both evaluations being paired problem
+by problem.
 """
 
 import argparse

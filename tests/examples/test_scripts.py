@@ -191,7 +191,7 @@ def test_experiments_install_where_no_python_can(tmp_path):
     folder.mkdir()
     for name in ("gsm8k_0p5_test.sh", "_active.sh", "_functions.sh"):
         shutil.copy(ROOT / "examples" / name, folder)
-    (folder / "_install.sh").write_text(f"""
+    (folder / "_install.sh").write_text("""
         cd "$ROOT" && mkdir bin && export PATH="$ROOT/bin:$PATH"
         printf '#!/bin/sh\\necho "$PWD $@"' >bin/torchrun && chmod +x bin/torchrun
     """)
