@@ -12,7 +12,7 @@ def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list
     """Resolve `auto` and what this machine cannot do, in place.
 
     Afterwards `device` is cpu or cuda, `rollout.engine` names an engine, `attn_implementation` is
-    what transformers takes, `use_liger_kernel` is true or false, and `dtype` is float32 or bfloat16.
+    what transformers takes, `use_liger_kernel` is true or false, `dtype` is float32 or bfloat16.
     On CUDA attention and dtype may stay `auto`: they follow from the dtype of the checkpoint
     (`RL2.workers.dtypes`).
 
