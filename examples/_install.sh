@@ -7,12 +7,10 @@
 #
 #   PYTHON=python3.12 bash examples/quickstart.sh     chooses the interpreter (3.11 to 3.14)
 #   RL2_DEVICE=cpu|cuda bash ...                      chooses the build of torch
-#                                                     (default: cuda where nvidia-smi works)
-
-rl2_die() {
-    echo "RL2 install: $*" >&2
-    exit 1
-}
+#                                                     (default: cuda where nvidia-smi works; where
+#                                                     pip finds no CPU build, the CUDA build it is)
+#
+# Broken off, it goes on where it stood when a script is called again.
 
 rl2_python_fits() {
     "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null
@@ -27,18 +25,8 @@ rl2_find_python() {
     rl2_die "${PYTHON:-python3} is not Python 3.11 to 3.14; install one, or name it: PYTHON=<path>"
 }
 
-# rl2_pip <log file> <arguments>: quiet pip; its last lines are shown where it fails.
-rl2_pip() {
-    local log=$1
-    shift
-    PIP_USE_PEP517=1 .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-        --no-input --no-deps --no-compile "$@" >"$log" 2>&1 && return
-    tail -n 20 "$log" >&2
-    return 1
-}
-
 rl2_install() {
-    local device python stamp wanted log start=$SECONDS
+    local device python stamp wanted log folder start=$SECONDS
     device=${RL2_DEVICE:-$(nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)}
     case $device in cpu | cuda) ;; *) rl2_die "RL2_DEVICE=$device: use cpu or cuda" ;; esac
 
@@ -59,23 +47,26 @@ rl2_install() {
         .venv/bin/python -m ensurepip >/dev/null 2>&1 ||
         rl2_die ".venv has no pip; remove it and run again"
 
+    python=.venv/bin/python
     log=.venv/rl2-install.log
     rm -f "$stamp"
+    # pip writes RECORD last: without it a package was broken off, and would count as installed.
+    for folder in .venv/lib/python*/site-packages/*.dist-info; do
+        if [[ -d $folder && ! -f $folder/RECORD ]]; then rm -r "$folder"; fi
+    done
+    # To pip the CPU build is as good as the CUDA build that gpu.txt names.
+    if [[ $device == cuda ]] &&
+        compgen -G '.venv/lib/python*/site-packages/torch-*+cpu.dist-info' >/dev/null; then
+        $python -m pip uninstall --quiet --yes torch
+    fi
     echo "RL2 install: pinned packages ($device); once, a few minutes" >&2
     # setuptools first: it builds the one package that ships no wheel, and RL2 itself.
-    rl2_pip "$log" --require-hashes -r requirements/build.txt ||
+    rl2_pip $python "$log" --require-hashes -r requirements/build.txt ||
         rl2_die "pip could not install setuptools; see above"
-    if [[ $device == cuda ]]; then
-        rl2_pip "$log" --require-hashes -r requirements/gpu.txt ||
-            rl2_die "pip could not install requirements/gpu.txt; see above, or take RL2_DEVICE=cpu"
-    else
-        rl2_pip "$log" --require-hashes -r requirements/torch-cpu.txt || rl2_die \
-            "no CPU torch 2.13.0 found; point pip to PyTorch's CPU wheel index" \
-            "(PIP_EXTRA_INDEX_URL=<address>, see pytorch.org/get-started) and run again"
-    fi
-    rl2_pip "$log" --require-hashes --no-build-isolation -r requirements/base.txt ||
+    rl2_torch $python "$log" "$device"
+    rl2_pip $python "$log" --require-hashes --no-build-isolation -r requirements/base.txt ||
         rl2_die "pip could not install requirements/base.txt; see above"
-    rl2_pip "$log" --no-build-isolation --editable . ||
+    rl2_pip $python "$log" --no-build-isolation --editable . ||
         rl2_die "pip could not install RL2 itself; see above"
     echo "$wanted" >"$stamp"
     echo "RL2 install: done in $((SECONDS - start)) s" >&2
@@ -86,6 +77,7 @@ rl2_install() {
 }
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$ROOT/examples/_functions.sh"
 cd "$ROOT" || exit 1
 rl2_install
 export PATH="$ROOT/.venv/bin:$PATH"

@@ -2,6 +2,7 @@
 # Section 3.2: KL to the max-probability target, averaged over the correct sequences.
 # NPROC=4 bash examples/gsm8k_correct.sh [key=value ...]
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_active.sh"
 
 torchrun \
     --nproc_per_node="${NPROC:-1}" \
@@ -18,7 +19,7 @@ torchrun \
     actor.avg_level=correct \
     actor.entropy.coef=0 \
     rollout.train_sampling_params.max_new_tokens=8192 \
-    rollout.env_path=envs/gsm8k.py \
+    rollout.env_path="$ROOT/envs/gsm8k.py" \
     rollout.gpu_memory_utilization=0.3 \
     trainer.project=GSM8K \
     trainer.experiment_name=section_3.2_correct_normalized \

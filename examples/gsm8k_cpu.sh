@@ -9,7 +9,9 @@
 # key=value arguments are overrides of the spo run: trainer.max_steps=50
 # From the environment: OUT (default runs/gsm8k_cpu), SEED (default 0), MODEL (options of
 # tiny_model.py, MODEL="--vocab 4096 --width 256") and SFT (overrides, SFT="trainer.n_epochs=4").
+# The same command again goes on where it was interrupted, and keeps what is finished.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_functions.sh"
 
 usage() {
     echo "gsm8k_cpu: $1" >&2
@@ -54,30 +56,26 @@ echo "== 1. a tokenizer and an untrained model for the texts of $train"
 python examples/tiny_model.py --data "$train" --out "$out/base" --seed "$seed" "${model[@]}"
 
 echo "== 2. supervised fine-tuning on the worked answers"
-if [ -e "$out/sft/final/config.json" ]; then
-    echo "$out/sft/final is there already; remove it to train it anew"
-else
-    python -m RL2.trainer.sft \
-        data.path="'$train'" data.max_length=1024 data.batch_size=16 \
-        actor.model_name="$out/base" actor.max_length_per_device=4096 \
-        actor.lr=2e-3 actor.gradient_checkpointing=false \
-        trainer.project=gsm8k_cpu trainer.experiment_name=sft \
-        trainer.save_dir="$out/sft" trainer.n_epochs=1 \
-        trainer.seed="$seed" trainer.use_wandb=false \
-        "${sft[@]}"
-fi
+rl2_train sft "$out/sft" \
+    data.path="'$train'" data.max_length=1024 data.batch_size=16 \
+    actor.model_name="$out/base" actor.max_length_per_device=4096 \
+    actor.lr=2e-3 actor.gradient_checkpointing=false \
+    trainer.project=gsm8k_cpu trainer.experiment_name=sft \
+    trainer.n_epochs=1 trainer.save_freq=50 trainer.keep_last=1 \
+    trainer.seed="$seed" trainer.use_wandb=false \
+    "${sft[@]}"
 
 echo "== 3. spo: rollouts on the training prompts, greedy evaluation on the test set"
 # Most steps have a handful of correct samples or one; a step that has none is skipped.
-python -m RL2.trainer.spo \
+rl2_train spo "$out/spo" \
     train_data.path="'$train'" train_data.prompts_per_rollout=128 \
     test_data.path="'$test'" test_data.max_examples=512 \
     actor.model_name="$out/sft/final" actor.max_length_per_device=4096 \
-    actor.gradient_checkpointing=false actor.use_liger_kernel=false \
+    actor.gradient_checkpointing=false \
     actor.avg_level=correct actor.entropy.coef=-0.1 actor.lr=1e-5 \
     rollout.train_sampling_params.max_new_tokens=256 rollout.env_path=envs/gsm8k.py \
     trainer.project=gsm8k_cpu trainer.experiment_name=spo \
-    trainer.save_dir="$out/spo" trainer.max_steps=20 trainer.test_freq=10 \
+    trainer.max_steps=20 trainer.test_freq=10 trainer.save_freq=5 trainer.keep_last=1 \
     trainer.seed="$seed" trainer.use_wandb=false \
     "${overrides[@]}"
 

@@ -2,6 +2,7 @@
 # Baseline: Dr. GRPO on GSM8K, 128 prompts x 4 responses a step.
 # NPROC=4 bash examples/gsm8k_reinforce.sh [key=value ...]
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_active.sh"
 
 torchrun \
     --nproc_per_node="${NPROC:-1}" \
@@ -17,7 +18,7 @@ torchrun \
     actor.max_length_per_device=8576 \
     adv.estimator=reinforce \
     rollout.train_sampling_params.max_new_tokens=8192 \
-    rollout.env_path=envs/gsm8k.py \
+    rollout.env_path="$ROOT/envs/gsm8k.py" \
     rollout.gpu_memory_utilization=0.3 \
     trainer.project=GSM8K \
     trainer.experiment_name=baseline_drgrpo \

@@ -7,8 +7,9 @@
 #   bash examples/quickstart.sh all       all three from the same start, drawn in one picture
 # Arguments after the first are overrides of the training runs: trainer.max_steps=5
 # SEED (default 0) and OUT (default runs/quickstart) come from the environment.
+# The same command again goes on where it was interrupted, and keeps what is finished.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/_install.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/_functions.sh"
 
 which=${1:-spo}
 shift || true
@@ -19,6 +20,7 @@ case $which in
 esac
 seed=${SEED:-0} out=${OUT:-runs/quickstart}
 
+source "$(dirname "${BASH_SOURCE[0]}")/_install.sh"
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 echo "== 1. word problems, a tokenizer and an untrained model"
@@ -27,19 +29,13 @@ python examples/tiny_model.py --data "$out/data/warmup.jsonl" --out "$out/base" 
     --vocab 512 --width 128 --layers 4 --seed "$seed"
 
 echo "== 2. warm-up: supervised fine-tuning on worked answers"
-# A model warmed up on another seed's problems may have read this seed's test set.
-if [ -e "$out/warmup/final/config.json" ] && [ "$(cat "$out/warmup/seed" 2>/dev/null)" = "$seed" ]; then
-    echo "(kept from an earlier run: $out/warmup/final)"
-else
-    python -m RL2.trainer.sft \
-        data.path="$out/data/warmup.jsonl" data.max_length=192 data.batch_size=32 \
-        actor.model_name="$out/base" actor.max_length_per_device=8192 \
-        actor.lr=2e-3 actor.gradient_checkpointing=false \
-        trainer.project=quickstart trainer.experiment_name=warmup \
-        trainer.save_dir="$out/warmup" trainer.max_steps=400 \
-        trainer.seed="$seed" trainer.use_wandb=false
-    echo "$seed" >"$out/warmup/seed"
-fi
+rl2_train sft "$out/warmup" \
+    data.path="$out/data/warmup.jsonl" data.max_length=192 data.batch_size=32 \
+    actor.model_name="$out/base" actor.max_length_per_device=8192 \
+    actor.lr=2e-3 actor.gradient_checkpointing=false \
+    trainer.project=quickstart trainer.experiment_name=warmup \
+    trainer.max_steps=400 trainer.save_freq=50 trainer.keep_last=1 \
+    trainer.seed="$seed" trainer.use_wandb=false
 
 # Sampling keeps to the likeliest 90 %: a slip of the pen in a sample that is correct all the same
 # is the rarest token of it, and would get the largest push of all.
@@ -52,15 +48,15 @@ runs=()
 for algorithm in $algorithms; do
     echo "== 3. $algorithm: rollouts, rewards, updates, and an evaluation every 5 steps"
     # shellcheck disable=SC2086
-    python -m RL2.trainer."$algorithm" \
+    rl2_train "$algorithm" "$out/$algorithm" \
         train_data.path="$out/data/train.jsonl" test_data.path="$out/data/test.jsonl" \
         actor.model_name="$out/warmup/final" actor.max_length_per_device=8192 \
-        actor.gradient_checkpointing=false actor.use_liger_kernel=false \
+        actor.gradient_checkpointing=false \
         rollout.train_sampling_params.max_new_tokens=24 rollout.train_sampling_params.top_p=0.9 \
         rollout.env_path=envs/gsm8k.py \
         trainer.project=quickstart trainer.experiment_name="$algorithm" \
-        trainer.save_dir="$out/$algorithm" trainer.max_steps=40 trainer.test_freq=5 trainer.test_sampled=true \
-        trainer.save_freq=20 trainer.seed="$seed" trainer.use_wandb=false \
+        trainer.max_steps=40 trainer.test_freq=5 trainer.test_sampled=true \
+        trainer.save_freq=5 trainer.keep_last=1 trainer.seed="$seed" trainer.use_wandb=false \
         ${settings[$algorithm]} "$@"
     runs+=("$out/$algorithm")
 done

@@ -2,31 +2,52 @@
 
     python examples/report.py runs/quickstart/spo [runs/quickstart/ppo …] --png curves.png
 
-Reads each run's `metrics.jsonl` and its dumps of the test set. A gain is given with its standard
-error over the test problems, both evaluations being paired problem by problem.
+Works for supervised runs as well. Reads each run's `metrics.jsonl` and its dumps of the test set. A
+gain is given with its standard error over the test problems, both evaluations being paired problem
+by problem.
 """
 
 import argparse
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-PANELS = {
-    "test/score": "Test score (greedy)",
-    "actor/entropy": "Entropy of the policy (nats per token)",
-    "actor/loss": "Loss",
-    "train/avg_response_length": "Response length (tokens)",
+COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f"]
+SCORE, ENTROPY, LOSS = "test/score", "actor/entropy", "actor/loss"
+REWARD, LENGTH = "train/reward", "train/avg_response_length"
+TITLES = {
+    SCORE: "Test score (greedy)",
+    REWARD: "Training reward",
+    LOSS: "Loss",
+    ENTROPY: "Entropy of the policy (nats per token)",
+    LENGTH: "Response length (tokens)",
 }
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Rows of a run; ends with one line where the folder is not a run's."""
+    path = run / "metrics.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError as error:
+        sys.exit(f"report: {run}: no folder of a run ({path}: {error.strerror})")
+    except ValueError as error:
+        sys.exit(f"report: {path}: a line that is not JSON ({error})")
+    if not rows:
+        sys.exit(f"report: {path}: empty; the run has not finished a step yet")
+    return rows
+
+
+def labels(runs: list[Path]) -> list[str]:
+    """The shortest ends of the paths that tell the runs apart."""
+    parts = [run.resolve().parts for run in runs]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-n:]) for part in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
 
 
 def series(rows: list[dict[str, float]], name: str) -> tuple[list[int], list[float]]:
@@ -54,9 +75,9 @@ def change(values: list[float], digits: int) -> str:
     return f"{values[0]:.{digits}f} → {values[-1]:.{digits}f}" if values else "–"
 
 
-def summary(run: Path) -> dict[str, str]:
+def summary(label: str, run: Path) -> dict[str, str]:
     rows = read_metrics(run)
-    steps, scores = series(rows, "test/score")
+    steps, scores = series(rows, SCORE)
 
     def gain(index: int) -> str:
         error = paired_error(test_scores(run, steps[0]), test_scores(run, steps[index]))
@@ -64,14 +85,22 @@ def summary(run: Path) -> dict[str, str]:
 
     best = max(range(len(scores)), key=scores.__getitem__, default=None)
     return {
-        "run": run.name,
+        "run": label,
         "test before": f"{scores[0]:.3f}" if scores else "–",
         "best": f"{gain(best)} at step {steps[best]}" if scores else "–",
         "last": gain(-1) if scores else "–",
         "sampled": change(series(rows, "test/sampled_score")[1], 3),
-        "entropy": change(series(rows, "actor/entropy")[1], 3),
-        "length": change(series(rows, "train/avg_response_length")[1], 1),
+        "reward": change(series(rows, REWARD)[1], 3),
+        "loss": change(series(rows, LOSS)[1], 4),
+        "entropy": change(series(rows, ENTROPY)[1], 3),
+        "length": change(series(rows, LENGTH)[1], 1),
     }
+
+
+def without_empty_columns(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Of supervised runs alone, only what they have."""
+    filled = [name for name in rows[0] if any(row[name] != "–" for row in rows)]
+    return [{name: row[name] for name in filled} for row in rows]
 
 
 def table(rows: list[dict[str, str]]) -> str:
@@ -83,55 +112,76 @@ def table(rows: list[dict[str, str]]) -> str:
     )
 
 
-def draw(runs: list[Path], png: Path) -> None:
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, layout="constrained")
-    if len(runs) > 1:
+def draw(names: list[str], runs: list[Path], png: Path) -> None:
+    import matplotlib  # here, so that --help needs nothing installed
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics = [read_metrics(run) for run in runs]
+    panels = [name for name in TITLES if any(name in row for rows in metrics for row in rows)]
+    if not panels:
+        sys.exit(f"report: {', '.join(map(str, runs))}: no loss, reward or score to draw")
+    n_columns = min(2, len(panels))
+    n_rows = math.ceil(len(panels) / n_columns)
+    size = (5 * n_columns, 3.2 * n_rows)
+    figure, grid = plt.subplots(
+        n_rows, n_columns, figsize=size, sharex=True, layout="constrained", squeeze=False
+    )
+    for axis in list(grid.flat)[len(panels) :]:
+        axis.remove()
+    axes = dict(zip(panels, grid.flat, strict=False))
+    if len(runs) > 1 and LOSS in axes:
         # losses of different kinds differ by orders of magnitude, and some are negative
-        axes[1, 0].set_yscale("symlog", linthresh=1e-5)
-    for color, run in zip(plt.cm.tab10.colors, runs, strict=False):
-        rows = read_metrics(run)
-        for axis, (name, title) in zip(axes.flat, PANELS.items(), strict=True):
+        axes[LOSS].set_yscale("symlog", linthresh=1e-5)
+    for name, axis in axes.items():
+        for i, (label, run, rows) in enumerate(zip(names, runs, metrics, strict=True)):
             steps, values = series(rows, name)
-            marker = "o" if name == "test/score" else None
-            axis.plot(steps, values, color=color, marker=marker, markersize=4, label=run.name)
-            axis.set_title(title, fontsize=11)
-            axis.grid(alpha=0.3)
-            axis.spines[["top", "right"]].set_visible(False)
-            n = len(test_scores(run, steps[0])) if name == "test/score" and steps else 0
+            color = COLORS[i % len(COLORS)]
+            marker = "o" if name == SCORE or len(values) == 1 else None
+            axis.plot(steps, values, color=color, marker=marker, markersize=4, label=label)
+            n = len(test_scores(run, steps[0])) if name == SCORE and steps else 0
             if n:
-                errors = [math.sqrt(value * (1 - value) / n) for value in values]
+                errors = [math.sqrt(max(value * (1 - value), 0) / n) for value in values]
                 low = [value - error for value, error in zip(values, errors, strict=True)]
                 high = [value + error for value, error in zip(values, errors, strict=True)]
                 axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-    low, high = axes[1, 1].get_ylim()
-    if high - low < 2:  # a hundredth of a token must not look like a change
-        axes[1, 1].set_ylim((low + high) / 2 - 1, (low + high) / 2 + 1)
-    for axis in axes[1]:
+        axis.set_title(TITLES[name], fontsize=11)
         axis.set_xlabel("Step")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    if LENGTH in axes:
+        low, high = axes[LENGTH].get_ylim()
+        if high - low < 2:  # a hundredth of a token must not look like a change
+            axes[LENGTH].set_ylim((low + high) / 2 - 1, (low + high) / 2 + 1)
     if len(runs) > 1:
-        axes[0, 0].legend(frameon=False)
-    figure.suptitle(
-        f"{', '.join(run.name for run in runs)}: band = one binomial standard error", fontsize=10
-    )
+        axes[panels[0]].legend(frameon=False)
+    band = ": band = one binomial standard error" if SCORE in axes else ""
+    figure.suptitle(f"{', '.join(names)}{band}", fontsize=10)
+    png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=130)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--png", type=Path, required=True)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs (trainer.save_dir)")
+    parser.add_argument("--png", type=Path, required=True, help="where the picture goes")
     args = parser.parse_args()
-    print(table([summary(run) for run in args.runs]))
-    draw(args.runs, args.png)
+    names = labels(args.runs)
+    print(table(without_empty_columns(list(map(summary, names, args.runs)))))
+    draw(names, args.runs, args.png)
     print(f"picture:     {args.png}")
     for run in args.runs:
-        best = run / "best"
-        print(
-            f"model:       {run / 'final'}{f' (best evaluation: {best})' if best.exists() else ''}"
-        )
-        print(f"checkpoints: {run / 'checkpoints'}")
-        print(f"metrics:     {run / 'metrics.jsonl'}")
-        print(f"rollouts:    {run / 'rollouts'}")
+        found = {
+            "model": run / "final",
+            "best model": run / "best",
+            "checkpoints": run / "checkpoints",
+            "metrics": run / "metrics.jsonl",
+            "rollouts": run / "rollouts",
+        }
+        for what, path in found.items():
+            if path.exists():
+                print(f"{what + ':':<12} {path}")
 
 
 if __name__ == "__main__":

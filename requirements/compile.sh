@@ -6,6 +6,7 @@
 # uv must find the CPU wheel of torch: UV_FIND_LINKS=<folder or page that holds it>. No header and
 # no address is written, so the files say nothing of the machine.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../examples/_functions.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 TORCH=2.13.0
 

@@ -36,7 +36,7 @@ else
     # The CPU build of torch does without triton, the tests of the Triton kernels (interpreted) do
     # not. Not for the engines: CI runs both at once, and two installations would meet.
     python -c 'import triton' 2>/dev/null ||
-        rl2_pip .venv/rl2-triton.log --require-hashes -r requirements/triton.txt ||
+        rl2_pip python .venv/rl2-triton.log --require-hashes -r requirements/triton.txt ||
         echo "no triton for this machine: the tests of the Triton kernels skip" >&2
 fi
 exec python -m pytest "$@"

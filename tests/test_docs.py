@@ -53,6 +53,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
 
 def script(name: str) -> tuple[str, list[str]]:
     text = (ROOT / "examples" / name).read_text(encoding="utf-8").replace('"$@"', "")
+    text = text.replace("$ROOT/envs", "envs")  # the scripts work from any folder
     ((trainer, overrides),) = commands(f"```bash\n{text}```")
     return trainer, overrides
 

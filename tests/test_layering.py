@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    {"config"},
+    {"config", "envs"},
     {"ops"},
     {"algorithms", "datasets", "distributed"},
     {"workers", "rollout"},

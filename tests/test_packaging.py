@@ -145,3 +145,13 @@ def test_older_versions_do_not_start(monkeypatch):
     monkeypatch.setattr("RL2.trainer.main.version", lambda name: "2.12.1")
     with pytest.raises(ConfigError, match=r"^torch==2.12.1: must be 2.13 or newer; install it"):
         check_versions()
+
+
+def test_the_package_holds_the_environments_of_the_repository():
+    from RL2.envs import gsm8k
+
+    for path in (ROOT / "envs").glob("*.py"):
+        inside = ROOT / "RL2" / "envs" / path.name
+        assert inside.resolve() == path, f"{inside}: link it to {path}"
+    assert gsm8k.is_correct("5.0", "5")
+    assert PROJECT["scripts"] == {"rl2": "RL2.trainer.cli:main"}

@@ -12,8 +12,9 @@ def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list
     """Resolve `auto` and what this machine cannot do, in place.
 
     Afterwards `device` is cpu or cuda, `rollout.engine` names an engine, `attn_implementation` is
-    what transformers takes, and `dtype` is float32 or bfloat16. On CUDA both may stay `auto`: they
-    follow from the dtype of the checkpoint (`RL2.workers.dtypes`).
+    what transformers takes, `use_liger_kernel` is true or false, `dtype` is float32 or bfloat16.
+    On CUDA attention and dtype may stay `auto`: they follow from the dtype of the checkpoint
+    (`RL2.workers.dtypes`).
 
     Args:
         config: composed and validated.
@@ -100,7 +101,11 @@ def _model_fallbacks(config: DictConfig, group: str, cuda: bool, available: Set[
         elif node.attn_implementation == "flash_attention_2" and not flash:
             needs = "needs flash-attn, which is not installed" if on_cuda else "needs CUDA"
             fall_back("attn_implementation", "sdpa_varlen", f"{needs}; using sdpa_varlen")
-    if own("use_liger_kernel") and node.use_liger_kernel:
+    if own("use_liger_kernel") and node.use_liger_kernel == "auto":
+        # torch.compile fuses the same operations.
+        compiled = "compile" in node and node.compile
+        node.use_liger_kernel = on_cuda and "liger_kernel" in available and not compiled
+    elif own("use_liger_kernel") and node.use_liger_kernel:
         if not on_cuda:
             fall_back("use_liger_kernel", False, "needs CUDA; running without it")
         elif "liger_kernel" not in available:

@@ -162,7 +162,7 @@ class ModelConfig:
     dtype: Dtype = MISSING
     device: Device = MISSING
     attn_implementation: str = MISSING
-    use_liger_kernel: bool = MISSING
+    use_liger_kernel: Any = MISSING  # auto, true or false; omegaconf has no such union
     token_stats: TokenStatsImplementation = MISSING
     revision: str | None = MISSING
     trust_remote_code: bool = MISSING

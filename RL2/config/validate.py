@@ -192,6 +192,10 @@ def validate(config: DictConfig, world_size: int) -> None:
     _check_interpolations(config)
     _check_ranges(config, schema)
     _check_mesh(config, world_size)
+    for group in ("actor", "ref_actor"):
+        if group in config and config[group].use_liger_kernel not in ("auto", True, False):
+            value = config[group].use_liger_kernel
+            raise ConfigError(f"{group}.use_liger_kernel={value}: must be auto, true or false")
     check_model(config.actor, "actor")
     if config.actor.compile and config.actor.tp_size > 1:
         raise ConfigError(

@@ -32,6 +32,7 @@ from RL2.config.streams import keep_streams
 from RL2.trainer.help import asks_for_help, help_text
 from RL2.trainer.last_words import tell_launcher
 from RL2.trainer.stop import follow_launcher
+from RL2.trainer.sweep import name_run
 
 logger = logging.getLogger("RL2")
 
@@ -84,6 +85,7 @@ def run(config_name: str) -> None:
     @hydra.main(version_base="1.3", config_path="config", config_name=config_name)
     def task(config: DictConfig) -> None:
         try:
+            name_run(config, sys.argv[1:])
             launch(config)
         except RL2Error as error:
             _fail(error)

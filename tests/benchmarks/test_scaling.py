@@ -291,7 +291,7 @@ def test_activations_are_what_autograd_keeps(name, dtype):
             options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
             model = build(name, layers, **options).train()
             if checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+                model.activation_checkpointing_enable({"use_reentrant": False})
             found.append(kept_bytes(model, n_tokens))
         return (found[1] - found[0]) / n_tokens
 

@@ -7,9 +7,9 @@ from RL2.config import ConfigError, apply_fallbacks
 ALL = {"flash_attn", "liger_kernel", "sglang"}
 
 
-@pytest.mark.parametrize("name", ["ppo", "sft"])
+@pytest.mark.parametrize("name", ["ppo", "spo", "spo_0p5", "sft"])
 def test_defaults_warn_of_nothing(composed, name):
-    for cuda, available in [(False, set()), (False, ALL), (True, ALL)]:
+    for cuda, available in [(False, set()), (False, ALL), (True, ALL), (True, {"vllm"})]:
         assert apply_fallbacks(composed(name), cuda, available) == []
 
 
@@ -106,6 +106,7 @@ def test_one_warning_for_each_thing_without_cuda(composed):
         "rollout.base_port=30000",
         "actor.offload_model=true",
         "actor.offload_optimizer=true",
+        "actor.use_liger_kernel=true",
         "actor.attn_implementation=flash_attention_2",
     )
     lines = apply_fallbacks(config, False, ALL)
@@ -124,10 +125,30 @@ def test_one_warning_for_each_thing_without_cuda(composed):
 
 
 def test_missing_packages_on_cuda(composed):
-    config = composed("spo", "actor.attn_implementation=flash_attention_2")
+    asked = ("actor.attn_implementation=flash_attention_2", "actor.use_liger_kernel=true")
+    config = composed("spo", *asked)
     lines = apply_fallbacks(config, True, {"vllm"})
     assert ["not installed" in line for line in lines] == [True, True]
-    assert apply_fallbacks(composed("spo"), True, ALL) == []
+    assert apply_fallbacks(composed("spo", *asked), True, ALL) == []
+
+
+@pytest.mark.parametrize("name", ["ppo", "spo", "sft"])
+def test_liger_by_what_there_is(composed, name):
+    def liger(cuda, available, *changes):
+        config = composed(name, *changes)
+        apply_fallbacks(config, cuda, available | {"vllm"})
+        nodes = [config[group] for group in ("actor", "ref_actor") if group in config]
+        (value,) = {node.use_liger_kernel for node in nodes}
+        return value
+
+    assert liger(True, {"liger_kernel"}) is True
+    assert liger(True, set()) is liger(False, {"liger_kernel"}) is False
+    assert liger(True, {"liger_kernel"}, "actor.device=cpu") is False
+    assert liger(True, {"liger_kernel"}, "actor.use_liger_kernel=false") is False
+    # torch.compile fuses by itself; who asks for both gets both
+    assert liger(True, {"liger_kernel"}, "actor.compile=true") is False
+    both = ("actor.compile=true", "actor.use_liger_kernel=true")
+    assert liger(True, {"liger_kernel"}, *both) is True
 
 
 def test_cpu_asked_for_on_a_cuda_machine(composed):

@@ -60,17 +60,17 @@ def test_defaults_that_carry_meaning(composed):
         False,
         "token",
     )
-    assert (ppo.actor.tis_coef, ppo.actor.clip, ppo.actor.use_liger_kernel) == (2.0, 0.2, False)
+    assert (ppo.actor.tis_coef, ppo.actor.clip) == (2.0, 0.2)
     for config in (spo, half):
         assert (config.adv.estimator, config.actor.avg_level) == ("spo", "sequence")
-        assert (config.actor.tis_coef, config.actor.use_liger_kernel) == (0.0, True)
-        assert config.actor.clip is None
+        assert (config.actor.tis_coef, config.actor.clip) == (0.0, None)
     for config in (ppo, spo, half):
         assert (config.actor.lr, config.actor.weight_decay) == (1e-6, 1e-2)
         assert (config.actor.scheduler, config.actor.warmup_ratio) == ("constant", 0.1)
     assert (sft.actor.lr, sft.actor.scheduler, sft.actor.loss.name) == (5e-6, "cosine", "nll")
     assert sft.actor.avg_level == "token"
     for name, config in {"ppo": ppo, "spo": spo, "spo_0p5": half, "sft": sft}.items():
+        assert config.actor.use_liger_kernel == "auto"
         assert config.trainer.save_dir == f"ckpts/{name}/default"
 
 

@@ -103,6 +103,16 @@ def test_ranges(message, override):
     assert f"{override}: must " in message("spo", override)
 
 
+@pytest.mark.parametrize("value", ["yes", "null", "[true]", "2", "off"])
+def test_liger(message, composed, value):
+    for key, name in [("actor", "sft"), ("actor", "spo"), ("ref_actor", "ppo")]:
+        text = message(name, f"{key}.use_liger_kernel={value}")
+        shown = {"null": "None", "[true]": "[True]"}.get(value, value)
+        assert text == f"{key}.use_liger_kernel={shown}: must be auto, true or false"
+    for good in ("auto", "true", "false"):
+        validate(composed("ppo", f"actor.use_liger_kernel={good}"), 1)
+
+
 def test_health(message, composed):
     low, high = "trainer.health.min_entropy=2.0", "trainer.health.max_entropy=1.0"
     text = message("spo", low, high)

@@ -5,6 +5,7 @@
 #   PYTHON=<path> bash tests/engines/setup.sh ... chooses the interpreter
 # Both are for Linux on x86-64. Nothing of RL2 goes in: a server is a program of its own.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../examples/_functions.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 die() {
@@ -51,14 +52,8 @@ fi
 rm -f "$stamp"
 start=$SECONDS
 echo "engines: pinned packages of $engine; once, a few minutes" >&2
-for file in torch-cpu.txt "engines/$engine.txt"; do
-    if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input --no-deps \
-        --require-hashes -r "requirements/$file" >"$log" 2>&1; then
-        tail -n 20 "$log" >&2
-        [[ $file == torch-cpu.txt ]] && die "no CPU torch 2.13.0 found; point pip to PyTorch's CPU" \
-            "wheel index (PIP_EXTRA_INDEX_URL=<address>, see pytorch.org/get-started)"
-        die "pip could not install requirements/$file; see above"
-    fi
-done
+rl2_torch "$venv/bin/python" "$log" cpu
+rl2_pip "$venv/bin/python" "$log" --require-hashes -r "requirements/engines/$engine.txt" ||
+    die "pip could not install requirements/engines/$engine.txt; see above"
 echo "$wanted" >"$stamp"
 echo "engines: $venv is ready after $((SECONDS - start)) s" >&2

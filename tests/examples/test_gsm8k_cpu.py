@@ -22,7 +22,8 @@ def script(tmp_path) -> Path:
     """
     folder = tmp_path / "examples"
     folder.mkdir()
-    shutil.copy(ROOT / "examples" / "gsm8k_cpu.sh", folder)
+    for name in ("gsm8k_cpu.sh", "_functions.sh"):
+        shutil.copy(ROOT / "examples" / name, folder)
     interpreter = Path(sys.executable).parent
     (folder / "_install.sh").write_text(
         f'cd "{ROOT}"\nexport PATH="{interpreter}:$PATH" PYTHONPATH="{ROOT}"\n'

@@ -66,7 +66,8 @@ PUBLISHED = {
 
 
 def script(name: str) -> str:
-    return (ROOT / "examples" / f"gsm8k_{name}.sh").read_text()
+    # `_active.sh` makes $ROOT the repository: the scripts work from any folder.
+    return (ROOT / "examples" / f"gsm8k_{name}.sh").read_text().replace('"$ROOT/envs', '"envs')
 
 
 def parse(text: str) -> tuple[str, list[str]]:

@@ -26,6 +26,7 @@ def make_run(run: Path, tests: dict[int, list[float]], updated: bool = True) -> 
         row: dict[str, float] = {"step": step}
         if step > 0:
             row["train/avg_response_length"] = 20.0 + step
+            row["train/reward"] = step / 10
             row["actor/skipped"] = 0.0 if updated else 1.0
             if updated:
                 row |= {"actor/entropy": 0.5 - step / 10, "actor/loss": 1.0 / step}
@@ -68,6 +69,8 @@ def test_table_gives_start_best_and_last_with_paired_errors(run_report, tmp_path
     assert "0.750 (+0.250 ± 0.250) at step 2" in row
     assert "0.500 (+0.000 ± 0.408)" in row  # differences -1, 0, 1, 0: variance 2/3 over 4 problems
     assert "0.400 → 0.100" in row and "21.0 → 24.0" in row
+    assert "1.0000 → 0.2500" in row  # loss
+    assert row[header.index("reward") :].startswith("0.100 → 0.400")
     # Columns stand below their names.
     cells = {"best": "0.750", "last": "0.500 (+", "sampled": "0.250 → 0.290", "entropy": "0.400"}
     for name, cell in cells.items():
@@ -76,13 +79,15 @@ def test_table_gives_start_best_and_last_with_paired_errors(run_report, tmp_path
 
 def test_several_runs_share_table_and_picture(run_report, report, tmp_path):
     runs = [make_run(tmp_path / name, {0: [0, 1], 4: [1, 1]}) for name in ("ppo", "spo")]
-    (runs[1] / "best").mkdir()
+    for folder in (runs[0] / "final", runs[1] / "final", runs[1] / "best"):
+        folder.mkdir()
     lines = run_report(*runs)
     assert [line.split()[0] for line in lines[1:3]] == ["ppo", "spo"]
     assert f"model:       {runs[0] / 'final'}" in lines
-    assert f"model:       {runs[1] / 'final'} (best evaluation: {runs[1] / 'best'})" in lines
-    for kind in ("checkpoints", "rollouts"):
-        assert sum(line.startswith(f"{kind}:") for line in lines) == 2
+    assert f"best model:  {runs[1] / 'best'}" in lines and f"{runs[0] / 'best'}" not in str(lines)
+    assert sum(line.startswith("rollouts:") for line in lines) == 2
+    # Nothing was saved on the way.
+    assert not any(line.startswith("checkpoints:") for line in lines)
 
 
 def test_one_evaluation_is_start_best_and_last(run_report, tmp_path):
@@ -109,3 +114,45 @@ def test_run_without_dumps(run_report, tmp_path):
     for dump in (run / "rollouts").iterdir():
         dump.unlink()
     assert "1.000" in run_report(run)[1]
+
+
+def test_supervised_run(run_report, tmp_path):
+    run = tmp_path / "sft"
+    run.mkdir()
+    rows = [{"step": step, "actor/loss": 2.0 / step, "actor/entropy": 1.0} for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = run_report(run)
+    assert lines[0].split() == ["run", "loss", "entropy"]
+    assert "2.0000 → 1.0000" in lines[1]
+    # Only what is there.
+    assert lines[2:] == [lines[2], f"metrics:     {run / 'metrics.jsonl'}"]
+
+
+def test_labels_tell_runs_apart(report, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["a/spo/seed0", "b/spo/seed0", "a/spo/seed1"]
+    assert report.labels([Path(name) for name in names]) == names
+    assert report.labels([Path("a/spo"), Path("a/ppo")]) == ["spo", "ppo"]
+    assert report.labels([Path("a/spo"), Path("a/spo/")]) == ["spo", "spo"]  # the same run twice
+    assert report.labels([Path(".")]) == [tmp_path.name]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no folder of a run"),
+        ("", "empty; the run has not finished a step yet"),
+        ("{1\n", "a line that is not JSON"),
+    ],
+)
+def test_a_wrong_folder_is_one_line(report, monkeypatch, tmp_path, text, message):
+    run = tmp_path / "run"
+    run.mkdir()
+    if text is not None:
+        (run / "metrics.jsonl").write_text(text)
+    monkeypatch.setattr("sys.argv", ["report.py", str(run), "--png", str(tmp_path / "a.png")])
+    with pytest.raises(SystemExit) as end:
+        report.main()
+    line = str(end.value)
+    assert line.startswith("report: ") and str(run) in line and message in line
+    assert "\n" not in line and not (tmp_path / "a.png").exists()

@@ -1,0 +1,17 @@
+# For scripts that run on what the user has, such as an environment with a rollout engine: takes the
+# Python that comes first on PATH where it can run RL2, otherwise makes .venv (_install.sh).
+#
+#   source "$(dirname "${BASH_SOURCE[0]}")/_active.sh"     # from a script in examples/
+#
+# Afterwards `python` and `torchrun` are those of that environment, $ROOT names the repository, and
+# the working directory is the user's own.
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$ROOT/examples/_functions.sh"
+
+if command -v torchrun >/dev/null && PYTHONPATH=$ROOT python -c \
+    'from RL2.trainer.main import check_versions; check_versions()' >/dev/null 2>&1; then
+    export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+else
+    source "$ROOT/examples/_install.sh"
+    cd "$OLDPWD" || exit 1
+fi

@@ -1,0 +1,58 @@
+"""The command `rl2`, and the names of a sweep's runs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from RL2.trainer.sweep import run_name
+from tests.trainer.support import ROOT, environ, overrides, write_files
+
+
+def rl2(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    code = "from RL2.trainer.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=cwd, env=environ(), capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_help_and_unknown_trainers():
+    for words in ([], ["--help"]):
+        done = rl2(*words)
+        assert done.returncode == 0 and "usage: rl2 <trainer> key=value" in done.stdout
+    done = rl2("grpo", "actor.lr=1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "rl2: grpo: unknown trainer; use one of ppo, spo, spo_0p5, sft\n"
+
+
+def test_a_trainer_gets_the_rest_of_the_command_line(tmp_path):
+    done = rl2("sft", "trainer.experiment_name=mine", "--cfg", "job", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "save_dir: ckpts/sft/${trainer.experiment_name}" in done.stdout
+    assert "experiment_name: mine" in done.stdout
+
+
+def test_names_of_runs():
+    lines = ["actor.lr=1e-4", "trainer.seed=1", "actor.loss.name=nll"]
+    assert run_name(lines, {"actor.lr", "trainer.seed"}, 3) == "lr_1e-4-seed_1"
+    assert run_name(lines, {"actor.lr", "trainer.experiment_name"}, 3) is None
+    assert run_name(["data.path=a/b.json"], {"data.path"}, 3) == "path_a_b.json-3"
+    assert run_name(["data.path=" + "a" * 200], {"data.path"}, 3).endswith("a-3")
+    assert run_name([], set(), 3) == "3"  # a sweep that a yaml file describes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("follows", [True, False])
+def test_the_runs_of_a_sweep_do_not_meet(tmp_path, follows):
+    files = write_files(tmp_path)
+    lines = overrides(files, "sft", tmp_path / "out", trainer__max_steps=1, trainer__seed="1,2")
+    if follows:
+        lines = [line for line in lines if not line.startswith("trainer.save_dir=")]
+    done = rl2("sft", *lines, "--multirun", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    stem = tmp_path / ("ckpts/sft/default" if follows else "out")
+    for run in (stem.with_name(f"{stem.name}-seed_{n}") for n in (1, 2)):
+        assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
+        assert not (run / "before1").exists()
