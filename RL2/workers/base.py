@@ -1,6 +1,7 @@
 """What every worker is: a sharded model on this rank, and an optimizer where it trains."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -162,6 +163,20 @@ class Worker:
             loss_fn,
             micro_batch["start"],
         )
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """For forwards to which no backward belongs.
+
+        FSDP keeps the root's weights (embedding, head, last norm) gathered after a forward, for
+        the backward to come, and module parameters are the gathered tensors until then. Whoever
+        reads the weights next, saves or offloads them expects this rank's parts.
+        """
+        self.load()
+        self.model.eval()
+        with torch.no_grad():
+            yield
+        self.model.reshard()
 
     def clip_gradients(self) -> torch.Tensor:
         """Bring the gradients to an end and clip them to `max_grad_norm`; returns the norm before
