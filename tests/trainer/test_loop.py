@@ -190,3 +190,26 @@ def test_steps_that_update_nothing_are_evaluated_saved_and_published(tmp_path, k
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert all(row["test/score"] == rows[0]["test/score"] for row in rows)
     assert same_weights(weights(tmp_path / "run/final"), weights(files / "model"))
+
+
+EVER_BETTER = """
+calls = 0
+
+
+async def step(state, action, extra_info):
+    global calls
+    calls += 1
+    return {"next_state": None, "reward": 1.0, "score": calls - 1000.0, "done": True}
+"""
+
+
+def test_best_is_kept_for_any_finite_score(tmp_path):
+    files = write_files(tmp_path)
+    rows = train(
+        files, "spo", tmp_path / "run", test_data__path=files / "rows.jsonl",
+        test_data__max_examples=4, trainer__test_freq=1, trainer__max_steps=2,
+        rollout__env_path=write_env(files / "better.py", EVER_BETTER), rollout__env_workers=0,
+    )  # fmt: skip
+    scores = [row["test/score"] for row in rows]
+    assert scores == sorted({*scores}) and scores[-1] < -900
+    assert same_weights(weights(tmp_path / "run/best"), weights(tmp_path / "run/final"))

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from RL2.config import ConfigError
 from RL2.distributed import rank
-from RL2.trainer.checkpoint import Checkpoints, save_model
+from RL2.trainer.checkpoint import Checkpoints
+from RL2.trainer.export import save_model
 from RL2.workers.loading import local_part, plain_name
 from RL2.workers.lora import init_adapters, merged
 from tests.ranks import run_on_ranks

@@ -1,0 +1,68 @@
+"""Model folders that transformers loads: `final` and `best`."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import PretrainedConfig
+
+from RL2.config import CheckpointError
+from RL2.distributed import broadcast, rank
+from RL2.distributed.agreement import together
+from RL2.trainer.checkpoint import n_bytes
+from RL2.trainer.folders import TEMPORARY, cannot_write, publish
+from RL2.workers import Actor
+from RL2.workers.lora import has_adapters, merged, save_adapters
+
+_PREFIX = "model."  # TokenStatsModel's name for the transformers model inside
+
+
+def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:
+    """Write the whole model where `AutoModelForCausalLM.from_pretrained` finds it, adapters merged
+    (collective). The adapters themselves go to `<folder>/adapter`.
+
+    dtype: `trainer.save_dtype`; with `auto` every tensor keeps that of the checkpoint it came from.
+
+    Raises:
+        CheckpointError: on every rank, where it cannot be written. What was there before stays.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(actor.model, options=options)
+    needed = broadcast(n_bytes(state))  # only rank 0 has it
+    temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
+
+    def write() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        model = actor.hf_model
+        tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
+        weights = dict(merged(model, tensors.items()))
+        for name, tensor in weights.items():
+            if tensor.is_floating_point():
+                weights[name] = tensor.to(actor.dtypes.saved(name, dtype))
+        model.save_pretrained(temporary, state_dict=weights)
+        _save_config(model.config, actor.dtypes.saved("", dtype), temporary)
+        tokenizer.save_pretrained(temporary)
+        if has_adapters(model):
+            save_adapters(model, tensors, temporary / "adapter")
+        publish(temporary, folder)
+
+    def failed(reason: str) -> CheckpointError:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return CheckpointError(cannot_write(folder.parent, folder, reason, needed))
+
+    together(write if rank() == 0 else lambda: None, failed)
+
+
+def _save_config(config: PretrainedConfig, dtype: torch.dtype, folder: Path) -> None:
+    """config.json as save_pretrained has written it, with the dtype of the saved weights: there it
+    is that of the weights in memory."""
+    config = copy.deepcopy(config)
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part in parts:
+        if part is not None:
+            part.dtype = dtype
+    config.save_pretrained(folder)
