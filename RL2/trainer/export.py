@@ -37,7 +37,16 @@ def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:
     def write() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         model = actor.hf_model
-        tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
+        # Gathered, a tied head is a tensor of its own, which would be stored beside the embedding.
+        everything, once = (
+            {name for name, _ in model.named_parameters(remove_duplicate=remove)}
+            for remove in (False, True)
+        )
+        tensors = {
+            name: tensor
+            for name, tensor in ((key.removeprefix(_PREFIX), x) for key, x in state.items())
+            if name not in everything - once
+        }
         weights = dict(merged(model, tensors.items()))
         for name, tensor in weights.items():
             if tensor.is_floating_point():

@@ -209,7 +209,7 @@ def leave(model, changes, folder, tokenizer):
     actor = lora_actor(model, **changes)
     before = whole(actor)
     published = {name: tensor.clone() for name, tensor in actor.weights()}
-    save_model(actor, tokenizer, folder)
+    save_model(actor, tokenizer, folder, "auto")
     after = whole(actor)
     return before, published, all(torch.equal(before[name], after[name]) for name in before)
 
