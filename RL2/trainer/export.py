@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from RL2.config import CheckpointError
 from RL2.distributed import broadcast, rank
@@ -54,6 +54,8 @@ def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:
         model.save_pretrained(temporary, state_dict=weights)
         _save_config(model.config, actor.dtypes.saved("", dtype), temporary)
         tokenizer.save_pretrained(temporary)
+        with torch.random.fork_rng(devices=[]):  # `best` is written amid a run
+            _check(temporary, weights, actor.config.trust_remote_code)
         if has_adapters(model):
             save_adapters(model, tensors, temporary / "adapter")
         publish(temporary, folder)
@@ -64,6 +66,24 @@ def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:
         return CheckpointError(cannot_write(folder.parent, folder, reason, needed))
 
     together(write if rank() == 0 else lambda: None, failed)
+
+
+def _check(folder: Path, weights: dict[str, torch.Tensor], trust_remote_code: bool) -> None:
+    """RuntimeError unless transformers loads from the folder what was to be saved: where a name is
+    not what it looks for, it fills a weight with noise and goes on."""
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if names := sorted(map(str, found[kind])):
+            raise RuntimeError(f"transformers does not load it as it was, {kind}: {names[0]}")
+    for name, tensor in model.state_dict().items():
+        meant = weights.get(name)
+        if meant is not None and not torch.equal(
+            tensor.nan_to_num(), meant.to(tensor.dtype).nan_to_num()
+        ):
+            raise RuntimeError(f"transformers loads other values for {name} than were saved")
 
 
 def _save_config(config: PretrainedConfig, dtype: torch.dtype, folder: Path) -> None:
