@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
@@ -95,7 +95,8 @@ def tensor_parallel_plan(model: PreTrainedModel, size: int) -> dict[str, str]:
 
     Raises:
         ConfigError: transformers has no plan for the model, the plan asks for something that is
-            not available here (mixtures of experts), or `size` does not divide heads or widths.
+            not available here (mixtures of experts) or leaves out what stands between split layers,
+            or `size` does not divide heads or widths.
     """
     key, kind = f"actor.tp_size={size}", model.config.model_type
     patterns = {
@@ -124,7 +125,34 @@ def tensor_parallel_plan(model: PreTrainedModel, size: int) -> dict[str, str]:
             if pattern.fullmatch(layer) and (whole is None or not style.startswith(whole)):
                 plan[f"{model.base_model_prefix}.{name}"] = style
     _check_sizes(model, plan, key, size)
+    for name, parameter in _between(model, plan):
+        if parameter.numel() > 1:
+            raise ConfigError(
+                f"{key}: {name} {[*parameter.shape]} stands between split layers, and the plan of "
+                f"{kind} models does not say how to split it; use 1 (the weights are sharded over "
+                "all ranks anyway) or actor.sp_size"
+            )
     return plan
+
+
+def _between(model: PreTrainedModel, plan: dict[str, str]) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that no plan names, in blocks whose activations are split (an MLP's, say).
+
+    Each rank sees only its part of the activations there, and so a part of their gradient. Blocks
+    whose column-wise layers gather their output hold whole activations.
+    """
+    layers = {name: _LAYER_AND_PART.fullmatch(name)["layer"] for name in plan}
+    blocks = tuple(
+        layers[name].rpartition(".")[0] + "."
+        for name, style in plan.items()
+        if style in ("colwise", "rowwise")
+    )
+    planned = tuple(f"{layer}." for layer in layers.values())
+    return [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if name.startswith(blocks) and not name.startswith(planned)
+    ]
 
 
 def _check_sizes(model: PreTrainedModel, plan: dict[str, str], key: str, size: int) -> None:
@@ -166,12 +194,14 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> list[str]:
 
     Returns:
         The names of whole parameters of which each rank sees only a part of the gradient, because
-        they stand between split layers: those gradients have to be summed over the mesh.
+        they stand between split layers (those that the plan names, and the numbers of trained
+        activations): those gradients have to be summed over the mesh.
 
     Raises:
         ConfigError: as `tensor_parallel_plan`.
     """
     plan = tensor_parallel_plan(model, mesh.size())
+    between = [name for name, _ in _between(model, plan)]
     styles = {name: _STYLES[style]() for name, style in plan.items() if style in _STYLES}
     names = {module: name for name, module in model.named_modules()}
     styles[names[model.get_input_embeddings()]] = RowwiseParallel(input_layouts=Replicate())
@@ -184,4 +214,4 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> list[str]:
         for name, style in plan.items()
         if style == _SUM_GRADIENTS
         for parameter, _ in model.get_submodule(name).named_parameters()
-    ]
+    ] + between

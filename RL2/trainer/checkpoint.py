@@ -1,10 +1,10 @@
 """Checkpoints that a run continues from, and model folders that transformers loads.
 
 <save_dir>/checkpoints/step000020/   model and optimizer (torch.distributed.checkpoint),
-                                     trainer.json, rank0.pt … (RNG and data position), and
-                                     manifest.json: what all of that has to be; where adapters
-                                     are trained (LoRA) those alone: what is frozen comes from
-                                     actor.model_name
+                                     trainer.json, rank0.pt … (RNG and data position),
+                                     config.yaml, and manifest.json: what all of that has to be;
+                                     where adapters are trained (LoRA) those alone: what is frozen
+                                     comes from actor.model_name
 <save_dir>/checkpoints/latest        name of the newest complete one
 <save_dir>/checkpoints/damaged-…     what was found not to be what its manifest says
 <save_dir>/final, <save_dir>/best    plain `save_pretrained` folders, adapters merged; the adapters
@@ -17,48 +17,42 @@ A folder is written under a name of its own that begins with a dot, made durable
 any moment a name without a dot stands for something whole, or for nothing.
 """
 
-import copy
 import json
 import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
 from concurrent import futures
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from omegaconf import DictConfig
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
     get_state_dict,
     set_state_dict,
 )
 from torch.distributed.tensor import DTensor
-from transformers import PretrainedConfig
 
 from RL2.config import CheckpointError, RL2Error
 from RL2.distributed import broadcast, rank, second_group, sum_over_ranks, world_size
+from RL2.distributed.agreement import first_reason, of_all, reason_of, together
 from RL2.rollout.event_loop import in_thread
-from RL2.trainer import manifest, record
+from RL2.trainer import manifest, record, resume
 from RL2.trainer.folders import TEMPORARY, cannot_write, clean, free_name, fsync, publish, remove
 from RL2.workers import Actor
-from RL2.workers.lora import has_adapters, merged, save_adapters
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-_PREFIX = "model."  # TokenStatsModel's name for the transformers model inside
 _RUN_FILES = (
     "checkpoints", "best", "final", "rollouts", "metrics.jsonl",
     record.CONFIG, record.RUN, record.EARLIER,
@@ -73,53 +67,14 @@ _STAGING = StagingOptions(
 )
 
 
-def together(
-    action: Callable[[], T],
-    error: Callable[[str], RL2Error],
-    group: dist.ProcessGroup | None = None,
-) -> T:
-    """Run something on every rank; where it fails on one, all of them raise (a collective).
-
-    error: makes the exception from the first reason.
-    """
-    result, reason = None, None
-    try:
-        result = action()
-    except (Exception, CheckpointException) as problem:  # which is no Exception
-        reason = _reason(problem)
-    if reason := _first(reason, group):
-        raise error(reason)
-    return result
-
-
-def _reason(problem: BaseException) -> str:
-    """The last line of what went wrong; that is where DCP puts a rank's own error."""
-    lines = str(problem).strip().splitlines()
-    return lines[-1].strip() if lines else type(problem).__name__
-
-
-def _first(reason: str | None, group: dist.ProcessGroup | None = None) -> str | None:
-    """The first rank's reason that there is, on every rank (a collective)."""
-    if not sum_over_ranks(torch.tensor(int(reason is not None)), group):
-        return None
-    return next(reason for reason in _of_all(reason, group) if reason is not None)
-
-
-def _of_all(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """A small python object of every rank, on every rank (a collective)."""
-    values = [None] * world_size()
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def _n_bytes(state: Any) -> int:
+def n_bytes(state: Any) -> int:
     """Of the tensors in nested dicts and lists, this rank's part."""
     if isinstance(state, DTensor):
         state = state.to_local()
     if isinstance(state, torch.Tensor):
         return state.nbytes
     values = state.values() if isinstance(state, dict) else state
-    return sum(map(_n_bytes, values)) if isinstance(state, (dict, list, tuple)) else 0
+    return sum(map(n_bytes, values)) if isinstance(state, (dict, list, tuple)) else 0
 
 
 def _versions() -> dict[str, str | None]:
@@ -142,6 +97,13 @@ def _best_step(checkpoint: Path) -> int:
         return json.loads((checkpoint / "trainer.json").read_bytes())["best"]["step"]
     except (OSError, ValueError, LookupError, TypeError):
         return 0
+
+
+def _updates(state: dict[str, Any], per_rollout: int) -> int:
+    """How many updates lie behind, where `per_rollout` of them are made on each rollout now."""
+    if "scheduler" in state:  # as version 0.1 has it
+        return state["scheduler"]["last_epoch"]
+    return state["updates"] * per_rollout // state["updates_per_rollout"]
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -172,20 +134,24 @@ class Checkpoints:
     Args:
         save_dir: the run's folder.
         keep_last: how many checkpoints stay; None keeps all.
-        about: what manifests say of the run.
+        config: of the run, to be kept in its checkpoints.
         background: whether `save` only copies, and a thread of its own writes.
+
+    Attributes:
+        model: fingerprint of the model's files, to be kept, too.
     """
 
     def __init__(
         self,
         save_dir: str,
         keep_last: int | None = None,
-        about: dict[str, Any] | None = None,
+        config: DictConfig | None = None,
         background: bool = False,
     ):
         self.folder = Path(save_dir) / "checkpoints"
         self.keep_last = keep_last
-        self.about = about or {}
+        self.config = config
+        self.model: str | None = None
         # A thread that writes while another trains needs a group of its own. The copies stay for
         # the next save.
         self._group = second_group() if background else None
@@ -258,7 +224,8 @@ class Checkpoints:
         tensors = {"model": _trained(actor, model), "optimizer": optimizer}
         scalars = state | {
             "step": step,
-            "scheduler": actor.scheduler.state_dict(),
+            "updates": actor.scheduler.last_epoch,
+            "updates_per_rollout": actor.config.update_per_rollout,
             "bad_steps": actor.bad_steps,
         }
         if self._stager is not None:
@@ -302,7 +269,7 @@ class Checkpoints:
         step: int,
     ) -> None:
         group = self._group
-        needed = int(sum_over_ranks(torch.tensor(_n_bytes(tensors)), group))
+        needed = int(sum_over_ranks(torch.tensor(n_bytes(tensors)), group))
 
         def failed(reason: str) -> CheckpointError:
             problem = cannot_write(self.folder.parent, final, reason, needed)
@@ -311,10 +278,10 @@ class Checkpoints:
         temporary = broadcast(together(lambda: self._begin(final, needed), failed, group), group)
         try:
             # All positions in one file: the next run may have another number of ranks.
-            others = _of_all(None if rank() == 0 else position, group)
+            others = of_all(None if rank() == 0 else position, group)
             own = {"rng": rng} | ({"source": [position, *others[1:]]} if rank() == 0 else {})
             written = together(lambda: _write_part(temporary, tensors, own, group), failed, group)
-            files = _of_all(written, group)
+            files = of_all(written, group)
             together(lambda: self._end(temporary, final, files, state, step), failed, group)
         except CheckpointError:
             if rank() == 0:
@@ -337,14 +304,16 @@ class Checkpoints:
         if rank() != 0:
             return
         (temporary / "trainer.json").write_text(state)
+        if self.config is not None:
+            resume.write(temporary, self.config)
         listed = {name: entry for of_rank in files for name, entry in of_rank.items()}
         others = [
             path
             for path in temporary.rglob("*")
             if path.is_file() and path.relative_to(temporary).as_posix() not in listed
         ]
-        about = self.about | {
-            "step": step, "world_size": world_size(), "versions": _versions(),
+        about = {
+            "step": step, "world_size": world_size(), "versions": _versions(), "model": self.model,
         }  # fmt: skip
         listed |= manifest.fingerprints(others, temporary)
         manifest.write(temporary, listed, about)
@@ -362,6 +331,30 @@ class Checkpoints:
         for old in self.steps()[self.keep_last :] if self.keep_last else []:
             remove(old)
 
+    def check(self, which: str, model: str) -> None:
+        """What `load` will say of keys that may not change, before a model is there.
+
+        Args:
+            model: fingerprint of its files.
+
+        Raises:
+            CheckpointError: the run's config has another value of such a key.
+        """
+        for folder in self._candidates(which)[:1]:
+            with suppress(manifest.Damaged):  # `load` goes on to the one before
+                self._compare(folder, model)
+
+    def _candidates(self, which: str) -> list[Path]:
+        return broadcast(self.steps() if which == "latest" else [Path(which)])
+
+    def _compare(self, folder: Path, model: str | None) -> list[str]:
+        if self.config is None:
+            return []
+        content = manifest.read(folder)
+        config = {name: entry for name, entry in content["files"].items() if name == resume.NAME}
+        manifest.verify(folder, {"files": config})
+        return resume.compare(folder, self.config, model, content["about"])
+
     def load(self, which: str, actor: Actor, source: Any) -> dict[str, Any] | None:
         """Restore `latest` or the folder `which`.
 
@@ -372,24 +365,28 @@ class Checkpoints:
             The saved state, or None where there is nothing to resume (`latest` only).
 
         Raises:
-            CheckpointError: a named folder, or every one there is, cannot be loaded.
+            CheckpointError: a named folder, or every one there is, cannot be loaded, or the run's
+                config has another value of a key that may not change.
             DataError: the data set is another one.
         """
         latest = which == "latest"
-        folders = broadcast(self.steps() if latest else [Path(which)])
+        folders = self._candidates(which)
         for folder in folders:
-            state = None
-            reason = damaged = _first(damage(folder))
+            state, changes = None, []
+            reason = damaged = first_reason(damage(folder))
             if damaged is None:
                 try:
+                    changes = self._compare(folder, self.model)
                     state = self._load(folder, actor, source)
                 except RL2Error:
                     raise  # not the checkpoint's fault: the one before would say the same
                 except (Exception, CheckpointException) as error:  # may raise anything
-                    reason = _reason(error)
-                reason = _first(reason)
+                    reason = reason_of(error)
+                reason = first_reason(reason)
             if reason is None:
                 logger.info("resumed from %s", folder)
+                for change in changes:
+                    logger.info("%s", change)
                 return state
             message = f"trainer.load_ckpt_from={which}: {folder} does not load ({reason})"
             if not latest:
@@ -415,7 +412,7 @@ class Checkpoints:
         set_state_dict(
             actor.model, actor.optimizer, model_state_dict=model, optim_state_dict=optimizer
         )
-        actor.scheduler.load_state_dict(state["scheduler"])
+        actor.prepare_scheduler(actor.n_updates, _updates(state, actor.config.update_per_rollout))
         actor.bad_steps = state["bad_steps"]
         own = folder / f"rank{rank()}.pt"
         if own.exists():
@@ -448,7 +445,7 @@ def damage(folder: Path) -> str | None:
                 raise manifest.Damaged(f"rank{other}.pt is missing")
         manifest.verify(folder, content, slice(rank(), None, world_size()))
     except (manifest.Damaged, OSError, KeyError, TypeError) as error:
-        return _reason(error)
+        return reason_of(error)
     return None
 
 
@@ -462,51 +459,3 @@ def _set_apart(folder: Path) -> str:
         ),
     )
     return name
-
-
-def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:
-    """Write the whole model where `AutoModelForCausalLM.from_pretrained` finds it, adapters merged
-    (collective). The adapters themselves go to `<folder>/adapter`.
-
-    dtype: `trainer.save_dtype`; with `auto` every tensor keeps that of the checkpoint it came from.
-
-    Raises:
-        CheckpointError: on every rank, where it cannot be written. What was there before stays.
-    """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(actor.model, options=options)
-    needed = broadcast(_n_bytes(state))  # only rank 0 has it
-    temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
-
-    def write() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        model = actor.hf_model
-        tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
-        weights = dict(merged(model, tensors.items()))
-        for name, tensor in weights.items():
-            if tensor.is_floating_point():
-                weights[name] = tensor.to(actor.dtypes.saved(name, dtype))
-        model.save_pretrained(temporary, state_dict=weights)
-        _save_config(model.config, actor.dtypes.saved("", dtype), temporary)
-        tokenizer.save_pretrained(temporary)
-        if has_adapters(model):
-            save_adapters(model, tensors, temporary / "adapter")
-        publish(temporary, folder)
-
-    def failed(reason: str) -> CheckpointError:
-        if rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return CheckpointError(cannot_write(folder.parent, folder, reason, needed))
-
-    together(write if rank() == 0 else lambda: None, failed)
-
-
-def _save_config(config: PretrainedConfig, dtype: torch.dtype, folder: Path) -> None:
-    """config.json as save_pretrained has written it, with the dtype of the saved weights: there it
-    is that of the weights in memory."""
-    config = copy.deepcopy(config)
-    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
-    for part in parts:
-        if part is not None:
-            part.dtype = dtype
-    config.save_pretrained(folder)

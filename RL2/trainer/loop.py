@@ -1,10 +1,10 @@
 """The loop. Every trainer is this one, with another source, loss and advantage by config."""
 
 import logging
+import math
 import resource
 from collections.abc import Callable
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,17 +24,20 @@ from RL2.config.models import ask_hub, hub_options
 from RL2.config.schema import Dtype
 from RL2.datasets.end_of_turn import load_end_tokens, special_ids
 from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks, world_size
+from RL2.distributed.agreement import together
 from RL2.distributed.comm import Batch
 from RL2.trainer import record
 from RL2.trainer.banner import banner
-from RL2.trainer.checkpoint import Checkpoints, rng_state, save_model, set_rng_state, together
+from RL2.trainer.checkpoint import Checkpoints, rng_state, set_rng_state
 from RL2.trainer.ends import missing_ends, name_ends
+from RL2.trainer.export import save_model
 from RL2.trainer.folders import cannot_write, lock
 from RL2.trainer.health import observe
 from RL2.trainer.metrics import Metrics, Timers
 from RL2.trainer.sources import DatasetSource, RolloutSource
 from RL2.trainer.stop import StopRequest
 from RL2.workers import Actor
+from RL2.workers.loading import model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -156,10 +159,20 @@ class Trainer:
         n_steps = config.trainer.n_epochs * len(self.source.loader)
         self.n_steps = min(n_steps, config.trainer.max_steps or n_steps)
 
+        self.checkpoints = Checkpoints(
+            config.trainer.save_dir,
+            config.trainer.keep_last,
+            config,
+            background=config.trainer.async_save,
+        )
+        fingerprint = partial(model_fingerprint, config.actor.model_name, config.actor.revision)
+        if config.trainer.load_ckpt_from is not None:
+            self.checkpoints.check(config.trainer.load_ckpt_from, fingerprint())
         self.lock = lock(config.trainer.save_dir) if rank() == 0 else None
         actor = config.actor if self.is_rl else OmegaConf.merge(_ON_DATA, config.actor)
         self.actor = Actor(actor, device, self.loss, config.trainer.max_bad_steps, self.traffic)
         name_ends(self.actor.hf_model, ends.saved, missing)
+        self.checkpoints.model = fingerprint()  # now that the weights are on this machine
         self.actor.prepare_scheduler(self.n_steps * actor.update_per_rollout)
         if self.is_rl and config.rollout.dtype == Dtype.auto:  # on CUDA: one dtype for both
             config.rollout.dtype = str(self.actor.dtypes.compute).removeprefix("torch.")
@@ -168,12 +181,6 @@ class Trainer:
             self.policies["ref_logps"] = Actor(config.ref_actor, device, traffic=self.traffic)
             self.policies["ref_logps"].offload()
         self.source.start(device)
-        self.checkpoints = Checkpoints(
-            config.trainer.save_dir,
-            config.trainer.keep_last,
-            about={"config_sha256": sha256(OmegaConf.to_yaml(config).encode()).hexdigest()},
-            background=config.trainer.async_save,
-        )
         self.best: dict[str, float] = {}
         self.health: dict[str, Any] = {}
 
@@ -336,7 +343,7 @@ class Trainer:
         score = broadcast(metrics.get("test/score"))
         if score is None:
             return metrics
-        if score > self.best.get("test/score", -1.0):
+        if score > self.best.get("test/score", -math.inf):
             try:
                 if self.best and self.config.trainer.keep_best:
                     with self.timers("save"):

@@ -58,19 +58,17 @@ class Actor(Worker):
         self.max_bad_steps = max_bad_steps
         self.bad_steps = 0
 
-    @torch.no_grad()
     def compute_logps(self, batch: Batch | None, field: str) -> Batch | None:
         """Add this model's log-probabilities of the actions as `field [B, T]` (rank 0)."""
-        self.load()
-        self.model.eval()
         length = self.config.max_inference_length_per_device
         micro_batches, plan = self._scatter(batch, _ALWAYS, length)
         logps = []
-        for micro_batch in micro_batches:
-            stats = self.forward(self.to_device(micro_batch), ("logps",))
-            flat = torch.zeros(len(micro_batch["states"]))
-            flat[micro_batch["action_mask"]] = stats["logps"].cpu()
-            logps.append(flat)
+        with self.inference():
+            for micro_batch in micro_batches:
+                stats = self.forward(self.to_device(micro_batch), ("logps",))
+                flat = torch.zeros(len(micro_batch["states"]))
+                flat[micro_batch["action_mask"]] = stats["logps"].cpu()
+                logps.append(flat)
         values = gather(logps, plan, self.traffic)
         if self.optimizer is None:  # a reference has nothing else to do in this step
             self.offload()

@@ -1,11 +1,12 @@
 """What every worker is: a sharded model on this rank, and an optimizer where it trains."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from RL2.distributed import (
@@ -83,7 +84,7 @@ class Worker:
         # Whole parameters of which a tensor-parallel rank sees a part of the gradient.
         self.partial: list[nn.Parameter] = [self.hf_model.get_parameter(name) for name in partial]
         self.optimizer: torch.optim.Optimizer | None = None
-        self.scheduler: LRScheduler | None = None
+        self.scheduler: LambdaLR | None = None
         if train:
             self.optimizer = torch.optim.AdamW(
                 [parameter for parameter in self.model.parameters() if parameter.requires_grad],
@@ -110,8 +111,13 @@ class Worker:
             self.traffic.add("weights", tensor.nbytes - held.nbytes)
             yield name, tensor
 
-    def prepare_scheduler(self, n_updates: int) -> None:
-        """Warm-up and decay of the learning rate over `n_updates` optimizer steps."""
+    def prepare_scheduler(self, n_updates: int, done: int = 0) -> None:
+        """Warm-up and decay of the learning rate over `n_updates` optimizer steps, of which `done`
+        lie behind. Rate and weight decay are the config's, whatever was loaded."""
+        self.n_updates = n_updates
+        for group in self.optimizer.param_groups:
+            group |= {"lr": self.config.lr, "initial_lr": self.config.lr}
+            group["weight_decay"] = self.config.weight_decay
         name = self.config.scheduler
         self.scheduler = get_scheduler(
             # transformers' `constant` ignores the warm-up that `warmup_ratio` asks for
@@ -120,6 +126,9 @@ class Worker:
             num_warmup_steps=int(self.config.warmup_ratio * n_updates),
             num_training_steps=n_updates,
         )
+        if done > 0:
+            factors = self.scheduler.lr_lambdas
+            self.scheduler = LambdaLR(self.optimizer, factors, last_epoch=done - 1)
 
     def to_device(self, micro_batch: Batch) -> Batch:
         """Keep what the statistics need of a micro-batch and put it on the device.
@@ -162,6 +171,20 @@ class Worker:
             loss_fn,
             micro_batch["start"],
         )
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """For forwards to which no backward belongs.
+
+        FSDP keeps the root's weights (embedding, head, last norm) gathered after a forward, for
+        the backward to come, and module parameters are the gathered tensors until then. Whoever
+        reads the weights next, saves or offloads them expects this rank's parts.
+        """
+        self.load()
+        self.model.eval()
+        with torch.no_grad():
+            yield
+        self.model.reshard()
 
     def clip_gradients(self) -> torch.Tensor:
         """Bring the gradients to an end and clip them to `max_grad_norm`; returns the norm before

@@ -7,6 +7,7 @@ which loads the whole model on every rank before it is split.
 """
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -14,9 +15,18 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 
 from RL2.config import ConfigError
+
+# Of a config.json, what has no part in what the model computes.
+_OF_FILES = ("_name_or_path", "transformers_version")
+_SAMPLE = 2**16  # bytes
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -35,6 +45,26 @@ def weight_files(model_name: str, revision: str | None = None) -> dict[str, Path
         with safe_open(single, "pt") as file:
             return dict.fromkeys(file.keys(), Path(single))
     return {}
+
+
+def model_fingerprint(model_name: str, revision: str | None = None) -> str:
+    """A SHA-256 that tells the models of two folders or hub ids apart, wherever those lie.
+
+    Of the weights' files it reads the size, the beginning (names and shapes), the middle and the
+    end: another training changes those, and a copy does not.
+    """
+    content = json.loads(Path(cached_file(model_name, CONFIG_NAME, revision=revision)).read_text())
+    content = {name: value for name, value in content.items() if name not in _OF_FILES}
+    digest = sha256(json.dumps(content, sort_keys=True).encode())
+    files = {*weight_files(model_name, revision).values(), *Path(model_name).glob("*.bin")}
+    for path in sorted(files, key=lambda path: path.name):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for start in (0, size // 2, max(0, size - _SAMPLE)):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
 
 
 def holds_all(files: dict[str, Path], model: PreTrainedModel) -> bool:

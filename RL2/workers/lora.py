@@ -7,6 +7,7 @@ that nobody else needs to know of adapters.
 """
 
 import hashlib
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from RL2.config import ConfigError
 from RL2.workers.loading import local_part, plain_name
+
+logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
 _ADAPTER = "default"  # peft's own name for the only adapter
@@ -54,6 +57,7 @@ def add_adapters(model: PreTrainedModel, config) -> None:
     targets = [*targets] if isinstance(targets, (list, ListConfig)) else [targets]
     if targets == [ALL_LINEAR]:
         targets = names
+        _tell_left_out(model)
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise ConfigError(
@@ -65,13 +69,36 @@ def add_adapters(model: PreTrainedModel, config) -> None:
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=targets,
+        target_modules=[
+            name for name in linear if any(f".{name}".endswith(f".{target}") for target in targets)
+        ],
         # GPT-2's layers keep the transposed weight
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.name_or_path,
     )
-    inject_adapter_in_model(adapter, model, _ADAPTER, low_cpu_mem_usage=on_meta)
+    # Of transformers' mixtures of experts peft takes a layer's name for that of the experts' fused
+    # parameters as well. Inside of a plain module it does not.
+    around = nn.Module()
+    around.whole = model
+    inject_adapter_in_model(adapter, around, _ADAPTER, low_cpu_mem_usage=on_meta)
+    model.peft_config = around.peft_config
+
+
+def _tell_left_out(model: PreTrainedModel) -> None:
+    fused = sorted(
+        {
+            re.sub(r"\.\d+\.", ".*.", name)
+            for name, module in model.named_modules()
+            if any(parameter.ndim > 2 for parameter in module.parameters(recurse=False))
+            and not isinstance(module, nn.modules.conv._ConvNd)
+        }
+    )
+    if fused:
+        logger.info(
+            "actor.lora.target_modules=%s: no adapters beside %s, whose experts are one tensor and "
+            "no linear layers", ALL_LINEAR, ", ".join(fused),
+        )  # fmt: skip
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from RL2.algorithms.losses import LOSSES
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
 from RL2.config import ConfigError
 from RL2.trainer.loop import add_advantages, check_loss, required_fields
+from tests.trainer.support import same_weights, train, weights, write_env, write_files
 
 KL_OFF = {"coef": 0.0, "type": None}
 
@@ -156,3 +157,59 @@ def test_a_kl_that_the_loss_would_never_see_is_refused(kind):
     check_loss(run("correct", "loss"), blind)
     check_loss(run("sequence", kind), blind)
     check_loss(run("correct", kind), sees)
+
+
+NEVER_RIGHT = """
+async def step(state, action, extra_info):
+    return {"next_state": None, "reward": 0.0, "score": 0.0, "done": True}
+"""
+TWICE = {"actor__update_per_rollout": 2}
+# What computes log-probabilities and updates nothing.
+IDLE = {
+    "frozen": TWICE | {"actor__freeze_steps": 3},
+    "frozen, KL in the reward": {
+        "actor__freeze_steps": 3, "actor__kl__coef": 0.1, "actor__kl__type": "reward",
+    },
+    "nothing correct": TWICE | {"actor__avg_level": "correct", "rollout__env_path": "never.py"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", IDLE)
+def test_steps_that_update_nothing_are_evaluated_saved_and_published(tmp_path, kind):
+    files = write_files(tmp_path)
+    write_env(files / "never.py", NEVER_RIGHT)
+    changes = dict(IDLE[kind])
+    if "rollout__env_path" in changes:
+        changes["rollout__env_path"] = files / changes["rollout__env_path"]
+    rows = train(
+        files, "ppo", tmp_path / "run", test_data__path=files / "rows.jsonl",
+        test_data__max_examples=4, train_data__responses_per_prompt=2,
+        rollout__dynamic_filtering="false", trainer__test_freq=1, trainer__save_freq=1,
+        **changes,
+    )  # fmt: skip
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert all(row["test/score"] == rows[0]["test/score"] for row in rows)
+    assert same_weights(weights(tmp_path / "run/final"), weights(files / "model"))
+
+
+EVER_BETTER = """
+calls = 0
+
+
+async def step(state, action, extra_info):
+    global calls
+    calls += 1
+    return {"next_state": None, "reward": 1.0, "score": calls - 1000.0, "done": True}
+"""
+
+
+def test_best_is_kept_for_any_finite_score(tmp_path):
+    files = write_files(tmp_path)
+    rows = train(
+        files, "spo", tmp_path / "run", test_data__path=files / "rows.jsonl",
+        test_data__max_examples=4, trainer__test_freq=1, trainer__max_steps=2,
+        rollout__env_path=write_env(files / "better.py", EVER_BETTER), rollout__env_workers=0,
+    )  # fmt: skip
+    scores = [row["test/score"] for row in rows]
+    assert scores == sorted({*scores}) and scores[-1] < -900
+    assert same_weights(weights(tmp_path / "run/best"), weights(tmp_path / "run/final"))

@@ -1,19 +1,22 @@
 """LoRA: adapters alone are trained, by the same gradient however it is spread, and what leaves the
 trainer is a plain model."""
 
+import logging
 import math
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
 
 from RL2.config import ConfigError
 from RL2.distributed import rank
-from RL2.trainer.checkpoint import Checkpoints, save_model
+from RL2.trainer.checkpoint import Checkpoints
+from RL2.trainer.export import save_model
 from RL2.workers.loading import local_part, plain_name
-from RL2.workers.lora import init_adapters, merged
+from RL2.workers.lora import add_adapters, init_adapters, merged
 from tests.ranks import run_on_ranks
 from tests.workers.test_actor import (
     SHAPES,
@@ -208,7 +211,7 @@ def leave(model, changes, folder, tokenizer):
     actor = lora_actor(model, **changes)
     before = whole(actor)
     published = {name: tensor.clone() for name, tensor in actor.weights()}
-    save_model(actor, tokenizer, folder)
+    save_model(actor, tokenizer, folder, "auto")
     after = whole(actor)
     return before, published, all(torch.equal(before[name], after[name]) for name in before)
 
@@ -335,6 +338,29 @@ def test_experts_are_no_linear_layers(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     (layers,) = run_on_ranks(1, adapted_layers, str(tmp_path), "all-linear")
     assert {name.rpartition(".")[2] for name in layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_layers_beside_fused_experts_get_adapters_and_the_experts_none(caplog):
+    """peft itself would take the shared experts' names for those of the fused ones."""
+    caplog.set_level(logging.INFO, logger="RL2")
+    shape = SHAPES["llama"].to_dict() | {"model_type": "deepseek_v3", "num_key_value_heads": 4}
+    config = DeepseekV3Config(
+        **shape, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+        moe_intermediate_size=16, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8,
+        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        plain = {name for name, _ in model.named_parameters()}
+    add_adapters(model, OmegaConf.create(LORA | {"target_modules": "all-linear"}))
+    found = {plain_name(name) for name, _ in model.named_parameters()}
+    assert found - {None} == plain
+    names = [name for name, _ in model.named_parameters() if is_adapter(name)]
+    adapted = {name.partition(".lora_")[0] for name in names}
+    assert {"model.layers.1.mlp.shared_experts.up_proj", "model.layers.0.mlp.up_proj"} <= adapted
+    assert not any(name.endswith("mlp.experts") or ".experts." in name for name in adapted)
+    (line,) = [text for text in caplog.messages if "no adapters beside" in text]
+    assert "model.layers.*.mlp.experts" in line
 
 
 def test_a_reference_has_no_adapters(tmp_path):

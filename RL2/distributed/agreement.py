@@ -1,0 +1,53 @@
+"""What ranks tell each other so that all of them go on, or none."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from RL2.config.errors import RL2Error
+from RL2.distributed.comm import sum_over_ranks
+from RL2.distributed.process_group import world_size
+
+T = TypeVar("T")
+
+
+def together(
+    action: Callable[[], T],
+    error: Callable[[str], RL2Error],
+    group: dist.ProcessGroup | None = None,
+) -> T:
+    """Run something on every rank; where it fails on one, all of them raise (a collective).
+
+    error: makes the exception from the first reason.
+    """
+    result, reason = None, None
+    try:
+        result = action()
+    except (Exception, CheckpointException) as problem:  # which is no Exception
+        reason = reason_of(problem)
+    if reason := first_reason(reason, group):
+        raise error(reason)
+    return result
+
+
+def reason_of(problem: BaseException) -> str:
+    """The last line of what went wrong; that is where DCP puts a rank's own error."""
+    lines = str(problem).strip().splitlines()
+    return lines[-1].strip() if lines else type(problem).__name__
+
+
+def first_reason(reason: str | None, group: dist.ProcessGroup | None = None) -> str | None:
+    """The first rank's reason that there is, on every rank (a collective)."""
+    if not sum_over_ranks(torch.tensor(int(reason is not None)), group):
+        return None
+    return next(reason for reason in of_all(reason, group) if reason is not None)
+
+
+def of_all(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """A small python object of every rank, on every rank (a collective)."""
+    values = [None] * world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values

@@ -1,0 +1,97 @@
+"""Model folders that transformers loads: `final` and `best`."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from RL2.config import CheckpointError
+from RL2.distributed import broadcast, rank
+from RL2.distributed.agreement import together
+from RL2.trainer.checkpoint import n_bytes
+from RL2.trainer.folders import TEMPORARY, cannot_write, publish
+from RL2.workers import Actor
+from RL2.workers.lora import has_adapters, merged, save_adapters
+
+_PREFIX = "model."  # TokenStatsModel's name for the transformers model inside
+
+
+def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:
+    """Write the whole model where `AutoModelForCausalLM.from_pretrained` finds it, adapters merged
+    (collective). The adapters themselves go to `<folder>/adapter`.
+
+    dtype: `trainer.save_dtype`; with `auto` every tensor keeps that of the checkpoint it came from.
+
+    Raises:
+        CheckpointError: on every rank, where it cannot be written. What was there before stays.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(actor.model, options=options)
+    needed = broadcast(n_bytes(state))  # only rank 0 has it
+    temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
+
+    def write() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        model = actor.hf_model
+        # Gathered, a tied head is a tensor of its own, which would be stored beside the embedding.
+        everything, once = (
+            {name for name, _ in model.named_parameters(remove_duplicate=remove)}
+            for remove in (False, True)
+        )
+        tensors = {
+            name: tensor
+            for name, tensor in ((key.removeprefix(_PREFIX), x) for key, x in state.items())
+            if name not in everything - once
+        }
+        weights = dict(merged(model, tensors.items()))
+        for name, tensor in weights.items():
+            if tensor.is_floating_point():
+                weights[name] = tensor.to(actor.dtypes.saved(name, dtype))
+        model.save_pretrained(temporary, state_dict=weights)
+        _save_config(model.config, actor.dtypes.saved("", dtype), temporary)
+        tokenizer.save_pretrained(temporary)
+        with torch.random.fork_rng(devices=[]):  # `best` is written amid a run
+            _check(temporary, weights, actor.config.trust_remote_code)
+        if has_adapters(model):
+            save_adapters(model, tensors, temporary / "adapter")
+        publish(temporary, folder)
+
+    def failed(reason: str) -> CheckpointError:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return CheckpointError(cannot_write(folder.parent, folder, reason, needed))
+
+    together(write if rank() == 0 else lambda: None, failed)
+
+
+def _check(folder: Path, weights: dict[str, torch.Tensor], trust_remote_code: bool) -> None:
+    """RuntimeError unless transformers loads from the folder what was to be saved: where a name is
+    not what it looks for, it fills a weight with noise and goes on."""
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if names := sorted(map(str, found[kind])):
+            raise RuntimeError(f"transformers does not load it as it was, {kind}: {names[0]}")
+    for name, tensor in model.state_dict().items():
+        meant = weights.get(name)
+        if meant is not None and not torch.equal(
+            tensor.nan_to_num(), meant.to(tensor.dtype).nan_to_num()
+        ):
+            raise RuntimeError(f"transformers loads other values for {name} than were saved")
+
+
+def _save_config(config: PretrainedConfig, dtype: torch.dtype, folder: Path) -> None:
+    """config.json as save_pretrained has written it, with the dtype of the saved weights: there it
+    is that of the weights in memory."""
+    config = copy.deepcopy(config)
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part in parts:
+        if part is not None:
+            part.dtype = dtype
+    config.save_pretrained(folder)

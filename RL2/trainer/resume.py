@@ -1,0 +1,128 @@
+"""What a run that goes on may do otherwise than the run that wrote its checkpoint.
+
+A checkpoint holds the config of its run (`config.yaml`). Each key that differs now is one line of
+the log. `FIXED` lists the keys that have to stay, and why; every other key takes effect from the
+next step on: nothing of it is read from the checkpoint. `NOTES` says what is worth knowing of some.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from RL2.config import CheckpointError
+from RL2.config.secrets import redact_config
+
+NAME = "config.yaml"
+
+_BATCHES = "steps, epochs and the learning rate's schedule are counted in batches of that size"
+FIXED = {
+    "actor.lora.rank": "it is the shape of what was trained",
+    "actor.lora.alpha": "adapters count alpha / rank times, so the model would be another one",
+    "actor.lora.target_modules": "other layers have the adapters that were trained",
+    "train_data.prompts_per_rollout": _BATCHES,
+    "data.batch_size": _BATCHES,
+}
+"""Keys that may not change, and why. The weights behind actor.model_name are compared as such, and
+so are the rows of the data (`RL2.datasets.base`): both may have moved."""
+
+_REPLANNED = "the learning rate goes on where the whole schedule of these keys is by now"
+NOTES = {
+    "actor.lora.seed": "without effect on adapters that are trained already",
+    "trainer.seed": "of what is drawn from now on; the data stay in the order they were in",
+    "train_data.path": "the same rows",
+    "data.path": "the same rows",
+    **dict.fromkeys(
+        [
+            "actor.lr",
+            "actor.scheduler",
+            "actor.warmup_ratio",
+            "actor.update_per_rollout",
+            "trainer.n_epochs",
+            "trainer.max_steps",
+        ],
+        _REPLANNED,
+    ),
+}
+_OF_RESUMING = {"trainer.load_ckpt_from"}  # which nobody needs to be told of
+_ABSENT = object()
+
+
+def write(folder: Path, config: DictConfig) -> None:
+    """Put a run's resolved config, without secrets, into a folder."""
+    (folder / NAME).write_text(yaml.safe_dump(_plain(config), sort_keys=False))
+
+
+def compare(
+    folder: Path, config: DictConfig, model: str | None, about: dict[str, Any]
+) -> list[str]:
+    """What `config` has otherwise than the run that wrote the checkpoint `folder`, a line a key.
+
+    Args:
+        model: fingerprint of its files now, see `RL2.workers.loading.model_fingerprint`.
+        about: what the checkpoint's manifest says of its making.
+
+    Raises:
+        CheckpointError: a key that may not change.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return [f"{folder.name} holds no config, so what was changed since is not known"]
+    before, after = (
+        dict(_flat(tree)) for tree in (yaml.safe_load(path.read_text()), _plain(config))
+    )
+    if ("rollout.engine" in before) != ("rollout.engine" in after):
+        source = "rollouts" if "rollout.engine" in before else "rows of a data set"
+        raise CheckpointError(
+            f"trainer.load_ckpt_from: {folder.name} does not load here, as it is of a run on "
+            f"{source}; to go on from its weights only, give actor.model_name=<its final folder> "
+            "and leave out trainer.load_ckpt_from"
+        )
+    changed = {
+        key: (before.get(key, _ABSENT), after.get(key, _ABSENT))
+        for key in [*after, *(key for key in before if key not in after)]
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT) and key not in _OF_RESUMING
+    }
+    refused = {key: FIXED[key] for key in changed if key in FIXED and _ABSENT not in changed[key]}
+    if about.get("model") not in (None, model):
+        refused["actor.model_name"] = "its weights or its config.json are not those of that run"
+    if refused:
+        key, why = next(iter(refused.items()))
+        old, new = (_text(tree.get(key)) for tree in (before, after))
+        way_out = f"give {key}={old}" if old != new else "give the files as they were"
+        raise CheckpointError(
+            f"{key}={new}: {folder.name} does not load with it, it was written with {old} ({why}); "
+            f"{way_out}, or leave out trainer.load_ckpt_from to start anew"
+        )
+    return [
+        f"{key}={_text(new)} from here on, was {_text(old)}"
+        + (f" ({NOTES[key]})" if key in NOTES else "")
+        for key, (old, new) in changed.items()
+    ]
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    return redact_config(OmegaConf.to_container(config, resolve=True, enum_to_str=True))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif name == "target_modules":  # in whatever order, and one text is a list of one
+            yield prefix + name, sorted([value] if isinstance(value, str) else value)
+        else:
+            yield prefix + name, value
+
+
+def _text(value: Any) -> str:
+    """A value as on the command line."""
+    if value is _ABSENT:
+        return "absent"
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)
