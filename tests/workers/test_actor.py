@@ -2,6 +2,7 @@
 held by `tests/invariance`."""
 
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ LEVELS = ("token", "sequence", "correct")
 
 def make_model(folder, shape="qwen3"):
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(SHAPES[shape]).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(deepcopy(SHAPES[shape])).save_pretrained(folder)
     return str(folder)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from copy import deepcopy
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ WHOLE = {"float32": torch.float32, "float64": torch.float32}
 def stored_model(folder, dtype, shape="qwen3", said=True):
     """A model in `dtype`; said: whether config.json tells so."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(SHAPES[shape]).to(getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_config(deepcopy(SHAPES[shape])).to(getattr(torch, dtype))
     model.save_pretrained(folder)
     if not said:
         described = json.loads((folder / "config.json").read_text())
