@@ -43,6 +43,7 @@ from transformers import (
     StopStringCriteria,
     TopPLogitsWarper,
 )
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from RL2.config.errors import EngineError
 from RL2.datasets.end_of_turn import end_tokens
@@ -55,6 +56,8 @@ logger = logging.getLogger(__name__)
 # Event-loop turns without a new request after which the waiting ones are run. A sample whose
 # environment has answered brings its next request within a few turns.
 _QUIET_TURNS = 16
+# transformers 5.24 gave it a shorter name, and warns of the other one.
+_CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 # Below this many rows a smaller batch is no faster.
 _MIN_SHRINK_ROWS = 4
 
@@ -427,19 +430,19 @@ class TransformersEngine:
                 output = self.model.generate(
                     input_ids=ids,
                     attention_mask=mask,
-                    past_key_values=cache,
                     logits_processor=LogitsProcessorList([sampler]),
                     stopping_criteria=StoppingCriteriaList([ends]),
                     max_new_tokens=width + sampling.max_new_tokens - ids.shape[1],
                     do_sample=False,
                     use_cache=True,
                     return_dict_in_generate=True,
+                    **{_CACHE: cache},
                 )
             finally:
                 version = self.weight_version
                 self._switch.end()
             # A model that does not know how to return its cache reads its rows again.
-            ids, cache = output.sequences, output.get("past_key_values")
+            ids, cache = output.sequences, output.get(_CACHE)
             logps = torch.cat([logps, torch.stack(sampler.logps, 1)], 1)
             written = ids.shape[1] - width
             versions += [version] * (written - len(versions))
@@ -478,7 +481,7 @@ class TransformersEngine:
             do_sample=False,
             use_cache=True,
             return_dict_in_generate=True,
-        ).get("past_key_values")
+        ).get(_CACHE)
         if cache is not None:
             cache.reorder_cache(place)
         return cache
