@@ -9,7 +9,7 @@ the next role (GLM). `end_tokens` reads them all, and everybody else asks it.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import dropwhile, takewhile
 from typing import Any
 
@@ -77,14 +77,17 @@ def load_end_tokens(node: DictConfig, tokenizer: PreTrainedTokenizerBase) -> End
         generation = None
     ends = end_tokens(tokenizer, generation, config)
     rows = getattr(config.get_text_config(), "vocab_size", None)
-    for token in (ends.turn, ends.last):
-        if token is not None and rows is not None and token >= rows:
-            raise ConfigError(
-                f"actor.model_name={name}: a turn ends with {tokenizer.decode([token])}, which is "
-                f"token {token}, and the model has {rows} (vocab_size in its config.json); give a "
-                "model that was made for its tokenizer and chat template"
-            )
-    return ends
+    if rows is None:
+        return ends
+    if ends.turn is not None and ends.turn >= rows:
+        raise ConfigError(
+            f"actor.model_name={name}: a turn ends with {tokenizer.decode([ends.turn])}, which is "
+            f"token {ends.turn}, and the model has {rows} (vocab_size in its config.json); give a "
+            "model that was made for its tokenizer and chat template"
+        )
+    ids = tuple(token for token in ends.ids if token < rows)  # others are never written
+    last = ends.last if ends.last in ids else next(iter(ids), None)
+    return replace(ends, ids=ids, last=last)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

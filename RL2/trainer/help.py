@@ -77,7 +77,7 @@ def _values(config_name: str) -> dict[str, str]:
 def _written(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return str(value).replace("e-0", "e-")  # 1e-6
+    return str(value).replace("e-0", "e-") or "''"  # 1e-6
 
 
 def _explanations(config_name: str) -> dict[str, str]:

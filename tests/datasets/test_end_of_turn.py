@@ -118,6 +118,13 @@ def test_an_end_that_the_model_does_not_have(tmp_path):
         load_end_tokens(node, tokenizer)
     LlamaConfig(vocab_size=259, eos_token_id=256).save_pretrained(tmp_path)
     assert load_end_tokens(node, tokenizer).ids == (256, 258)
+    # Without a template nothing asks for it: it is never written, and no completion ends with it.
+    LlamaConfig(vocab_size=256, eos_token_id=256).save_pretrained(tmp_path)
+    tokenizer.chat_template = None
+    ends = load_end_tokens(node, tokenizer)
+    assert (ends.ids, ends.last) == ((), None)
+    tokenizer = tokenizer_of(FAMILIES["chatml_base"])
+    LlamaConfig(vocab_size=259, eos_token_id=256).save_pretrained(tmp_path)
     GenerationConfig(eos_token_id=[10, 11]).save_pretrained(tmp_path)
     ends = load_end_tokens(node, tokenizer)
     assert (ends.ids, ends.saved) == ((10, 11, 256, 258), (10, 11))
