@@ -162,6 +162,7 @@ def update_on_order(
     from RL2.algorithms.token_loss import resolve_loss
     from RL2.distributed import process_group
     from RL2.workers import Actor
+    from RL2.workers.dtypes import resolve_attention
 
     cuda = told["device"] == "cuda"
     batch = make_batch(told["tokens"], told["row"], told["vocab"])
@@ -171,7 +172,7 @@ def update_on_order(
         facts = {
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "dtype": str(actor.dtypes.compute).removeprefix("torch."),
-            "attention": actor.hf_model.config._attn_implementation,
+            "attention": resolve_attention(node.attn_implementation, actor.dtypes.compute),
             "head": actor.model.implementation if actor.model.linear_head else "whole logits",
         }
         for _ in orders:
