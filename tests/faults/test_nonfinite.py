@@ -237,19 +237,19 @@ def second_half(model, changes, plant_at):
     own = actor._optimizer_step
     done = []
 
-    def one_step(part):
+    def one_step(part, moved):
         if len(done) == plant_at and rank() == 1:
             with plant_on_this_rank(actor, plant):
-                done.append(own(part))
+                done.append(own(part, moved))
         else:
-            done.append(own(part))
+            done.append(own(part, moved))
         return done[-1]
 
     actor._optimizer_step = one_step
     metrics = [step(actor, batch) for batch in batches()[:2]]
     kept = [batch for number, batch in enumerate(halves()) if number != plant_at]
     for part in kept:
-        reference._optimizer_step(part if rank() == 0 else None)
+        reference._optimizer_step(part if rank() == 0 else None, moved=False)
     return [m["actor/nonfinite"] for m in metrics], equal(state_of(actor), state_of(reference))
 
 
