@@ -93,7 +93,15 @@ def _is_special(stop: str, tokenizer: PreTrainedTokenizerBase, ends: EndTokens) 
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    """The text of tokens that follow others: at the beginning of a text, decoders of the
+    sentencepiece kind drop the space of the first token."""
+
+    def text_of(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    before = tokenizer.encode("0", add_special_tokens=False)[-1:]
+    head, whole = text_of(before), text_of(before + ids)
+    return whole[len(head) :] if whole.startswith(head) else text_of(ids)
 
 
 @dataclass
