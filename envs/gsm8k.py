@@ -26,8 +26,6 @@ _PLAIN = [
         (r"\\[dt]?frac\{(-?[0-9]+)\}\{([0-9]+)\}", r" \1/\2"),
         (r"\\[dt]?frac ?([0-9])([0-9])(?![0-9])", r" \1/\2"),
         (r"(?<=[0-9])\{,\}(?=[0-9])", ","),  # a comma without a space behind it
-        (r"\\[dt]?frac ?([0-9])([0-9])(?![0-9])", r" \1/\2"),
-        (r"(?<=[0-9])\{,\}(?=[0-9])", ","),  # a comma without a space behind it
         (r"\\(?:[fm]box|boxed|emph|underline|left|right)(?![A-Za-z])", ""),
         (r"\\(?:text|math)(?:bf|it|rm)?(?![A-Za-z])", ""),
         (r"\^\{?\\circ\}?|\\degree(?![A-Za-z])", "°"),
