@@ -30,7 +30,7 @@ calls = 0
 
 def nll(logps):
     global calls
-    calls += 1
+    calls += len(logps) > 3  # the trial before the run is of so many tokens
     if calls == 2 and (HERE / "wait").exists():
         (HERE / "waits").touch()
         while (HERE / "wait").exists():
