@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -144,7 +145,10 @@ def launch(config: DictConfig) -> None:
     )
     torch.set_num_threads(threads)
     group = process_group(config.actor.device, config.trainer.rank_timeout)
-    with stop_signals() as stop, group as device:
+    with ExitStack() as heard, group as device:
+        # Only now: who waits for other ranks has nothing to save, and a signal ends it at once.
+        # Until the group is left: what comes twice must not break that off.
+        stop = heard.enter_context(stop_signals())
         trainer = Trainer(config, device, stop)
         try:
             trainer.train()

@@ -3,6 +3,9 @@
 import os
 import random
 import signal
+import socket
+import subprocess
+import sys
 import time
 from itertools import product
 
@@ -11,7 +14,7 @@ import pytest
 from RL2.trainer.checkpoint import Checkpoints, damage
 from RL2.trainer.stop import NUMBERS
 from tests.faults.support import LONG, Run, assert_nothing_half, assert_same_run, points
-from tests.trainer.support import rows_of, write_files, write_model
+from tests.trainer.support import environ, overrides, rows_of, write_files, write_model
 
 GRACE = 30  # seconds that torchrun gives between SIGTERM and SIGKILL
 
@@ -187,3 +190,29 @@ def test_stopped_while_it_updates(files, whole, tmp_path, n_ranks):
     assert len(saved) == 1 and damage(saved[0]) is None
     Run(files, "sft", folder, n_ranks, trainer__load_ckpt_from="latest", **changes).finish()
     assert_same_run(folder, expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_who_waits_for_other_ranks_ends_at_once(files, tmp_path, number):
+    """In C++ code, which lets no handler of Python run."""
+    with socket.socket() as rank_0:
+        rank_0.bind(("127.0.0.1", 0))
+        rank_0.listen()
+        rank_0.settimeout(90)
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(rank_0.getsockname()[1])}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "RL2.trainer.sft", *overrides(files, "sft", tmp_path / "run")],
+            env=environ(RANK="1", WORLD_SIZE="2", **place), stderr=subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            # It looks whether somebody listens, then waits for what that one says.
+            answers = [rank_0.accept()[0] for _ in range(2)]
+            time.sleep(0.5)
+            process.send_signal(number)
+            assert process.wait(GRACE) == -number
+        finally:
+            process.kill()
+            process.communicate()
+        for answer in answers:
+            answer.close()
+    assert not (tmp_path / "run").exists()
