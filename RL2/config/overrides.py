@@ -40,8 +40,11 @@ _BESIDE_THE_POINT = (
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
-def check_overrides(config_name: str, argv: Sequence[str]) -> None:
+def check_overrides(config_name: str, argv: Sequence[str]) -> list[str]:
     """Check the hydra overrides of a command line against the schema of `config_name`.
+
+    Returns the command line with the overrides first: hydra takes none behind a flag that stands
+    between them.
 
     Args:
         config_name: a yaml file of `RL2/trainer/config`, without its extension.
@@ -67,7 +70,7 @@ def check_overrides(config_name: str, argv: Sequence[str]) -> None:
             )
     # A yaml file of the user's own has the keys of the trainer that it is for.
     config_name = flags.config_name if flags.config_name in SCHEMAS else config_name
-    lines = flags.overrides + [line for line in rest if not line.startswith("-") and "=" in line]
+    lines = flags.overrides + rest
     overrides = [_parse(line) for line in lines]
     sweeps = flags.multirun or any(line.startswith("hydra.mode=MULTIRUN") for line in lines)
     schema = SCHEMAS[config_name]
@@ -76,6 +79,10 @@ def check_overrides(config_name: str, argv: Sequence[str]) -> None:
         if override.is_hydra_override() or _is_users_group(override, flags.config_dir):
             continue
         _check(override, schema, typed, sweeps)
+    others = list(argv)
+    for line in lines:
+        others.remove(line)
+    return lines + others
 
 
 def composition_error(error: Exception, config_name: str) -> ConfigError:

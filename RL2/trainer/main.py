@@ -78,8 +78,7 @@ def run(config_name: str) -> None:
         _fail(error, own=True)
     try:
         check_versions()
-        sys.argv[1:] = expand_argv(sys.argv[1:])
-        check_overrides(config_name, sys.argv[1:])
+        sys.argv[1:] = check_overrides(config_name, expand_argv(sys.argv[1:]))
     except RL2Error as error:
         _fail(error)
 

@@ -1,5 +1,6 @@
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 
 from RL2.config import ConfigError, check_overrides, composition_error, register_schemas
 
@@ -117,6 +118,29 @@ def test_users_config_group(tmp_path):
 @pytest.mark.parametrize("flag", ["--actor.lr=1", "--foo", "-x"])
 def test_unknown_flag(flag):
     assert message(flag).startswith(f"{flag}: unknown flag; a key is set by key=value without")
+
+
+LR, SEED = "actor.lr=0.1", "trainer.seed=1"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([LR, "--resolve", SEED, "-c", "job"], [LR, SEED, "--resolve", "-c", "job"]),
+        (["--cfg", "job", LR, "-p", "actor"], [LR, "--cfg", "job", "-p", "actor"]),
+        ([LR, "-cd", LR, SEED], [LR, SEED, "-cd", LR]),  # a folder of that name
+        (["-m", "--config-dir=x=y"], ["-m", "--config-dir=x=y"]),
+    ],
+)
+def test_overrides_come_before_flags(argv, expected):
+    """hydra's parser takes no override behind a flag that stands between them."""
+    found = check_overrides("spo", argv)
+    assert found == expected
+    get_args_parser().parse_args(found)  # as hydra does; it would exit
+
+
+def test_a_word_behind_a_flag_is_no_override():
+    assert message(LR, "--cfg", "job", "foo").startswith("foo: not an override")
 
 
 def test_bad_flag():
