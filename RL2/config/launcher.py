@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import time
 from collections.abc import Mapping
 
 from RL2.config.errors import ConfigError
@@ -16,6 +17,7 @@ _NUMBERS = {
     "MASTER_PORT": (1, 65535),
 }
 _NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # beside RANK
+_REACHED = 10.0  # seconds in which rank 0 has to reach itself by its address
 _WAY_OUT = "start it with torchrun, which sets all of them, or unset it"
 
 
@@ -72,7 +74,8 @@ def _check_alone(environ: Mapping[str, str], numbers: dict[str, int]) -> None:
                 f"{name}={numbers[name]} without RANK: this process would train alone; {_WAY_OUT}"
             )
     # What mpirun and srun tell each process; torchrun is the one to start there, one a machine.
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+    # Not SLURM_NTASKS, which the script of a job has too, where it is one process.
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
         if environ.get(name, "1") not in ("", "1"):
             raise ConfigError(
                 f"{name}={environ[name]} without RANK: each of these processes would train alone; "
@@ -102,3 +105,27 @@ def _check_address(address: str, port: int, hosts: bool) -> None:
                 f"MASTER_PORT={port}: rank 0 cannot listen there ({reason}); choose another port "
                 "for all ranks"
             ) from error
+        _check_reached(probe, address, port)
+
+
+def _check_reached(probe: socket.socket, address: str, port: int) -> None:
+    """ConfigError where who looks for rank 0 at its address does not get to `probe`, which listens
+    at its port: all ranks would wait for long."""
+    end = time.monotonic() + _REACHED
+    probe.settimeout(_REACHED / 5)
+    while True:  # an address may take a moment to lead here
+        reason = None
+        try:
+            with socket.create_connection((address, port), timeout=_REACHED / 5):
+                reason = "somebody else answers"
+                probe.accept()[0].close()
+                return
+        except OSError as error:
+            reason = reason or error.strerror or str(error)
+        if time.monotonic() > end:
+            break
+        time.sleep(_REACHED / 50)
+    raise ConfigError(
+        f"MASTER_ADDR={address}: rank 0 listens at port {port}, but is not found at that address "
+        f"({reason}); give the name or number of the machine where rank 0 runs"
+    )

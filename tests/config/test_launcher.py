@@ -2,10 +2,11 @@
 
 import os
 import socket
+import sys
 
 import pytest
 
-from RL2.config import ConfigError
+from RL2.config import ConfigError, launcher
 from RL2.config.launcher import check_launch_variables
 
 PLACE = {
@@ -33,6 +34,8 @@ def message(environ):
         PLACE | {"MASTER_ADDR": "localhost"},
         {"OMPI_COMM_WORLD_SIZE": "1"},
         {"OMPI_COMM_WORLD_SIZE": "2"} | PLACE,
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # the script of a job, one process
+        {"SLURM_STEP_NUM_TASKS": "1"},
     ],
 )
 def test_places_that_can_be(environ):
@@ -70,7 +73,8 @@ def test_a_rank_needs_to_know_the_others(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"]
+    "name",
+    ["WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"],
 )
 def test_one_of_several_does_not_train_alone(name):
     assert message({name: "2"}).startswith(f"{name}=2 without RANK: ")
@@ -92,3 +96,42 @@ def test_a_port_in_use():
 def test_a_port_that_only_root_may_have():
     place = PLACE | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "80"}
     assert "rank 0 cannot listen there (Permission denied)" in message(place)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost", socket.gethostname()])
+def test_rank_0_finds_itself(address):
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    place = PLACE | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": port, "MASTER_ADDR": address}
+    check_launch_variables(place)
+    check_launch_variables(place)  # and the port is free again
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="all of 127.0.0.0/8 is this machine on Linux")
+def test_somebody_else_answers_at_the_address_of_rank_0(monkeypatch):
+    """Rank 0 listens at all its addresses; one of them is taken by another process."""
+    monkeypatch.setattr(launcher, "_REACHED", 0.5)
+    with socket.socket() as own, socket.socket() as other:
+        other.bind(("127.0.0.5", 0))
+        other.listen()
+        address, port = other.getsockname()
+        own.bind(("127.0.0.6", 0))
+        own.listen()
+        with pytest.raises(ConfigError) as caught:
+            launcher._check_reached(own, address, port)
+    assert str(caught.value).startswith(
+        f"MASTER_ADDR={address}: rank 0 listens at port {port}, but is not found at that address "
+        "(somebody else answers); give "
+    )
+
+
+def test_nobody_answers_at_the_address_of_rank_0(monkeypatch):
+    """192.0.2.0/24 is for examples; no machine has such an address."""
+    monkeypatch.setattr(launcher, "_REACHED", 0.5)
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    place = PLACE | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": port}
+    text = message(place | {"MASTER_ADDR": "192.0.2.77"})
+    assert text.startswith(f"MASTER_ADDR=192.0.2.77: rank 0 listens at port {port}, but is not")
