@@ -69,7 +69,10 @@ _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
     (("AccountKey=", "SharedAccessKey="), re.compile(r"((?:Account|Access)Key=)[\w+/=]{20,}")),
     (("github_pat_",), _shape(r"github_pat_\w{20,}")),
     (("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), _shape(r"gh[pousr]_\w{16,}")),
-    (("glpat-", "gldt-", "glrt-", "glptt-"), _shape(r"gl(?:pat|dt|rt|ptt)-[\w.-]{16,}")),
+    (
+        ("glpat-", "gldt-", "glrt-", "glptt-", "glcbt-", "glft-", "glagent-", "gloas-"),
+        _shape(r"gl(?:pat|dt|rt|ptt|cbt|ft|agent|oas)-[\w.-]{16,}"),
+    ),
     # Not hyphened words, as of style sheets.
     (
         ("sk-",),
@@ -89,6 +92,43 @@ _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
     (("pypi-",), _shape(r"pypi-[\w-]{40,}")),
     (("gsk_", "r8_", "xai-", "pplx-"), _shape(r"(?:gsk_|r8_|xai-|pplx-)[A-Za-z0-9]{20,}")),
     (("do",), _shape(r"do[opr]_v1_[a-f0-9]{32,}")),
+    (
+        ("dckr_pat_", "dapi", "GOCSPX-", "whsec_", "tgp_v1_", "csk-", "lin_api_", "ntn_", "figd_"),
+        _shape(
+            r"(?:dckr_pat_[\w-]{20,}|dapi[a-f0-9]{32}|GOCSPX-[\w-]{20,}|whsec_[\w+/=]{24,}"
+            r"|tgp_v1_[\w-]{20,}|csk-[A-Za-z0-9]{20,}|lin_api_\w{20,}|ntn_[A-Za-z0-9]{20,}"
+            r"|figd_[\w-]{20,})"
+        ),
+    ),
+    (
+        ("shp", "sq0", "lsv2_", "pcsk_", "tvly-", "glsa_", "glc_", "sntrys_", "sbp_", "pscale_"),
+        _shape(
+            r"(?:shp(?:at|ca|pa|ss)_[a-fA-F0-9]{32}|sq0[a-z]{3}-[\w-]{20,}"
+            r"|lsv2_(?:pt|sk)_[a-f0-9]{32}\w*|pcsk_\w{20,}|tvly-[\w-]{20,}"
+            r"|glsa_\w{20,}|glc_[\w+/=]{20,}|sntry[su]_[\w+/=]{20,}|sbp_[a-f0-9]{32,}"
+            r"|pscale_(?:tkn|pw|oauth)_[\w.-]{20,})"
+        ),
+    ),
+    (
+        ("hvs.", "hvb.", ".atlasv1.", "PMAK-", "NRAK-", "dp.", "AGE-SECRET-KEY-"),
+        _shape(
+            r"(?:hv[sb]\.[\w-]{20,}|[A-Za-z0-9]{14}\.atlasv1\.[\w-]{40,}"
+            r"|PMAK-[a-f0-9]{24}-[a-f0-9]{34}|NRAK-[A-Z0-9]{27}|dp\.[a-z]{2,5}\.[\w.-]{40,}"
+            r"|AGE-SECRET-KEY-1[A-Z0-9]{50,})"
+        ),
+    ),
+    ((":AA",), _shape(r"\d{8,10}:AA[\w-]{32,35}(?![\w-])")),
+    # Of a variable or a connection: PGPASSWORD=…, host=db password=…. With a figure, as words
+    # and calls stand there too, where it is a program.
+    (
+        ("WORD=", "WD=", "PASS=", "CRET=", "KEN=", "KEY=", "word=", "wd=", "ase=", "key=", "cret="),
+        re.compile(
+            r"((?<![A-Za-z0-9_])(?:[A-Z][A-Z0-9_]{0,60})?(?:PASSWORD|PASSWD|_PASS|_PWD|SECRET|TOKEN"
+            r"|API_?KEY|ACCESS_KEY|SECRET_KEY)=[\"']?"
+            r"|(?<![\w-])(?:[Pp]ass(?:word|wd|phrase)|[Pp]wd|api_key|client_secret)=[\"']?)"
+            r"(?=[^\s\"'&,;()<>{}]{0,200}\d)[^\s\"'&,;()<>{}]{8,}"
+        ),
+    ),
     (("SG.",), _shape(r"SG\.[\w-]{16,}\.[\w-]{16,}")),
     (("eyJ",), _shape(r"eyJ[\w-]{10,2000}\.[\w-]{10,9999}\.[\w-]*(?:\.[\w-]+)*")),
 )

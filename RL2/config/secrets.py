@@ -20,10 +20,12 @@ HIDDEN = "***"
 
 _WORDS = (
     r"(^|[_.])(keys?|credentials?|creds|pass|pat|dsn|cookie|auth|jwt)$",
-    r"[^_.]_pwd$",  # PWD is a folder
+    r"[^_.]_pwd$|_pw$",  # PWD is a folder
     r"(token|secrets?|pass_?w(or)?ds?|passphrase|api_?keys?)$",
     r"(access|api|auth|bearer|refresh|hub|judge)_tokens$",
     r"password|passwd|passphrase|secret_|private_?key|access_?key$|authorization",
+    r"(api_?key|token|secret)_?\d+$|(^|_)bearer$|auth_header$|(db|user|root|admin|bind)_?pass$",
+    r"(api_?key|_token|_secret)_(read|write|ro|rw|dev|test|prod|staging)$|bindpw$",
     r"webhook(_?url)?$|connection_?string$|database_?url$",
 )
 _NAME = re.compile("|".join(_WORDS), re.I)

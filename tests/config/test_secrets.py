@@ -24,7 +24,8 @@ REAL = Path(__file__).parents[3] / "shared/data/gsm8k"
         "PGPASSWORD", "MYSQL_PWD", "DB_PASS", "GITHUB_PAT", "GPG_PASSPHRASE", "API_KEYS", "MYTOKEN",
         "SENTRY_DSN", "DATABASE_URL", "SECRET_KEY_BASE", "DB_PASSWD_OLD", "HTTP_AUTH", "APIKEY",
         "AZURE_CONNECTION_STRING", "SLACK_WEBHOOK_URL", "AWS_SECRET_ACCESS_KEY", "SESSION_COOKIE",
-        "API_TOKENS",
+        "API_TOKENS", "API_KEY_2", "TOKEN_1", "HF_TOKEN_READ", "DBPASS", "DB_PW", "LDAP_BINDPW",
+        "JUDGE_BEARER", "AUTH_HEADER",
     ],
 )  # fmt: skip
 def test_names_of_secrets(name):
@@ -36,7 +37,7 @@ def test_names_of_secrets(name):
     [
         "max_new_tokens", "TOKENIZERS_PARALLELISM", "KEYBOARD", "SSH_AUTH_SOCK", "actor.lora.alpha",
         "PWD", "OLDPWD", "PATH", "XAUTHORITY", "AWS_ACCESS_KEY_ID", "PAD_TOKEN", "AUTHOR", "PASSED",
-        "loss.options.prompt_tokens", "tokenizer.eos_token",
+        "loss.options.prompt_tokens", "tokenizer.eos_token", "COMPASS", "BYPASS", "TOKENS_2",
     ],
 )  # fmt: skip
 def test_names_of_none(name):
@@ -85,6 +86,7 @@ def test_several_in_one_variable(monkeypatch):
 
 # Put together here, so that nobody who scans this file for secrets finds one.
 LETTERS = "aB3dE5gH7jK9mN1pQ3sT5vX7zA9cE2fG4iL6nP8rU0wY"
+HEX = "0123456789abcdef" * 4
 SHAPES = {
     "github": "ghp_" + LETTERS[:36],
     "github, fine": "github_pat_" + LETTERS[:22] + "_" + LETTERS,
@@ -102,6 +104,18 @@ SHAPES = {
     "nvidia": "nvapi-" + LETTERS,
     "stripe": "sk_live_" + LETTERS[:24],
     "jwt": "eyJhbGciOiJIUzI1NiJ9." + "eyJzdWIiOiIxMjM0NTY3ODkwIn0." + LETTERS[:43],
+    "docker": "dckr_pat_" + LETTERS[:27],
+    "databricks": "dapi" + HEX[:32],
+    "google, secret of a client": "GOCSPX-" + LETTERS[:28],
+    "gitlab, job": "glcbt-64_" + LETTERS[:20],
+    "shopify": "shpat_" + HEX[:32],
+    "langsmith": "lsv2_pt_" + HEX[:32] + "_" + LETTERS[:10],
+    "vault": "hvs." + LETTERS[:40],
+    "terraform": LETTERS[:14] + ".atlasv1." + LETTERS[:60],
+    "telegram": "123456789:AA" + LETTERS[:33],
+    "postman": "PMAK-" + HEX[:24] + "-" + HEX[:34],
+    "grafana": "glsa_" + LETTERS[:32] + "_" + HEX[:8],
+    "tavily": "tvly-dev-" + LETTERS[:32],
     "pem": "-----BEGIN RSA PRIVATE KEY-----\n" + LETTERS + "\n" + LETTERS
     + "==\n-----END RSA PRIVATE KEY-----",
 }  # fmt: skip
@@ -131,6 +145,11 @@ def test_shapes(kind, around):
         (f'"SecretAccessKey": "{LETTERS[:38]}/+"', '"SecretAccessKey": "***"'),
         ("https://h/x?a=1&api_key=abcdefgh&b=2", "https://h/x?a=1&api_key=***&b=2"),
         ("-----BEGIN PRIVATE KEY-----\\nMIIE", "***"),
+        ("failed: PGPASSWORD=hunter2hunter2 psql", "failed: PGPASSWORD=*** psql"),
+        (f"export OPENAI_API_KEY='{LETTERS[:20]}'", "export OPENAI_API_KEY='***'"),
+        ("host=db password=hunter2hunter2 dbname=x", "host=db password=*** dbname=x"),
+        ("connect(user='a', password='hunter2hunter2')", "connect(user='a', password='***')"),
+        ("Server=db;Uid=sa;Pwd=hunter2hunter2;", "Server=db;Uid=sa;Pwd=***;"),
         (f"hooks.slack.com/services/T0/B0/{LETTERS[:24]}", "hooks.slack.com/services/***"),
     ],
 )
@@ -154,6 +173,9 @@ def test_secrets_in_their_places(text, expected):
         "Her secret key: read the question twice.",
         "the key=value of a dict, ?q=1&page=2",
         "eyJ is how a JSON object begins in base64",
+        "password=input('which one, of 8 letters?') and api_key=os.environ['KEY_1']",
+        "TOKEN=next PAD_TOKEN=endoftext MAX_TOKENS=123456789 KEY=value password=correcthorse",
+        "dp.softmax.of.the.scores, a dapi of 5, sbp_ and shp_files_of_2024",
         "AKIA" + "ABCDEFGHIJKLMNOPQRST",
         "A public key: -----BEGIN PUBLIC KEY-----",
     ],
@@ -180,6 +202,8 @@ def test_a_large_text_takes_no_more_than_it_must():
         "sk-a",
         "Authorization: ",
         "?key=",
+        "password=",
+        "A_KEY=",
     ):
         small, large = (_seconds(begin * n) for n in (2_000, 8_000))
         assert large < 12 * small + 0.2, begin
