@@ -39,6 +39,11 @@ def banner(
         per_step = f"{config.data.batch_size} rows each"
     loss = config.actor.loss.import_path or config.actor.loss.name
     steps = f"steps {done + 1} to {n_steps}" if done < n_steps else f"all {n_steps} steps done"
+    if config.trainer.max_steps is not None and config.trainer.max_steps > n_steps:
+        steps += (
+            f" (trainer.n_epochs={config.trainer.n_epochs} ends there, before "
+            f"trainer.max_steps={config.trainer.max_steps})"
+        )
     return [
         f"{config.actor.model_name}: {short(n_trained)}{of} parameters trained by {loss} in "
         f"{str(dtype).removeprefix('torch.')} on {where}; {data}",

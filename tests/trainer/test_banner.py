@@ -36,3 +36,19 @@ def test_two_lines(tmp_path, trainer, done, steps):
     assert f" in float32 on 2 x CPU ({n} thread" in first
     assert first.endswith("; 24 training rows, 10 test rows")
     assert second.startswith(steps) and second.endswith(f"is written to {tmp_path}/run")
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "done", "expected"),
+    [
+        (50, 0, "steps 1 to 40 (trainer.n_epochs=1 ends there, before trainer.max_steps=50), "),
+        (50, 40, "all 40 steps done (trainer.n_epochs=1 ends there, before trainer.max_steps=50)"),
+        (40, 0, "steps 1 to 40, 8 rows each"),
+    ],
+)
+def test_says_why_the_steps_end_before_max_steps(tmp_path, max_steps, done, expected):
+    lines = overrides(tmp_path, "sft", tmp_path / "run", trainer__max_steps=max_steps)
+    _, second = banner(
+        composed("sft", lines), torch.device("cpu"), 1, [], torch.float32, {}, done, 40
+    )
+    assert second.startswith(expected)
