@@ -32,8 +32,8 @@ _REPLANNED = "the learning rate goes on where the whole schedule of these keys i
 NOTES = {
     "actor.lora.seed": "without effect on adapters that are trained already",
     "trainer.seed": "of what is drawn from now on; the data stay in the order they were in",
-    "train_data.path": "the same rows",
-    "data.path": "the same rows",
+    "train_data.path": "its rows have to be the same",
+    "data.path": "its rows have to be the same",
     **dict.fromkeys(
         [
             "actor.lr",

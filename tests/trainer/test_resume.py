@@ -226,6 +226,16 @@ def test_a_model_that_was_overwritten_is_noticed(files, tmp_path):
         train(files, "sft", tmp_path / "run", **changes | LATEST)
 
 
+def test_other_rows_are_not_called_the_same(files, saved, tmp_path, lines):
+    """What changed is told before the rows are compared."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text((files / "rows.jsonl").read_text().replace("0 + 0 = ", "9 + 9 = "))
+    with pytest.raises(DataError, match="but not those that the checkpoint was written with"):
+        train(files, "sft", saved(), **SETTINGS | LATEST | {"data__path": path})
+    (line,) = [line for line in lines() if line.startswith("data.path=")]
+    assert line.endswith(f"was {files / 'rows.jsonl'} (its rows have to be the same)")
+
+
 def test_where_other_rows_are_left_the_changed_key_is_named(files, saved, lines):
     changes = {"data__max_length": 12, "data__overlong": "drop"}
     with pytest.raises(DataError, match="the checkpoint was written with 24"):
