@@ -30,7 +30,9 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     """Rows of a run; ends with one line where the folder is not a run's."""
     path = run / "metrics.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        # The last line may be half there: of a step that is being written, or of a killed run.
+        lines = path.read_text().rpartition("\n")[0].splitlines()
+        rows = [json.loads(line) for line in lines]
     except OSError as error:
         sys.exit(f"report: {run}: no folder of a run ({path}: {error.strerror})")
     except ValueError as error:
@@ -158,8 +160,11 @@ def draw(names: list[str], runs: list[Path], png: Path) -> None:
         axes[panels[0]].legend(frameon=False)
     band = ": band = one binomial standard error" if SCORE in axes else ""
     figure.suptitle(f"{', '.join(names)}{band}", fontsize=10)
-    png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(png, dpi=130)
+    try:
+        png.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(png, dpi=130)
+    except (OSError, ValueError) as error:  # no such folder can be, no such kind of picture
+        sys.exit(f"report: --png {png}: cannot be written ({error})")
 
 
 def main() -> None:

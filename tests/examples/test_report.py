@@ -143,6 +143,7 @@ def test_labels_tell_runs_apart(report, tmp_path, monkeypatch):
         (None, "no folder of a run"),
         ("", "empty; the run has not finished a step yet"),
         ("{1\n", "a line that is not JSON"),
+        ('{"step": 1, "train/rew', "empty; the run has not finished a step yet"),
     ],
 )
 def test_a_wrong_folder_is_one_line(report, monkeypatch, tmp_path, text, message):
@@ -156,3 +157,22 @@ def test_a_wrong_folder_is_one_line(report, monkeypatch, tmp_path, text, message
     line = str(end.value)
     assert line.startswith("report: ") and str(run) in line and message in line
     assert "\n" not in line and not (tmp_path / "a.png").exists()
+
+
+def test_half_a_line_is_left_out(run_report, tmp_path):
+    run = make_run(tmp_path / "run", {0: [0, 1], 4: [1, 1]})
+    expected = run_report(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "test/sco')
+    assert run_report(run) == expected
+
+
+@pytest.mark.parametrize("png", ["curves.nonsense", "run/metrics.jsonl/curves.png"])
+def test_a_picture_that_cannot_be_is_one_line(report, monkeypatch, tmp_path, png):
+    run = make_run(tmp_path / "run", {0: [0, 1], 4: [1, 1]})
+    monkeypatch.setattr("sys.argv", ["report.py", str(run), "--png", str(tmp_path / png)])
+    with pytest.raises(SystemExit) as end:
+        report.main()
+    line = str(end.value)
+    assert line.startswith(f"report: --png {tmp_path / png}: cannot be written (")
+    assert "\n" not in line
