@@ -3,6 +3,7 @@
 import sys
 
 from RL2.config.schema import SCHEMAS
+from RL2.config.streams import keep_streams
 from RL2.trainer.main import run
 
 USAGE = f"""\
@@ -17,6 +18,7 @@ Several processes: torchrun --nproc_per_node=N -m RL2.trainer.<trainer> key=valu
 
 def main() -> None:
     """Run the trainer that the first argument names, with the others as its command line."""
+    keep_streams()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         sys.stdout.write(USAGE)

@@ -34,6 +34,17 @@ def test_a_trainer_gets_the_rest_of_the_command_line(tmp_path):
     assert "experiment_name: mine" in done.stdout
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full (Linux)")
+@pytest.mark.parametrize("closed", [True, False])
+def test_nobody_reads_the_usage(closed):
+    code = "from RL2.trainer.cli import main; main()"
+    line = '"$0" -c "$1" >&-' if closed else '"$0" -c "$1" >/dev/full'
+    done = subprocess.run(
+        ["sh", "-c", line, sys.executable, code], cwd=ROOT, env=environ(), stderr=subprocess.PIPE
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_names_of_runs():
     lines = ["actor.lr=1e-4", "trainer.seed=1", "actor.loss.name=nll"]
     assert run_name(lines, {"actor.lr", "trainer.seed"}, 3) == "lr_1e-4-seed_1"
