@@ -7,16 +7,15 @@ import torch
 from omegaconf import OmegaConf
 
 from RL2.trainer.sources import DatasetSource
+from tests.faults.support import Run
 from tests.trainer.support import (
-    command,
-    overrides,
     rows_of,
     same_weights,
     train,
     weights,
     write_model,
     write_rows,
-)  # fmt: skip
+)
 
 
 def source(folder, n_rows: int, batch_size: int, tokenizer) -> DatasetSource:
@@ -74,9 +73,7 @@ def test_a_last_step_of_one_row_on_two_processes(tmp_path):
     write_rows(tmp_path / "rows.jsonl", 9)
     changes = {"data__batch_size": 4, "trainer__n_epochs": 2, "trainer__save_freq": 3}
     one = train(tmp_path, "sft", tmp_path / "one", **changes)
-    lines = overrides(tmp_path, "sft", tmp_path / "two", **changes)
-    done = command("sft", lines, n_processes=2)
-    assert done.returncode == 0, done.stderr
+    Run(tmp_path, "sft", tmp_path / "two", 2, **changes).finish()
     two = rows_of(tmp_path / "two")
     assert [row["step"] for row in one] == [row["step"] for row in two] == [1, 2, 3, 4, 5, 6]
     for row, other in zip(one, two, strict=True):
