@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -19,10 +19,11 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from RL2.algorithms import contract
 from RL2.algorithms.losses import LOSSES
 from RL2.algorithms.trial import try_out
 from RL2.config.elsewhere import value_here
-from RL2.config.errors import ConfigError, place
+from RL2.config.errors import ConfigError, first_line, place
 from RL2.ops.token_stats import STATISTICS
 
 FIELDS: tuple[str, ...] = ("advantages", "old_logps", "ref_logps", "llm_logps", "rewards")
@@ -34,12 +35,16 @@ class TokenLoss:
 
     `inputs` are the names of its tensors in the order in which the function takes them. `top_k` is
     how many columns of `top_logps` it wants, which its option `max_rank` says; 0 without them.
+    `origin` is the key and value that chose it. `draws`: whether it was seen to draw random
+    numbers.
     """
 
     name: str
     function: Callable[..., Any]
     inputs: tuple[str, ...]
     top_k: int = 0
+    origin: str = "actor.loss"
+    draws: bool = False
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -58,9 +63,12 @@ class TokenLoss:
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses `[N]` and metrics `{name: [N]}` from (at least) the `inputs` by name, each `[N]`
-        but `top_logps`, which is `[N, top_k]`."""
-        result = self.function(*(tensors[name] for name in self.inputs))
-        return result if isinstance(result, tuple) else (result, {})
+        but `top_logps`, which is `[N, top_k]`.
+
+        Raises:
+            Unfit: see `RL2.algorithms.contract.call`.
+        """
+        return contract.call(self.function, {name: tensors[name] for name in self.inputs})
 
 
 def resolve_loss(
@@ -129,9 +137,9 @@ def resolve_loss(
                 f"{origin}: its option {key} has no default; set actor.loss.options.{key}=..."
             )
     top_k = _columns(defaults | bound, origin) if "top_logps" in inputs else 0
-    loss = TokenLoss(name, partial(function, **bound), inputs, top_k)
-    try_out(loss, function, inputs, loss.statistics, top_k, origin)
-    return loss
+    loss = TokenLoss(name, partial(function, **bound), inputs, top_k, origin)
+    draws = try_out(loss, function, inputs, loss.statistics, top_k, origin)
+    return replace(loss, draws=draws)
 
 
 def _did_you_mean(name: Any, known: Iterable[str]) -> str:
@@ -154,7 +162,7 @@ def _import_function(import_path: str, origin: str) -> Callable[..., Any]:
             f"{origin}: there is no file {Path(location).absolute()}; give a path relative to the "
             "working directory, or an absolute one"
         ) from error
-    except (Exception, SystemExit) as error:  # a stranger's file may raise anything
+    except BaseException as error:  # a stranger's file may raise anything
         where = place(error, str(Path(location).resolve()))
         raise ConfigError(
             f"{origin}: importing {location} raised {type(error).__name__}: {error}"
@@ -196,7 +204,14 @@ def _signature(function: Callable[..., Any], origin: str) -> tuple[tuple[str, ..
     """Names of the tensors that a loss takes, and its options with their defaults."""
     inputs, options = [], {}
     known = STATISTICS + FIELDS
-    for parameter in inspect.signature(function).parameters.values():
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{origin}: {first_line(error)}; its parameters say what a loss needs, so give a "
+            "function that is written in Python"
+        ) from error
+    for parameter in parameters:
         if parameter.kind is parameter.KEYWORD_ONLY:
             options[parameter.name] = parameter.default
         elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from RL2.config.errors import ConfigError, place
+from RL2.algorithms.contract import Unfit, file_of
+from RL2.config.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +87,6 @@ _POSSIBLE = (
 )
 
 
-class _Unfit(Exception):
-    """The loss cannot train on the tokens at hand; the text says why."""
-
-
 def try_out(
     loss: Loss,
     function: Callable[..., Any],
@@ -97,26 +94,47 @@ def try_out(
     statistics: tuple[str, ...],
     top_k: int,
     origin: str,
-) -> None:
+) -> bool:
     """Call a loss on three tokens each of several kinds, as far as it can tell them apart.
 
     Args:
         function: whose file and lines are named. inputs: names of what the loss takes. statistics:
             those of them that the model computes. origin: the key and value that chose the loss.
 
+    Returns:
+        Whether it draws random numbers. The run's own are where they were.
+
     Raises:
-        ConfigError: it raises, does not return `[N]`, has no gradient, or a loss or gradient is not
-            finite on tokens that no run can do without. About others there is a warning.
+        ConfigError: it raises, breaks `RL2.algorithms.contract`, has no gradient, seeds the run's
+            random numbers, or a loss or gradient is not finite on tokens that no run can do
+            without. About others there is a warning, and about a loss that is another for a token
+            alone.
     """
     ordinary = tokens(top_k)
+    with torch.random.fork_rng(devices=[]):
+        _try_kinds(loss, function, inputs, statistics, ordinary, origin)
+        draws = _draws(loss, ordinary, origin)
+        if not draws:
+            _try_alone(loss, ordinary, origin)
+    return draws
+
+
+def _try_kinds(
+    loss: Loss,
+    function: Callable[..., Any],
+    inputs: tuple[str, ...],
+    statistics: tuple[str, ...],
+    ordinary: dict[str, Tensor],
+    origin: str,
+) -> None:
     for kinds in (_SURE, _POSSIBLE):
         for what, change in kinds:
             values = change(ordinary)
             if values is not ordinary and all(values[name] is ordinary[name] for name in inputs):
                 continue
             try:
-                _check(loss, function, values, statistics)
-            except _Unfit as fault:
+                _check(loss, function, values, statistics, kinds is _SURE)
+            except Unfit as fault:
                 if kinds is _SURE:
                     raise ConfigError(f"{origin}: on {what}, {fault}") from fault.__cause__
                 logger.warning(
@@ -126,53 +144,80 @@ def try_out(
                 )  # fmt: skip
 
 
+def _draws(loss: Loss, values: dict[str, Tensor], origin: str) -> bool:
+    """Whether a call moves torch's random generator; ConfigError where it seeds it."""
+    before, after = [], []
+    for seed in (0, 1):
+        torch.default_generator.manual_seed(seed)
+        before.append(torch.get_rng_state())
+        loss(values)
+        after.append(torch.get_rng_state())
+    if torch.equal(*after):
+        raise ConfigError(
+            f"{origin}: it seeds torch's random numbers, which the whole run draws from; leave "
+            "torch.manual_seed out, or give a torch.Generator of its own"
+        )
+    if draws := not torch.equal(before[0], after[0]):
+        logger.warning(
+            "%s: draws random numbers, so that results depend on actor.max_length_per_device and "
+            "on the number of ranks", origin,
+        )  # fmt: skip
+    return draws
+
+
+def _try_alone(loss: Loss, values: dict[str, Tensor], origin: str) -> None:
+    """Warn of a loss that is not each token's own."""
+    together, _ = loss(values)
+    try:
+        alone = [loss({name: tensor[[i]] for name, tensor in values.items()})[0] for i in range(_N)]
+    except Unfit as fault:
+        logger.warning("%s: on one token alone, %s", origin, fault)
+        return
+    if not torch.allclose(together, torch.cat(alone), 1e-4, 1e-5, equal_nan=True):
+        logger.warning(
+            "%s: the loss of a token depends on the others that it is called with, which are some "
+            "of a batch; results depend on actor.max_length_per_device and the number of ranks",
+            origin,
+        )  # fmt: skip
+
+
 def _check(
     loss: Loss,
     function: Callable[..., Any],
     values: dict[str, Tensor],
     statistics: tuple[str, ...],
+    learns: bool,
 ) -> None:
-    """Raises _Unfit, which names the line at which it begins."""
+    """Raises Unfit, which names the line at which it begins. learns: there must be a gradient."""
     values = {name: value.clone() for name, value in values.items()}
     learned = {name: values[name].requires_grad_() for name in statistics if name != "ranks"}
-    try:
-        with torch.enable_grad():
-            losses, metrics = loss(values)
-            returned = {"losses": losses, **metrics}
-    except Exception as error:  # a stranger's function may raise anything
-        code = getattr(inspect.unwrap(function), "__code__", None)
-        where = place(error, code and code.co_filename)
-        at = f" ({where})" if where else ""
-        raise _Unfit(f"a trial raised {type(error).__name__}: {error}{at}") from error
-    for what, tensor in returned.items():
-        if not isinstance(tensor, Tensor) or tensor.shape != (_N,):
-            got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise _Unfit(
-                f"{what} of 3 tokens came back as {got}, expected a tensor [3]; "
-                "return one value per token, without averaging"
-            )
-    if not losses.requires_grad:
-        raise _Unfit(
+    with torch.enable_grad():
+        losses, _ = loss(values)
+    if learns and not losses.requires_grad:
+        raise Unfit(
             "its losses have no gradient; compute them from "
             f"{', '.join(statistics)} without detaching"
         )
     if not losses.isfinite().all():
-        raise _Unfit(f"its losses are {_numbers(losses)}{_begin(loss, function, values)}")
+        raise Unfit(f"its losses are {_numbers(losses)}{_begin(loss, function, values)}")
+    if not losses.requires_grad:
+        return
     gradients = torch.autograd.grad(losses.sum(), [*learned.values()], allow_unused=True)
     for name, gradient in zip(learned, gradients, strict=True):
         if gradient is not None and not gradient.isfinite().all():
             numbers = _numbers(gradient[:, 0] if gradient.dim() > 1 else gradient)
-            raise _Unfit(f"its gradient for {name} is {numbers}{_begin(loss, function, values)}")
+            raise Unfit(f"its gradient for {name} is {numbers}{_begin(loss, function, values)}")
 
 
 def _begin(loss: Loss, function: Callable[..., Any], values: dict[str, Tensor]) -> str:
     """Where a loss has the first number that is not finite, or begins itself."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    if code is None:
+    file = file_of(function)
+    if file is None:
         return ""
-    with _Watch(code.co_filename) as watch:
+    with _Watch(file) as watch:
         loss(values)
-    return f" ({watch.place or f'{Path(code.co_filename).name}:{code.co_firstlineno}'})"
+    line = inspect.unwrap(function).__code__.co_firstlineno
+    return f" ({watch.place or f'{Path(file).name}:{line}'})"
 
 
 class _Watch(TorchFunctionMode):

@@ -1,6 +1,7 @@
 """What ranks tell each other so that all of them go on, or none."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -51,3 +52,21 @@ def of_all(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     values = [None] * world_size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def all_names(own: Iterable[str], group: dist.ProcessGroup | None = None) -> list[str]:
+    """The names that any rank has, sorted, on every rank (a collective).
+
+    Who sums numbers by name needs them first: tensors of other names, or of another size, would be
+    summed as they stand. The names cross only where ranks differ.
+    """
+    own = sorted(own)
+    if world_size() == 1:
+        return own
+    text = "\0".join(own).encode(errors="surrogatepass")
+    digest = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
+    extremes = torch.tensor([digest, -digest])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    if extremes[0] == -extremes[1]:
+        return own
+    return sorted({name for names in of_all(own, group) for name in names})

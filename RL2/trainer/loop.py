@@ -69,6 +69,12 @@ def required_fields(config: DictConfig, loss: TokenLoss) -> tuple[str, ...]:
 
 def check_loss(config: DictConfig, loss: TokenLoss) -> None:
     """ConfigError where this run cannot give the loss what it names, or would ignore a key."""
+    if loss.draws and config.actor.get("tp_size", 1) > 1:
+        raise ConfigError(
+            f"actor.tp_size={config.actor.tp_size}: the loss {loss.name} draws random numbers, and "
+            "ranks that share their tokens would draw others; use actor.tp_size=1, or a "
+            "torch.Generator with a seed"
+        )
     if "rollout" not in config:
         if missing := set(loss.fields) - {"advantages", "old_logps"}:
             raise ConfigError(

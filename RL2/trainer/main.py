@@ -19,6 +19,7 @@ from RL2.config import (
     DataError,
     Interrupted,
     RL2Error,
+    TrainingError,
     apply_fallbacks,
     check_overrides,
     composition_error,
@@ -89,7 +90,13 @@ def run(config_name: str) -> None:
             launch(config)
         except RL2Error as error:
             _fail(error)
-        except Exception:
+        except SystemExit as error:
+            if (problem := exit_of_others(error)) is None:
+                raise
+            _fail(problem)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
             # hydra would write the command line and a part of the traceback, as they are.
             text = for_terminal(traceback.format_exc())
             sys.stderr.write(text)
@@ -101,6 +108,22 @@ def run(config_name: str) -> None:
         task()
     except Exception as error:  # of yaml files and folders, so anything; `launch` is caught above
         _fail(composition_error(error, config_name))
+
+
+def exit_of_others(error: SystemExit) -> TrainingError | None:
+    """What to say of an exit() that is not called here; None of one that is.
+
+    In a stranger's code, such as a model's, it must not look like the end of a run, nor be without
+    a word.
+    """
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    place = frame.f_code.co_filename
+    if place == __file__:
+        return None
+    return TrainingError(
+        f"exit({'' if error.code is None else repr(error.code)}) was called at {place}:{line} in "
+        "the midst of the run; have it raise an error instead"
+    )
 
 
 def check_versions() -> None:

@@ -1,21 +1,26 @@
 """The policy: its log-probabilities and its update."""
 
+import logging
 import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from RL2.algorithms.contract import RESERVED, Unfit
 from RL2.algorithms.importance import importance_weights
 from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.reductions import token_weights, weighted_sum
 from RL2.algorithms.token_loss import TokenLoss
 from RL2.config import TrainingError
 from RL2.distributed import Traffic, broadcast, gather, rank, scatter, sum_over_ranks
+from RL2.distributed.agreement import all_names, first_reason
 from RL2.distributed.comm import Batch
 from RL2.ops.token_stats import TokenStats
 from RL2.workers.base import Worker
 from RL2.workers.model import start_updates
+
+logger = logging.getLogger(__name__)
 
 _ALWAYS = ("states", "actions", "action_mask")
 _OF_THE_PACK = {
@@ -57,6 +62,8 @@ class Actor(Worker):
         self.loss = loss
         self.max_bad_steps = max_bad_steps
         self.bad_steps = 0
+        self.fault: str | None = None  # what this rank's loss has done wrong
+        self.warned: set[str] = set()  # metrics of the loss that were not finite once
 
     def compute_logps(self, batch: Batch | None, field: str) -> Batch | None:
         """Add this model's log-probabilities of the actions as `field [B, T]` (rank 0)."""
@@ -83,7 +90,8 @@ class Actor(Worker):
         in `actor/skipped`; a loss or gradient that is not finite likewise in `actor/nonfinite`.
 
         Raises:
-            TrainingError: `max_bad_steps` non-finite updates in a row.
+            TrainingError: `max_bad_steps` non-finite updates in a row, or a loss that breaks
+                `RL2.algorithms.contract`; on every rank.
         """
         if step <= self.config.freeze_steps:
             return {}
@@ -122,13 +130,19 @@ class Actor(Worker):
         # The norm does not see what one replica, or one tensor-parallel rank, has in parameters
         # that others hold as well: where it is not finite on one rank, all have to skip.
         sums["bad_ranks"] = (~grad_norm.isfinite()).to(grad_norm)
-        # One collective and one wait for the device, however many metrics there are.
-        names = sorted(sums)
-        totals = sum_over_ranks(torch.stack([sums[name] for name in names]).double())
+        sums["bad_calls"] = torch.full_like(grad_norm, self.fault is not None)
+        # One wait for the device, however many metrics there are. A loss may have some on one rank
+        # only: a token that has none counts as 0.
+        names, zero = all_names(sums), torch.zeros_like(grad_norm)
+        totals = sum_over_ranks(torch.stack([sums.get(name, zero).double() for name in names]))
         totals = totals / self.layout.tp_size  # whose ranks counted the same tokens
         totals, norm = dict(zip(names, totals.tolist(), strict=True)), grad_norm.item()
+        if totals.pop("bad_calls"):
+            self.optimizer.zero_grad()
+            raise TrainingError(f"{self.loss.origin}: {first_reason(self.fault)}")
         if totals.pop("bad_ranks") and math.isfinite(norm):
             norm = math.nan
+        bad_losses = int(totals.pop("bad_losses"))
         metrics = {
             name: total if name == "actor/loss" else total / n_actions
             for name, total in totals.items()
@@ -137,12 +151,12 @@ class Actor(Worker):
             metrics.pop("rollout/llm_kl", None)
         metrics |= {"actor/grad_norm": norm, "actor/skipped": 0.0, "actor/nonfinite": 0.0}
         if not (math.isfinite(metrics["actor/loss"]) and math.isfinite(norm)):
-            return self._reject(metrics)
+            return self._reject(metrics, bad_losses)
         self.bad_steps = 0
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
-        return metrics
+        return self._finite(metrics)
 
     def _scatter(self, batch: Batch | None, fields: tuple[str, ...], max_length: int):
         return scatter(batch, fields, max_length, self.layout, self.attention_cost, self.traffic)
@@ -184,7 +198,8 @@ class Actor(Worker):
         config, loss = self.config, self.loss
         logps, entropy = tokens["logps"], tokens["entropy"]
         old_logps = tokens.get("old_logps", logps.detach())
-        losses, extra = loss(tokens | {"old_logps": old_logps})
+        losses, extra = self._call_loss(tokens | {"old_logps": old_logps})
+        bad = ~losses.detach().isfinite() & (tokens["loss_weights"] != 0)
         if not loss.uses_advantages and config.avg_level != "correct":
             losses = losses * tokens["advantages"]
         llm_logps = tokens.get("llm_logps")
@@ -197,6 +212,7 @@ class Actor(Worker):
         if config.entropy.coef != 0:  # else entropy is a metric, and costs no gradient
             objective = objective - config.entropy.coef * entropy
         metrics = {f"actor/{name}": values.sum() for name, values in extra.items()}
+        metrics["bad_losses"] = bad.to(logps).sum()
         metrics["actor/entropy"] = entropy.sum()
         metrics["actor/p_max"] = tokens["max_logps"].detach().exp().sum()
         if "ref_logps" in tokens:
@@ -211,16 +227,54 @@ class Actor(Worker):
             metrics["actor/tis_masked"] = (weights == 0).to(weights).sum()
         return weighted_sum(objective, tokens["loss_weights"]), metrics
 
-    def _reject(self, metrics: dict[str, float]) -> dict[str, float]:
+    def _call_loss(self, tokens: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the loss says of some tokens; it is not asked about none.
+
+        After a fault a rank goes on without it, so that the others, who wait for its gradients,
+        come to hear of that.
+        """
+        losses, metrics = torch.zeros_like(tokens["logps"]), {}
+        if len(losses) and self.fault is None:
+            try:
+                losses, metrics = self.loss(tokens)
+            except Unfit as fault:
+                self.fault = str(fault)
+        if not losses.requires_grad:  # a backward there must be, as others wait for it
+            everywhere = torch.ones_like(losses, dtype=torch.bool)
+            losses = losses + tokens["logps"].masked_fill(everywhere, 0.0)
+        return losses, metrics
+
+    def _reject(self, metrics: dict[str, float], bad_losses: int) -> dict[str, float]:
+        """bad_losses: how many of those that count were not finite as the loss returned them."""
         self.optimizer.zero_grad()
         self.bad_steps += 1
+        what = _not_finite(metrics)
+        if bad_losses:
+            what += f"; {self.loss.origin} returned {bad_losses} losses that were not"
+        if self.bad_steps == 1:
+            logger.warning("actor: %s; this update was left out (actor/nonfinite)", what)
         if self.bad_steps >= self.max_bad_steps:
             raise TrainingError(
-                f"actor: {_not_finite(metrics)} in the last of {self.bad_steps} updates in a row "
+                f"actor: {what} in the last of {self.bad_steps} updates in a row "
                 "(trainer.max_bad_steps) that had to be left out; lower actor.lr or look at the "
                 "last rollouts"
             )
         return {"actor/nonfinite": 1.0, "actor/skipped": 0.0}
+
+    def _finite(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Without the loss's own that are not finite, of each of which one line is said."""
+        bad = {
+            name: value
+            for name, value in metrics.items()
+            if not math.isfinite(value) and name.removeprefix("actor/") not in RESERVED
+        }
+        for name in bad.keys() - self.warned:
+            logger.warning(
+                "%s: the mean of its metric %s is %s, which is left out of the step's metrics",
+                self.loss.origin, name.removeprefix("actor/"), bad[name],
+            )  # fmt: skip
+        self.warned |= bad.keys()
+        return {name: value for name, value in metrics.items() if name not in bad}
 
 
 def _not_finite(metrics: dict[str, float]) -> str:

@@ -1,6 +1,7 @@
 """A loss that cannot train is found by its trial, with the line that is to blame."""
 
 import pytest
+import torch
 
 from RL2.algorithms import LOSSES, resolve_loss
 from RL2.config import ConfigError
@@ -29,6 +30,27 @@ SURE = [
         "AttributeError: module 'torch' has no attribute 'nonsense' (my_loss.py:5)",
     ),
 ]
+SURE += [
+    ("def f(logps):\n    exit(0)", "it raised SystemExit: 0 (my_loss.py:5)"),
+    ("def f(logps): return -logps, {'loss': logps}", "its metric loss has the name of one that "),
+    ("def f(logps): return -logps, {1: logps}", "its metric 1 has no name; use text as the key"),
+    ("def f(logps): return -logps, {'x': logps.to(torch.complex64)}", "came back as complex64"),
+    ("def f(logps): return -logps.bfloat16()", "losses of 3 tokens came back as bfloat16"),
+    ("def f(logps): return -logps, None", "it returned (Tensor, NoneType); return the losses, or"),
+    ("def f(logps): return [-logps]", "losses of 3 tokens came back as list"),
+    (
+        "def f(logps):\n    torch.set_grad_enabled(False)\n    return -logps",
+        "it called torch.set_grad_enabled, which changes the whole run; leave that out",
+    ),
+    (
+        "def f(logps):\n    torch.manual_seed(0)\n    return -logps * torch.rand(len(logps))",
+        "it seeds torch's random numbers, which the whole run draws from",
+    ),
+    (
+        "def f(logps, rewards):\n    rewards.clamp_(max=1)\n    return -logps * rewards",
+        "it changed rewards in place, which others read; use rewards.clone()",
+    ),
+]
 POSSIBLE = [
     (
         "def f(logps, advantages):\n    return -advantages / advantages.abs() * logps",
@@ -40,8 +62,20 @@ POSSIBLE = [
     ),
     ("def f(logps):\n    return (-20 * logps).exp()", "are [1, inf, 1] (my_loss.py:5, exp);"),
     (
+        "def f(logps): return -logps * torch.rand_like(logps)",
+        "f: draws random numbers, so that results depend on actor.max_length_per_device and on",
+    ),
+    (
+        "def f(logps): return logps.mean() - logps",
+        "f: the loss of a token depends on the others that it is called with, which are some of",
+    ),
+    (
+        "def f(logps): return -logps.squeeze()",
+        "f: on one token alone, losses of 1 tokens came back as [], expected a tensor [1]",
+    ),
+    (
         "def f(logps):\n    assert (logps > -9).all()\n    return -logps",
-        "exactly 1, a trial raised AssertionError:  (my_loss.py:5);",
+        "exactly 1, it raised AssertionError (my_loss.py:5);",
     ),
 ]
 
@@ -77,3 +111,36 @@ def test_infinities_that_are_masked_are_no_fault(tmp_path, caplog):
     resolved(tmp_path, "def f(logps, rewards):\n"
              "    return torch.where(rewards > 0, rewards.log(), 0.0) * logps")  # fmt: skip
     assert caplog.messages == []
+
+
+NEVER_WARNED_OF = [
+    "def f(logps): return torch.where(logps > -1, logps.exp(), -logps)",
+    "def f(logps, rewards):\n"
+    "    return -logps * rewards if rewards.any() else torch.zeros_like(logps)",
+    "def f(logps): return -logps, {'often': logps > -1, 'x': logps.double()}",
+]
+
+
+@pytest.mark.parametrize("body", NEVER_WARNED_OF)
+def test_a_loss_of_its_own_token_is_tried_in_silence(tmp_path, body, caplog):
+    before = torch.get_rng_state()
+    resolved(tmp_path, body)
+    assert caplog.messages == [] and torch.equal(before, torch.get_rng_state())
+
+
+def test_a_trial_leaves_the_random_numbers_where_they_were(tmp_path):
+    before = torch.get_rng_state()
+    assert resolved(tmp_path, "def f(logps): return -logps * torch.rand_like(logps)").draws
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("path", ["torch:relu", "torch:add"])
+def test_a_function_without_a_signature_is_refused_in_one_line(path):
+    with pytest.raises(ConfigError, match=f"^actor.loss.import_path={path}: "):
+        resolve_loss({"name": None, "import_path": path})
+
+
+@pytest.mark.parametrize("line", ["raise KeyboardInterrupt", "raise GeneratorExit", "exit()"])
+def test_a_file_that_ends_python_is_refused_in_one_line(tmp_path, line):
+    with pytest.raises(ConfigError, match=r"importing .* \(my_loss.py:4\); make it importable"):
+        resolved(tmp_path, line)

@@ -81,8 +81,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "c-loss-not-summed": Mutation(
         ACTOR,
-        "totals = sum_over_ranks(torch.stack([sums[name] for name in names]).double())",
-        "totals = torch.stack([sums[name] for name in names]).double()",
+        "totals = sum_over_ranks(torch.stack([sums.get(name, zero).double() for name in names]))",
+        "totals = torch.stack([sums.get(name, zero).double() for name in names])",
         f"{UPDATE}[qwen3-sp2-ppo-token-reinforce]",
     ),
     "c-gradients-averaged": Mutation(

@@ -1,5 +1,7 @@
 """The loop's own arithmetic: what must be computed before an update, and where the KL goes."""
 
+import runpy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,8 +11,10 @@ from omegaconf import OmegaConf
 from RL2.algorithms.advantages import reinforce, spo
 from RL2.algorithms.losses import LOSSES
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
-from RL2.config import ConfigError
+from RL2.config import ConfigError, TrainingError
+from RL2.trainer.checkpoint import damage
 from RL2.trainer.loop import add_advantages, check_loss, required_fields
+from RL2.trainer.main import _fail, exit_of_others
 from tests.trainer.support import same_weights, train, weights, write_env, write_files
 
 KL_OFF = {"coef": 0.0, "type": None}
@@ -143,6 +147,37 @@ def test_a_loss_over_fields_that_data_rows_lack_is_refused():
     with pytest.raises(ConfigError, match="actor.loss: off_policy needs llm_logps, rewards"):
         check_loss(OmegaConf.create({"actor": {}}), loss)
     check_loss(OmegaConf.create({"actor": {}}), resolve_loss({"name": "nll"}))
+
+
+def test_random_numbers_of_ranks_that_share_tokens_are_refused():
+    loss = replace(resolve_loss({"name": "nll"}), draws=True)
+    with pytest.raises(ConfigError, match="^actor.tp_size=2: the loss nll draws random numbers"):
+        check_loss(OmegaConf.create({"actor": {"tp_size": 2}}), loss)
+    check_loss(OmegaConf.create({"actor": {"tp_size": 1}}), loss)
+
+
+def test_what_was_learned_before_a_loss_goes_wrong_is_saved(tmp_path):
+    files = write_files(tmp_path)
+    (files / "loss.py").write_text(
+        "calls = 0\n\n\ndef f(logps):\n    global calls\n    calls += len(logps) > 3\n"
+        "    return -logps if calls < 3 else (-logps).sum()\n"
+    )
+    said = r"^actor.loss.*: losses of \d+ tokens came back as \[\], .*; step 2 is in "
+    with pytest.raises(TrainingError, match=said):
+        train(files, "sft", tmp_path / "run", actor__loss__import_path=f"{files / 'loss.py'}:f")
+    assert damage(tmp_path / "run/checkpoints/step000002") is None
+
+
+def test_the_exit_of_others_is_no_end_of_a_run(tmp_path):
+    (tmp_path / "theirs.py").write_text("def f():\n    exit(0)\n")
+    theirs = runpy.run_path(str(tmp_path / "theirs.py"))["f"]
+    with pytest.raises(SystemExit) as caught:
+        theirs()
+    said = str(exit_of_others(caught.value))
+    assert said.startswith("exit(0) was called at ")
+    with pytest.raises(SystemExit) as caught:
+        _fail(ConfigError("x"))
+    assert exit_of_others(caught.value) is None and caught.value.code == 1
 
 
 @pytest.mark.parametrize("kind", ["reward", "advantage"])

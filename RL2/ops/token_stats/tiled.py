@@ -538,7 +538,7 @@ def _loss_and_gradients(
         values, seen = _statistics(part, wanted, free)
         share, more, upstream = _call(loss_fn, values, chunk, trains)
         loss = loss + share
-        metrics = {name: metrics.get(name, 0.0) + value for name, value in more.items()}
+        metrics |= {name: metrics.get(name, 0.0) + value for name, value in more.items()}
         done = chunk.stop
         if upstream:
             entropy = entropy or "entropy" in upstream
