@@ -260,3 +260,19 @@ def test_the_public_entry():
         results.append((loss.detach(), metrics, gradients(loss, [hidden, weight, bias])))
     for result in results[1:]:
         same(result, results[0], rtol=1e-12, atol=1e-12)
+
+
+@quick_tiled
+def test_a_metric_of_some_chunks_is_summed_over_them(implementation):
+    """Also where the last chunk has none."""
+
+    def loss_fn(stats, rows):
+        n = len(stats.logps)
+        some = {"early": stats.logps.new_full((), n)} if rows.start == 0 else {}
+        return stats.logps.sum(), {"all": stats.logps.new_full((), n)} | some
+
+    *inputs, actions = random_case(T=33)
+    _, metrics, _ = results_of(
+        implementation, leaves(*inputs), actions, loss_fn, ("logps",), tiling=CHUNKED
+    )
+    assert metrics["all"] == 33 and 0 < metrics["early"] < 33
