@@ -5,6 +5,7 @@ call shows.
 """
 
 import inspect
+import signal
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -51,9 +52,10 @@ def call(
     settings = {name: read() for name, (read, _) in _SETTINGS.items()}
     try:
         result = function(*tensors.values())
-    except KeyboardInterrupt:  # Ctrl-C
-        raise
     except BaseException as error:  # also of exit(), which would end the run as if it had worked
+        ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if isinstance(error, KeyboardInterrupt) and ctrl_c:
+            raise
         said = " ".join(str(error).split())
         where = place(error, file_of(function))
         at = f" ({where})" if where else ""

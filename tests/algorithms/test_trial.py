@@ -1,5 +1,7 @@
 """A loss that cannot train is found by its trial, with the line that is to blame."""
 
+import signal
+
 import pytest
 import torch
 
@@ -144,3 +146,15 @@ def test_a_function_without_a_signature_is_refused_in_one_line(path):
 def test_a_file_that_ends_python_is_refused_in_one_line(tmp_path, line):
     with pytest.raises(ConfigError, match=r"importing .* \(my_loss.py:4\); make it importable"):
         resolved(tmp_path, line)
+
+
+def test_an_interrupt_is_a_fault_unless_it_is_ctrl_c(tmp_path):
+    body = "def f(logps):\n    raise KeyboardInterrupt"
+    with pytest.raises(KeyboardInterrupt):
+        resolved(tmp_path, body)
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # as a run has it
+    try:
+        with pytest.raises(ConfigError, match=r"it raised KeyboardInterrupt \(my_loss.py:5\)"):
+            resolved(tmp_path, body)
+    finally:
+        signal.signal(signal.SIGINT, before)
