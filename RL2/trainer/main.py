@@ -116,8 +116,9 @@ def exit_of_others(error: SystemExit) -> TrainingError | None:
     In a stranger's code, such as a model's, it must not look like the end of a run, nor be without
     a word.
     """
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    place = frame.f_code.co_filename
+    places = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
+    # exit() itself is Python's own code.
+    place, line = [one for one in places if not one[0].startswith("<frozen")][-1]
     if place == __file__:
         return None
     return TrainingError(
