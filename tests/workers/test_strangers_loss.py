@@ -39,16 +39,18 @@ def make_actor(model, import_path, **changes):
 
 
 def one_update(model, import_path, changes, batch):
+    return update(make_actor(model, import_path, **changes), batch)
+
+
+def update(actor, batch):
     """Metrics, or the error and whether nothing has changed."""
-    actor = make_actor(model, import_path, **changes)
     before = whole(actor)
     try:
-        metrics = actor.update(batch if rank() == 0 else None, 1)
+        return actor.update(batch if rank() == 0 else None, 1)
     except TrainingError as error:
         after = whole(actor)
         same = all(torch.equal(after[name], value) for name, value in before.items())
         return str(error), same and not actor.optimizer.state
-    return metrics
 
 
 # Names that exist where the data, the rank or the part of a batch ask for them.
@@ -107,9 +109,11 @@ FAULTS = {
 
 def every_fault(model, folder, batch):
     """What comes of each, the last rank being the one with the fault."""
-    answers = []
-    for number in range(len(FAULTS)):
-        answers.append(one_update(model, f"{folder}/{number}/my_loss.py:f", {}, batch))
+    paths = [f"{folder}/{number}/my_loss.py:f" for number in range(len(FAULTS))]
+    actor, answers = make_actor(model, paths[0]), []
+    for path in paths:
+        actor.loss, actor.fault = resolve_loss({"name": None, "import_path": path}), None
+        answers.append(update(actor, batch))
     return answers
 
 
