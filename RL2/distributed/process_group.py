@@ -1,7 +1,6 @@
 """The default process group: gloo for CPU tensors, nccl beside it where there is CUDA."""
 
 import contextlib
-import itertools
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -11,11 +10,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from RL2.distributed.alive import lost_connection, watching
-from RL2.distributed.rendezvous import WAIT, find_store, meet
-
-# A sweep starts one run after the other in the same processes, and torchrun's store remembers the
-# keys of all of them.
-_RUNS = itertools.count()
+from RL2.distributed.rendezvous import WAIT, find_store, meet, next_prefix
+from RL2.distributed.same_start import Facts
 
 # How long a rank waits for another in a collective. Ranks that do not drive an engine wait in one
 # for as long as the others generate, which takes hours for long answers of large models; torch's
@@ -33,7 +29,9 @@ def world_size() -> int:
 
 
 @contextlib.contextmanager
-def process_group(device: str, rank_timeout: float | None = None) -> Iterator[torch.device]:
+def process_group(
+    device: str, rank_timeout: float | None = None, facts: Facts | None = None
+) -> Iterator[torch.device]:
     """Initialise the default group for the life of a run and yield this rank's device.
 
     Started by `torchrun` the group spans all its processes; started by plain `python -m` it is a
@@ -44,21 +42,19 @@ def process_group(device: str, rank_timeout: float | None = None) -> Iterator[to
             collectives on CPU tensors still go through gloo.
         rank_timeout: seconds without a sign of life from another rank after which this process
             ends; None is never.
+        facts: what this rank was started with.
 
     Raises:
-        ConfigError, TrainingError: the ranks do not find each other, or the body has lost one.
+        ConfigError, TrainingError: the ranks do not find each other or were started with different
+            things, or the body has lost one.
     """
     store, own_rank, n_ranks = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         store = find_store()
         own_rank, n_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    own_store, prefix = store, f"run{next(_RUNS)}"
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
-        # Ranks that torchrun starts again find what the earlier ones have left. (Of several
-        # machines each counts its own.)
-        prefix += f"-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    own_store, prefix = store, next_prefix()
     store = dist.PrefixStore(prefix, store)
-    ranks = meet(store, own_rank, n_ranks)
+    ranks = meet(store, own_rank, n_ranks, facts)
     group = {"store": store, "rank": own_rank, "world_size": n_ranks}
     group["timeout"] = timedelta(seconds=WAIT)  # for connecting
     with contextlib.ExitStack() as stack:

@@ -5,7 +5,6 @@ the log. `FIXED` lists the keys that have to stay, and why; every other key take
 next step on: nothing of it is read from the checkpoint. `NOTES` says what is worth knowing of some.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from RL2.config import CheckpointError
+from RL2.config.flat import ABSENT, as_text, flat
 from RL2.config.secrets import redact_config
 
 NAME = "config.yaml"
@@ -47,7 +47,6 @@ NOTES = {
     ),
 }
 _OF_RESUMING = {"trainer.load_ckpt_from"}  # which nobody needs to be told of
-_ABSENT = object()
 
 
 def write(folder: Path, config: DictConfig) -> None:
@@ -71,7 +70,7 @@ def compare(
     if not path.exists():
         return [f"{folder.name} holds no config, so what was changed since is not known"]
     before, after = (
-        dict(_flat(tree)) for tree in (yaml.safe_load(path.read_text()), _plain(config))
+        dict(flat(tree)) for tree in (yaml.safe_load(path.read_text()), _plain(config))
     )
     if ("rollout.engine" in before) != ("rollout.engine" in after):
         source = "rollouts" if "rollout.engine" in before else "rows of a data set"
@@ -81,23 +80,23 @@ def compare(
             "and leave out trainer.load_ckpt_from"
         )
     changed = {
-        key: (before.get(key, _ABSENT), after.get(key, _ABSENT))
+        key: (before.get(key, ABSENT), after.get(key, ABSENT))
         for key in [*after, *(key for key in before if key not in after)]
-        if before.get(key, _ABSENT) != after.get(key, _ABSENT) and key not in _OF_RESUMING
+        if before.get(key, ABSENT) != after.get(key, ABSENT) and key not in _OF_RESUMING
     }
-    refused = {key: FIXED[key] for key in changed if key in FIXED and _ABSENT not in changed[key]}
+    refused = {key: FIXED[key] for key in changed if key in FIXED and ABSENT not in changed[key]}
     if about.get("model") not in (None, model):
         refused["actor.model_name"] = "its weights or its config.json are not those of that run"
     if refused:
         key, why = next(iter(refused.items()))
-        old, new = (_text(tree.get(key)) for tree in (before, after))
+        old, new = (as_text(tree.get(key)) for tree in (before, after))
         way_out = f"give {key}={old}" if old != new else "give the files as they were"
         raise CheckpointError(
             f"{key}={new}: {folder.name} does not load with it, it was written with {old} ({why}); "
             f"{way_out}, or leave out trainer.load_ckpt_from to start anew"
         )
     return [
-        f"{key}={_text(new)} from here on, was {_text(old)}"
+        f"{key}={as_text(new)} from here on, was {as_text(old)}"
         + (f" ({NOTES[key]})" if key in NOTES else "")
         for key, (old, new) in changed.items()
     ]
@@ -105,24 +104,3 @@ def compare(
 
 def _plain(config: DictConfig) -> dict[str, Any]:
     return redact_config(OmegaConf.to_container(config, resolve=True, enum_to_str=True))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif name == "target_modules":  # in whatever order, and one text is a list of one
-            yield prefix + name, sorted([value] if isinstance(value, str) else value)
-        else:
-            yield prefix + name, value
-
-
-def _text(value: Any) -> str:
-    """A value as on the command line."""
-    if value is _ABSENT:
-        return "absent"
-    if isinstance(value, list):
-        return f"[{','.join(map(_text, value))}]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "null" if value is None else str(value)

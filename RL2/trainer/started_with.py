@@ -1,0 +1,90 @@
+"""What must be the same on all ranks of a run: its command, the files behind it, versions, and
+variables that change results."""
+
+import os
+import sys
+from collections.abc import Iterator
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+import RL2
+from RL2.config.flat import as_text, flat
+from RL2.config.schema import Device
+from RL2.config.secrets import redact_config
+from RL2.distributed.same_start import Fact, fingerprint
+
+_COMMAND = "start all ranks with the same command"
+_VERSIONS = "install the same on all machines"
+_VARIABLES = "set it alike for all ranks, or for none"
+
+# Keys of which each machine may have its own.
+_OF_A_MACHINE = {
+    # Files that may lie elsewhere. What they hold is compared when it is read.
+    "actor.model_name", "ref_actor.model_name", "rollout.model_name", "rollout.env_path",
+    "actor.loss.import_path", "train_data.path", "test_data.path", "data.path",
+    # Where this machine has what it needs for itself, and how much it does at a time.
+    "rollout.server_python", "rollout.weights_dir", "rollout.base_port", "rollout.env_workers",
+    "rollout.servers_per_node", "rollout.gpu_memory_utilization", "trainer.num_threads",
+    # What rank 0 alone shows.
+    "trainer.use_wandb", "trainer.project", "trainer.show_samples",
+}  # fmt: skip
+
+_PACKAGES = ("rl2", "torch", "transformers", "tokenizers")
+_OF_CUDA = ("triton", "flash-attn", "liger-kernel")
+
+# Variables of libraries that change numbers, or have ranks wait for each other for ever.
+VARIABLES = (
+    "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG",
+    "ATEN_CPU_CAPABILITY", "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS", "NCCL_ALGO", "NCCL_PROTO", "TRITON_INTERPRET",
+    "TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE",
+)  # fmt: skip
+
+
+def started_with(config: DictConfig) -> dict[str, Fact]:
+    """By key, package or variable.
+
+    config: composed, checked, and with what is `auto` decided for this machine, but not resolved.
+    """
+    return dict([*_command(config), *_versions(config), *_variables()])
+
+
+def _command(config: DictConfig) -> Iterator[tuple[str, Fact]]:
+    unresolved = dict(flat(OmegaConf.to_container(config, resolve=False)))
+    plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    hidden = dict(flat(redact_config(plain)))
+    # Those that follow others come last: the other one is what somebody has set.
+    for key, value in sorted(flat(plain), key=lambda one: "${" in str(unresolved.get(one[0]))):
+        if key not in _OF_A_MACHINE:
+            yield key, Fact(as_text(hidden.get(key)), _COMMAND, fingerprint(as_text(value)))
+
+
+def _versions(config: DictConfig) -> Iterator[tuple[str, Fact]]:
+    yield "Python", Fact(".".join(map(str, sys.version_info[:2])), _VERSIONS)
+    used = (
+        *_PACKAGES,
+        *(("peft",) if config.actor.lora.rank is not None else ()),
+        *(_OF_CUDA if config.actor.device == Device.cuda else ()),
+    )
+    for name in used:
+        try:
+            yield name, Fact(version(name), _VERSIONS)
+        except PackageNotFoundError:
+            pass
+    yield "the source of RL2", Fact(_source_of(Path(RL2.__file__).parent), _VERSIONS)
+
+
+def _source_of(folder: Path) -> str:
+    digest = sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _variables() -> Iterator[tuple[str, Fact]]:
+    for name in VARIABLES:
+        if name in os.environ:
+            yield name, Fact(os.environ[name], _VARIABLES)
