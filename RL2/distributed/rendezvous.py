@@ -151,6 +151,7 @@ def _stay(store: dist.Store, own: int, n_ranks: int) -> None:
         store.set(f"heard/{own}", "")
         while not store.check(_keys("heard", n_ranks)) and time.monotonic() < end:
             time.sleep(_POLL / 10)
+        time.sleep(_POLL)  # others may be reading; torch says at length that a store is gone
 
 
 def _take_place(store: dist.Store, own: int, n_ranks: int, told: Rank) -> None:

@@ -67,8 +67,9 @@ def test_who_was_started_with_something_else_is_told_to_all(store, monkeypatch):
     assert [str(got[rank]) for rank in range(3)] == [line] * 3
 
 
-def test_who_counts_other_ranks_ends_all(store):
+def test_who_counts_other_ranks_ends_all(store, monkeypatch):
     """Each would wait for ranks that never come, or train without one."""
+    monkeypatch.setattr(rendezvous, "_STAY", 0.3)
     ends = {}
 
     def come(rank, n_ranks):
