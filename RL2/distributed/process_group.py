@@ -4,11 +4,13 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from RL2.config import TrainingError
 from RL2.distributed.alive import lost_connection, watching
 from RL2.distributed.rendezvous import WAIT, find_store, meet, next_prefix
 from RL2.distributed.same_start import Facts
@@ -65,10 +67,10 @@ def process_group(
             if device == "cuda":
                 own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
                 torch.cuda.set_device(own)
-                dist.init_process_group("cpu:gloo,cuda:nccl", device_id=own, **group)
+                _connect("cpu:gloo,cuda:nccl", ranks[own_rank].host, device_id=own, **group)
             else:
                 own = torch.device("cpu")
-                dist.init_process_group("gloo", **group)
+                _connect("gloo", ranks[own_rank].host, **group)
             _set_pg_timeout(_TIMEOUT)
             yield own
         except RuntimeError as error:
@@ -79,6 +81,21 @@ def process_group(
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def _connect(backends: str, host: str, **group: Any) -> None:
+    """`init_process_group`; TrainingError where the ranks have met, but do not reach each other."""
+    try:
+        dist.init_process_group(backends, **group)
+    except RuntimeError as error:
+        if lost_connection(error, group["rank"], host) is not None:
+            raise
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise TrainingError(
+            f"rank {group['rank']} on {host}: the ranks have met, but cannot be connected "
+            f"({'; '.join(dict.fromkeys((said[0], said[-1])))}); look at GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME, and that no two ranks have one GPU"
+        ) from error
 
 
 def second_group() -> dist.ProcessGroup | None:

@@ -100,6 +100,7 @@ def meet(
         host, os.environ.get("GROUP_RANK", ""), _problem(own, host), fingerprint(text), os.getpid()
     )
     with _ending_together(store, own, n_ranks, host):
+        _check_interfaces(own, host)
         _take_place(store, own, n_ranks, told)
         store.set(f"facts/{own}", text)
         store.set(f"alive/{own}", "0")
@@ -151,7 +152,8 @@ def _stay(store: dist.Store, own: int, n_ranks: int) -> None:
         store.set(f"heard/{own}", "")
         while not store.check(_keys("heard", n_ranks)) and time.monotonic() < end:
             time.sleep(_POLL / 10)
-        time.sleep(_POLL)  # others may be reading; torch says at length that a store is gone
+        if n_ranks > 1:  # others may be reading; torch says at length that a store is gone
+            time.sleep(_POLL)
 
 
 def _take_place(store: dist.Store, own: int, n_ranks: int, told: Rank) -> None:
@@ -242,18 +244,14 @@ def _wait_for_port(address: str, port: int, wait: float) -> None:
 
 def _problem(own: int, host: str) -> str | None:
     """Why other machines could not reach this rank, where gloo chooses its address."""
-    interfaces = [name for _, name in socket.if_nameindex() if name != "lo"]
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return None  # somebody has chosen
     where = f"of rank {own} on {host}"
+    interfaces = [name for name in _interfaces() if name != "lo"]
     way_out = (
         "set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) there to the interface that the other "
         f"machines reach ({', '.join(interfaces) or 'it has none'})"
     )
-    chosen = os.environ.get("GLOO_SOCKET_IFNAME")
-    if chosen:
-        unknown = {name.strip() for name in chosen.split(",")} - {*interfaces, "lo"}
-        if unknown:
-            return f"GLOO_SOCKET_IFNAME={chosen} {where}: there is no {min(unknown)}; {way_out}"
-        return None
     address = _own_address(host)
     if address is None:
         return f"GLOO_SOCKET_IFNAME {where}: the machine's name is no address of its own; {way_out}"
@@ -263,6 +261,21 @@ def _problem(own: int, host: str) -> str | None:
             f"reaches it; {way_out}"
         )
     return None
+
+
+def _interfaces() -> list[str]:
+    return [name for _, name in socket.if_nameindex()]
+
+
+def _check_interfaces(own: int, host: str) -> None:
+    """ConfigError where a variable names a network interface that this machine has not."""
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME")
+    unknown = {*chosen.split(",")} - {*_interfaces()} if chosen else set()
+    if unknown:
+        raise ConfigError(
+            f"GLOO_SOCKET_IFNAME={chosen} of rank {own} on {host}: there is no interface "
+            f"{min(unknown)!r}; use {' or '.join(_interfaces())}, or leave it out"
+        )
 
 
 def _own_address(host: str) -> str | None:

@@ -30,7 +30,7 @@ from RL2.config import (
     register_schemas,
     validate,
 )
-from RL2.config.launcher import check_launch_variables
+from RL2.config.launcher import check_gpu, check_launch_variables
 from RL2.config.secrets import for_terminal, redact
 from RL2.config.streams import keep_streams
 from RL2.trainer.help import asks_for_help, help_text
@@ -166,6 +166,8 @@ def prepare(config: DictConfig) -> Facts:
     available = {name for name in _OPTIONAL if find_spec(name)}
     for line in apply_fallbacks(config, torch.cuda.is_available(), available):
         logger.warning(line)
+    if config.actor.device == "cuda":
+        check_gpu(torch.cuda.device_count())
     transformers.utils.logging.disable_progress_bar()  # one for each of our models, on each rank
     transformers.utils.logging.set_verbosity_error()  # tables; what counts is an error of ours
     facts = started_with(config)

@@ -154,10 +154,12 @@ def test_a_name_that_nobody_else_reaches(monkeypatch, host, expected):
 def test_an_interface_that_is_chosen(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     assert _problem(0, "localhost") is None
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,eth99")
-    assert _problem(0, "localhost").startswith(
-        "GLOO_SOCKET_IFNAME=lo,eth99 of rank 0 on localhost: th"
-    )
+    meet(dist.HashStore(), 0, 1)
+    for chosen, unknown in (("lo,eth99", "eth99"), ("lo, lo", " lo"), ("lo,", "")):
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen)
+        line = f"GLOO_SOCKET_IFNAME={chosen} of rank 0 on .*: there is no interface '{unknown}'; "
+        with pytest.raises(ConfigError, match=line):  # on a single machine as well
+            meet(dist.HashStore(), 0, 1)
 
 
 def test_nobody_listens(monkeypatch):
