@@ -166,7 +166,7 @@ class Trainer:
         fingerprint = partial(model_fingerprint, config.actor.model_name, config.actor.revision)
         if config.trainer.load_ckpt_from is not None:
             self.checkpoints.check(config.trainer.load_ckpt_from, fingerprint())
-        self.lock = lock(config.trainer.save_dir) if rank() == 0 else None
+        self.lock = all_or_none(lambda: lock(config.trainer.save_dir) if rank() == 0 else None)
         actor = config.actor if self.is_rl else OmegaConf.merge(_ON_DATA, config.actor)
         self.actor = Actor(actor, device, self.loss, config.trainer.max_bad_steps, self.traffic)
         name_ends(self.actor.hf_model, ends.saved, missing)

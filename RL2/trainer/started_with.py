@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 import RL2
 from RL2.algorithms.token_loss import TokenLoss
+from RL2.config.errors import first_line
 from RL2.config.flat import as_text, flat
 from RL2.config.schema import Device
 from RL2.config.secrets import redact_config
@@ -40,6 +41,7 @@ _OF_A_MACHINE = {
     "rollout.servers_per_node", "rollout.gpu_memory_utilization",
     "trainer.use_wandb", "trainer.project", "trainer.show_samples",
 }  # fmt: skip
+_NOT_READABLE = "not readable:"
 _MODEL_SAMPLES = 64  # of 64 KiB of each file
 
 _PACKAGES = ("rl2", "torch", "transformers", "tokenizers")
@@ -85,17 +87,25 @@ def files_behind(
             found[f"{key}.path"] = f"{len(data)} rows of {path}", f"{len(data)} {data.fingerprint}"
     for key in models:
         node = config[key]
-        weights = model_fingerprint(node.model_name, node.revision, _MODEL_SAMPLES)
-        found[f"{key}.model_name"] = node.model_name, weights + _texts_of(Path(node.model_name))
+        try:
+            content = model_fingerprint(node.model_name, node.revision, _MODEL_SAMPLES)
+            content += _texts_of(Path(node.model_name))
+        except Exception as error:  # of broken files, anything; where all ranks have it, who loads
+            content = f"{_NOT_READABLE} {first_line(error)}"  # the model says it
+        found[f"{key}.model_name"] = node.model_name, content
     name = config.actor.model_name
     found["the tokenizer of actor.model_name"] = name, tokenizer_fingerprint(tokenizer)
     found["the end tokens of actor.model_name"] = str(ends.ids), repr((ends.ids, ends.saved))
     if (start := config.trainer.load_ckpt_from) not in (None, "latest"):
         found["trainer.load_ckpt_from"] = start, (Path(start) / manifest.NAME).read_text()
     return {
-        key: Fact(f"{shown} ({fingerprint(content)[:8]})", _FILES, fingerprint(content))
+        key: Fact(f"{shown} ({_short(content)})", _FILES, fingerprint(content))
         for key, (shown, content) in found.items()
     }
+
+
+def _short(content: str) -> str:
+    return content if content.startswith(_NOT_READABLE) else fingerprint(content)[:8]
 
 
 def _texts_of(folder: Path) -> str:

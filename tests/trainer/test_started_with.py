@@ -155,6 +155,15 @@ def test_rows_of_sft(files, tmp_path):
     assert found.startswith("data.path: rank 0 on a has 24 rows of ")
 
 
+def test_weights_that_one_rank_cannot_read(files, tmp_path):
+    shutil.copytree(files, tmp_path / "copy")
+    (tmp_path / "copy/model/model.safetensors").write_text("half")
+    bad = behind(tmp_path / "copy")
+    line = difference([behind(files), bad], HOSTS)
+    assert "rank 1 on b has " in line and "/copy/model (not readable: " in line
+    assert difference([bad, bad], HOSTS) is None  # and who loads the model says it
+
+
 def test_where_generation_ends(files, tmp_path):
     shutil.copytree(files, tmp_path / "copy")
     other_end(tmp_path / "copy")
