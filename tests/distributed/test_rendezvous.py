@@ -1,5 +1,6 @@
 """Ranks that come, do not come, or cannot be reached."""
 
+import itertools
 import socket
 import threading
 import time
@@ -96,6 +97,22 @@ def test_two_processes_of_one_rank(store, monkeypatch):
         meet(store.clone(), 0, 1)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     meet(store.clone(), 0, 1)  # what is there is of ranks that torchrun has replaced
+
+
+def test_ranks_look_for_each_other_under_one_name(monkeypatch):
+    """Also where some know how many there are on their machine, and others do not; but not those
+    that torchrun has started again for those that it has replaced."""
+    names = []
+    for environ in (
+        {},
+        {"LOCAL_WORLD_SIZE": "2"},
+        {"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "0"},
+        {"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "1"},
+    ):
+        monkeypatch.setattr(rendezvous, "_RUNS", itertools.count())
+        monkeypatch.setattr(rendezvous.os, "environ", {"WORLD_SIZE": "2"} | environ)
+        names.append(rendezvous.next_prefix())
+    assert names == ["run0", "run0", "run0", "run0-1"]
 
 
 def test_who_gives_up_is_heard_by_those_that_wait(store, monkeypatch):
