@@ -42,7 +42,6 @@ _OF_A_MACHINE = {
     "trainer.use_wandb", "trainer.project", "trainer.show_samples",
 }  # fmt: skip
 _NOT_READABLE = "not readable:"
-_MODEL_SAMPLES = 64  # of 64 KiB of each file
 
 _PACKAGES = ("rl2", "torch", "transformers", "tokenizers")
 _OF_CUDA = ("triton", "flash-attn", "liger-kernel")
@@ -88,7 +87,7 @@ def files_behind(
     for key in models:
         node = config[key]
         try:
-            content = model_fingerprint(node.model_name, node.revision, _MODEL_SAMPLES)
+            content = model_fingerprint(node.model_name, node.revision)
             content += _texts_of(Path(node.model_name))
         except Exception as error:  # of broken files, anything; where all ranks have it, who loads
             content = f"{_NOT_READABLE} {first_line(error)}"  # the model says it
