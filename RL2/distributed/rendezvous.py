@@ -26,7 +26,7 @@ WAIT = 600.0
 _SAY_AFTER = 30.0
 _POLL = 0.5
 _STAY = 10.0  # seconds that a rank which ends leaves the others to hear why
-_GIVE_UP = 30.0  # seconds in which it tries to tell them
+_GIVE_UP = 30.0  # and one whose own checks fail; the others may import for long
 _FAILED = "failed"
 
 # A sweep starts one run after the other in the same processes, and torchrun's store remembers the
@@ -124,9 +124,9 @@ def give_up(reason: str) -> None:
     some seconds, they will have to find out themselves."""
     own, n_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with suppress(ConfigError, dist.DistError):
-        store = dist.PrefixStore(next_prefix(), find_store(_GIVE_UP))
+        store = dist.PrefixStore(next_prefix(), find_store(2 * _GIVE_UP))
         store.compare_set(_FAILED, "", f"rank {own} on {socket.gethostname()}: {reason}")
-        _stay(store, own, n_ranks)
+        _stay(store, own, n_ranks, _GIVE_UP)
 
 
 @contextmanager
@@ -146,8 +146,9 @@ def _ending_together(store: dist.Store, own: int, n_ranks: int, host: str) -> It
         ) from error
 
 
-def _stay(store: dist.Store, own: int, n_ranks: int) -> None:
-    end = time.monotonic() + _STAY
+def _stay(store: dist.Store, own: int, n_ranks: int, wait: float | None = None) -> None:
+    """Until all others have heard, or `wait` seconds."""
+    end = time.monotonic() + (_STAY if wait is None else wait)
     with suppress(dist.DistError):
         store.set(f"heard/{own}", "")
         while not store.check(_keys("heard", n_ranks)) and time.monotonic() < end:

@@ -1,14 +1,18 @@
 """Ranks that were not started with the same: one line, and no step of a mixture of two runs."""
 
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 
-from tests.faults.support import Run
-from tests.trainer.support import rows_of, write_files, write_rows
+from RL2.rollout.servers import free_port
+from tests.faults.support import LONG, Run
+from tests.trainer.support import environ, overrides, rows_of, write_files, write_rows
 
 STEPS = {"trainer__max_steps": 1}
+long = pytest.mark.skipif(not LONG, reason="long: bash tests/run.sh faults")
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +67,27 @@ def test_the_same_files_elsewhere(files, tmp_path):
     }
     Run(files, "spo", tmp_path / "run", 2, of_rank={1: own}, **STEPS).finish()
     assert len(rows_of(tmp_path / "run")) == 1
+
+
+@long
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_bad_value_on_one_machine_ends_the_others(files, tmp_path, bad):
+    """By the real command, one process a machine. They waited for ten minutes."""
+    port, ranks = free_port(), []
+    for rank in range(2):
+        place = {
+            "RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo",
+        }  # fmt: skip
+        lines = overrides(files, "spo", tmp_path / "run", actor__lr=2 if rank == bad else 1e-3)
+        command = [sys.executable, "-m", "RL2.trainer.spo", *lines]
+        variables = environ(**{name: str(value) for name, value in place.items()})
+        ranks.append(
+            subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True,
+                             stdin=subprocess.DEVNULL)
+        )  # fmt: skip
+    said = [rank.communicate(timeout=100)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert said[bad].startswith("ConfigError: actor.lr=2.0: must be above 0 and below 1")
+    other = f"TrainingError: not started, as another rank ends: rank {bad} on "
+    assert said[1 - bad].startswith(other) and "ConfigError: actor.lr=2.0: " in said[1 - bad]
