@@ -17,6 +17,12 @@ _NUMBERS = {
     "MASTER_PORT": (1, 65535),
 }
 _NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # beside RANK
+# How many they are, as mpirun, srun and jsrun tell each process. Not SLURM_NTASKS, which the script
+# of a job has too, where it is one process.
+_OF_OTHERS = (
+    "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+)  # fmt: skip
 _REACHED = 10.0  # seconds in which rank 0 has to reach itself by its address
 _WAY_OUT = "start it with torchrun, which sets all of them, or unset it"
 
@@ -55,9 +61,22 @@ def hosts_store(environ: Mapping[str, str] | None = None) -> bool:
     return environ["RANK"] == "0" and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
+def check_gpu(n_gpus: int, environ: Mapping[str, str] | None = None) -> None:
+    """ConfigError where this machine has no GPU for its process of this number."""
+    local_rank = (os.environ if environ is None else environ).get("LOCAL_RANK", "0")
+    if int(local_rank) >= n_gpus:
+        raise ConfigError(
+            f"LOCAL_RANK={local_rank}: takes the GPU of that number, and this machine has {n_gpus} "
+            f"(CUDA_VISIBLE_DEVICES may hide some); start at most {n_gpus} processes on it "
+            f"(--nproc_per_node={n_gpus}), or train with actor.device=cpu"
+        )
+
+
 def _number(name: str, text: str) -> int:
     least, most = _NUMBERS[name]
     number = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else -1
+    if str(number) != text:  # 007, which others do not take for 7
+        number = -1
     if number < least or most is not None and number > most:
         upto = "on" if most is None else f"to {most}"
         raise ConfigError(
@@ -73,9 +92,8 @@ def _check_alone(environ: Mapping[str, str], numbers: dict[str, int]) -> None:
             raise ConfigError(
                 f"{name}={numbers[name]} without RANK: this process would train alone; {_WAY_OUT}"
             )
-    # What mpirun and srun tell each process; torchrun is the one to start there, one a machine.
-    # Not SLURM_NTASKS, which the script of a job has too, where it is one process.
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+    # torchrun is the one to start there, one a machine.
+    for name in _OF_OTHERS:
         if environ.get(name, "1") not in ("", "1"):
             raise ConfigError(
                 f"{name}={environ[name]} without RANK: each of these processes would train alone; "
@@ -86,9 +104,10 @@ def _check_alone(environ: Mapping[str, str], numbers: dict[str, int]) -> None:
 def _check_address(address: str, port: int, hosts: bool) -> None:
     try:
         families = {found[0] for found in socket.getaddrinfo(address, port)}
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of what can be no name
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"MASTER_ADDR={address}: no machine of that name is known here ({error.strerror}); "
+            f"MASTER_ADDR={address}: no machine of that name is known here ({reason}); "
             "give the name or number of the machine where rank 0 runs"
         ) from error
     if not hosts:

@@ -1,6 +1,7 @@
 """What ranks tell each other so that all of them go on, or none."""
 
 import hashlib
+import socket
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -8,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from RL2.config.errors import RL2Error
+from RL2.config.errors import ConfigError, RL2Error, TrainingError
 from RL2.distributed.comm import sum_over_ranks
 from RL2.distributed.process_group import world_size
+from RL2.distributed.same_start import Facts, difference
 
 T = TypeVar("T")
 
@@ -34,6 +36,31 @@ def together(
     return result
 
 
+def all_or_none(action: Callable[[], T]) -> T:
+    """Run something on every rank (a collective). A rank where it fails raises its own error, and
+    the others one that names it."""
+    result, problem = None, None
+    try:
+        result = action()
+    except Exception as error:
+        problem = error
+    told = of_all(problem and f"{socket.gethostname()}: {type(problem).__name__}: {problem}")
+    if problem is not None:
+        raise problem
+    for which, said in enumerate(told):
+        if said is not None:
+            raise TrainingError(f"not started, as another rank ends: rank {which} on {said}")
+    return result
+
+
+def check_same(facts: Facts) -> None:
+    """ConfigError on all ranks where one has other facts than rank 0 (a collective)."""
+    own = socket.gethostname(), facts
+    hosts, all_facts = zip(*of_all(own), strict=True)
+    if line := difference(all_facts, hosts):
+        raise ConfigError(line)
+
+
 def reason_of(problem: BaseException) -> str:
     """The last line of what went wrong; that is where DCP puts a rank's own error."""
     lines = str(problem).strip().splitlines()
@@ -49,6 +76,8 @@ def first_reason(reason: str | None, group: dist.ProcessGroup | None = None) -> 
 
 def of_all(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """A small python object of every rank, on every rank (a collective)."""
+    if world_size() == 1:
+        return [value]
     values = [None] * world_size()
     dist.all_gather_object(values, value, group=group)
     return values

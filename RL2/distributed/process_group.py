@@ -1,21 +1,19 @@
 """The default process group: gloo for CPU tensors, nccl beside it where there is CUDA."""
 
 import contextlib
-import itertools
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from RL2.config import TrainingError
 from RL2.distributed.alive import lost_connection, watching
-from RL2.distributed.rendezvous import WAIT, find_store, meet
-
-# A sweep starts one run after the other in the same processes, and torchrun's store remembers the
-# keys of all of them.
-_RUNS = itertools.count()
+from RL2.distributed.rendezvous import WAIT, find_store, meet, next_prefix
+from RL2.distributed.same_start import Facts
 
 # How long a rank waits for another in a collective. Ranks that do not drive an engine wait in one
 # for as long as the others generate, which takes hours for long answers of large models; torch's
@@ -33,7 +31,9 @@ def world_size() -> int:
 
 
 @contextlib.contextmanager
-def process_group(device: str, rank_timeout: float | None = None) -> Iterator[torch.device]:
+def process_group(
+    device: str, rank_timeout: float | None = None, facts: Facts | None = None
+) -> Iterator[torch.device]:
     """Initialise the default group for the life of a run and yield this rank's device.
 
     Started by `torchrun` the group spans all its processes; started by plain `python -m` it is a
@@ -44,21 +44,19 @@ def process_group(device: str, rank_timeout: float | None = None) -> Iterator[to
             collectives on CPU tensors still go through gloo.
         rank_timeout: seconds without a sign of life from another rank after which this process
             ends; None is never.
+        facts: what this rank was started with.
 
     Raises:
-        ConfigError, TrainingError: the ranks do not find each other, or the body has lost one.
+        ConfigError, TrainingError: the ranks do not find each other or were started with different
+            things, or the body has lost one.
     """
     store, own_rank, n_ranks = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         store = find_store()
         own_rank, n_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    own_store, prefix = store, f"run{next(_RUNS)}"
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
-        # Ranks that torchrun starts again find what the earlier ones have left. (Of several
-        # machines each counts its own.)
-        prefix += f"-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    own_store, prefix = store, next_prefix()
     store = dist.PrefixStore(prefix, store)
-    ranks = meet(store, own_rank, n_ranks)
+    ranks = meet(store, own_rank, n_ranks, facts)
     group = {"store": store, "rank": own_rank, "world_size": n_ranks}
     group["timeout"] = timedelta(seconds=WAIT)  # for connecting
     with contextlib.ExitStack() as stack:
@@ -69,10 +67,10 @@ def process_group(device: str, rank_timeout: float | None = None) -> Iterator[to
             if device == "cuda":
                 own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
                 torch.cuda.set_device(own)
-                dist.init_process_group("cpu:gloo,cuda:nccl", device_id=own, **group)
+                _connect("cpu:gloo,cuda:nccl", ranks[own_rank].host, device_id=own, **group)
             else:
                 own = torch.device("cpu")
-                dist.init_process_group("gloo", **group)
+                _connect("gloo", ranks[own_rank].host, **group)
             _set_pg_timeout(_TIMEOUT)
             yield own
         except RuntimeError as error:
@@ -83,6 +81,21 @@ def process_group(device: str, rank_timeout: float | None = None) -> Iterator[to
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def _connect(backends: str, host: str, **group: Any) -> None:
+    """`init_process_group`; TrainingError where the ranks have met, but do not reach each other."""
+    try:
+        dist.init_process_group(backends, **group)
+    except RuntimeError as error:
+        if lost_connection(error, group["rank"], host) is not None:
+            raise
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise TrainingError(
+            f"rank {group['rank']} on {host}: the ranks have met, but cannot be connected "
+            f"({'; '.join(dict.fromkeys((said[0], said[-1])))}); look at GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME, and that no two ranks have one GPU"
+        ) from error
 
 
 def second_group() -> dist.ProcessGroup | None:

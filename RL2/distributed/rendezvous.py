@@ -1,10 +1,13 @@
 """How the ranks of a run find each other, within bounded time and by name."""
 
+import itertools
 import json
 import logging
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from ipaddress import ip_address
@@ -14,6 +17,7 @@ import torch.distributed as dist
 from RL2.config import ConfigError, TrainingError
 from RL2.config.errors import first_line
 from RL2.config.launcher import hosts_store
+from RL2.distributed.same_start import Facts, difference, fingerprint, packed, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -21,31 +25,55 @@ logger = logging.getLogger(__name__)
 WAIT = 600.0
 _SAY_AFTER = 30.0
 _POLL = 0.5
+_STAY = 10.0  # seconds that a rank which ends leaves the others to hear why
+_GIVE_UP = 30.0  # and one whose own checks fail; the others may import for long
+_FAILED = "failed"
+
+# A sweep starts one run after the other in the same processes, and torchrun's store remembers the
+# keys of all of them.
+_RUNS = itertools.count()
 
 
 @dataclass(frozen=True)
 class Rank:
     """What the others are told of a rank. host: its machine's name. node: torchrun's number of the
-    machine, empty without torchrun. problem: why the others cannot reach it, None if they can."""
+    machine, empty without torchrun. problem: why the others cannot reach it, None if they can.
+    facts: fingerprint of what it was started with. process: its number on its machine."""
 
     host: str
     node: str = ""
     problem: str | None = None
+    facts: str = ""
+    process: int = 0
 
 
-def find_store() -> dist.Store:
+def next_prefix() -> str:
+    """Of the keys of this run in the store; other runs use the same store. Once for each run."""
+    prefix = f"run{next(_RUNS)}"
+    # Ranks that torchrun starts again find what the earlier ones have left. (Of several machines
+    # each counts its own.)
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts != "0" and os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        prefix += f"-{restarts}"
+    return prefix
+
+
+def find_store(wait: float | None = None) -> dist.Store:
     """Where the ranks that torchrun or its variables describe meet.
+
+    wait: seconds for somebody to be there.
 
     Raises ConfigError where nobody is there, or rank 0 cannot be.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     hosts = hosts_store()
+    wait = WAIT if wait is None else wait
     if not hosts:
-        _wait_for_port(address, port)
+        _wait_for_port(address, port, wait)
     try:
         return dist.TCPStore(
             address, port, is_master=hosts, wait_for_workers=False, multi_tenant=hosts,
-            timeout=timedelta(seconds=WAIT),
+            timeout=timedelta(seconds=wait),
         )  # fmt: skip
     except dist.DistError as error:
         does = "listen" if hosts else "talk to rank 0"
@@ -55,20 +83,110 @@ def find_store() -> dist.Store:
         ) from error
 
 
-def meet(store: dist.Store, own: int, n_ranks: int, wait: float = WAIT) -> list[Rank]:
+def meet(
+    store: dist.Store, own: int, n_ranks: int, facts: Facts | None = None, wait: float = WAIT
+) -> list[Rank]:
     """All ranks, once all have come. A collective before there are any.
 
-    Raises ConfigError, the same on all ranks, where one cannot be reached, and TrainingError that
-    names those which have not come in `wait` seconds.
+    facts: what this rank was started with.
+
+    Raises ConfigError, the same on all ranks, where one cannot be reached or was started with
+    something else, and TrainingError that names those which have not come in `wait` seconds, or the
+    one that has given up.
     """
     host = socket.gethostname()
-    told = Rank(host, os.environ.get("GROUP_RANK", ""), _problem(own, host))
-    keys = [f"here/{rank}" for rank in range(n_ranks)]
-    store.set(f"alive/{own}", "0")
-    store.set(keys[own], json.dumps(asdict(told)))
+    text = packed(facts or {})
+    told = Rank(
+        host, os.environ.get("GROUP_RANK", ""), _problem(own, host), fingerprint(text), os.getpid()
+    )
+    with _ending_together(store, own, n_ranks, host):
+        _check_interfaces(own, host)
+        _take_place(store, own, n_ranks, told)
+        store.set(f"facts/{own}", text)
+        store.set(f"alive/{own}", "0")
+        _wait_for_all(store, own, n_ranks, host, wait)
+        ranks = [Rank(**json.loads(one)) for one in store.multi_get(_keys("here", n_ranks))]
+        if len({(rank.host, rank.node) for rank in ranks}) > 1:
+            for rank in ranks:
+                if rank.problem is not None:
+                    raise ConfigError(rank.problem)
+        for other, rank in enumerate(ranks):
+            if rank.facts != ranks[0].facts:
+                both = [unpacked(store.get(f"facts/{which}").decode()) for which in (0, other)]
+                # As if those before were like rank 0, which they are.
+                line = difference([both[0]] * other + [both[1]], [rank.host for rank in ranks])
+                raise ConfigError(line)
+    return ranks
+
+
+def give_up(reason: str) -> None:
+    """Tell the ranks that wait in `meet` why this one does not come. Where they do not hear it in
+    some seconds, they will have to find out themselves."""
+    own, n_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with suppress(ConfigError, dist.DistError):
+        store = dist.PrefixStore(next_prefix(), find_store(2 * _GIVE_UP))
+        store.compare_set(_FAILED, "", f"rank {own} on {socket.gethostname()}: {reason}")
+        _stay(store, own, n_ranks, _GIVE_UP)
+
+
+@contextmanager
+def _ending_together(store: dist.Store, own: int, n_ranks: int, host: str) -> Iterator[None]:
+    """Where this rank ends, the others hear why before the store goes, maybe with this process."""
+    try:
+        yield
+    except ConfigError as error:
+        store.compare_set(_FAILED, "", str(error))
+        _stay(store, own, n_ranks)
+        raise
+    except dist.DistError as error:
+        raise TrainingError(
+            f"rank {own} on {host}: the connection to where the ranks meet "
+            f"({os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}) is lost "
+            f"({first_line(error)}); what rank 0, or torchrun on its machine, says is the reason"
+        ) from error
+
+
+def _stay(store: dist.Store, own: int, n_ranks: int, wait: float | None = None) -> None:
+    """Until all others have heard, or `wait` seconds."""
+    end = time.monotonic() + (_STAY if wait is None else wait)
+    with suppress(dist.DistError):
+        store.set(f"heard/{own}", "")
+        while not store.check(_keys("heard", n_ranks)) and time.monotonic() < end:
+            time.sleep(_POLL / 10)
+        if n_ranks > 1:  # others may be reading; torch says at length that a store is gone
+            time.sleep(_POLL)
+
+
+def _take_place(store: dist.Store, own: int, n_ranks: int, told: Rank) -> None:
+    """ConfigError where another process has this rank's number, or counts other ranks."""
+    size = f"WORLD_SIZE={n_ranks}"
+    first = store.compare_set("world_size", "", f"{size} of rank {own} on {told.host}").decode()
+    if first.partition(" ")[0] != size:
+        raise ConfigError(
+            f"{size} of rank {own} on {told.host} and {first}: must be the same for all ranks; "
+            "start all with the same number of machines and processes"
+        )
+    text = json.dumps(asdict(told))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun numbers the ranks; what is there already may be of those that it has replaced.
+        store.set(f"here/{own}", text)
+        return
+    there = store.compare_set(f"here/{own}", "", text).decode()
+    if there != text:
+        other = Rank(**json.loads(there))
+        raise ConfigError(
+            f"RANK={own}: process {told.process} on {told.host} and process {other.process} on "
+            f"{other.host} both have it; number the ranks from 0 to {n_ranks - 1}, and give each "
+            "run a MASTER_PORT of its own"
+        )
+
+
+def _wait_for_all(store: dist.Store, own: int, n_ranks: int, host: str, wait: float) -> None:
+    keys = _keys("here", n_ranks)
     start = time.monotonic()
     said, pause = False, 0.01
     while not store.check(keys):
+        _raise_failure(store, own, n_ranks)
         waited = time.monotonic() - start
         missing = [
             rank for rank, key in enumerate(keys) if waited > wait and not store.check([key])
@@ -84,12 +202,17 @@ def meet(store: dist.Store, own: int, n_ranks: int, wait: float = WAIT) -> list[
             logger.warning("rank %d on %s: waiting for %s", own, host, _ranks(missing))
         time.sleep(pause)
         pause = min(2 * pause, _POLL)
-    ranks = [Rank(**json.loads(answer)) for answer in store.multi_get(keys)]
-    if len({(rank.host, rank.node) for rank in ranks}) > 1:
-        for rank in ranks:
-            if rank.problem is not None:
-                raise ConfigError(rank.problem)
-    return ranks
+
+
+def _raise_failure(store: dist.Store, own: int, n_ranks: int) -> None:
+    if store.check([_FAILED]):
+        reason = store.get(_FAILED).decode()
+        _stay(store, own, n_ranks)
+        raise TrainingError(f"not started, as another rank ends: {reason}")
+
+
+def _keys(name: str, n_ranks: int) -> list[str]:
+    return [f"{name}/{rank}" for rank in range(n_ranks)]
 
 
 def _ranks(numbers: list[int]) -> str:
@@ -97,7 +220,7 @@ def _ranks(numbers: list[int]) -> str:
     return f"rank{'s' * (len(numbers) > 1)} {few}"
 
 
-def _wait_for_port(address: str, port: int) -> None:
+def _wait_for_port(address: str, port: int, wait: float) -> None:
     """Return when somebody listens there; torch would say each failed try at length."""
     start, said = time.monotonic(), False
     while True:
@@ -106,7 +229,7 @@ def _wait_for_port(address: str, port: int) -> None:
             return
         except OSError as error:
             waited = time.monotonic() - start
-            if waited > WAIT:
+            if waited > wait:
                 raise ConfigError(
                     f"MASTER_ADDR={address} MASTER_PORT={port}: nobody listens there after "
                     f"{waited:.0f} s ({error.strerror or error}); start rank 0, or give the "
@@ -122,18 +245,14 @@ def _wait_for_port(address: str, port: int) -> None:
 
 def _problem(own: int, host: str) -> str | None:
     """Why other machines could not reach this rank, where gloo chooses its address."""
-    interfaces = [name for _, name in socket.if_nameindex() if name != "lo"]
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return None  # somebody has chosen
     where = f"of rank {own} on {host}"
+    interfaces = [name for name in _interfaces() if name != "lo"]
     way_out = (
         "set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) there to the interface that the other "
         f"machines reach ({', '.join(interfaces) or 'it has none'})"
     )
-    chosen = os.environ.get("GLOO_SOCKET_IFNAME")
-    if chosen:
-        unknown = {name.strip() for name in chosen.split(",")} - {*interfaces, "lo"}
-        if unknown:
-            return f"GLOO_SOCKET_IFNAME={chosen} {where}: there is no {min(unknown)}; {way_out}"
-        return None
     address = _own_address(host)
     if address is None:
         return f"GLOO_SOCKET_IFNAME {where}: the machine's name is no address of its own; {way_out}"
@@ -143,6 +262,21 @@ def _problem(own: int, host: str) -> str | None:
             f"reaches it; {way_out}"
         )
     return None
+
+
+def _interfaces() -> list[str]:
+    return [name for _, name in socket.if_nameindex()]
+
+
+def _check_interfaces(own: int, host: str) -> None:
+    """ConfigError where a variable names a network interface that this machine has not."""
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME")
+    unknown = {*chosen.split(",")} - {*_interfaces()} if chosen else set()
+    if unknown:
+        raise ConfigError(
+            f"GLOO_SOCKET_IFNAME={chosen} of rank {own} on {host}: there is no interface "
+            f"{min(unknown)!r}; use {' or '.join(_interfaces())}, or leave it out"
+        )
 
 
 def _own_address(host: str) -> str | None:

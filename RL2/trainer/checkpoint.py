@@ -47,7 +47,7 @@ from RL2.config import CheckpointError, RL2Error
 from RL2.distributed import broadcast, rank, second_group, sum_over_ranks, world_size
 from RL2.distributed.agreement import first_reason, of_all, reason_of, together
 from RL2.rollout.event_loop import in_thread
-from RL2.trainer import manifest, record, resume
+from RL2.trainer import machine, manifest, record, resume
 from RL2.trainer.folders import TEMPORARY, cannot_write, clean, free_name, fsync, publish, remove
 from RL2.workers import Actor
 
@@ -139,6 +139,7 @@ class Checkpoints:
 
     Attributes:
         model: fingerprint of the model's files, to be kept, too.
+        threads, machines: what the run computes with (`RL2.trainer.machine`), to be kept, too.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class Checkpoints:
         self.keep_last = keep_last
         self.config = config
         self.model: str | None = None
+        self.threads, self.machines = 0, []
         # A thread that writes while another trains needs a group of its own. The copies stay for
         # the next save.
         self._group = second_group() if background else None
@@ -314,6 +316,7 @@ class Checkpoints:
         ]
         about = {
             "step": step, "world_size": world_size(), "versions": _versions(), "model": self.model,
+            "threads": self.threads, "machines": self.machines,
         }  # fmt: skip
         listed |= manifest.fingerprints(others, temporary)
         manifest.write(temporary, listed, about)
@@ -344,6 +347,16 @@ class Checkpoints:
             with suppress(manifest.Damaged):  # `load` goes on to the one before
                 self._compare(folder, model)
 
+    def about(self, which: str | None) -> dict[str, Any]:
+        """What is said of the checkpoint that `load` will take, as far as one looks whole; empty
+        where there is none (a collective)."""
+        found: dict[str, Any] = {}
+        for folder in [] if which is None else self._candidates(which):
+            with suppress(manifest.Damaged, OSError):  # `load` says it
+                found = manifest.read(folder)["about"]
+                break
+        return broadcast(found)
+
     def _candidates(self, which: str) -> list[Path]:
         return broadcast(self.steps() if which == "latest" else [Path(which)])
 
@@ -353,7 +366,9 @@ class Checkpoints:
         content = manifest.read(folder)
         config = {name: entry for name, entry in content["files"].items() if name == resume.NAME}
         manifest.verify(folder, {"files": config})
-        return resume.compare(folder, self.config, model, content["about"])
+        about = content["about"]
+        lines = resume.compare(folder, self.config, model, about)
+        return lines + machine.changes(about, self.threads, self.machines)
 
     def load(self, which: str, actor: Actor, source: Any) -> dict[str, Any] | None:
         """Restore `latest` or the folder `which`.

@@ -22,11 +22,11 @@ from RL2.config import CheckpointError, ConfigError, HealthError, Interrupted, T
 from RL2.config.errors import first_line
 from RL2.config.models import ask_hub, hub_options
 from RL2.config.schema import Dtype
-from RL2.datasets.end_of_turn import load_end_tokens, special_ids
+from RL2.datasets.end_of_turn import EndTokens, load_end_tokens, special_ids
 from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks, world_size
-from RL2.distributed.agreement import together
+from RL2.distributed.agreement import all_or_none, check_same, together
 from RL2.distributed.comm import Batch
-from RL2.trainer import record
+from RL2.trainer import machine, record
 from RL2.trainer.banner import banner
 from RL2.trainer.checkpoint import Checkpoints, rng_state, set_rng_state
 from RL2.trainer.ends import missing_ends, name_ends
@@ -35,6 +35,7 @@ from RL2.trainer.folders import cannot_write, lock
 from RL2.trainer.health import observe
 from RL2.trainer.metrics import Metrics, Timers
 from RL2.trainer.sources import DatasetSource, RolloutSource
+from RL2.trainer.started_with import files_behind
 from RL2.trainer.stop import StopRequest
 from RL2.workers import Actor
 from RL2.workers.loading import model_fingerprint
@@ -151,17 +152,11 @@ class Trainer:
         self.unwritten: str | None = None  # what there was no room for in the step
         torch.manual_seed(config.trainer.seed + rank())
 
-        self.loss = resolve_loss(config.actor.loss)
-        check_loss(config, self.loss)
-        self.estimator = resolve_advantage(config.adv) if self.is_rl else None
-        self.tokenizer = load_tokenizer(config)
-        ends = load_end_tokens(config.actor, self.tokenizer)
-        source = RolloutSource if self.is_rl else DatasetSource
-        self.source = source(config, self.tokenizer, ends)
-        missing = missing_ends(config, self.tokenizer, ends, self.source.end_ids)
-        self.required = required_fields(config, self.loss) if self.is_rl else ()
-        if "ref_logps" in self.required:
-            ask_hub(config.ref_actor, "ref_actor")
+        ends, missing = all_or_none(self._read_inputs)
+        if world_size() > 1:
+            models = ("actor", "ref_actor") if "ref_logps" in self.required else ("actor",)
+            behind = partial(files_behind, config, self.loss, self.tokenizer, ends)
+            check_same(all_or_none(lambda: behind(self.source.datasets, models)))
         n_steps = config.trainer.n_epochs * len(self.source.loader)
         self.n_steps = min(n_steps, config.trainer.max_steps or n_steps)
 
@@ -171,10 +166,13 @@ class Trainer:
             config,
             background=config.trainer.async_save,
         )
+        about = self.checkpoints.about(config.trainer.load_ckpt_from)
+        self.checkpoints.threads = machine.use_threads(config.trainer.num_threads, about)
+        self.checkpoints.machines = machine.all_machines(device)
         fingerprint = partial(model_fingerprint, config.actor.model_name, config.actor.revision)
         if config.trainer.load_ckpt_from is not None:
             self.checkpoints.check(config.trainer.load_ckpt_from, fingerprint())
-        self.lock = lock(config.trainer.save_dir) if rank() == 0 else None
+        self.lock = all_or_none(lambda: lock(config.trainer.save_dir) if rank() == 0 else None)
         actor = config.actor if self.is_rl else OmegaConf.merge(_ON_DATA, config.actor)
         self.actor = Actor(actor, device, self.loss, config.trainer.max_bad_steps, self.traffic)
         name_ends(self.actor.hf_model, ends.saved, missing)
@@ -189,6 +187,23 @@ class Trainer:
         self.source.start(device)
         self.best: dict[str, float] = {}
         self.health: dict[str, Any] = {}
+
+    def _read_inputs(self) -> tuple[EndTokens, tuple[int, ...]]:
+        """Loss, tokenizer, environment and data; returns the model's end tokens, and which of them
+        its folder does not name. Nothing here waits for other ranks."""
+        config = self.config
+        self.loss = resolve_loss(config.actor.loss)
+        check_loss(config, self.loss)
+        self.estimator = resolve_advantage(config.adv) if self.is_rl else None
+        self.tokenizer = load_tokenizer(config)
+        ends = load_end_tokens(config.actor, self.tokenizer)
+        source = RolloutSource if self.is_rl else DatasetSource
+        self.source = source(config, self.tokenizer, ends)
+        missing = missing_ends(config, self.tokenizer, ends, self.source.end_ids)
+        self.required = required_fields(config, self.loss) if self.is_rl else ()
+        if "ref_logps" in self.required:
+            ask_hub(config.ref_actor, "ref_actor")
+        return ends, missing
 
     def train(self) -> None:
         """Train to the last step, wherever the run stands, and leave the model in `final`.

@@ -1,5 +1,7 @@
 """From a command line to a running trainer: compose, check, and only then load anything heavy."""
 
+from __future__ import annotations
+
 import logging
 import os
 import signal
@@ -9,6 +11,7 @@ import traceback
 from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -28,7 +31,7 @@ from RL2.config import (
     register_schemas,
     validate,
 )
-from RL2.config.launcher import check_launch_variables
+from RL2.config.launcher import check_gpu, check_launch_variables
 from RL2.config.secrets import for_terminal, redact
 from RL2.config.streams import keep_streams
 from RL2.trainer.help import asks_for_help, help_text
@@ -36,29 +39,48 @@ from RL2.trainer.last_words import tell_launcher
 from RL2.trainer.stop import follow_launcher
 from RL2.trainer.sweep import name_run
 
+if TYPE_CHECKING:
+    from RL2.distributed.same_start import Facts
+
 logger = logging.getLogger("RL2")
 
-_WAIT_FOR_RANK_0 = 10.0  # seconds; a process takes one to three to get to its checks
+_WAIT_FOR_FIRST = 10.0  # seconds; a process takes one to three to get to its checks
 # As in pyproject.toml. Long before these, torch.load ran code even with weights_only (below 2.6).
 FLOORS = {"torch": "2.13", "transformers": "5.19"}
 _OPTIONAL = ("flash_attn", "liger_kernel", "peft", "sglang", "triton", "vllm")
 
 
-def _fail(error: RL2Error, own: bool = False) -> None:
+def _fail(error: RL2Error, own: bool = False, early: bool = False) -> NoReturn:
     """One line, exit status 1.
 
-    torchrun ends all processes as soon as one has failed, so the others leave the line to rank 0
-    and wait for that; where it does not come, the error is theirs alone. own: it is.
+    torchrun ends all processes of a machine as soon as one has failed, so the others leave the line
+    to its first and wait for that; where it does not come, the error is theirs alone. own: it is.
+    early: the ranks have not met yet, and those of other machines would wait for this one.
     """
-    if os.environ.get("RANK", "0") != "0" and not own:
-        time.sleep(_WAIT_FOR_RANK_0)
+    first = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    if not first and not own:
+        if early:
+            _tell_other_machines(error)
+        time.sleep(_WAIT_FOR_FIRST)
     text = redact(str(error))  # whole, before anything is escaped
     if isinstance(error, (ConfigError, DataError)):  # a value or a row may hold anything
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     line = f"{type(error).__name__}: {for_terminal(text)}"
     sys.stderr.write(f"{line}\n")
     tell_launcher(line)
+    if first and early:
+        _tell_other_machines(error)
     sys.exit(1)
+
+
+def _tell_other_machines(error: Exception) -> None:
+    n_ranks = os.environ.get("WORLD_SIZE", "1")
+    of_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == n_ranks
+    if n_ranks == "1" or of_one_machine and "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    from RL2.distributed.rendezvous import give_up  # torch takes seconds
+
+    give_up(redact(f"{type(error).__name__}: {error}"))
 
 
 def run(config_name: str) -> None:
@@ -81,33 +103,37 @@ def run(config_name: str) -> None:
         check_versions()
         sys.argv[1:] = check_overrides(config_name, expand_argv(sys.argv[1:]))
     except RL2Error as error:
-        _fail(error)
+        _fail(error, early=True)
 
     @hydra.main(version_base="1.3", config_path="config", config_name=config_name)
     def task(config: DictConfig) -> None:
+        facts = None
         try:
             name_run(config, sys.argv[1:])
-            launch(config)
+            facts = prepare(config)
+            train(config, facts)
         except RL2Error as error:
-            _fail(error)
+            _fail(error, early=facts is None)
         except SystemExit as error:
             if (problem := exit_of_others(error)) is None:
                 raise
-            _fail(problem)
+            _fail(problem, early=facts is None)
         except KeyboardInterrupt:
             raise
-        except BaseException:
+        except BaseException as error:
             # hydra would write the command line and a part of the traceback, as they are.
             text = for_terminal(traceback.format_exc())
             sys.stderr.write(text)
             tell_launcher(text)
+            if facts is None:
+                _tell_other_machines(error)
             sys.exit(1)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what is wrong, do not write it
     try:
         task()
     except Exception as error:  # of yaml files and folders, so anything; `launch` is caught above
-        _fail(composition_error(error, config_name))
+        _fail(composition_error(error, config_name), early=True)
 
 
 def exit_of_others(error: SystemExit) -> TrainingError | None:
@@ -140,6 +166,12 @@ def check_versions() -> None:
 
 def launch(config: DictConfig) -> None:
     """Check a composed config, resolve what is `auto` on this machine, and train."""
+    train(config, prepare(config))
+
+
+def prepare(config: DictConfig) -> Facts:
+    """Check a composed config and resolve what is `auto` on this machine, in place; returns what
+    has to be the same on all ranks."""
     expand_paths(config)
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     main_rank = os.environ.get("RANK", "0") == "0"
@@ -151,23 +183,35 @@ def launch(config: DictConfig) -> None:
     import torch  # after the checks: it takes seconds
     import transformers
 
-    from RL2.distributed import process_group
-    from RL2.trainer.loop import Trainer
-    from RL2.trainer.stop import stop_signals
+    from RL2.trainer.started_with import started_with
 
     if torch.version.cuda and config.actor.device == "auto" and not torch.cuda.is_available():
         logger.info("actor.device=auto: no GPU found, though torch is built for one; using the CPU")
     available = {name for name in _OPTIONAL if find_spec(name)}
     for line in apply_fallbacks(config, torch.cuda.is_available(), available):
         logger.warning(line)
+    if config.actor.device == "cuda":
+        check_gpu(torch.cuda.device_count())
     transformers.utils.logging.disable_progress_bar()  # one for each of our models, on each rank
     transformers.utils.logging.set_verbosity_error()  # tables; what counts is an error of ours
+    facts = started_with(config)
     OmegaConf.resolve(config)
+    return facts
+
+
+def train(config: DictConfig, facts: Facts) -> None:
+    """Train as `prepare` has left the config, with all ranks that have the same facts."""
+    import torch
+
+    from RL2.distributed import process_group
+    from RL2.trainer.loop import Trainer
+    from RL2.trainer.stop import stop_signals
+
     threads = config.trainer.num_threads or max(
         1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     )
     torch.set_num_threads(threads)
-    group = process_group(config.actor.device, config.trainer.rank_timeout)
+    group = process_group(config.actor.device, config.trainer.rank_timeout, facts)
     with ExitStack() as heard, group as device:
         # Only now: who waits for other ranks has nothing to save, and a signal ends it at once.
         # Until the group is left: what comes twice must not break that off.

@@ -5,7 +5,6 @@ the log. `FIXED` lists the keys that have to stay, and why; every other key take
 next step on: nothing of it is read from the checkpoint. `NOTES` says what is worth knowing of some.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from RL2.config import CheckpointError
+from RL2.config.flat import ABSENT as _ABSENT
+from RL2.config.flat import as_text as _text
+from RL2.config.flat import flat as _flat
 from RL2.config.secrets import redact_config
 
 NAME = "config.yaml"
@@ -47,7 +49,6 @@ NOTES = {
     ),
 }
 _OF_RESUMING = {"trainer.load_ckpt_from"}  # which nobody needs to be told of
-_ABSENT = object()
 
 
 def write(folder: Path, config: DictConfig) -> None:
@@ -105,24 +106,3 @@ def compare(
 
 def _plain(config: DictConfig) -> dict[str, Any]:
     return redact_config(OmegaConf.to_container(config, resolve=True, enum_to_str=True))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif name == "target_modules":  # in whatever order, and one text is a list of one
-            yield prefix + name, sorted([value] if isinstance(value, str) else value)
-        else:
-            yield prefix + name, value
-
-
-def _text(value: Any) -> str:
-    """A value as on the command line."""
-    if value is _ABSENT:
-        return "absent"
-    if isinstance(value, list):
-        return f"[{','.join(map(_text, value))}]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "null" if value is None else str(value)

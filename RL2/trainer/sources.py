@@ -183,6 +183,11 @@ class RolloutSource:
         rows = {} if self.config.train_data.path is None else {"training rows": len(self.train)}
         return rows | ({} if self.test is None else {"test rows": len(self.test)})
 
+    @property
+    def datasets(self) -> dict[str, Dataset]:
+        """What was read, by the config's node that names it."""
+        return {"train_data": self.train} | ({} if self.test is None else {"test_data": self.test})
+
     def _drivers(self) -> tuple[int, ...]:
         """The ranks with an engine: all of them in process, with servers one on each machine, with
         servers of somebody else's the first one."""
@@ -332,6 +337,11 @@ class DatasetSource:
     def rows_of_data(self) -> dict[str, int]:
         """How many rows there are, by what they are for."""
         return {"training rows": len(self.data)}
+
+    @property
+    def datasets(self) -> dict[str, Dataset]:
+        """What was read, by the config's node that names it."""
+        return {"data": self.data}
 
     def start(self, device: torch.device) -> None:
         """Nothing to load."""

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from RL2.config import ConfigError, launcher
-from RL2.config.launcher import check_launch_variables
+from RL2.config.launcher import check_gpu, check_launch_variables
 
 PLACE = {
     "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
@@ -50,6 +50,9 @@ def test_places_that_can_be(environ):
         ({"RANK": "-1"}, "RANK=-1: must be a whole number from 0 on; "),
         ({"RANK": ""}, "RANK=: must be a whole number from 0 on; "),
         ({"RANK": "9" * 5000}, "RANK=9"),
+        # Who looks for rank "0" finds none, and waits.
+        ({"RANK": "00"}, "RANK=00: must be a whole number from 0 on; "),
+        ({"WORLD_SIZE": "02"}, "WORLD_SIZE=02: must be a whole number from 1 on; "),
         ({"RANK": "5"}, "RANK=5: must be at most 1 with WORLD_SIZE=2; "),
         ({"RANK": "2"}, "RANK=2: must be at most 1 with WORLD_SIZE=2; "),
         ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2: must be at most 1 with LOCAL_WORLD_SIZE=2; "),
@@ -58,6 +61,8 @@ def test_places_that_can_be(environ):
         ({"MASTER_PORT": "0"}, "MASTER_PORT=0: must be a whole number from 1 to 65535; "),
         ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536: must be a whole number from 1 to 65535; "),
         ({"MASTER_ADDR": "no such.invalid"}, "MASTER_ADDR=no such.invalid: no machine of that "),
+        ({"MASTER_ADDR": "a..b"}, "MASTER_ADDR=a..b: no machine of that name is known here ("),
+        ({"MASTER_ADDR": "a" * 99}, "MASTER_ADDR=aaaa"),
         ({"MASTER_ADDR": ""}, "RANK=1 without MASTER_ADDR: start it with torchrun"),
     ],
 )
@@ -74,10 +79,19 @@ def test_a_rank_needs_to_know_the_others(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"],
+    ["WORLD_SIZE", "LOCAL_WORLD_SIZE", *launcher._OF_OTHERS],
 )
 def test_one_of_several_does_not_train_alone(name):
     assert message({name: "2"}).startswith(f"{name}=2 without RANK: ")
+
+
+def test_more_processes_than_gpus():
+    check_gpu(1, {})
+    check_gpu(2, {"LOCAL_RANK": "1"})
+    with pytest.raises(
+        ConfigError, match=r"LOCAL_RANK=1: takes the GPU .* and this machine has 1 "
+    ):
+        check_gpu(1, {"LOCAL_RANK": "1"})
 
 
 def test_a_port_in_use():

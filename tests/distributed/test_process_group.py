@@ -2,8 +2,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch.distributed as dist
 
+from RL2.config import TrainingError
 from RL2.distributed import process_group, rank, world_size
 
 SWEEP = """
@@ -32,3 +34,18 @@ def test_without_torchrun_a_group_of_one_that_leaves_nothing(monkeypatch):
     assert not dist.is_initialized()
     assert dict(os.environ) == before
     assert (rank(), world_size()) == (0, 1)
+
+
+def test_ranks_that_cannot_be_connected_say_so_in_one_line(monkeypatch):
+    """As over an interface without an address, or with two ranks on one GPU."""
+
+    def fails(*arguments, **options):
+        raise RuntimeError("NCCL error in: x.cpp:9, invalid usage\nLast error:\nDuplicate GPU\n")
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(dist, "init_process_group", fails)
+    with pytest.raises(TrainingError) as caught, process_group("cpu"):
+        pass
+    assert "cannot be connected (NCCL error in: x.cpp:9, invalid usage; Duplicate GPU); " in str(
+        caught.value
+    )

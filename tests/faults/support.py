@@ -69,17 +69,17 @@ class Run:
             the so manyth time to open, make, rename or remove something below `folder`.
         logs: where its output goes, if not beside `folder`.
         environ: variables beside those of torchrun.
+        of_rank: what single ranks are started with beside that, by number.
         changes: of the tiny run of `tests.trainer.support.overrides`.
     """
 
     def __init__(
         self, files: Path, trainer: str, folder: Path, n_ranks: int = 1, *,
         die_at: int | None = None, mortal: int = 0, logs: Path | None = None,
-        environ: dict[str, str] | None = None, **changes,
+        environ: dict[str, str] | None = None, of_rank: dict[int, dict] | None = None, **changes,
     ):  # fmt: skip
         self.folder = folder
         self.log = (logs or folder.parent) / f"{folder.name}.log"
-        lines = overrides(files, trainer, folder, **changes)
         port = free_port()
         self.ranks = []
         for rank in range(n_ranks):
@@ -87,6 +87,8 @@ class Run:
                 "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_ranks,
                 "LOCAL_WORLD_SIZE": n_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             } | (environ or {})  # fmt: skip
+            own = changes | (of_rank or {}).get(rank, {})
+            lines = overrides(files, trainer, folder, **own)
             dies = die_at if rank == mortal else None
             arguments = (
                 trainer,

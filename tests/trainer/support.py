@@ -41,7 +41,7 @@ def write_rows(path: Path, n_rows: int = N_ROWS) -> Path:
     return path
 
 
-def write_model(folder: Path, shape: str = "qwen3", std: float = 0.4) -> Path:
+def write_model(folder: Path, shape: str = "qwen3", std: float = 0.4, width: int = 32) -> Path:
     """A random model and its tokenizer; a large `std` makes it sure of its tokens."""
     tokenizer = make_tiny_tokenizer()
     ids = {
@@ -51,8 +51,9 @@ def write_model(folder: Path, shape: str = "qwen3", std: float = 0.4) -> Path:
     }  # fmt: skip
     if shape == "qwen3":
         config = Qwen3Config(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
+            hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4,
+            max_position_embeddings=256,
             tie_word_embeddings=True, **ids,
         )  # fmt: skip
     else:  # with dropout, so that a step depends on the state of the random generator

@@ -13,7 +13,12 @@
     linear    the entries, and which implementation answers
 """
 
-from RL2.ops.token_stats.linear import IMPLEMENTATIONS, linear_token_loss, linear_token_stats
+from RL2.ops.token_stats.linear import (
+    IMPLEMENTATIONS,
+    has_compiler,
+    linear_token_loss,
+    linear_token_stats,
+)
 from RL2.ops.token_stats.naive import token_stats
 from RL2.ops.token_stats.stats import (
     NEG_INF,
@@ -31,6 +36,7 @@ __all__ = [
     "STATISTICS",
     "TokenStats",
     "VocabularyShard",
+    "has_compiler",
     "linear_token_loss",
     "linear_token_stats",
     "loss_of",

@@ -124,10 +124,10 @@ def _fastest(weight: Tensor) -> str:
     """By device and vocabulary alone, so that a model is always answered by the same code."""
     if weight.is_cuda:  # `triton` has not been measured on a GPU yet
         return "compiled" if importlib.util.find_spec("triton") else "tiled"
-    return "compiled" if len(weight) >= _COMPILED_FROM and _has_compiler() else "tiled"
+    return "compiled" if len(weight) >= _COMPILED_FROM and has_compiler() else "tiled"
 
 
-def _has_compiler() -> bool:
+def has_compiler() -> bool:
     """Whether torch.compile finds the C++ compiler that it needs on CPU."""
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 

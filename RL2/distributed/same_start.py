@@ -1,0 +1,82 @@
+"""Whether the ranks of a run were started with the same things.
+
+Each says what it was started with; ranks that would train a mixture of two runs, or wait for each
+other for ever, end with one line that names what differs.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+_LONGEST = 200  # characters of a value in a message
+_MOST_NAMES = 4
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something that must be the same on all ranks.
+
+    value: as messages show it. way_out: what to do where it differs. digest: of the value itself,
+    where that is not what is shown.
+    """
+
+    value: str
+    way_out: str
+    digest: str = ""
+
+    @property
+    def identity(self) -> str:
+        return self.digest or self.value
+
+
+Facts = Mapping[str, Fact]
+"""By the name that a user knows: a config key, a package, a variable."""
+
+
+def packed(facts: Facts) -> str:
+    """As text, which travels."""
+    return json.dumps({key: [fact.value, fact.way_out, fact.digest] for key, fact in facts.items()})
+
+
+def unpacked(text: str) -> dict[str, Fact]:
+    """What `packed` has made a text of."""
+    return {key: Fact(*fields) for key, fields in json.loads(text).items()}
+
+
+def fingerprint(text: str) -> str:
+    """A short SHA-256."""
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def difference(all_facts: Sequence[Facts], hosts: Sequence[str]) -> str | None:
+    """What the first rank that differs from rank 0 has otherwise, in one line; None if nothing.
+
+    hosts: the ranks' machines.
+    """
+    first = all_facts[0]
+    differing = [_differing(first, other) for other in all_facts]
+    rank = next((rank for rank, keys in enumerate(differing) if keys), None)
+    if rank is None:
+        return None
+    (key, *more), other = differing[rank], all_facts[rank]
+    own, theirs = first.get(key), other.get(key)
+    has = [_shown(own), _shown(theirs)]
+    if has[0] == has[1]:
+        has[1] = "another one"
+    names = ", ".join(more[:_MOST_NAMES]) + ", ..." * (len(more) > _MOST_NAMES)
+    others = f" (and {names})" if more else ""
+    return (
+        f"{key}: rank 0 on {hosts[0]} has {has[0]}, rank {rank} on {hosts[rank]} has {has[1]}"
+        f"{others}; {(own or theirs).way_out}"
+    )
+
+
+def _differing(first: Facts, other: Facts) -> list[str]:
+    one, two = ({key: fact.identity for key, fact in facts.items()} for facts in (first, other))
+    return [key for key in one | two if one.get(key) != two.get(key)]
+
+
+def _shown(fact: Fact | None) -> str:
+    text = "none" if fact is None else fact.value
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
