@@ -99,4 +99,4 @@ def _keep_pointing(moved: Path, before: Path) -> None:
         if link.is_symlink() and not os.path.isabs(goal := os.readlink(link)):
             parent = before.parent if link == moved else before
             link.unlink()
-            link.symlink_to(os.path.join(parent.resolve(), goal))
+            link.symlink_to(os.path.normpath(parent.resolve() / goal))

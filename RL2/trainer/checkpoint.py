@@ -337,13 +337,7 @@ class Checkpoints:
         def listed() -> list[Path]:
             return self.steps() if which == "latest" and rank() == 0 else [Path(which)]
 
-        def failed(reason: str) -> CheckpointError:
-            return CheckpointError(
-                f"trainer.load_ckpt_from={which}: {self.folder} cannot be read ({reason}); make it "
-                "readable and repeat the command"
-            )
-
-        return broadcast(together(listed, failed))
+        return broadcast(on_all(listed, f"trainer.load_ckpt_from={which}", self.folder))
 
     def _compare(self, folder: Path) -> list[str]:
         if self.config is None:

@@ -390,8 +390,8 @@ class Trainer:
             self.checkpoints.tidy()  # a run that was killed may not have come to it
             if self.config.trainer.get("keep_best"):
                 self.best = best_that_is_there(self.best, self._path("best"))
-            record.write(self._path(""), self.config, world_size(), state["step"])
             self.metrics = Metrics(self.config, logged, state["run_id"])
+            record.write(self._path(""), self.config, world_size(), state["step"])
         except OSError as error:
             raise CheckpointError(in_the_way(self._path(""), error, self._path(""))) from error
 

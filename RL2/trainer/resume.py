@@ -69,6 +69,10 @@ NOTES = {
 }
 _OF_RESUMING = {"trainer.load_ckpt_from"}  # which nobody needs to be told of
 _ABSENT = object()
+_UNKNOWN = (
+    "{} holds no fingerprints of models, tokenizer and sources, so whether those are what they "
+    "were is not known"
+)
 
 
 def write(folder: Path, config: DictConfig) -> None:
@@ -107,7 +111,8 @@ def compare(
         if before.get(key, _ABSENT) != after.get(key, _ABSENT) and key not in _OF_RESUMING
     }
     refused = {key: FIXED[key] for key in changed if key in FIXED and _ABSENT not in changed[key]}
-    known = about.get("inputs") or {}
+    known = about.get("inputs", {})
+    unknown = [] if "inputs" in about or not inputs else [_UNKNOWN.format(folder.name)]
     other = [name for name in inputs if known.get(name, inputs[name]) != inputs[name]]
     refused |= {_key(name): FIXED_INPUTS[name] for name in other if name in FIXED_INPUTS}
     if refused:
@@ -129,6 +134,7 @@ def compare(
             for name in other
         ]
         + _of_versions(about)
+        + unknown
     )
 
 
