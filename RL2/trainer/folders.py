@@ -141,7 +141,9 @@ def clean(parent: Path) -> None:
         final = replaced.with_name(replaced.name.removeprefix(REPLACED))
         if not exists(final):
             replaced.rename(final)
-    for prefix in (TEMPORARY, REPLACED, REMOVED, TOKEN):
+    for unfinished in parent.glob(f"{TEMPORARY}*"):  # ours are no links
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for prefix in (REPLACED, REMOVED, TOKEN):
         for unfinished in parent.glob(f"{prefix}*"):
             with suppress(OSError):
                 discard(unfinished)
