@@ -602,12 +602,18 @@ def _check_trainer(trainer: DictConfig) -> None:
     start = trainer.load_ckpt_from
     if start not in (None, "latest"):
         key = f"trainer.load_ckpt_from={start}"
-        if not start.strip() or not os.path.isdir(start):
+        try:
+            names = os.listdir(start if start.strip() else "")
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(
                 f"{key}: no such folder in {Path.cwd()}; use null, latest or the folder of a "
                 "checkpoint"
-            )
-        if not os.path.isfile(os.path.join(start, "manifest.json")):
+            ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"{key}: cannot be read ({error.strerror}); make it readable, or use null or latest"
+            ) from error
+        if "manifest.json" not in names:
             raise ConfigError(
                 f"{key}: is no checkpoint, as it has no manifest.json; use null, latest or a "
                 "folder such as <save_dir>/checkpoints/step000020"

@@ -23,11 +23,10 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from concurrent import futures
 from contextlib import suppress
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
@@ -43,21 +41,30 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from RL2.config import CheckpointError, RL2Error
+from RL2.config import CheckpointError
 from RL2.distributed import broadcast, rank, second_group, sum_over_ranks, world_size
-from RL2.distributed.agreement import first_reason, of_all, reason_of, together
+from RL2.distributed.agreement import of_all, together
 from RL2.rollout.event_loop import in_thread
-from RL2.trainer import machine, manifest, record, resume
-from RL2.trainer.folders import TEMPORARY, cannot_write, clean, free_name, fsync, publish, remove
+from RL2.trainer import integrity, machine, manifest, resume
+from RL2.trainer.aside import set_aside
+from RL2.trainer.folders import (
+    TEMPORARY,
+    cannot_write,
+    clean,
+    exists,
+    free_name,
+    fsync,
+    publish,
+    remove,
+)
+from RL2.trainer.integrity import damage as damage
+from RL2.trainer.integrity import on_all
+from RL2.trainer.shared_folder import PATIENCE
 from RL2.workers import Actor
 
 logger = logging.getLogger(__name__)
 
-_RUN_FILES = (
-    "checkpoints", "best", "final", "rollouts", "metrics.jsonl",
-    record.CONFIG, record.RUN, record.EARLIER,
-)  # fmt: skip
-_PACKAGES = ("rl2", "torch", "transformers")
+_DAMAGED = "damaged-"
 _STEP = re.compile(r"step(\d{6,})")
 _STAGING = StagingOptions(
     use_pinned_memory=torch.cuda.is_available(),
@@ -77,26 +84,8 @@ def n_bytes(state: Any) -> int:
     return sum(map(n_bytes, values)) if isinstance(state, (dict, list, tuple)) else 0
 
 
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # RL2 run from a checkout
-            found[name] = None
-    return found
-
-
 def _step_of(checkpoint: Path) -> int:
     return int(_STEP.fullmatch(checkpoint.name)[1])
-
-
-def _best_step(checkpoint: Path) -> int:
-    """Of the best evaluation that it knows; 0 where there is none, or the file is damaged."""
-    try:
-        return json.loads((checkpoint / "trainer.json").read_bytes())["best"]["step"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return 0
 
 
 def _updates(state: dict[str, Any], per_rollout: int) -> int:
@@ -138,7 +127,7 @@ class Checkpoints:
         background: whether `save` only copies, and a thread of its own writes.
 
     Attributes:
-        model: fingerprint of the model's files, to be kept, too.
+        inputs: fingerprints of what the run is made of, to be kept, too (`fingerprints.of_run`).
         threads, machines: what the run computes with (`RL2.trainer.machine`), to be kept, too.
     """
 
@@ -152,7 +141,7 @@ class Checkpoints:
         self.folder = Path(save_dir) / "checkpoints"
         self.keep_last = keep_last
         self.config = config
-        self.model: str | None = None
+        self.inputs: dict[str, str] = {}
         self.threads, self.machines = 0, []
         # A thread that writes while another trains needs a group of its own. The copies stay for
         # the next save.
@@ -167,45 +156,19 @@ class Checkpoints:
     def steps(self) -> list[Path]:
         """Complete checkpoints, newest first. Copies of other names are not the run's: they are
         neither resumed from nor pruned."""
-        found = (path for path in self.folder.glob("step*") if _STEP.fullmatch(path.name))
+        found = (self.folder / name for name in self._names() if _STEP.fullmatch(name))
         return sorted(found, key=_step_of, reverse=True)
 
-    def set_aside(self, step: int) -> None:
-        """Rank 0: move what this run does not continue out of its way, never delete it.
+    def _names(self) -> list[str]:
+        """In the folder, if there is one. A folder that cannot be looked into is no empty one."""
+        return os.listdir(self.folder) if exists(self.folder) else []
 
-        A run that starts anew (`step` 0) continues nothing that lies in its folder; a resumed one
-        nothing beyond `step`. Left in place, those checkpoints would count as newer than this
-        run's own: `latest` would resume from them and `keep_last` would keep them. With them go the
-        models that came of them; metrics and later rollouts are copied, as what is resumed may
-        have written some of those itself (`rollout.staleness=1`).
-        """
-        run = self.folder.parent
-        clean(run)
+    def set_aside(self, step: int) -> None:
+        """Rank 0: move what this run does not continue out of its way, see `aside.set_aside`."""
+        clean(self.folder.parent)
         clean(self.folder)
-        shared = []
-        if step == 0:
-            old = [run / name for name in _RUN_FILES]
-        else:
-            old = [path for path in self.steps() if _step_of(path) > step]
-            if old:
-                models = ["final", "best"] if _best_step(old[0]) > step else ["final"]
-                rollouts = sorted((run / "rollouts").glob("step*.jsonl"))
-                shared = [path for path in rollouts if path.name > f"step{step + 1:06d}"]
-                shared.append(run / "metrics.jsonl")
-                old += [run / name for name in models]
-        old = [path for path in old if path.exists()]
-        if not old:
-            return
-        aside = next(path for n in count(1) if not (path := run / f"before{n}").exists())
-        for path in (*shared, *old):
-            target = aside / path.relative_to(run)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if path in old:
-                path.rename(target)
-            elif path.exists():
-                shutil.copy2(path, target)
-        what = "an earlier run" if step == 0 else f"checkpoints beyond step {step}"
-        logger.warning("%s: %s moved aside to %s", run, what, aside)
+        beyond = [path for path in self.steps() if _step_of(path) > step]
+        set_aside(self.folder.parent, beyond, step)
 
     def save(
         self, step: int, actor: Actor, position: dict[str, Any], state: dict[str, Any]
@@ -277,6 +240,13 @@ class Checkpoints:
             problem = cannot_write(self.folder.parent, final, reason, needed)
             return CheckpointError(f"{problem}; earlier checkpoints are as they were")
 
+        def unseen(reason: str) -> CheckpointError:
+            return CheckpointError(
+                f"trainer.save_dir={self.folder.parent}: rank 0 does not find in {final} what all "
+                f"ranks wrote ({reason}); give a folder that all machines share; earlier "
+                "checkpoints are as they were"
+            )
+
         temporary = broadcast(together(lambda: self._begin(final, needed), failed, group), group)
         try:
             # All positions in one file: the next run may have another number of ranks.
@@ -284,7 +254,9 @@ class Checkpoints:
             own = {"rng": rng} | ({"source": [position, *others[1:]]} if rank() == 0 else {})
             written = together(lambda: _write_part(temporary, tensors, own, group), failed, group)
             files = of_all(written, group)
-            together(lambda: self._end(temporary, final, files, state, step), failed, group)
+            together(lambda: self._describe(temporary, files, state, step), failed, group)
+            together(lambda: self._look_at(temporary), unseen, group)
+            together(lambda: self._show(temporary, final), failed, group)
         except CheckpointError:
             if rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -299,10 +271,10 @@ class Checkpoints:
             raise OSError("too little space")
         return Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{final.name}-", dir=self.folder))
 
-    def _end(
-        self, temporary: Path, final: Path, files: list[manifest.Files], state: str, step: int
+    def _describe(
+        self, temporary: Path, files: list[manifest.Files], state: str, step: int
     ) -> None:
-        """Rank 0: what only one can write, and the names under which all of it is found."""
+        """Rank 0: what only one can write, the manifest last."""
         if rank() != 0:
             return
         (temporary / "trainer.json").write_text(state)
@@ -315,11 +287,30 @@ class Checkpoints:
             if path.is_file() and path.relative_to(temporary).as_posix() not in listed
         ]
         about = {
-            "step": step, "world_size": world_size(), "versions": _versions(), "model": self.model,
+            "step": step, "world_size": world_size(), "versions": resume.versions(),
+            "inputs": self.inputs,
             "threads": self.threads, "machines": self.machines,
         }  # fmt: skip
         listed |= manifest.fingerprints(others, temporary)
         manifest.write(temporary, listed, about)
+
+    def _look_at(self, temporary: Path) -> None:
+        """Rank 0: all that its manifest lists has to be there. Network file systems show late what
+        others wrote."""
+        end = time.monotonic() + PATIENCE
+        while rank() == 0:
+            try:
+                manifest.read(temporary)
+                return
+            except manifest.Damaged:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(0.2)
+
+    def _show(self, temporary: Path, final: Path) -> None:
+        """Rank 0: the names under which all of it is found."""
+        if rank() != 0:
+            return
         temporary.chmod(0o755)  # mkdtemp's is for its owner alone
         publish(temporary, final)
         self.tidy()
@@ -334,18 +325,16 @@ class Checkpoints:
         for old in self.steps()[self.keep_last :] if self.keep_last else []:
             remove(old)
 
-    def check(self, which: str, model: str) -> None:
-        """What `load` will say of keys that may not change, before a model is there.
-
-        Args:
-            model: fingerprint of its files.
+    def check(self, which: str) -> None:
+        """What `load` will say of `inputs` and keys that may not change, before a model is there.
 
         Raises:
-            CheckpointError: the run's config has another value of such a key.
+            CheckpointError: one of them is another one, or the checkpoint cannot be read.
         """
+        key = f"trainer.load_ckpt_from={which}"
         for folder in self._candidates(which)[:1]:
             with suppress(manifest.Damaged):  # `load` goes on to the one before
-                self._compare(folder, model)
+                on_all(lambda folder=folder: self._compare(folder), key, folder)
 
     def about(self, which: str | None) -> dict[str, Any]:
         """What is said of the checkpoint that `load` will take, as far as one looks whole; empty
@@ -358,64 +347,81 @@ class Checkpoints:
         return broadcast(found)
 
     def _candidates(self, which: str) -> list[Path]:
-        return broadcast(self.steps() if which == "latest" else [Path(which)])
+        def listed() -> list[Path]:
+            return self.steps() if which == "latest" and rank() == 0 else [Path(which)]
 
-    def _compare(self, folder: Path, model: str | None) -> list[str]:
+        return broadcast(on_all(listed, f"trainer.load_ckpt_from={which}", self.folder))
+
+    def _compare(self, folder: Path) -> list[str]:
         if self.config is None:
             return []
         content = manifest.read(folder)
         config = {name: entry for name, entry in content["files"].items() if name == resume.NAME}
         manifest.verify(folder, {"files": config})
         about = content["about"]
-        lines = resume.compare(folder, self.config, model, about)
+        lines = resume.compare(folder, self.config, self.inputs, about)
         return lines + machine.changes(about, self.threads, self.machines)
 
     def load(self, which: str, actor: Actor, source: Any) -> dict[str, Any] | None:
         """Restore `latest` or the folder `which`.
 
-        With `latest`, a checkpoint that is not what its manifest says is renamed to `damaged-…`,
-        and one that does not load is left; both are named, and the one before is tried.
+        With `latest`, checkpoints that are not what their manifests say are named, and the newest
+        good one is loaded; only then are they renamed to `damaged-…`.
 
         Returns:
             The saved state, or None where there is nothing to resume (`latest` only).
 
         Raises:
-            CheckpointError: a named folder, or every one there is, cannot be loaded, or the run's
-                config has another value of a key that may not change.
+            CheckpointError: a named folder, or every one there is, is damaged; the newest one that
+                is not damaged cannot be read or loaded; or the run's config has another value of a
+                key that may not change. Nothing is renamed then.
             DataError: the data set is another one.
         """
-        latest = which == "latest"
-        folders = self._candidates(which)
-        for folder in folders:
-            state, changes = None, []
-            reason = damaged = first_reason(damage(folder))
-            if damaged is None:
-                try:
-                    changes = self._compare(folder, self.model)
-                    state = self._load(folder, actor, source)
-                except RL2Error:
-                    raise  # not the checkpoint's fault: the one before would say the same
-                except (Exception, CheckpointException) as error:  # may raise anything
-                    reason = reason_of(error)
-                reason = first_reason(reason)
-            if reason is None:
-                logger.info("resumed from %s", folder)
-                for change in changes:
-                    logger.info("%s", change)
-                return state
-            message = f"trainer.load_ckpt_from={which}: {folder} does not load ({reason})"
-            if not latest:
-                raise CheckpointError(f"{message}; name another checkpoint, or use latest")
-            if damaged is not None:
-                message += f"; it is {_set_apart(folder)} now"
-            logger.warning("%s; trying the one before", message)
-        if folders:
-            raise CheckpointError(
-                f"trainer.load_ckpt_from=latest: none of {len(folders)} checkpoints under "
-                f"{self.folder} loads; move them away to start anew"
-            )
-        logger.info("trainer.load_ckpt_from=latest: nothing under %s, starting anew", self.folder)
+        key, bad = f"trainer.load_ckpt_from={which}", []
+        for folder in self._candidates(which):
+            if (reason := integrity.judge(folder, key)) is not None:
+                if which != "latest":
+                    raise CheckpointError(
+                        f"{key}: {folder} does not load ({reason}); name another checkpoint, or "
+                        "use latest"
+                    )
+                bad.append((folder, reason))
+                continue
+
+            def restore(folder: Path = folder) -> tuple[list[str], dict[str, Any]]:
+                return self._compare(folder), self._load(folder, actor, source)
+
+            changes, state = on_all(restore, key, folder)
+            for damaged, reason in bad:
+                logger.warning(
+                    "%s: %s does not load (%s); it is %s now; trying the one before",
+                    key, damaged, reason, _set_apart(damaged),
+                )  # fmt: skip
+            logger.info("resumed from %s", folder)
+            for change in changes:
+                logger.info("%s", change)
+            return state
+        if (lost := broadcast(self._lost(bad) if rank() == 0 else None)) is not None:
+            raise CheckpointError(f"{key}: {lost}; move all of {self.folder} away to start anew")
+        logger.info("%s: nothing under %s, starting anew", key, self.folder)
         return None
+
+    def _lost(self, bad: list[tuple[Path, str]]) -> str | None:
+        """Rank 0: what shows that there was a run to go on with, of which nothing is left that
+        loads. It stays so however often the command is repeated: a run that began at step 1 then
+        would set all of it aside."""
+        names = sorted({*(folder.name for folder, _ in bad), *self._apart()})
+        if names:
+            why = f" ({bad[0][0].name}: {bad[0][1]})" if bad else ""
+            return f"none of {len(names)} checkpoints under {self.folder} loads{why}"
+        pointer = self.folder / "latest"
+        if "latest" in self._names():
+            return f"{pointer} names {pointer.read_text():.80}, which is not there"
+        return None
+
+    def _apart(self) -> list[str]:
+        """Of checkpoints that were found to be damaged before."""
+        return [name for name in self._names() if name.startswith(_DAMAGED)]
 
     @staticmethod
     def _load(folder: Path, actor: Actor, source: Any) -> dict[str, Any]:
@@ -430,7 +436,7 @@ class Checkpoints:
         actor.prepare_scheduler(actor.n_updates, _updates(state, actor.config.update_per_rollout))
         actor.bad_steps = state["bad_steps"]
         own = folder / f"rank{rank()}.pt"
-        if own.exists():
+        if exists(own):
             set_rng_state(torch.load(own, weights_only=True)["rng"], actor.device)
         # The positions of all ranks, also for ranks that are new.
         source.load_state_dict(torch.load(folder / "rank0.pt", weights_only=True)["source"])
@@ -451,22 +457,9 @@ def _write_part(
     return manifest.fingerprints([path, *temporary.glob(f"__{rank()}_*")], temporary)  # DCP's names
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; ranks share the work."""
-    try:
-        content = manifest.read(folder, (".metadata", "trainer.json"))
-        for other in range(content["about"]["world_size"]):
-            if f"rank{other}.pt" not in content["files"]:
-                raise manifest.Damaged(f"rank{other}.pt is missing")
-        manifest.verify(folder, content, slice(rank(), None, world_size()))
-    except (manifest.Damaged, OSError, KeyError, TypeError) as error:
-        return reason_of(error)
-    return None
-
-
 def _set_apart(folder: Path) -> str:
     """Rename a damaged checkpoint, so that it is not tried again (a collective); its new name."""
-    name = broadcast(free_name(folder, "damaged-"))
+    name = broadcast(free_name(folder, _DAMAGED))
     together(
         lambda: folder.rename(folder.with_name(name)) if rank() == 0 else None,
         lambda reason: CheckpointError(

@@ -1,6 +1,7 @@
 """Model folders that transformers loads: `final` and `best`."""
 
 import copy
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,25 @@ from RL2.config import CheckpointError
 from RL2.distributed import broadcast, rank
 from RL2.distributed.agreement import together
 from RL2.trainer.checkpoint import n_bytes
-from RL2.trainer.folders import TEMPORARY, cannot_write, publish
+from RL2.trainer.folders import TEMPORARY, cannot_write, exists, publish
 from RL2.workers import Actor
 from RL2.workers.lora import has_adapters, merged, save_adapters
 
+logger = logging.getLogger(__name__)
+
 _PREFIX = "model."  # TokenStatsModel's name for the transformers model inside
+
+
+def best_that_is_there(best: dict[str, float], folder: Path) -> dict[str, float]:
+    """What a run that goes on may remember of its best evaluation: nothing where `folder` does not
+    hold that model, as the next one would have to beat it to be kept."""
+    if not best.get("step") or exists(folder):  # at step 0 it is the start, which nobody keeps
+        return best
+    logger.warning(
+        "%s is not there, which held the best model so far (test/score %g at step %d); the next "
+        "evaluation counts as the best", folder, best["test/score"], best["step"],
+    )  # fmt: skip
+    return {}
 
 
 def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:

@@ -8,11 +8,19 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
+from RL2.algorithms.token_loss import TokenLoss
 from RL2.workers.loading import model_fingerprint
 
-__all__ = ["model_fingerprint", "source_fingerprint", "tokenizer_fingerprint", "tokenizer_parts"]
+__all__ = [
+    "model_fingerprint",
+    "of_run",
+    "source_fingerprint",
+    "tokenizer_fingerprint",
+    "tokenizer_parts",
+]
 
 
 def source_fingerprint(path_or_object: str | Path | Callable[..., Any]) -> str:
@@ -37,6 +45,25 @@ def source_fingerprint(path_or_object: str | Path | Callable[..., Any]) -> str:
         name = f"{function.__module__}.{function.__qualname__}"
         return sha256(name.encode()).hexdigest()
     return source_fingerprint(file)
+
+
+def of_run(
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase, loss: TokenLoss, ref: bool
+) -> dict[str, str]:
+    """Of what decides a run beside its config and its rows of data.
+
+    ref: whether it has a reference model.
+    """
+    models = ("actor", "ref_actor") if ref else ("actor",)
+    found = {
+        f"{name}.model_name": model_fingerprint(config[name].model_name, config[name].revision)
+        for name in models
+    } | tokenizer_parts(tokenizer)
+    if config.actor.loss.import_path is not None:
+        found["actor.loss.import_path"] = source_fingerprint(loss.function)
+    if "rollout" in config:
+        found["rollout.env_path"] = source_fingerprint(config.rollout.env_path)
+    return found
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

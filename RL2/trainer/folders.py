@@ -1,17 +1,20 @@
 """Folders that appear whole or not at all, and a run's folder that has one writer."""
 
+import errno
 import fcntl
 import os
 import shutil
 import socket
+from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import TextIO
 
 from RL2.config import ConfigError
 
-TEMPORARY, REPLACED, REMOVED = ".writing-", ".replaced-", ".removed-"
-"""How the names of folders begin that are not whole yet, make room for another, or go."""
+TEMPORARY, REPLACED, REMOVED, TOKEN = ".writing-", ".replaced-", ".removed-", ".seen-"
+"""How the names begin of folders that are not whole yet, make room for another, or go, and of the
+files by which ranks find out whether they share a folder."""
 
 
 def lock(save_dir: str) -> TextIO:
@@ -63,6 +66,41 @@ def cannot_write(save_dir: Path, path: Path, reason: str, needed: int | None = N
     )
 
 
+def in_the_way(save_dir: Path, error: OSError, path: Path) -> str:
+    """What to say where a run's folder cannot be made ready for a run.
+
+    path: what is to blame where the error does not say it.
+    """
+    path, reason = Path(error.filename or path), error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return cannot_write(save_dir, path, reason)
+    return (
+        f"trainer.save_dir={save_dir}: {path} stands in the way ({reason}); let this user read, "
+        "write and move it, move it away yourself, or choose another folder"
+    )
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something of that name, be it a link to nothing.
+
+    `Path.exists` of some versions of Python says no to what it may not look at, and that would be
+    overwritten.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def discard(path: Path) -> None:
+    """Delete a folder, a file, or a link, but never what the link points to."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
 def fsync(path: Path) -> None:
     """Make a file, or the names in a folder, survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -79,19 +117,21 @@ def publish(temporary: Path, final: Path) -> None:
         fsync(path)
     fsync(temporary)
     old = final.with_name(f"{REPLACED}{final.name}")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
+    if exists(final):
+        if exists(old):
+            discard(old)
         final.rename(old)
     temporary.rename(final)
     fsync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):  # which `clean` tries again
+        discard(old)
 
 
 def remove(folder: Path) -> None:
     """Delete a folder; broken off, it leaves nothing under its name."""
     hidden = folder.with_name(f"{REMOVED}{folder.name}")
     folder.rename(hidden)
-    shutil.rmtree(hidden)
+    discard(hidden)
 
 
 def clean(parent: Path) -> None:
@@ -99,15 +139,18 @@ def clean(parent: Path) -> None:
     replacement that did not come."""
     for replaced in parent.glob(f"{REPLACED}*"):
         final = replaced.with_name(replaced.name.removeprefix(REPLACED))
-        if not final.exists():
+        if not exists(final):
             replaced.rename(final)
-    for prefix in (TEMPORARY, REPLACED, REMOVED):
+    for unfinished in parent.glob(f"{TEMPORARY}*"):  # ours are no links
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for prefix in (REPLACED, REMOVED, TOKEN):
         for unfinished in parent.glob(f"{prefix}*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+            with suppress(OSError):
+                discard(unfinished)
 
 
 def free_name(folder: Path, prefix: str) -> str:
     """`<prefix><name of the folder>`, with a number behind it where that exists already."""
     plain = f"{prefix}{folder.name}"
     names = chain([plain], (f"{plain}-{number}" for number in count(2)))
-    return next(name for name in names if not folder.with_name(name).exists())
+    return next(name for name in names if not exists(folder.with_name(name)))

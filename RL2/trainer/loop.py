@@ -30,15 +30,16 @@ from RL2.trainer import machine, record
 from RL2.trainer.banner import banner
 from RL2.trainer.checkpoint import Checkpoints, rng_state, set_rng_state
 from RL2.trainer.ends import missing_ends, name_ends
-from RL2.trainer.export import save_model
-from RL2.trainer.folders import cannot_write, lock
+from RL2.trainer.export import best_that_is_there, save_model
+from RL2.trainer.fingerprints import of_run
+from RL2.trainer.folders import cannot_write, in_the_way, lock
 from RL2.trainer.health import observe
 from RL2.trainer.metrics import Metrics, Timers
+from RL2.trainer.shared_folder import check_shared
 from RL2.trainer.sources import DatasetSource, RolloutSource
 from RL2.trainer.started_with import files_behind
 from RL2.trainer.stop import StopRequest
 from RL2.workers import Actor
-from RL2.workers.loading import model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,7 @@ class Trainer:
         self.alarmed = self.done = False
         self.metrics: Metrics | None = None
         self.unwritten: str | None = None  # what there was no room for in the step
+        check_shared(config.trainer.save_dir)
         torch.manual_seed(config.trainer.seed + rank())
 
         ends, missing = all_or_none(self._read_inputs)
@@ -169,14 +171,16 @@ class Trainer:
         about = self.checkpoints.about(config.trainer.load_ckpt_from)
         self.checkpoints.threads = machine.use_threads(config.trainer.num_threads, about)
         self.checkpoints.machines = machine.all_machines(device)
-        fingerprint = partial(model_fingerprint, config.actor.model_name, config.actor.revision)
+        inputs = partial(of_run, config, self.tokenizer, self.loss, "ref_logps" in self.required)
         if config.trainer.load_ckpt_from is not None:
-            self.checkpoints.check(config.trainer.load_ckpt_from, fingerprint())
+            self.checkpoints.inputs = inputs() | self.source.inputs
+            self.checkpoints.check(config.trainer.load_ckpt_from)
         self.lock = all_or_none(lambda: lock(config.trainer.save_dir) if rank() == 0 else None)
         actor = config.actor if self.is_rl else OmegaConf.merge(_ON_DATA, config.actor)
         self.actor = Actor(actor, device, self.loss, config.trainer.max_bad_steps, self.traffic)
         name_ends(self.actor.hf_model, ends.saved, missing)
-        self.checkpoints.model = fingerprint()  # now that the weights are on this machine
+        # Once more, now that the weights are on this machine.
+        self.checkpoints.inputs = inputs() | self.source.inputs
         self.actor.prepare_scheduler(self.n_steps * actor.update_per_rollout)
         if self.is_rl and config.rollout.dtype == Dtype.auto:  # on CUDA: one dtype for both
             config.rollout.dtype = str(self.actor.dtypes.compute).removeprefix("torch.")
@@ -366,7 +370,7 @@ class Trainer:
             return metrics
         if score > self.best.get("test/score", -math.inf):
             try:
-                if self.best and self.config.trainer.keep_best:
+                if step > 0 and self.config.trainer.keep_best:
                     with self.timers("save"):
                         self._save_model("best")
                 self.best = {"step": step, "test/score": score}
@@ -394,17 +398,23 @@ class Trainer:
             self.traffic.pop()  # belongs to no step
         together(
             partial(self._open_folder, state) if rank() == 0 else lambda: None,
-            lambda reason: CheckpointError(self._cannot_write(self._path("metrics.jsonl"), reason)),
+            CheckpointError,
         )
+        self.best = broadcast(self.best)
         return state["step"], state["unfinished"]
 
     def _open_folder(self, state: dict[str, Any]) -> None:
         """Rank 0: leave there what the run continues, and begin to log."""
-        self.checkpoints.set_aside(state["step"])
-        self.checkpoints.tidy()  # a run that was killed may not have come to it
         logged = state["step"] - (state["unfinished"] is not None)
-        record.write(self._path(""), self.config, world_size(), state["step"])
-        self.metrics = Metrics(self.config, logged, state["run_id"])
+        try:
+            self.checkpoints.set_aside(state["step"])
+            self.checkpoints.tidy()  # a run that was killed may not have come to it
+            if self.config.trainer.get("keep_best"):
+                self.best = best_that_is_there(self.best, self._path("best"))
+            self.metrics = Metrics(self.config, logged, state["run_id"])
+            record.write(self._path(""), self.config, world_size(), state["step"])
+        except OSError as error:
+            raise CheckpointError(in_the_way(self._path(""), error, self._path(""))) from error
 
     def _publish(self, step: int) -> None:
         """The actor's weights to the engine, which from then on has the device's memory."""

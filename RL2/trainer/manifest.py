@@ -8,6 +8,7 @@ who can write the folder can also write a manifest that fits.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ Files = dict[str, dict[str, Any]]  # by name: "bytes" and "sha256"
 
 
 class Damaged(Exception):
-    """A folder is not what its manifest says; the message names the first thing that differs."""
+    """A folder is not what its manifest says; the message names the first thing that differs.
+
+    What cannot be read for now (no permission, a network that is away) is no such thing: it stays
+    the OSError that it is.
+    """
 
 
 def fingerprints(paths: Iterable[Path], folder: Path) -> Files:
@@ -38,7 +43,7 @@ def write(folder: Path, files: Files, about: dict[str, Any]) -> None:
     about: what a reader may want to know of its making, as JSON has it.
     """
     content = {"about": about, "files": dict(sorted(files.items()))}
-    content["sha256"] = _digest(content)
+    content["sha256"] = digest(content)
     (folder / NAME).write_text(json.dumps(content, indent=1))
 
 
@@ -50,22 +55,20 @@ def read(folder: Path, required: Iterable[str] = ()) -> dict[str, Any]:
 
     Raises:
         Damaged: there is none, it is not whole, or names or sizes differ.
+        OSError: something cannot be read, so that nobody knows.
     """
+    found = _sizes(folder)
+    if found.pop(NAME, None) is None:
+        raise Damaged(f"it has no {NAME}")
+    text = (folder / NAME).read_bytes()
     try:
-        content = json.loads((folder / NAME).read_bytes())
-        digest, files = content.pop("sha256"), content["files"]
+        content = json.loads(text)
+        expected_digest, files = content.pop("sha256"), content["files"]
         expected = {name: entry["bytes"] for name, entry in files.items()}
-    except FileNotFoundError as error:
-        raise Damaged(f"it has no {NAME}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{NAME} is not readable") from error
-    if digest != _digest(content):
+    if expected_digest != digest(content):
         raise Damaged(f"{NAME} was changed")
-    found = {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in folder.rglob("*")
-        if path.is_file() and path != folder / NAME
-    }
     if missing := sorted({*expected, *required} - found.keys()):
         raise Damaged(f"{missing[0]} is missing")
     if more := sorted(found.keys() - expected):
@@ -83,10 +86,26 @@ def verify(folder: Path, content: dict[str, Any], part: slice = slice(None)) -> 
 
     Raises:
         Damaged: a file's SHA-256 differs.
+        OSError: one cannot be read.
     """
     for name in sorted(content["files"])[part]:
         if _sha256(folder / name) != content["files"][name]["sha256"]:
             raise Damaged(f"{name} is damaged: its SHA-256 is not that of {NAME}")
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Of all files below a folder, by name. `Path.rglob` leaves out what it may not look into."""
+    os.listdir(folder)  # os.walk is content with a link to nothing
+    found = {}
+    for parent, _, names in os.walk(folder, onerror=_raise):
+        for name in names:
+            path = Path(parent, name)
+            found[path.relative_to(folder).as_posix()] = path.stat().st_size
+    return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _sha256(path: Path) -> str:
@@ -94,5 +113,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(content: dict[str, Any]) -> str:
+def digest(content: dict[str, Any]) -> str:
+    """Of what `read` returns, without the digest in it."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from RL2.config.secrets import redact, redact_config
 from RL2.rollout import guard
 from RL2.trainer import wandb_sink
+from RL2.trainer.folders import exists
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +224,7 @@ class Wandb:
 def _lines_until(path: Path, step: int) -> list[str]:
     """Lines of `metrics.jsonl` up to a step; a killed process may have left half of one."""
     kept = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if exists(path) else []:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import RL2
 from RL2.config.secrets import redact, redact_config
+from RL2.trainer.folders import exists
 
 CONFIG, RUN, EARLIER = "config.yaml", "run.json", "earlier"
 _PACKAGES = (
@@ -47,9 +48,9 @@ def write(folder: Path, config: DictConfig, n_ranks: int, resumed: int) -> None:
         "versions": versions(),
         "git": {"RL2": commit(Path(RL2.__file__).parent), "working_directory": commit(Path.cwd())},
     }
-    old = [folder / name for name in (CONFIG, RUN) if (folder / name).exists()]
+    old = [folder / name for name in (CONFIG, RUN) if exists(folder / name)]
     if old:
-        aside = next(path for n in count(1) if not (path := folder / EARLIER / str(n)).exists())
+        aside = next(path for n in count(1) if not exists(path := folder / EARLIER / str(n)))
         aside.mkdir(parents=True)
         for path in old:
             path.rename(aside / path.name)

@@ -16,8 +16,11 @@ from RL2.config.flat import ABSENT as _ABSENT
 from RL2.config.flat import as_text as _text
 from RL2.config.flat import flat as _flat
 from RL2.config.secrets import redact_config
+from RL2.trainer import record
+from RL2.trainer.folders import exists
 
 NAME = "config.yaml"
+PACKAGES = ("rl2", "torch", "transformers")
 
 _BATCHES = "steps, epochs and the learning rate's schedule are counted in batches of that size"
 FIXED = {
@@ -26,14 +29,32 @@ FIXED = {
     "actor.lora.target_modules": "other layers have the adapters that were trained",
     "train_data.prompts_per_rollout": _BATCHES,
     "data.batch_size": _BATCHES,
+    "trainer.seed": "the rows are in its order already, and half of a run would have the other one",
 }
-"""Keys that may not change, and why. The weights behind actor.model_name are compared as such, and
-so are the rows of the data (`RL2.datasets.base`): both may have moved."""
+"""Keys that may not change, and why. The rows of the data are compared as such
+(`RL2.datasets.base`), as they may have moved."""
+
+FIXED_INPUTS = {
+    "actor.model_name": "its weights or its config.json are not those of that run",
+    "vocabulary": "the tokenizer gives tokens other numbers than those that were trained",
+}
+"""Fingerprints (`fingerprints.of_run`) that may not change, and why."""
+
+OTHER_INPUTS = {
+    "rules": "its tokenizer makes other tokens of a text, or other ones are special",
+    "chat template": "its chat template is another one",
+    "ref_actor.model_name": "its weights or its config.json are not those of before, and the KL is "
+    "taken to them",
+    "rollout.env_path": "the file is not what it was",
+    "actor.loss.import_path": "the file is not what it was",
+    "test_data.path": "its rows are not those of before, so scores of both do not compare",
+}
+"""Fingerprints that are told where they differ. Those that are no key's belong to
+actor.model_name."""
 
 _REPLANNED = "the learning rate goes on where the whole schedule of these keys is by now"
 NOTES = {
     "actor.lora.seed": "without effect on adapters that are trained already",
-    "trainer.seed": "of what is drawn from now on; the data stay in the order they were in",
     "train_data.path": "its rows have to be the same",
     "data.path": "its rows have to be the same",
     **dict.fromkeys(
@@ -49,6 +70,10 @@ NOTES = {
     ),
 }
 _OF_RESUMING = {"trainer.load_ckpt_from"}  # which nobody needs to be told of
+_UNKNOWN = (
+    "{} holds no fingerprints of models, tokenizer and sources, so whether those are what they "
+    "were is not known"
+)
 
 
 def write(folder: Path, config: DictConfig) -> None:
@@ -57,19 +82,19 @@ def write(folder: Path, config: DictConfig) -> None:
 
 
 def compare(
-    folder: Path, config: DictConfig, model: str | None, about: dict[str, Any]
+    folder: Path, config: DictConfig, inputs: dict[str, str], about: dict[str, Any]
 ) -> list[str]:
-    """What `config` has otherwise than the run that wrote the checkpoint `folder`, a line a key.
+    """What is otherwise than in the run that wrote the checkpoint `folder`, a line each.
 
     Args:
-        model: fingerprint of its files now, see `RL2.workers.loading.model_fingerprint`.
+        inputs: fingerprints of now, see `fingerprints.of_run`.
         about: what the checkpoint's manifest says of its making.
 
     Raises:
         CheckpointError: a key that may not change.
     """
     path = folder / NAME
-    if not path.exists():
+    if not exists(path):
         return [f"{folder.name} holds no config, so what was changed since is not known"]
     before, after = (
         dict(_flat(tree)) for tree in (yaml.safe_load(path.read_text()), _plain(config))
@@ -87,8 +112,10 @@ def compare(
         if before.get(key, _ABSENT) != after.get(key, _ABSENT) and key not in _OF_RESUMING
     }
     refused = {key: FIXED[key] for key in changed if key in FIXED and _ABSENT not in changed[key]}
-    if about.get("model") not in (None, model):
-        refused["actor.model_name"] = "its weights or its config.json are not those of that run"
+    known = about.get("inputs", {})
+    unknown = [] if "inputs" in about or not inputs else [_UNKNOWN.format(folder.name)]
+    other = [name for name in inputs if known.get(name, inputs[name]) != inputs[name]]
+    refused |= {_key(name): FIXED_INPUTS[name] for name in other if name in FIXED_INPUTS}
     if refused:
         key, why = next(iter(refused.items()))
         old, new = (_text(tree.get(key)) for tree in (before, after))
@@ -97,11 +124,38 @@ def compare(
             f"{key}={new}: {folder.name} does not load with it, it was written with {old} ({why}); "
             f"{way_out}, or leave out trainer.load_ckpt_from to start anew"
         )
+    return (
+        [
+            f"{key}={_text(new)} from here on, was {_text(old)}"
+            + (f" ({NOTES[key]})" if key in NOTES else "")
+            for key, (old, new) in changed.items()
+        ]
+        + [
+            f"{_key(name)}={_text(after.get(_key(name)))}: {OTHER_INPUTS[name]}, from here on"
+            for name in other
+        ]
+        + _of_versions(about)
+        + unknown
+    )
+
+
+def versions() -> dict[str, str | None]:
+    """Of the packages that decide what a run computes; None: used without being installed."""
+    found = record.versions()
+    return {name: found.get(name) for name in PACKAGES}
+
+
+def _of_versions(about: dict[str, Any]) -> list[str]:
+    now, before = versions(), about.get("versions") or {}
     return [
-        f"{key}={_text(new)} from here on, was {_text(old)}"
-        + (f" ({NOTES[key]})" if key in NOTES else "")
-        for key, (old, new) in changed.items()
+        f"{name} {now[name]} from here on, was {before[name]} (results may differ)"
+        for name in PACKAGES
+        if name in before and before[name] != now[name]
     ]
+
+
+def _key(name: str) -> str:
+    return name if "." in name else "actor.model_name"
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

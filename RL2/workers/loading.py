@@ -7,8 +7,10 @@ which loads the whole model on every rank before it is split.
 """
 
 import json
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -26,7 +28,7 @@ from RL2.config import ConfigError
 
 # Of a config.json, what has no part in what the model computes.
 _OF_FILES = ("_name_or_path", "transformers_version")
-_SAMPLE = 2**16  # bytes
+_WHOLE, _SAMPLE, _OF_TENSOR = 2**26, 2**16, 2**12  # bytes
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -50,8 +52,9 @@ def weight_files(model_name: str, revision: str | None = None) -> dict[str, Path
 def model_fingerprint(model_name: str, revision: str | None = None) -> str:
     """A SHA-256 that tells the models of two folders or hub ids apart, wherever those lie.
 
-    Of the weights' files it reads the size, the beginning (names and shapes), the middle and the
-    end: another training changes those, and a copy does not.
+    Small files of weights are read whole. Of larger ones it reads the size and the beginning
+    (names and shapes), and the beginning, the middle and the end of every tensor, or, of pickled
+    ones, of the file: another training changes those, and a copy does not.
     """
     content = json.loads(Path(cached_file(model_name, CONFIG_NAME, revision=revision)).read_text())
     content = {name: value for name, value in content.items() if name not in _OF_FILES}
@@ -61,10 +64,29 @@ def model_fingerprint(model_name: str, revision: str | None = None) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
-            for start in (0, size // 2, max(0, size - _SAMPLE)):
+            for start, length in _samples(file, size):
                 file.seek(start)
-                digest.update(file.read(_SAMPLE))
+                digest.update(file.read(length))
     return digest.hexdigest()
+
+
+def _samples(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
+    """Where to read a file of weights, and how much, to know whether it is another one."""
+    if size <= _WHOLE:
+        yield 0, size
+        return
+    for start in (0, size // 2, size - _SAMPLE):
+        yield start, _SAMPLE
+    file.seek(0)  # whoever took the places before has moved it
+    header_size = int.from_bytes(file.read(8), "little")
+    if not file.name.endswith(".safetensors") or header_size > _WHOLE:
+        return
+    header = json.loads(file.read(header_size))
+    yield 0, 8 + header_size
+    for name in sorted(header.keys() - {"__metadata__"}):
+        first, last = (8 + header_size + offset for offset in header[name]["data_offsets"])
+        for start in (first, (first + last) // 2, max(first, last - _OF_TENSOR)):
+            yield start, min(_OF_TENSOR, last - start)
 
 
 def holds_all(files: dict[str, Path], model: PreTrainedModel) -> bool:

@@ -244,3 +244,17 @@ def test_the_cases_start_from_a_config_that_is_good(files, tmp_path):
     config = composed("spo", overrides(files, "spo", tmp_path))
     assert OmegaConf.missing_keys(config) == set()
     assert issubclass(ConfigError, RL2Error)
+
+
+def test_a_named_checkpoint_that_cannot_be_read_is_not_said_to_be_none(files, tmp_path):
+    (tmp_path / "step000001").symlink_to("step000001")
+    with pytest.raises(ConfigError, match="step000001: cannot be read .Too many levels of sym"):
+        launch(
+            composed(
+                "sft",
+                overrides(
+                    files, "sft", tmp_path / "run",
+                    trainer__load_ckpt_from=tmp_path / "step000001",
+                ),
+            )
+        )  # fmt: skip

@@ -257,7 +257,7 @@ def test_every_key_that_differs_is_a_line(files, tmp_path):
                   rollout__train_sampling_params__stop="[a,b]", trainer__load_ckpt_from="latest",
                   actor__max_grad_norm=2, trainer__seed=1),
     )  # fmt: skip
-    assert resume.compare(tmp_path, after, None, {}) == [
+    assert resume.compare(tmp_path, after, {}, {}) == [
         "actor.temperature=0.5 from here on, was 1.0",
         "actor.max_grad_norm=2.0 from here on, was 1.0",
         "ref_actor.temperature=0.5 from here on, was 1.0",
@@ -279,7 +279,7 @@ def test_a_key_that_another_version_did_not_have_refuses_nothing(files, tmp_path
     del saved["data"]["batch_size"], saved["actor"]["compile"]
     saved["trainer"]["gone"] = 1
     path.write_text(yaml.safe_dump(saved))
-    found = resume.compare(tmp_path, config, None, {})
+    found = resume.compare(tmp_path, config, {}, {})
     assert [line.partition(" (")[0] for line in found] == [
         "data.batch_size=8 from here on, was absent",
         "actor.compile=false from here on, was absent",
@@ -294,7 +294,7 @@ def test_no_secret_is_kept(files, tmp_path, monkeypatch):
     OmegaConf.resolve(config)
     resume.write(tmp_path, config)
     assert "everybody" not in (tmp_path / resume.NAME).read_text()
-    assert resume.compare(tmp_path, config, None, {}) == []
+    assert resume.compare(tmp_path, config, {}, {}) == []
 
 
 def test_a_checkpoint_of_the_first_version_goes_on(files, saved, tmp_path, caplog):

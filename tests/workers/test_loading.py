@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from RL2.config import ConfigError
-from RL2.workers import Actor
-from RL2.workers.loading import holds_all, weight_files
+from RL2.workers import Actor, loading
+from RL2.workers.loading import holds_all, model_fingerprint, weight_files
 from RL2.workers.model import load_model
 from tests.ranks import run_on_ranks
 from tests.workers.test_actor import SHAPES, VOCAB, actor_config, make_model, whole
@@ -196,3 +196,24 @@ def test_numbers_that_no_model_has(tmp_path, changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ConfigError, match="cannot be loaded as a causal language model"):
         load_model(actor_config(str(tmp_path)), train=False)
+
+
+def test_fingerprint_is_of_every_tensor(tmp_path, monkeypatch):
+    """Also of files that are too large to be read whole."""
+    for name in "ab":
+        make_model(tmp_path / name)
+    path = tmp_path / "b/model.safetensors"
+    tensors = load_file(path)
+    for read_whole in (True, False):
+        if not read_whole:  # the files here are small
+            monkeypatch.setattr(loading, "_WHOLE", path.stat().st_size - 1)
+            monkeypatch.setattr(loading, "_SAMPLE", 64)
+            monkeypatch.setattr(loading, "_OF_TENSOR", 16)
+        save_file(tensors, path, {"format": "pt"})
+        expected = model_fingerprint(str(tmp_path / "b"))
+        assert model_fingerprint(str(tmp_path / "a")) == expected
+        seen = set()
+        for name, tensor in tensors.items():
+            save_file(tensors | {name: tensor + 1}, path, {"format": "pt"})
+            seen.add(model_fingerprint(str(tmp_path / "b")))
+        assert len(seen) == len(tensors) and expected not in seen
