@@ -32,7 +32,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     Cache,
     GenerationConfig,
     LogitsProcessor,
@@ -48,6 +47,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from RL2.config.errors import EngineError
 from RL2.datasets.end_of_turn import end_tokens
 from RL2.ops.fp32 import accelerate_linears
+from RL2.ops.saved_models import load_whole
 from RL2.rollout.engine import Completion, SamplingParams, check_request
 from RL2.rollout.noise import exponential_noise, signed
 
@@ -208,11 +208,11 @@ class TransformersEngine:
         if dtype == "auto" and torch.device(device).type == "cpu":
             dtype = torch.float32  # bfloat16 is slow and coarse there
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, _ = load_whole(
                 model_name,
+                dict(options or {}),
                 dtype=dtype,
                 attn_implementation=None if attn_implementation == "auto" else attn_implementation,
-                **(options or {}),
             )
         except (OSError, ValueError, ImportError) as error:
             raise EngineError(f"rollout.model_name={model_name}: cannot load: {error}") from error
