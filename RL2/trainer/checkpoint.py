@@ -34,6 +34,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.utils.serialization.config  # noqa: F401 - torch.save's; else imported in mid-run
 from omegaconf import DictConfig
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -426,7 +427,8 @@ def _write_part(
     temporary: Path, tensors: Any, own: dict[str, Any], group: dist.ProcessGroup | None
 ) -> manifest.Files:
     """This rank's part, durable; returns what it has written."""
-    dcp.save(tensors, checkpoint_id=temporary, process_group=group)  # which syncs its files
+    # Named, as dcp would look for other writers, and import them, in mid-run. It syncs its files.
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
     # One file a rank: a plain value under one key would be stored once for all ranks.
     path = temporary / f"rank{rank()}.pt"
     with path.open("wb") as file:

@@ -1,15 +1,14 @@
 """A loaded model needs its files no more, and its config.json chooses no code."""
 
-import json
 import mmap
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
-from RL2.ops.saved_models import load_whole, saved_config
+from RL2.ops.saved_models import load_whole
 
 SHAPE = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
