@@ -7,9 +7,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from RL2.config.errors import ConfigError
+from RL2.config.model_files import check_quantization
 
 # Of a config.json: other files than those that were checked, and replacements of layers.
-_CHOICES = ("transformers_weights", "fusion_config", "kernel_config", "distributed_config")
+_CHOICES = ("transformers_weights", "fusion_config")
 
 
 def saved_config(name: str, options: dict[str, Any]) -> PretrainedConfig:
@@ -19,25 +20,28 @@ def saved_config(name: str, options: dict[str, Any]) -> PretrainedConfig:
     kernels transformers would load and run.
 
     options: of `from_pretrained`, see `RL2.config.models.hub_options`.
+
+    Raises ConfigError for a quantised model.
     """
     config = AutoConfig.from_pretrained(name, **options)
-    _forget_choices(config)
+    _forget_choices(config, name)
     return config
 
 
-def _forget_choices(config: PretrainedConfig) -> None:
+def _forget_choices(config: PretrainedConfig, model: str) -> None:
     # The public setters reach only those parts that a class lists.
     config._attn_implementation_internal = config._experts_implementation_internal = None
     for name in _CHOICES:
         if name in vars(config):
             delattr(config, name)
     quantization = getattr(config, "quantization_config", None)
-    if isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4":
+    check_quantization(quantization, model)
+    if quantization:
         # Else whether weights are floats, which can be trained, depends on a package from the hub.
         config.quantization_config = quantization | {"dequantize": True}
     for part in list(vars(config).values()):
         if isinstance(part, PretrainedConfig):
-            _forget_choices(part)
+            _forget_choices(part, model)
 
 
 def load_whole(

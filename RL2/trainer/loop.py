@@ -30,7 +30,7 @@ from RL2.trainer import record
 from RL2.trainer.banner import banner
 from RL2.trainer.checkpoint import Checkpoints, rng_state, set_rng_state
 from RL2.trainer.ends import missing_ends, name_ends
-from RL2.trainer.export import save_model
+from RL2.trainer.export import keep_files, save_model
 from RL2.trainer.folders import cannot_write, lock
 from RL2.trainer.health import observe
 from RL2.trainer.metrics import Metrics, Timers
@@ -106,9 +106,15 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
     name, options = config.actor.model_name, hub_options(config.actor)
     ask_hub(config.actor, "actor")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = AutoConfig.from_pretrained(name, **options)
-    except Exception as error:  # a broken file makes them raise anything
+    except Exception as error:  # a broken file makes it raise anything
+        raise ConfigError(
+            f"actor.model_name={name}: its config.json describes no model that transformers knows "
+            f"({first_line(error)}); give a folder made by save_pretrained or a model id"
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:  # as above
         raise ConfigError(
             f"actor.model_name={name}: no tokenizer can be loaded from there "
             f"({first_line(error)}); give a folder made by save_pretrained, or a model id of a hub "
@@ -172,6 +178,7 @@ class Trainer:
         actor = config.actor if self.is_rl else OmegaConf.merge(_ON_DATA, config.actor)
         self.actor = Actor(actor, device, self.loss, config.trainer.max_bad_steps, self.traffic)
         name_ends(self.actor.hf_model, ends.saved, missing)
+        self.kept = keep_files(self.actor, self.tokenizer)
         self.checkpoints.model = fingerprint()  # now that the weights are on this machine
         self.actor.prepare_scheduler(self.n_steps * actor.update_per_rollout)
         if self.is_rl and config.rollout.dtype == Dtype.auto:  # on CUDA: one dtype for both
@@ -426,7 +433,7 @@ class Trainer:
     def _save_model(self, name: str) -> None:
         self.actor.load()
         dtype = str(self.config.trainer.save_dtype)
-        save_model(self.actor, self.tokenizer, self._path(name), dtype)
+        save_model(self.actor, self.kept, self._path(name), dtype)
         self.actor.offload()
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:

@@ -177,6 +177,8 @@ def load_model(config, *, train: bool) -> tuple[TokenStatsModel, Dtypes, dict[st
     name, options = config.model_name, hub_options(config)
     try:
         saved = saved_config(name, options)
+    except ConfigError as error:
+        raise ConfigError(f"actor.model_name={error}") from error
     except Exception as error:  # a broken file makes it raise anything
         raise _not_loadable(name, error) from error
     try:

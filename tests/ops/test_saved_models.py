@@ -1,14 +1,17 @@
 """A loaded model needs its files no more, and its config.json chooses no code."""
 
+import json
 import mmap
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Qwen3_5MoeConfig, Qwen3Config, Qwen3MoeConfig
 
-from RL2.ops.saved_models import load_whole
+from RL2.config import ConfigError
+from RL2.ops.saved_models import load_whole, saved_config
 
 SHAPE = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
@@ -62,3 +65,50 @@ def test_nothing_stays_in_the_files(folder, pickled):
     assert all(torch.equal(held[name], tensor) for name, tensor in expected.items())
     tied = model.config.tie_word_embeddings
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+
+
+def rewrite(folder: Path, change) -> None:
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+KERNEL = "nobody/nothing"
+CHOICES = {
+    "attention": {"_attn_implementation": KERNEL},
+    "attention, as an argument": {"attn_implementation": KERNEL},
+    "attention by part": {"attn_implementation": {"": KERNEL, "text_config": KERNEL}},
+    "experts": {"experts_implementation": KERNEL},
+    "experts, inside": {"_experts_implementation": "sonicmoe"},
+    "other weights": {"transformers_weights": "others.safetensors"},
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_config_chooses_no_code(tmp_path, choice, nested):
+    """Of a model that is one, and of one inside of another."""
+    text = SHAPE | {"num_experts": 2, "moe_intermediate_size": 8}
+    config = Qwen3_5MoeConfig(text_config=text) if nested else CONFIGS["experts"]
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    expected = load_whole(str(tmp_path), {}, dtype=torch.float32)[0]
+    rewrite(tmp_path, lambda content: content.update(CHOICES[choice]))
+    if nested:
+        rewrite(tmp_path, lambda content: content.get("text_config", {}).update(CHOICES[choice]))
+    model = load_whole(str(tmp_path), {}, dtype=torch.float32)[0]
+    built = AutoModelForCausalLM.from_config(saved_config(str(tmp_path), {}))
+    for one in (model, built):
+        assert one.config._attn_implementation == expected.config._attn_implementation
+        assert one.config._experts_implementation == expected.config._experts_implementation
+    assert torch.equal(model.lm_head.weight, expected.lm_head.weight)
+
+
+def test_an_adapter_beside_the_weights_is_not_loaded_on_top(tmp_path):
+    """Of a folder the check says so early; of a hub id only the loading can."""
+    model = AutoModelForCausalLM.from_config(CONFIGS["tied"])
+    model.save_pretrained(tmp_path)
+    adapter = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    adapter.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="holds whole weights and an adapter"):
+        load_whole(str(tmp_path), {})
