@@ -240,7 +240,7 @@ def test_files_that_this_user_may_not_read(tmp_path):
     assert done.stdout.splitlines() == [
         f"actor.model_name={number}: {Path(number, name)} cannot be read (Permission denied); let "
         "this user read it, or copy the model to where it can be"
-        for number, name in enumerate(names)
+        for number, name in zip(numbers, names, strict=True)
     ]
 
 
