@@ -56,11 +56,16 @@ _TOKENS: _Rule = (
 _NUMBER: _Rule = (_is_number, "must be a finite number")
 _OBJECT: _Rule = (lambda x: isinstance(x, dict), "must be an object")
 _TEXT: _Rule = (lambda x: isinstance(x, str), "must be a text")
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_DTYPE: _Rule = (_DTYPES.__contains__, f"must be one of {', '.join(_DTYPES)}")
 # What is null or missing is left to transformers.
 _RULES: dict[str, dict[str, _Rule]] = {
     "config.json": {
         **dict.fromkeys(["vocab_size", "max_position_embeddings", "n_positions"], _SIZE),
         "eos_token_id": _TOKENS,
+        **dict.fromkeys(["dtype", "torch_dtype"], _DTYPE),
+        "is_encoder_decoder": (lambda x: not x, "must be false, as only decoders are trained"),
+        "configuration_files": (lambda x: not x, "would be read in place of this file"),
         "text_config": _OBJECT,
         "auto_map": _OBJECT,
         "model_type": _TEXT,
@@ -73,7 +78,7 @@ _RULES: dict[str, dict[str, _Rule]] = {
             _NUMBER,
         ),
     },
-    "tokenizer_config.json": {"tokenizer_class": _TEXT},
+    "tokenizer_config.json": {"tokenizer_class": _TEXT, "model_max_length": _NUMBER},
 }  # fmt: skip
 
 

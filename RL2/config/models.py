@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from RL2.config.errors import ConfigError, first_line
 from RL2.config.model_files import read_folder
+from RL2.config.paths import not_there
 
 _HUB_NAME = r"[\w\-][\w.\-]*"
 _HUB_MODEL = re.compile(rf"{_HUB_NAME}/{_HUB_NAME}")
@@ -52,7 +53,7 @@ def check_model(node: DictConfig, group: str) -> None:
     # error that must not turn into a download.
     if not local and (not _HUB_MODEL.fullmatch(name) or os.path.isdir(folder.parent)):
         raise ConfigError(
-            f"{key}: no such folder in {Path.cwd()}, and not a hub id; give a folder made by "
+            f"{key}: {not_there(name, 'folder')}, and not a hub id; give a folder made by "
             "save_pretrained, or org/name such as Qwen/Qwen3-4B-Thinking-2507"
         )
     contents = None

@@ -227,10 +227,9 @@ class TransformersEngine:
         self.eos_ids = end_tokens(tokenizer, model.generation_config, model.config).ids
         # The checkpoint's own sampling settings (top_k, repetition penalty, …) must not slip in:
         # `generate` takes from here whatever a call does not set.
-        fill = tokenizer.pad_token_id
-        if fill is None:
-            fill = self.eos_ids[0] if self.eos_ids else 0
-        self._fill = fill
+        rows = model.get_input_embeddings().num_embeddings  # a tokenizer may have tokens beyond
+        known = [token for token in (tokenizer.pad_token_id, *self.eos_ids) if token is not None]
+        self._fill = fill = next((token for token in known if token < rows), 0)
         model.generation_config = GenerationConfig(
             eos_token_id=list(self.eos_ids) or None, pad_token_id=fill
         )

@@ -126,6 +126,16 @@ DAMAGED = {
     ),
     "no part": (change("config.json", text_config=[1]), "text_config=[1]: must be an object"),
     "no code": (change("config.json", auto_map="x"), 'auto_map="x": must be an object; correct'),
+    "no dtype": (change("config.json", dtype="int8"), 'dtype="int8": must be one of float16, bfl'),
+    "no dtype of old": (change("config.json", torch_dtype=3), "torch_dtype=3: must be one of"),
+    "an encoder, too": (
+        change("config.json", is_encoder_decoder=True),
+        "model/config.json: is_encoder_decoder=true: must be false, as only decoders are trained;",
+    ),
+    "other configs": (
+        change("config.json", configuration_files=["config.4.0.0.json"]),
+        'configuration_files=["config.4.0.0.json"]: would be read in place of this file',
+    ),
     "quantised": (
         change("config.json", quantization_config={"quant_method": "fp8"}),
         "model/config.json: quantization_config says 'fp8': quantised weights cannot be trained;",
@@ -182,6 +192,10 @@ DAMAGED = {
         for name in ("generation_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
     },
     "tokenizer of a list": (write("tokenizer.json", b"[]"), "tokenizer.json: not JSON (not an o"),
+    "no length": (
+        change("tokenizer_config.json", model_max_length="x"),
+        'model/tokenizer_config.json: model_max_length="x": must be a finite number',
+    ),
     "no class": (
         change("tokenizer_config.json", tokenizer_class=3),
         "tokenizer_class=3: must be",

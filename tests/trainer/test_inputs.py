@@ -67,6 +67,7 @@ def run(files: Path, out: Path, monkeypatch, spoil=None) -> tuple[list[dict], di
     (files / "env.py").write_text(CRASH)
     (files / "inputs_helper.py").write_text(HELPER)
     monkeypatch.syspath_prepend(str(files))
+    monkeypatch.chdir(files)
     train_ = loop.Trainer.train
 
     def train_on_spoilt(self):
