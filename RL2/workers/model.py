@@ -184,6 +184,8 @@ def load_model(config, *, train: bool) -> tuple[TokenStatsModel, Dtypes, dict[st
     try:
         files = weight_files(name, config.revision)
         dtypes = find_dtypes(str(config.dtype), saved, files)
+    except ConfigError:
+        raise
     except Exception as error:  # as above
         raise _not_loadable(name, error) from error
     if train and dtypes.compute != dtypes.stored == torch.float16 and config.dtype == "auto":

@@ -1,4 +1,5 @@
 import asyncio
+import copy
 import math
 
 import pytest
@@ -488,3 +489,15 @@ def test_dtype(byte_model, byte_tokenizer, dtype, kept):
     [completion] = complete(engine, [[5, 6]], SamplingParams(1.0, 4))
     assert engine.model.dtype == getattr(torch, kept)
     assert all(math.isfinite(logp) for logp in completion.logps)
+
+
+def test_a_pad_token_that_the_model_has_no_row_for(byte_model, byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<|beyond|>"})
+    engine = TransformersEngine(byte_model, tokenizer=tokenizer)
+    assert tokenizer.pad_token_id >= engine.model.get_input_embeddings().num_embeddings
+    sampling = SamplingParams(1.0, 4)
+    completions = complete(engine, UNEQUAL_PROMPTS, sampling)
+    usual = TransformersEngine(byte_model, tokenizer=byte_tokenizer)
+    for one, other in zip(completions, complete(usual, UNEQUAL_PROMPTS, sampling), strict=True):
+        assert one.token_ids == other.token_ids
