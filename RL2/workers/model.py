@@ -220,10 +220,14 @@ def load_model(config, *, train: bool) -> tuple[TokenStatsModel, Dtypes, dict[st
     except Exception as error:  # as above
         raise _not_loadable(name, error) from error
     if files is not None:
-        with suppress(OSError):  # not every checkpoint has one
+        try:
             model.generation_config = GenerationConfig.from_pretrained(
                 name, revision=config.revision
             )
+        except OSError:  # not every checkpoint has one
+            pass
+        except Exception as error:  # as above
+            raise _not_loadable(name, error) from error
     if config.use_liger_kernel:
         from transformers.integrations.liger import apply_liger_kernel
 

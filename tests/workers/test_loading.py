@@ -196,3 +196,11 @@ def test_numbers_that_no_model_has(tmp_path, changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ConfigError, match="cannot be loaded as a causal language model"):
         load_model(actor_config(str(tmp_path)), train=False)
+
+
+def test_a_generation_config_that_cannot_be(tmp_path):
+    """As of a reference policy, whose end tokens nobody asks for."""
+    make_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"max_new_tokens": -1}')
+    with pytest.raises(ConfigError, match="cannot be loaded .*max_new_tokens"):
+        load_model(actor_config(str(tmp_path)), train=False)
