@@ -153,6 +153,7 @@ class Checkpoints:
         self.keep_last = keep_last
         self.config = config
         self.model: str | None = None
+        self.versions = _versions()  # of the code that runs, whatever is installed later on
         # A thread that writes while another trains needs a group of its own. The copies stay for
         # the next save.
         self._group = second_group() if background else None
@@ -314,7 +315,7 @@ class Checkpoints:
             if path.is_file() and path.relative_to(temporary).as_posix() not in listed
         ]
         about = {
-            "step": step, "world_size": world_size(), "versions": _versions(), "model": self.model,
+            "step": step, "world_size": world_size(), "versions": self.versions, "model": self.model,
         }  # fmt: skip
         listed |= manifest.fingerprints(others, temporary)
         manifest.write(temporary, listed, about)
