@@ -315,7 +315,8 @@ class Checkpoints:
             if path.is_file() and path.relative_to(temporary).as_posix() not in listed
         ]
         about = {
-            "step": step, "world_size": world_size(), "versions": self.versions, "model": self.model,
+            "step": step, "world_size": world_size(), "versions": self.versions,
+            "model": self.model,
         }  # fmt: skip
         listed |= manifest.fingerprints(others, temporary)
         manifest.write(temporary, listed, about)
