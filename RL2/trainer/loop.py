@@ -132,6 +132,16 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_reference(config: DictConfig, device: torch.device, traffic: Traffic) -> Actor:
+    """The reference policy; a ConfigError names the keys of `ref_actor`, which workers do not."""
+    try:
+        return Actor(config.ref_actor, device, traffic=traffic)
+    except ConfigError as error:
+        if str(error).startswith("actor."):
+            raise ConfigError(f"ref_{error}") from error
+        raise
+
+
 class Trainer:
     """Sets a run up, cheapest part first, so that bad input stops it before a model loads.
 
@@ -185,7 +195,7 @@ class Trainer:
             config.rollout.dtype = str(self.actor.dtypes.compute).removeprefix("torch.")
         self.policies = {"old_logps": self.actor}
         if "ref_logps" in self.required:
-            self.policies["ref_logps"] = Actor(config.ref_actor, device, traffic=self.traffic)
+            self.policies["ref_logps"] = load_reference(config, device, self.traffic)
             self.policies["ref_logps"].offload()
         self.source.start(device)
         self.best: dict[str, float] = {}
