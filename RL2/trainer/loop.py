@@ -13,16 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from RL2.algorithms.advantages import resolve_advantage
 from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
 from RL2.config import CheckpointError, ConfigError, HealthError, Interrupted, TrainingError
-from RL2.config.errors import first_line
-from RL2.config.models import ask_hub, hub_options
+from RL2.config.models import ask_hub
 from RL2.config.schema import Dtype
-from RL2.datasets.end_of_turn import load_end_tokens, special_ids
+from RL2.datasets.end_of_turn import load_end_tokens
 from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks, world_size
 from RL2.distributed.agreement import together
 from RL2.distributed.comm import Batch
@@ -34,6 +32,7 @@ from RL2.trainer.export import keep_files, save_model
 from RL2.trainer.folders import cannot_write, lock
 from RL2.trainer.health import observe
 from RL2.trainer.metrics import Metrics, Timers
+from RL2.trainer.models import load_reference, load_tokenizer
 from RL2.trainer.sources import DatasetSource, RolloutSource
 from RL2.trainer.stop import StopRequest
 from RL2.workers import Actor
@@ -99,47 +98,6 @@ def add_advantages(batch: Batch, config: DictConfig, estimator: Callable[..., Te
     if kl.type == "advantage":
         advantages = advantages - penalty
     return batch | {"rewards": batch["rewards"].float(), "advantages": advantages}
-
-
-def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
-    """The actor's tokenizer; ConfigError where there is none, or one of another model."""
-    name, options = config.actor.model_name, hub_options(config.actor)
-    ask_hub(config.actor, "actor")
-    try:
-        model = AutoConfig.from_pretrained(name, **options)
-    except Exception as error:  # a broken file makes it raise anything
-        raise ConfigError(
-            f"actor.model_name={name}: its config.json describes no model that transformers knows "
-            f"({first_line(error)}); give a folder made by save_pretrained or a model id"
-        ) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except Exception as error:  # as above
-        raise ConfigError(
-            f"actor.model_name={name}: no tokenizer can be loaded from there "
-            f"({first_line(error)}); give a folder made by save_pretrained, or a model id of a hub "
-            "that this machine reaches or has cached"
-        ) from error
-    rows = getattr(model.get_text_config(), "vocab_size", None)
-    # A special token beyond them is never read, nor written.
-    ordinary = set(tokenizer.get_vocab().values()) - special_ids(tokenizer)
-    if rows is not None and max(ordinary, default=0) >= rows:
-        raise ConfigError(
-            f"actor.model_name={name}: the tokenizer has {len(tokenizer)} tokens, the model "
-            f"{rows} (vocab_size in its config.json); give a model with the tokenizer that it was "
-            "trained with"
-        )
-    return tokenizer
-
-
-def load_reference(config: DictConfig, device: torch.device, traffic: Traffic) -> Actor:
-    """The reference policy; a ConfigError names the keys of `ref_actor`, which workers do not."""
-    try:
-        return Actor(config.ref_actor, device, traffic=traffic)
-    except ConfigError as error:
-        if str(error).startswith("actor."):
-            raise ConfigError(f"ref_{error}") from error
-        raise
 
 
 class Trainer:

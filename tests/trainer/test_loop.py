@@ -10,17 +10,8 @@ from RL2.algorithms.advantages import reinforce, spo
 from RL2.algorithms.losses import LOSSES
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
 from RL2.config import ConfigError
-from RL2.distributed import Traffic
-from RL2.trainer.loop import add_advantages, check_loss, load_reference, required_fields
-from tests.trainer.support import (
-    composed,
-    overrides,
-    same_weights,
-    train,
-    weights,
-    write_env,
-    write_files,
-)
+from RL2.trainer.loop import add_advantages, check_loss, required_fields
+from tests.trainer.support import same_weights, train, weights, write_env, write_files
 
 KL_OFF = {"coef": 0.0, "type": None}
 
@@ -222,12 +213,3 @@ def test_best_is_kept_for_any_finite_score(tmp_path):
     scores = [row["test/score"] for row in rows]
     assert scores == sorted({*scores}) and scores[-1] < -900
     assert same_weights(weights(tmp_path / "run/best"), weights(tmp_path / "run/final"))
-
-
-def test_what_is_wrong_with_the_reference_is_said_of_it(tmp_path):
-    write_files(tmp_path)
-    (tmp_path / "model/generation_config.json").write_text('{"max_new_tokens": -1}')
-    lines = overrides(tmp_path, "spo", tmp_path / "out")
-    node = composed("spo", lines)
-    with pytest.raises(ConfigError, match=r"^ref_actor.model_name=.*\(`max_new_tokens` must be"):
-        load_reference(node, torch.device("cpu"), Traffic())
