@@ -47,8 +47,8 @@ def _forget_choices(config: PretrainedConfig, model: str) -> None:
 def load_whole(
     name: str, options: dict[str, Any], **built: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A causal language model with its weights, in memory of its own, and what transformers says
-    of the loading: it fills what is missing with noise.
+    """A causal language model with its weights, and what transformers says of the loading: it fills
+    what is missing with noise. `own_memory` has to follow once the model is on its device.
 
     Args:
         options: see `RL2.config.models.weight_options`.
@@ -67,7 +67,6 @@ def load_whole(
             f"{name} holds whole weights and an adapter (adapter_config.json); give a model with "
             "the adapter merged into it, or one without"
         )
-    own_memory(model)
     return model, found
 
 

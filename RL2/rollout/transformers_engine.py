@@ -47,7 +47,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from RL2.config.errors import EngineError
 from RL2.datasets.end_of_turn import end_tokens
 from RL2.ops.fp32 import accelerate_linears
-from RL2.ops.saved_models import load_whole
+from RL2.ops.saved_models import load_whole, own_memory
 from RL2.rollout.engine import Completion, SamplingParams, check_request
 from RL2.rollout.noise import exponential_noise, signed
 
@@ -217,6 +217,7 @@ class TransformersEngine:
         except (OSError, ValueError, ImportError) as error:
             raise EngineError(f"rollout.model_name={model_name}: cannot load: {error}") from error
         self.model = model.to(device).eval().requires_grad_(False)
+        own_memory(self.model)
         accelerate_linears(self.model)
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size

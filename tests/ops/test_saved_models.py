@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3_5MoeConfig, Qwen3Config, Qwen3MoeConfig
 
 from RL2.config import ConfigError
-from RL2.ops.saved_models import load_whole, saved_config
+from RL2.ops.saved_models import load_whole, own_memory, saved_config
 
 SHAPE = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
@@ -57,6 +57,8 @@ def test_nothing_stays_in_the_files(folder, pickled):
         del options["use_safetensors"]
     del weights
     model, _ = load_whole(str(folder), options, dtype=torch.float32)
+    assert mapped(folder)
+    own_memory(model)
     assert not mapped(folder)
     for file in folder.iterdir():
         file.write_bytes(b"")  # would kill a process that reads it through a mapping

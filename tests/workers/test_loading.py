@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +98,14 @@ def test_experts_that_are_fused_in_memory_are_loaded_whole(tmp_path):
     }  # fmt: skip
     AutoModelForCausalLM.from_config(Qwen3MoeConfig(**shape)).save_pretrained(tmp_path)
     expect_what_transformers_loads(tmp_path, 2, {})
+    for maps in run_on_ranks(2, mapped_with, str(tmp_path)):
+        assert str(tmp_path) not in maps  # its files may change from now on
+
+
+def mapped_with(model):
+    actor = Actor(actor_config(model), torch.device("cpu"))
+    assert actor.hf_model.device.type == "cpu"
+    return Path("/proc/self/maps").read_text()
 
 
 def refusal(model, changes):
