@@ -11,6 +11,7 @@ from glob import glob, has_magic
 from pathlib import Path
 
 from RL2.config.errors import ConfigError, DataError
+from RL2.config.paths import not_there
 
 TEXT_EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv")  # each may be gzipped: .jsonl.gz
 EXTENSIONS = (*TEXT_EXTENSIONS, ".parquet", ".arrow")
@@ -162,15 +163,21 @@ def check_data_path(group: str, path: str | None) -> None:
     if path is None:
         return
     key = f"{group}.path={path}"
-    split, name = split_data_path(path)
-    if is_described(name):
+    try:
+        split, name = split_data_path(path)
+        described = is_described(name)
+        files = [] if described else data_files(split, name, key)
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+    except OSError as error:  # a folder that may not be read
+        raise ConfigError(
+            f"{key}: cannot be looked for ({error.strerror}); give a file or folder that can be "
+            "read"
+        ) from error
+    if described:
         if split is None:
             raise ConfigError(f"{key}: is a folder of several splits; say which: train@{path}")
         return
-    try:
-        files = data_files(split, name, key)
-    except DataError as error:
-        raise ConfigError(str(error)) from error
     for file in files:
         if not os.path.isfile(file):
             raise ConfigError(f"{key}: is a pipe or a device; write the rows to a file")
@@ -180,7 +187,7 @@ def check_data_path(group: str, path: str | None) -> None:
         if not any(os.path.getsize(file) for file in files):
             raise ConfigError(f"{key}: the file is empty; give one with rows")
     elif is_data_file(name) or name.startswith((".", os.sep)) or has_magic(name):
-        raise ConfigError(f"{key}: no such file in {Path.cwd()}; give an existing file")
+        raise ConfigError(f"{key}: {not_there(name)}; give an existing file")
     elif not is_hub_name(split, name):
         raise ConfigError(
             f"{key}: neither a file or folder ({FILES}) nor split@name:config such as "

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError, safe_open
 
 from RL2.config.errors import ConfigError, first_line
+from RL2.config.model_files import read_folder
+from RL2.config.paths import not_there
 
 _HUB_NAME = r"[\w\-][\w.\-]*"
 _HUB_MODEL = re.compile(rf"{_HUB_NAME}/{_HUB_NAME}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_TIMEOUT = 5.0  # seconds
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def hub_options(node: DictConfig) -> dict[str, Any]:
@@ -53,17 +53,13 @@ def check_model(node: DictConfig, group: str) -> None:
     # error that must not turn into a download.
     if not local and (not _HUB_MODEL.fullmatch(name) or os.path.isdir(folder.parent)):
         raise ConfigError(
-            f"{key}: no such folder in {Path.cwd()}, and not a hub id; give a folder made by "
+            f"{key}: {not_there(name, 'folder')}, and not a hub id; give a folder made by "
             "save_pretrained, or org/name such as Qwen/Qwen3-4B-Thinking-2507"
         )
+    contents = None
     if local:
-        if not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"{key}: the folder has no config.json; give one made by save_pretrained"
-            )
-        described = _read_json(folder / "config.json", key)
-        _check_weights(folder, key, f"{group}.allow_pickle", node.allow_pickle)
-    _check_revision(node, group, described if local else None)
+        contents = read_folder(folder, key, f"{group}.allow_pickle", node.allow_pickle)
+    _check_revision(node, group, contents)
 
 
 def ask_hub(node: DictConfig, group: str) -> None:
@@ -119,13 +115,13 @@ def context_length(name: str) -> int | None:
         described = json.loads(Path(name, "config.json").read_bytes())
     except (OSError, ValueError):
         return None
-    described = described.get("text_config") or described
+    described = described.get("text_config") or described  # both checked by `check_model`
     length = described.get("max_position_embeddings", described.get("n_positions"))
     return length if isinstance(length, int) else None
 
 
-def _check_revision(node: DictConfig, group: str, described: dict[str, Any] | None) -> None:
-    """described: config.json of a local folder; None for a hub id."""
+def _check_revision(node: DictConfig, group: str, contents: dict[str, Any] | None) -> None:
+    """contents: of the files of a local folder; None for a hub id."""
     revision, key = node.revision, f"{group}.revision"
     if revision is not None and not _COMMIT.fullmatch(revision):
         raise ConfigError(
@@ -133,9 +129,9 @@ def _check_revision(node: DictConfig, group: str, described: dict[str, Any] | No
             "move; the hub shows it under the model's history"
         )
     # A folder is what it is, but may name code of the hub: "owner/name--file.Class".
-    names = (described or {}).get("auto_map")
-    elsewhere = isinstance(names, dict) and any("--" in str(name) for name in names.values())
-    if described is not None and not elsewhere:
+    files = [(contents or {}).get(name, {}) for name in ("config.json", "tokenizer_config.json")]
+    elsewhere = any("--" in json.dumps(file.get("auto_map")) for file in files)
+    if contents is not None and not elsewhere:
         if revision is not None and not OmegaConf.is_interpolation(node, "revision"):
             raise ConfigError(
                 f"{key}={revision}: has no effect on the folder {node.model_name}; leave it out"
@@ -146,59 +142,3 @@ def _check_revision(node: DictConfig, group: str, described: dict[str, Any] | No
             f"day of the run; set {key} to the commit that you have read, or download the model "
             "with its code and give the folder"
         )
-
-
-def _check_weights(folder: Path, key: str, pickle_key: str, allow_pickle: bool) -> None:
-    files = {_SINGLE}
-    if (folder / _INDEX).exists():
-        index = _read_json(folder / _INDEX, key)
-        names = index.get("weight_map")
-        files = set(names.values()) if isinstance(names, dict) else set()
-        if not files or not all(isinstance(one, str) and Path(one).name == one for one in files):
-            raise ConfigError(
-                f"{key}: {folder / _INDEX} has no weight_map of names to files of the folder; "
-                "copy or download the model again"
-            )
-    elif not (folder / _SINGLE).exists():
-        pickled = sorted(path.name for path in folder.glob("*.bin"))
-        if pickled and allow_pickle:
-            return
-        if pickled:
-            raise ConfigError(
-                f"{key}: its weights are pickled ({pickled[0]}), which can run any code; save them "
-                "as safetensors (load, then save_pretrained, where nothing is at stake), or set "
-                f"{pickle_key}=true"
-            )
-        raise ConfigError(
-            f"{key}: the folder has no weights ({_SINGLE}); give one made by save_pretrained"
-        )
-    for name in sorted(files):
-        path = folder / name
-        if not path.is_file():  # a pipe would wait for ever
-            raise ConfigError(f"{key}: {path} is not a file; copy or download the model again")
-        try:
-            with safe_open(path, "np"):  # reads the header, and compares it with the size
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(
-                f"{key}: {path} is not a whole safetensors file ({_reason(error)}); copy or "
-                "download it again"
-            ) from error
-
-
-def _read_json(path: Path, key: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        place, reason = f"{path}:{error.lineno}:{error.colno}", error.msg
-    except (OSError, ValueError) as error:
-        place, reason = str(path), _reason(error)
-    else:
-        if isinstance(content, dict):
-            return content
-        place, reason = str(path), "not an object"
-    raise ConfigError(f"{key}: {place}: not JSON ({reason}); copy or download the model again")
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

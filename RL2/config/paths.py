@@ -1,4 +1,5 @@
-"""`~` and `~user` in a config's paths: what they stand for is found here, and nowhere else."""
+"""A config's paths: what `~` and `~user` stand for is found here, and nowhere else, and what to say
+of a path that leads nowhere."""
 
 import os
 import re
@@ -48,6 +49,29 @@ def expand_home(path: str, key: str) -> str:
             f"{home[1:]} here; write the folder itself (./{home} if that is its name)"
         )
     return split + folder + rest
+
+
+def check_working_directory() -> None:
+    """ConfigError where the folder that relative paths start from was removed."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the working directory is gone ({error.strerror}); change to a folder that exists, "
+            "with cd, and start again"
+        ) from error
+
+
+def not_there(path: str, kind: str = "file") -> str:
+    """What to say of a path that is no `kind`, file or folder, of a user's."""
+    for other, found in (("folder", os.path.isdir(path)), ("file", os.path.isfile(path))):
+        if found and other != kind:
+            return f"is a {other}, not a {kind}"
+    if os.path.exists(path):
+        return f"is a pipe or a device, not a {kind}"
+    if os.path.islink(path):
+        return f"is a link to nothing; no such {kind}"
+    return f"no such {kind}" + ("" if os.path.isabs(path) else f" in {os.getcwd()}")
 
 
 def expand_argv(argv: Sequence[str]) -> list[str]:

@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import is_dataclass
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -16,6 +15,7 @@ from RL2.config.data_paths import check_data_path
 from RL2.config.errors import ConfigError
 from RL2.config.models import check_model, context_length
 from RL2.config.overrides import is_open, unknown_key_message
+from RL2.config.paths import not_there
 from RL2.config.schema import (
     AvgLevel,
     EngineName,
@@ -351,7 +351,7 @@ def _check_rollout(config: DictConfig) -> None:
             )
     if not os.path.isfile(rollout.env_path):
         raise ConfigError(
-            f"rollout.env_path={rollout.env_path}: no such file in {Path.cwd()}; give the python "
+            f"rollout.env_path={rollout.env_path}: {not_there(rollout.env_path)}; give the python "
             "file of the environment, such as envs/gsm8k.py"
         )
 
@@ -606,7 +606,7 @@ def _check_trainer(trainer: DictConfig) -> None:
             names = os.listdir(start if start.strip() else "")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(
-                f"{key}: no such folder in {Path.cwd()}; use null, latest or the folder of a "
+                f"{key}: {not_there(start, 'folder')}; use null, latest or the folder of a "
                 "checkpoint"
             ) from error
         except OSError as error:

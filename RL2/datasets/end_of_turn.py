@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from RL2.config.errors import ConfigError
+from RL2.config.errors import ConfigError, first_line
 from RL2.config.models import hub_options
 
 # What no template writes by itself.
@@ -75,6 +75,11 @@ def load_end_tokens(node: DictConfig, tokenizer: PreTrainedTokenizerBase) -> End
         generation = GenerationConfig.from_pretrained(name, revision=node.revision)
     except OSError:  # not every model has one
         generation = None
+    except Exception as error:  # numbers out of place make it raise anything
+        raise ConfigError(
+            f"actor.model_name={name}: its generation_config.json cannot be used "
+            f"({first_line(error)}); correct the file, or copy or download the model again"
+        ) from error
     ends = end_tokens(tokenizer, generation, config)
     rows = getattr(config.get_text_config(), "vocab_size", None)
     if rows is None:

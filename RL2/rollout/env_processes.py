@@ -235,6 +235,7 @@ class _Launcher:
 
     def __init__(self, path: str, source: bytes, timeout: float):
         self._path, self._source, self._timeout = path, source, timeout
+        self._modules = b""  # what the file has imported the first time, see `env_modules`
         self._guard: _Guard | None = None
         self._processes: set[_Process] = set()
         self._lock = threading.RLock()  # the garbage collector may call `end` anywhere
@@ -250,7 +251,7 @@ class _Launcher:
             process = _Process(self._path, self._guard)
             self._processes = {one for one in self._processes if not one.gone} | {process}
         try:
-            process.greet(self._source, self._timeout)
+            self._modules = process.greet(self._source, self._modules, self._timeout)
         except BaseException:
             process.close()
             raise
@@ -300,14 +301,15 @@ class _Process:
     def gone(self) -> bool:
         return self._popen.returncode is not None
 
-    def greet(self, source: bytes, timeout: float) -> None:
-        """Have the file imported. Raises Failed."""
+    def greet(self, source: bytes, modules: bytes, timeout: float) -> bytes:
+        """Have the file imported, with its modules as they were when it was the first time (empty:
+        this is that). Returns these modules. Raises Failed."""
         seconds = max(_IMPORT_SECONDS, timeout)
         head = {"sys_path": sys.path, "timeout": timeout, "beat": _POLL}
         self.connection.settimeout(seconds)
         try:
-            self.connection.sendall(worker.frame(head, source))
-            answer, _ = worker.greeting(self.connection)
+            self.connection.sendall(worker.frame(head, source, modules))
+            answer, bodies = worker.greeting(self.connection)
         except TimeoutError as error:
             raise Failed(f"cannot import: not done after {seconds:g} s") from error
         except (EOFError, OSError, ValueError) as error:
@@ -315,6 +317,7 @@ class _Process:
         if "error" in answer:
             raise Failed(answer["error"])
         self.connection.setblocking(False)
+        return bodies[0]
 
     def end(self) -> int | None:
         """Kill it and what it has started there; its exit status, None where it does not end."""

@@ -479,10 +479,11 @@ def greeting(connection: socket.socket) -> tuple[dict[str, Any], list[bytes]]:
     return parts_of(read(length))
 
 
-def _streams() -> ModuleType:
-    """RL2.config.streams, without the packages around it."""
-    path = os.path.join(os.path.dirname(__file__), os.pardir, "config", "streams.py")
-    spec = importlib.util.spec_from_file_location("rl2_streams", path)
+def _ours(*path: str) -> ModuleType:
+    """A module of RL2 by its file, relative to this one, without the packages around it."""
+    file = os.path.join(os.path.dirname(__file__), *path)
+    name = f"rl2_{os.path.splitext(path[-1])[0]}"
+    spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -494,7 +495,7 @@ def main(connection: int, memory: int, path: str) -> None:
     for name in _FOR_THE_TRAINER:
         if number := getattr(signal, f"SIG{name}", None):
             signal.signal(number, lambda *_: None)
-    streams = _streams()
+    streams, modules = _ours(os.pardir, "config", "streams.py"), _ours("env_modules.py")
     streams.keep_streams()  # what cannot be printed is no fault of a call
     try:  # where memory runs out, it is not the trainer that has to go
         with open("/proc/self/oom_score_adj", "w") as file:
@@ -505,15 +506,19 @@ def main(connection: int, memory: int, path: str) -> None:
     os.close(memory)
     sock = socket.socket(fileno=connection)
     sock.set_inheritable(False)
-    head, (source,) = greeting(sock)
+    head, (source, remembered) = greeting(sock)
     sys.path[:] = head["sys_path"]
     sys.argv = [path]
+    if remembered:
+        sys.meta_path.insert(0, modules.Remembered(json.loads(remembered)))
+    before = {*sys.modules}
     try:
         functions = load(path, source)
     except Failed as error:
         sock.sendall(frame({"error": str(error)}))
         return
-    sock.sendall(frame({}))
+    found = remembered or json.dumps(modules.imported_since(before)).encode()
+    sock.sendall(frame({}, found))
     sock.setblocking(False)
     loop = asyncio.new_event_loop()
     serve = _serve(

@@ -19,14 +19,15 @@ import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from RL2.config.errors import ConfigError, EngineError
 from RL2.config.models import hub_options
@@ -439,7 +440,7 @@ class ServerEngine:
             await member.process.stop()
             await member.server.close()
             index = self._members.index(member)
-            fresh = self._launch(index, member.options)
+            fresh = self._launch(index, self._as_it_was(member.options))
             member.server, member.process = fresh.server, fresh.process
             member.restarts += 1
             await self._set(member, "starting", member.problem)
@@ -465,6 +466,14 @@ class ServerEngine:
         if all(member.state == "gone" for member in self._members):
             problems = "\n".join(f"{member.name}: {member.problem}" for member in self._members)
             raise EngineError(f"no {self.dialect.name} server is left\n{problems}")
+
+    def _as_it_was(self, options: ServerOptions) -> ServerOptions:
+        """For a server that starts anew: the run's own copy of the model, whatever has become of
+        the files by now. Code that comes with a model is not in the copy."""
+        own = self.weights.model_folder
+        if own is None or options.trust_remote_code:
+            return options
+        return replace(options, model_name=str(own), revision=None, allow_pickle=False)
 
     def _launch(self, index: int, options: ServerOptions) -> _Member:
         port = free_port() if self._base_port is None else self._base_port + index
@@ -510,6 +519,11 @@ def server_engine(
     """
     rollout = config.rollout
     model = AutoConfig.from_pretrained(rollout.model_name, **hub_options(config.actor))
+    generation = None
+    with suppress(OSError):  # not every model has one
+        generation = GenerationConfig.from_pretrained(
+            rollout.model_name, revision=config.actor.revision
+        )
     # What is compared bit for bit must be in the servers' type.
     dtype = str(model.dtype).removeprefix("torch.") if rollout.dtype == "auto" else rollout.dtype
     urls = rollout.server_url
@@ -518,7 +532,7 @@ def server_engine(
     return ServerEngine(
         dialect,
         HostWeights(
-            getattr(torch, str(dtype)), config=model, tokenizer=tokenizer,
+            getattr(torch, str(dtype)), config=model, tokenizer=tokenizer, generation=generation,
             folder=rollout.weights_dir,
         ),
         servers=servers,

@@ -32,7 +32,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     Cache,
     GenerationConfig,
     LogitsProcessor,
@@ -48,6 +47,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from RL2.config.errors import EngineError
 from RL2.datasets.end_of_turn import end_tokens
 from RL2.ops.fp32 import accelerate_linears
+from RL2.ops.saved_models import load_whole, own_memory
 from RL2.rollout.engine import Completion, SamplingParams, check_request
 from RL2.rollout.noise import exponential_noise, signed
 
@@ -208,15 +208,16 @@ class TransformersEngine:
         if dtype == "auto" and torch.device(device).type == "cpu":
             dtype = torch.float32  # bfloat16 is slow and coarse there
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, _ = load_whole(
                 model_name,
+                dict(options or {}),
                 dtype=dtype,
                 attn_implementation=None if attn_implementation == "auto" else attn_implementation,
-                **(options or {}),
             )
         except (OSError, ValueError, ImportError) as error:
             raise EngineError(f"rollout.model_name={model_name}: cannot load: {error}") from error
         self.model = model.to(device).eval().requires_grad_(False)
+        own_memory(self.model)
         accelerate_linears(self.model)
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
@@ -227,10 +228,9 @@ class TransformersEngine:
         self.eos_ids = end_tokens(tokenizer, model.generation_config, model.config).ids
         # The checkpoint's own sampling settings (top_k, repetition penalty, …) must not slip in:
         # `generate` takes from here whatever a call does not set.
-        fill = tokenizer.pad_token_id
-        if fill is None:
-            fill = self.eos_ids[0] if self.eos_ids else 0
-        self._fill = fill
+        rows = model.get_input_embeddings().num_embeddings  # a tokenizer may have tokens beyond
+        known = [token for token in (tokenizer.pad_token_id, *self.eos_ids) if token is not None]
+        self._fill = fill = next((token for token in known if token < rows), 0)
         model.generation_config = GenerationConfig(
             eos_token_id=list(self.eos_ids) or None, pad_token_id=fill
         )

@@ -42,7 +42,8 @@ class HostWeights:
 
     Args:
         dtype: what floating-point tensors are cast to; None keeps theirs.
-        config, tokenizer: of the model; saved beside the weights, so that the folder is a model.
+        config, tokenizer, generation: of the model; saved beside the weights, so that the folder is
+            a model. generation: its generation config, where it has one.
         folder: where the file lies. None makes a folder of its own, in shared memory where the
             model fits there twice, else in the temporary directory, which `close` removes.
 
@@ -55,11 +56,12 @@ class HostWeights:
         *,
         config: Any = None,
         tokenizer: Any = None,
+        generation: Any = None,
         folder: str | Path | None = None,
     ):
         self.dtype = dtype
         self.version: int | None = None
-        self._config, self._tokenizer = config, tokenizer
+        self._config, self._others = config, (tokenizer, generation)
         self._folder = None if folder is None else Path(folder)
         self._own_folder = folder is None
         self._tensors: dict[str, Tensor] = {}
@@ -74,6 +76,11 @@ class HostWeights:
         if self._folder is None or not self._tensors:
             raise EngineError("no weights have been published yet")
         return self._folder
+
+    @property
+    def model_folder(self) -> Path | None:
+        """The folder, where it is a whole model by now."""
+        return self._folder if self._config is not None and self.version is not None else None
 
     def fill(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take over all tensors; in place after the first time.
@@ -155,7 +162,7 @@ class HostWeights:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, path, metadata={"format": "pt"})
-            for part in (self._config, self._tokenizer):
+            for part in (self._config, *self._others):
                 if part is not None:
                     part.save_pretrained(self._folder)
         except (OSError, SafetensorError) as error:

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.utils.serialization.config  # noqa: F401 - torch.save's; else imported in mid-run
 from omegaconf import DictConfig
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
@@ -143,6 +144,7 @@ class Checkpoints:
         self.config = config
         self.inputs: dict[str, str] = {}
         self.threads, self.machines = 0, []
+        self.versions = resume.versions()  # of the code that runs, whatever is installed later
         # A thread that writes while another trains needs a group of its own. The copies stay for
         # the next save.
         self._group = second_group() if background else None
@@ -287,7 +289,7 @@ class Checkpoints:
             if path.is_file() and path.relative_to(temporary).as_posix() not in listed
         ]
         about = {
-            "step": step, "world_size": world_size(), "versions": resume.versions(),
+            "step": step, "world_size": world_size(), "versions": self.versions,
             "inputs": self.inputs,
             "threads": self.threads, "machines": self.machines,
         }  # fmt: skip
@@ -447,7 +449,8 @@ def _write_part(
     temporary: Path, tensors: Any, own: dict[str, Any], group: dist.ProcessGroup | None
 ) -> manifest.Files:
     """This rank's part, durable; returns what it has written."""
-    dcp.save(tensors, checkpoint_id=temporary, process_group=group)  # which syncs its files
+    # Named, as dcp would look for other writers, and import them, in mid-run. It syncs its files.
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
     # One file a rank: a plain value under one key would be stored once for all ranks.
     path = temporary / f"rank{rank()}.pt"
     with path.open("wb") as file:

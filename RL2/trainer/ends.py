@@ -2,9 +2,12 @@
 
 import logging
 from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from RL2.datasets.end_of_turn import EndTokens
 
@@ -41,8 +44,14 @@ def missing_ends(
 
 def name_ends(model: PreTrainedModel, saved: tuple[int, ...], missing: tuple[int, ...]) -> None:
     """Have the model's generation config, which is saved with it, name all end tokens."""
-    if missing:
-        model.generation_config.eos_token_id = [*saved, *missing]
+    if not missing:
+        return
+    model.generation_config.eos_token_id = [*saved, *missing]
+    # transformers saves what it has read as it is, but of what was changed it refuses much that
+    # published models have, such as a temperature without do_sample.
+    with TemporaryDirectory() as folder:
+        model.generation_config.to_json_file(Path(folder) / GENERATION_CONFIG_NAME)
+        model.generation_config = type(model.generation_config).from_pretrained(folder)
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:

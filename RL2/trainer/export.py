@@ -4,13 +4,16 @@ import copy
 import logging
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy.ctypeslib  # noqa: F401 - safetensors' save_file; else imported at the end of a run
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from RL2.config import CheckpointError
+from RL2.config import CheckpointError, ConfigError
+from RL2.config.errors import first_line
 from RL2.distributed import broadcast, rank
 from RL2.distributed.agreement import together
 from RL2.trainer.checkpoint import n_bytes
@@ -35,10 +38,48 @@ def best_that_is_there(best: dict[str, float], folder: Path) -> dict[str, float]
     return {}
 
 
+class Kept:
+    """What `thing.save_pretrained` writes now, to be written later: a tokenizer copies some files
+    from where it was loaded, which may be other ones by then.
+
+    Raises ConfigError where it cannot be saved, and a run would find that out at its end.
+    """
+
+    def __init__(self, thing: Any, origin: str):
+        try:
+            with TemporaryDirectory() as folder:
+                thing.save_pretrained(folder)
+                found = [path for path in Path(folder).rglob("*") if path.is_file()]
+                self._files = {path.relative_to(folder): path.read_bytes() for path in found}
+        except Exception as error:  # odd values of a stranger's files make it raise anything
+            raise ConfigError(
+                f"{origin}: {type(thing).__name__} cannot be saved as it was loaded "
+                f"({first_line(error)}); correct its files, or copy or download the model again"
+            ) from error
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write it."""
+        for name, data in self._files.items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+
+def keep_files(actor: Actor, tokenizer: Any) -> Kept | None:
+    """Rank 0: try what a model's folder gets beside the weights, and keep that of the tokenizer."""
+    if rank() != 0:
+        return None
+    origin = f"actor.model_name={actor.config.model_name}"
+    for part in (actor.hf_model.config, actor.hf_model.generation_config):
+        Kept(part, origin)
+    return Kept(tokenizer, origin)
+
+
 def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:
     """Write the whole model where `AutoModelForCausalLM.from_pretrained` finds it, adapters merged
     (collective). The adapters themselves go to `<folder>/adapter`.
 
+    tokenizer: one, or its `Kept` files.
     dtype: `trainer.save_dtype`; with `auto` every tensor keeps that of the checkpoint it came from.
 
     Raises:

@@ -13,16 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from RL2.algorithms.advantages import resolve_advantage
 from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
 from RL2.config import CheckpointError, ConfigError, HealthError, Interrupted, TrainingError
-from RL2.config.errors import first_line
-from RL2.config.models import ask_hub, hub_options
+from RL2.config.models import ask_hub
 from RL2.config.schema import Dtype
-from RL2.datasets.end_of_turn import EndTokens, load_end_tokens, special_ids
+from RL2.datasets.end_of_turn import EndTokens, load_end_tokens
 from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks, world_size
 from RL2.distributed.agreement import all_or_none, check_same, together
 from RL2.distributed.comm import Batch
@@ -30,11 +28,12 @@ from RL2.trainer import machine, record
 from RL2.trainer.banner import banner
 from RL2.trainer.checkpoint import Checkpoints, rng_state, set_rng_state
 from RL2.trainer.ends import missing_ends, name_ends
-from RL2.trainer.export import best_that_is_there, save_model
+from RL2.trainer.export import best_that_is_there, keep_files, save_model
 from RL2.trainer.fingerprints import of_run
 from RL2.trainer.folders import cannot_write, in_the_way, lock
 from RL2.trainer.health import observe
 from RL2.trainer.metrics import Metrics, Timers
+from RL2.trainer.models import load_reference, load_tokenizer
 from RL2.trainer.shared_folder import check_shared
 from RL2.trainer.sources import DatasetSource, RolloutSource
 from RL2.trainer.started_with import files_behind
@@ -109,31 +108,6 @@ def add_advantages(batch: Batch, config: DictConfig, estimator: Callable[..., Te
     return batch | {"rewards": batch["rewards"].float(), "advantages": advantages}
 
 
-def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
-    """The actor's tokenizer; ConfigError where there is none, or one of another model."""
-    name, options = config.actor.model_name, hub_options(config.actor)
-    ask_hub(config.actor, "actor")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = AutoConfig.from_pretrained(name, **options)
-    except Exception as error:  # a broken file makes them raise anything
-        raise ConfigError(
-            f"actor.model_name={name}: no tokenizer can be loaded from there "
-            f"({first_line(error)}); give a folder made by save_pretrained, or a model id of a hub "
-            "that this machine reaches or has cached"
-        ) from error
-    rows = getattr(model.get_text_config(), "vocab_size", None)
-    # A special token beyond them is never read, nor written.
-    ordinary = set(tokenizer.get_vocab().values()) - special_ids(tokenizer)
-    if rows is not None and max(ordinary, default=0) >= rows:
-        raise ConfigError(
-            f"actor.model_name={name}: the tokenizer has {len(tokenizer)} tokens, the model "
-            f"{rows} (vocab_size in its config.json); give a model with the tokenizer that it was "
-            "trained with"
-        )
-    return tokenizer
-
-
 class Trainer:
     """Sets a run up, cheapest part first, so that bad input stops it before a model loads.
 
@@ -179,6 +153,7 @@ class Trainer:
         actor = config.actor if self.is_rl else OmegaConf.merge(_ON_DATA, config.actor)
         self.actor = Actor(actor, device, self.loss, config.trainer.max_bad_steps, self.traffic)
         name_ends(self.actor.hf_model, ends.saved, missing)
+        self.kept = all_or_none(lambda: keep_files(self.actor, self.tokenizer))
         # Once more, now that the weights are on this machine.
         self.checkpoints.inputs = inputs() | self.source.inputs
         self.actor.prepare_scheduler(self.n_steps * actor.update_per_rollout)
@@ -186,7 +161,7 @@ class Trainer:
             config.rollout.dtype = str(self.actor.dtypes.compute).removeprefix("torch.")
         self.policies = {"old_logps": self.actor}
         if "ref_logps" in self.required:
-            self.policies["ref_logps"] = Actor(config.ref_actor, device, traffic=self.traffic)
+            self.policies["ref_logps"] = load_reference(config, device, self.traffic)
             self.policies["ref_logps"].offload()
         self.source.start(device)
         self.best: dict[str, float] = {}
@@ -457,7 +432,7 @@ class Trainer:
     def _save_model(self, name: str) -> None:
         self.actor.load()
         dtype = str(self.config.trainer.save_dtype)
-        save_model(self.actor, self.tokenizer, self._path(name), dtype)
+        save_model(self.actor, self.kept, self._path(name), dtype)
         self.actor.offload()
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:

@@ -32,6 +32,7 @@ from RL2.config import (
     validate,
 )
 from RL2.config.launcher import check_gpu, check_launch_variables
+from RL2.config.paths import check_working_directory
 from RL2.config.secrets import for_terminal, redact
 from RL2.config.streams import keep_streams
 from RL2.trainer.help import asks_for_help, help_text
@@ -100,6 +101,7 @@ def run(config_name: str) -> None:
     except RL2Error as error:
         _fail(error, own=True)
     try:
+        check_working_directory()
         check_versions()
         sys.argv[1:] = check_overrides(config_name, expand_argv(sys.argv[1:]))
     except RL2Error as error:

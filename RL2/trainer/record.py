@@ -38,15 +38,22 @@ def write(folder: Path, config: DictConfig, n_ranks: int, resumed: int) -> None:
         config: the whole run's, resolved. What is secret in it is not written.
         resumed: the step at which it goes on, 0 where it starts anew.
     """
+    try:
+        here = os.getcwd()
+    except OSError:  # removed since the start; nothing of the run needs it
+        here = None
     about = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "resumed_after_step": resumed,
         "command": redact(shlex.join(sys.orig_argv)),
-        "working_directory": redact(os.getcwd()),
+        "working_directory": here and redact(here),
         "host": socket.gethostname(),
         "processes": n_ranks,
         "versions": versions(),
-        "git": {"RL2": commit(Path(RL2.__file__).parent), "working_directory": commit(Path.cwd())},
+        "git": {
+            "RL2": commit(Path(RL2.__file__).parent),
+            "working_directory": here and commit(Path(here)),
+        },
     }
     old = [folder / name for name in (CONFIG, RUN) if exists(folder / name)]
     if old:

@@ -21,6 +21,7 @@ from RL2.distributed import (
     world_size,
 )
 from RL2.distributed.comm import Batch
+from RL2.ops.saved_models import own_memory
 from RL2.ops.token_stats import LossFunction
 from RL2.workers.dtypes import resolve_attention
 from RL2.workers.loading import materialize
@@ -72,7 +73,7 @@ class Worker:
         elif train and config.gradient_checkpointing:
             checkpoint_layers(self.hf_model, layers)
         if files is None:
-            self.model.to(device)
+            own_memory(self.model.to(device))
         shard(self.model, layers, mesh["ddp", "fsdp"], self.dtypes.compute)
         if files is not None:
             materialize(self.model, self.hf_model, files, device)

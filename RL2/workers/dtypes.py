@@ -55,6 +55,11 @@ def find_dtypes(asked: str, saved: PretrainedConfig, files: Mapping[str, Path]) 
     if stored is None:  # written by an early transformers, or by hand
         counts = Counter(of_tensors.values())
         stored = counts.most_common(1)[0][0] if counts else torch.float32
+    if stored not in _STORED.values():
+        raise ConfigError(
+            f"actor.model_name: its config.json says dtype={stored}, in which nothing can be "
+            f"trained; give a model in one of {', '.join(map(str, _STORED.values()))}"
+        )
     if asked != "auto":
         compute = getattr(torch, asked)
     else:

@@ -14,7 +14,6 @@ from torch.autograd.graph import save_on_cpu
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PretrainedConfig,
@@ -29,6 +28,7 @@ from RL2.distributed import shard_of
 from RL2.distributed.sequence_parallel import check_heads, register_sequence_parallel
 from RL2.ops.attention import check_attention, check_rope, register_attention
 from RL2.ops.fp32 import accelerate_linears
+from RL2.ops.saved_models import load_whole, saved_config
 from RL2.ops.token_stats import (
     LossFunction,
     linear_token_loss,
@@ -43,8 +43,6 @@ from RL2.workers.lora import add_adapters
 logger = logging.getLogger(__name__)
 
 _DROPOUT = re.compile(r"^(?!.*(classif|summary|pooler)).*(drop|jitter)")
-
-logger = logging.getLogger(__name__)
 
 
 class TokenStatsModel(nn.Module):
@@ -178,12 +176,16 @@ def load_model(config, *, train: bool) -> tuple[TokenStatsModel, Dtypes, dict[st
     """
     name, options = config.model_name, hub_options(config)
     try:
-        saved = AutoConfig.from_pretrained(name, **options)
+        saved = saved_config(name, options)
+    except ConfigError as error:
+        raise ConfigError(f"actor.model_name={error}") from error
     except Exception as error:  # a broken file makes it raise anything
         raise _not_loadable(name, error) from error
     try:
         files = weight_files(name, config.revision)
         dtypes = find_dtypes(str(config.dtype), saved, files)
+    except ConfigError:
+        raise
     except Exception as error:  # as above
         raise _not_loadable(name, error) from error
     if train and dtypes.compute != dtypes.stored == torch.float16 and config.dtype == "auto":
@@ -218,10 +220,14 @@ def load_model(config, *, train: bool) -> tuple[TokenStatsModel, Dtypes, dict[st
     except Exception as error:  # as above
         raise _not_loadable(name, error) from error
     if files is not None:
-        with suppress(OSError):  # not every checkpoint has one
+        try:
             model.generation_config = GenerationConfig.from_pretrained(
                 name, revision=config.revision
             )
+        except OSError:  # not every checkpoint has one
+            pass
+        except Exception as error:  # as above
+            raise _not_loadable(name, error) from error
     if config.use_liger_kernel:
         from transformers.integrations.liger import apply_liger_kernel
 
@@ -286,10 +292,8 @@ def _on_meta(saved: PretrainedConfig, config, options: dict) -> PreTrainedModel:
 
 def _load_whole(config, options: dict) -> PreTrainedModel:
     """The model with its weights, read by transformers, which fills what is missing with noise."""
-    model, found = AutoModelForCausalLM.from_pretrained(
-        config.model_name, output_loading_info=True, ignore_mismatched_sizes=True,
-        **weight_options(config), **options,
-    )  # fmt: skip
+    name = config.model_name
+    model, found = load_whole(name, weight_options(config), ignore_mismatched_sizes=True, **options)
     way_out = "; give the folder of a whole model, config.json and weights of one save_pretrained"
     if missing := sorted(found["missing_keys"]):
         raise ConfigError(

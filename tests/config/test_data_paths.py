@@ -1,3 +1,6 @@
+import errno
+import os
+
 import pytest
 
 from RL2.config import ConfigError
@@ -29,7 +32,8 @@ def test_a_folder_with_at(workdir, jane, split, name):
         path = f"{start}{name}"
         assert split_data_path(f"{split}{path}") == (split[:-1] or None, path)
         assert check(f"{split}{path}") is None
-    missing = check(f"{split}{jane}/no.jsonl")
+    assert check(f"{split}{jane}/no.jsonl") == "no such file; give an existing file"
+    missing = check(f"{split}jane@example/no.jsonl")
     assert missing == f"no such file in {workdir}; give an existing file"
 
 
@@ -86,3 +90,15 @@ def test_the_hub_is_not_asked():
         way_out = f"; a data set of the hub needs its split: train_data.path='train@{path}{ends}"
         assert check(path).endswith(way_out)
     assert check("a@b@c").endswith("such as train@openai/gsm8k:main")
+
+
+def test_a_folder_that_cannot_be_walked(workdir, monkeypatch):
+    """As parts of /proc are, which a path such as / comes to."""
+
+    def refused(*_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert check("./") == (
+        "cannot be looked for (Invalid argument); give a file or folder that can be read"
+    )

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from RL2.config import ConfigError, check_overrides, expand_argv, expand_paths, validate
-from RL2.config.paths import PATH_KEYS, expand_home
+from RL2.config.paths import PATH_KEYS, check_working_directory, expand_home, not_there
 from RL2.config.schema import RLConfig, SFTConfig, key_types
 from tests.config.support import write_model_files
 
@@ -120,3 +120,28 @@ def test_no_other_place_expands():
         if name.endswith(".py") and "expanduser" in open(os.path.join(folder, name)).read()
     ]
     assert found == ["paths.py"]
+
+
+def test_what_is_said_of_a_path_that_leads_nowhere(workdir):
+    (workdir / "folder").mkdir()
+    (workdir / "file").touch()
+    os.mkfifo(workdir / "pipe")
+    (workdir / "link").symlink_to("nothing")
+    (workdir / "round").symlink_to("round")
+    assert not_there("x") == f"no such file in {workdir}"
+    assert not_there("/no/such", "folder") == "no such folder"
+    assert not_there("folder") == "is a folder, not a file"
+    assert not_there("file", "folder") == "is a file, not a folder"
+    assert not_there("pipe") == "is a pipe or a device, not a file"
+    assert not_there("link", "folder") == "is a link to nothing; no such folder"
+    assert not_there("round") == "is a link to nothing; no such file"
+
+
+def test_a_working_directory_that_is_gone(workdir, monkeypatch):
+    check_working_directory()
+    gone = workdir / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ConfigError, match="^the working directory is gone .*; change to a folder"):
+        check_working_directory()

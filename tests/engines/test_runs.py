@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -107,7 +108,7 @@ def test_a_step_with_a_large_learning_rate_is_served(setup, tmp_path, monkeypatc
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_servers_killed_at_random_lose_and_repeat_nothing(setup):
+def test_servers_killed_at_random_lose_and_repeat_nothing(setup, tmp_path):
     run = setup(
         rollout__servers_per_node=2, trainer__n_epochs=6,
         rollout__train_sampling_params__max_new_tokens=64, rollout__max_restarts=20,
@@ -118,6 +119,7 @@ def test_servers_killed_at_random_lose_and_repeat_nothing(setup):
     kills = 0
     try:
         wait_for(lambda: (save_dir / "metrics.jsonl").exists(), 200, process)
+        shutil.rmtree(tmp_path / "model")  # servers that start anew do without
         while process.poll() is None and kills < 4:
             guards = servers_of(process.pid)
             if len(guards) == 2:  # both are up, or on their way

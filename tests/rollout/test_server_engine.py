@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 from RL2.config.errors import EngineError
 from RL2.rollout import server_engine
@@ -226,6 +227,38 @@ def test_a_server_that_dies_comes_back_with_the_current_weights(run):
             assert await member.server.get("/held") == {"weights": 1.5, "version": 4}
 
     run(play, n_servers=2)
+
+
+def test_a_server_that_starts_anew_reads_the_runs_own_copy(tmp_path):
+    """Not the model's folder, whose files may be others by then, or gone."""
+    started = []
+
+    class Noting(ScriptedDialect):
+        def command(self, options, port):
+            started.append(options)
+            return super().command(options, port)
+
+    async def play(trusted):
+        engine = ServerEngine(
+            Noting(), HostWeights(config=GPT2Config()), key="secret", log_dir=tmp_path / "logs",
+            servers=[ServerOptions(str(tmp_path), revision="a", trust_remote_code=trusted)],
+        )  # fmt: skip
+        try:
+            await engine.start()
+            await engine.update_weights(weights(1.5), 4)
+            os.kill(pids(engine)[0], signal.SIGKILL)
+            while engine.restarts < 1 or engine._members[0].state != "serving":
+                await asyncio.sleep(0.05)
+            assert (await ask(engine, 5)).logps == [-1.5] * 4
+            return str(engine.weights.folder)
+        finally:
+            await engine.close()
+
+    folder = asyncio.run(play(False))
+    asyncio.run(play(True))  # code that comes with a model lies in its folder alone
+    assert [(one.model_name, one.revision) for one in started] == [
+        (str(tmp_path), "a"), (folder, None), (str(tmp_path), "a"), (str(tmp_path), "a"),
+    ]  # fmt: skip
 
 
 def test_killed_again_and_again_nothing_is_lost_or_repeated(run):

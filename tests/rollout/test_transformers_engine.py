@@ -1,5 +1,7 @@
 import asyncio
+import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -488,3 +490,23 @@ def test_dtype(byte_model, byte_tokenizer, dtype, kept):
     [completion] = complete(engine, [[5, 6]], SamplingParams(1.0, 4))
     assert engine.model.dtype == getattr(torch, kept)
     assert all(math.isfinite(logp) for logp in completion.logps)
+
+
+def test_a_pad_token_that_the_model_has_no_row_for(byte_model, byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<|beyond|>"})
+    engine = TransformersEngine(byte_model, tokenizer=tokenizer)
+    assert tokenizer.pad_token_id >= engine.model.get_input_embeddings().num_embeddings
+    sampling = SamplingParams(1.0, 4)
+    completions = complete(engine, UNEQUAL_PROMPTS, sampling)
+    usual = TransformersEngine(byte_model, tokenizer=byte_tokenizer)
+    for one, other in zip(completions, complete(usual, UNEQUAL_PROMPTS, sampling), strict=True):
+        assert one.token_ids == other.token_ids
+
+
+def test_it_needs_the_models_files_no_more(tmp_path, byte_tokenizer):
+    """They may be truncated or overwritten while it generates."""
+    path = make_model(tmp_path)
+    engine = TransformersEngine(path, tokenizer=byte_tokenizer)
+    assert engine.model.lm_head.weight.any()
+    assert str(path) not in Path("/proc/self/maps").read_text()

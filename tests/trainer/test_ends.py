@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
+from RL2.trainer.ends import name_ends
 from tests.chat_templates import FAMILIES, tokenizer_of
 from tests.trainer.support import train, write_env, write_rows
 
@@ -142,3 +143,15 @@ def test_a_step_whose_samples_were_all_cut_off(tmp_path):
         **mask | {"rollout__truncated": "zero"},
     )
     assert rows[-1]["train/score"] > rows[-1]["train/reward"] == 0.0
+
+
+def test_odd_settings_are_saved_with_the_end_tokens(tmp_path):
+    """As published models have them; changed by hand, transformers refuses to save them."""
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    model.generation_config = GenerationConfig(temperature=0.6, top_k=3, eos_token_id=1)
+    name_ends(model, (1,), (2,))
+    model.save_pretrained(tmp_path)
+    saved = GenerationConfig.from_pretrained(tmp_path)
+    assert (saved.eos_token_id, saved.temperature, saved.top_k) == ([1, 2], 0.6, 3)

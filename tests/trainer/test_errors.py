@@ -211,7 +211,7 @@ LOADED = {
     ),
     "nonsense in config.json": (
         "spo", lambda t: {"actor__model_name": model(t / "m", hidden_size="x")},
-        "actor.model_name=.*: no tokenizer can be loaded from there \\(",
+        "actor.model_name=.*: its config.json describes no model that transformers knows \\(",
     ),
     "gae": ("ppo", lambda t: {"adv__lamda": 0.9}, "adv.lamda=0.9: has no effect"),
     "folder without a model": (

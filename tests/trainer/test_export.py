@@ -1,12 +1,14 @@
 """Model folders: each weight once, and the ones that were trained."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from RL2.config import CheckpointError
-from RL2.trainer.export import save_model
+from RL2.config import CheckpointError, ConfigError
+from RL2.trainer.export import Kept, save_model
 from tests.ranks import run_on_ranks
 from tests.workers.test_actor import make_actor, make_model, whole
 
@@ -33,6 +35,28 @@ def test_a_tied_head_is_stored_once(tmp_path, tiny_tokenizer, n_ranks, changes):
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     embedding = held["model.embed_tokens.weight"]
     torch.testing.assert_close(loaded.lm_head.weight, embedding, rtol=0, atol=0)
+
+
+class Copying:
+    """Saves itself as tokenizers do that copy their vocabulary from where they were loaded."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def save_pretrained(self, folder):
+        shutil.copy(self.source, folder)
+
+
+def test_what_is_kept_is_that_of_the_start(tmp_path):
+    source, folder = tmp_path / "tokenizer.model", tmp_path / "final"
+    source.write_bytes(b"before")
+    kept = Kept(Copying(source), "actor.model_name=x")
+    source.unlink()
+    kept.save_pretrained(folder)
+    assert (folder / "tokenizer.model").read_bytes() == b"before"
+    with pytest.raises(ConfigError) as caught:
+        Kept(Copying(source), "actor.model_name=x")
+    assert str(caught.value).startswith("actor.model_name=x: Copying cannot be saved as it was lo")
 
 
 def misnamed(model, tokenizer, folder):

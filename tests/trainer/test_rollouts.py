@@ -17,7 +17,8 @@ from RL2.config.errors import EnvError
 from RL2.ops import fp32
 from RL2.rollout import Completion
 from RL2.trainer import sources
-from RL2.trainer.loop import Trainer, load_tokenizer
+from RL2.trainer.loop import Trainer
+from RL2.trainer.models import load_tokenizer
 from RL2.trainer.sources import PromptStream, RolloutSource
 from RL2.workers import Actor
 from tests.ranks import run_on_ranks

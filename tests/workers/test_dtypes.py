@@ -43,6 +43,17 @@ def test_auto_computes_in_the_checkpoints_dtype(tmp_path, stored, computed, said
     assert files is not None
 
 
+def test_a_dtype_that_nothing_is_trained_in(tmp_path):
+    """It would be found out when the model is saved. Folders are checked early, hub ids here."""
+    name = stored_model(tmp_path, "float32")
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(described | {"dtype": "int8"}))
+    with pytest.raises(
+        ConfigError, match="^actor.model_name: .*dtype=torch.int8, in which nothing"
+    ):
+        load_model(actor_config(name), train=True)
+
+
 @pytest.mark.parametrize("asked", ["float32", "bfloat16"])
 def test_a_dtype_that_was_asked_for(tmp_path, asked):
     name = stored_model(tmp_path, "bfloat16")

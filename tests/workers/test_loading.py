@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +98,14 @@ def test_experts_that_are_fused_in_memory_are_loaded_whole(tmp_path):
     }  # fmt: skip
     AutoModelForCausalLM.from_config(Qwen3MoeConfig(**shape)).save_pretrained(tmp_path)
     expect_what_transformers_loads(tmp_path, 2, {})
+    for maps in run_on_ranks(2, mapped_with, str(tmp_path)):
+        assert str(tmp_path) not in maps  # its files may change from now on
+
+
+def mapped_with(model):
+    actor = Actor(actor_config(model), torch.device("cpu"))
+    assert actor.hf_model.device.type == "cpu"
+    return Path("/proc/self/maps").read_text()
 
 
 def refusal(model, changes):
@@ -217,3 +226,11 @@ def test_fingerprint_is_of_every_tensor(tmp_path, monkeypatch):
             save_file(tensors | {name: tensor + 1}, path, {"format": "pt"})
             seen.add(model_fingerprint(str(tmp_path / "b")))
         assert len(seen) == len(tensors) and expected not in seen
+
+
+def test_a_generation_config_that_cannot_be(tmp_path):
+    """As of a reference policy, whose end tokens nobody asks for."""
+    make_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"max_new_tokens": -1}')
+    with pytest.raises(ConfigError, match="cannot be loaded .*max_new_tokens"):
+        load_model(actor_config(str(tmp_path)), train=False)
