@@ -513,7 +513,7 @@ def main(connection: int, memory: int, path: str) -> None:
     except Failed as error:
         sock.sendall(frame({"error": str(error)}))
         return
-    sock.sendall(frame({}))
+    sock.sendall(frame({"pid": os.getpid()}))
     sock.setblocking(False)
     loop = asyncio.new_event_loop()
     serve = _serve(
