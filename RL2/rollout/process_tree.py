@@ -12,11 +12,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _PAUSE = 0.005  # seconds between two looks at what is being killed
 _MOST_PAUSE = 0.25
+# In command lines: our guards, and helpers that end by themselves when nobody needs them.
+_OURS = (
+    os.path.dirname(os.path.abspath(__file__)).encode() + b"/",
+    b"multiprocessing.resource_tracker",
+    b"_inductor/compile_worker",
+)
 
 # What ends a process that does not listen, and what people, schedulers and terminals send to have
 # one end: kill, Ctrl-C, a terminal that closes, Ctrl-\, a time limit, a power supply.
@@ -30,9 +37,20 @@ def numbers(names: Collection[str]) -> tuple[int, ...]:
     return tuple(getattr(signal, f"SIG{name}") for name in names if hasattr(signal, f"SIG{name}"))
 
 
-def adopt_orphans() -> None:
+class Process(NamedTuple):
+    """started: in ticks of the clock since the machine has, or 0 where that cannot be known. ended:
+    only its status is left, which nobody has collected."""
+
+    pid: int
+    parent: int
+    group: int
+    started: int
+    ended: bool
+
+
+def adopt_orphans(yes: bool = True) -> None:
     """From here on, descendants of this process stay its descendants (Linux)."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    _prctl(_PR_SET_CHILD_SUBREAPER, int(yes))
 
 
 def end_with_parent() -> None:
@@ -40,9 +58,33 @@ def end_with_parent() -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def descendants(root: int, spared: Collection[int] = ()) -> list[int]:
-    """All processes below `root`, parents first; without those in `spared` and below them."""
-    return [pid for pid, _ in _below(root, spared)]
+def descendants(root: int) -> list[int]:
+    """All processes below `root`, parents first."""
+    return [process.pid for process in below({root}, processes())]
+
+
+def below(
+    roots: Collection[int], table: Iterable[Process], spared: Collection[int] = ()
+) -> list[Process]:
+    """All of a table below `roots`, parents first; without those in `spared` and below them."""
+    children: dict[int, list[Process]] = {}
+    for process in table:
+        if process.pid not in spared:
+            children.setdefault(process.parent, []).append(process)
+    found = [child for root in roots for child in children.get(root, [])]
+    for process in found:  # which grows
+        found += children.get(process.pid, [])
+    return found
+
+
+def those_below(root: int, spared: Collection[int] = ()) -> dict[int, int]:
+    """When each process below `root` was started, by its number, which another may get later."""
+    return {each.pid: each.started for each in below({root}, processes(), spared)}
+
+
+def still(known: dict[int, int]) -> set[int]:
+    """Those of `those_below` that are still there."""
+    return {each.pid for each in processes() if known.get(each.pid) == each.started}
 
 
 def kill_below(
@@ -53,15 +95,22 @@ def kill_below(
     What may not be killed, as it runs for another user, is left out. reap: is called with those
     that were killed, whose statuses somebody has to collect before they are gone.
     """
+    return kill_until_gone(lambda: below({root}, processes(), spared), reap, seconds)
+
+
+def kill_until_gone(
+    find: Callable[[], list[Process]], reap: Callable[[list[int]], None], seconds: float
+) -> bool:
+    """The same of whatever `find` finds."""
     deadline, pause = time.monotonic() + seconds, _PAUSE
     while True:
-        below = _below(root, spared)
-        found = {pid for pid, _ in below}
+        found = find()
+        pids = {process.pid for process in found}
         # A whole group at once where it is theirs, which outruns one that multiplies.
-        groups = {group for _, group in below if group in found}
+        groups = {process.group for process in found} & pids
         left = [_kill(os.killpg, group) for group in groups]
-        left += [_kill(os.kill, pid) for pid in found]
-        reap([pid for pid, _ in below])
+        left += [_kill(os.kill, pid) for pid in pids]
+        reap([process.pid for process in found])
         if not any(left):
             return True
         if time.monotonic() > deadline:
@@ -79,6 +128,45 @@ def reap_each(pids: list[int]) -> None:
             continue
 
 
+def reap_adopted() -> None:
+    """Collect the statuses of orphans that this process has adopted and that have ended.
+
+    Not of those that it may have started itself, for which somebody may wait: a session that is
+    neither ours nor the child's own was begun by a parent that it has lost.
+    """
+    try:
+        if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            return
+    except ChildProcessError:
+        return
+    own = os.getpid()
+    for process in processes():
+        if process.parent == own and process.ended:
+            try:
+                if os.getsid(process.pid) not in (os.getsid(0), process.pid):
+                    reap_each([process.pid])
+            except ProcessLookupError:
+                continue
+
+
+def end_themselves(parent: int) -> set[int]:
+    """Children of `parent` that end when it does, and clean up: guards, and what Python and torch
+    have beside them."""
+    return {
+        process.pid
+        for process in processes()
+        if process.parent == parent and any(part in _command(process.pid) for part in _OURS)
+    }
+
+
+def _command(pid: int) -> bytes:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
 def _kill(send: Callable[[int, int], None], pid: int) -> bool:
     """Whether there was somebody to be killed."""
     try:
@@ -88,38 +176,30 @@ def _kill(send: Callable[[int, int], None], pid: int) -> bool:
     return True
 
 
-def _below(root: int, spared: Collection[int]) -> list[tuple[int, int]]:
-    """(pid, process group) of all below `root`, parents first."""
-    children: dict[int, list[tuple[int, int]]] = {}
-    for pid, parent, group in _processes():
-        if pid not in spared:
-            children.setdefault(parent, []).append((pid, group))
-    found = list(children.get(root, []))
-    for pid, _ in found:  # which grows
-        found += children.get(pid, [])
-    return found
-
-
-def _processes() -> Iterator[tuple[int, int, int]]:
-    """(pid, parent, process group) of every process."""
+def processes() -> list[Process]:
+    """Every process that can be seen."""
     if not os.path.exists("/proc/self/stat"):
         # macOS and the BSDs.
-        command = ["ps", "-A", "-o", "pid=", "-o", "ppid=", "-o", "pgid="]
+        command = ["ps", "-A", "-o", "pid=", "-o", "ppid=", "-o", "pgid=", "-o", "stat="]
         try:
             listed = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
         except OSError:  # it cannot be known
-            return
-        yield from (tuple(map(int, line.split())) for line in listed)
-        return
+            return []
+        rows = [line.split() for line in listed]
+        return [Process(*map(int, row[:3]), 0, row[3].startswith("Z")) for row in rows]
+    found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
                 with open(f"/proc/{entry}/stat", "rb") as file:
-                    # "pid (name) state ppid pgrp": a name may hold spaces and brackets.
-                    _, parent, group = file.read().rpartition(b")")[2].split()[:3]
+                    # "pid (name) state ppid pgrp ...": a name may hold spaces and brackets.
+                    state, parent, group, *rest = file.read().rpartition(b")")[2].split()
             except (OSError, ValueError):
                 continue  # it ended meanwhile
-            yield int(entry), int(parent), int(group)
+            found.append(
+                Process(int(entry), int(parent), int(group), int(rest[16]), state in b"ZX")
+            )
+    return found
 
 
 def _prctl(option: int, value: int) -> None:

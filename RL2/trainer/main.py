@@ -128,6 +128,7 @@ def launch(config: DictConfig) -> None:
     import transformers
 
     from RL2.distributed import process_group
+    from RL2.trainer.children import children_end, runs_strangers
     from RL2.trainer.loop import Trainer
     from RL2.trainer.stop import stop_signals
 
@@ -144,7 +145,7 @@ def launch(config: DictConfig) -> None:
     )
     torch.set_num_threads(threads)
     group = process_group(config.actor.device, config.trainer.rank_timeout)
-    with ExitStack() as heard, group as device:
+    with children_end(runs_strangers(config)), ExitStack() as heard, group as device:
         # Only now: who waits for other ranks has nothing to save, and a signal ends it at once.
         # Until the group is left: what comes twice must not break that off.
         stop = heard.enter_context(stop_signals())
