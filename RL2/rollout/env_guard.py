@@ -33,10 +33,8 @@ def main(trainer: int) -> int:
     for end in (wakes, wake):
         os.set_blocking(end, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    # Signals from a terminal, or for all processes of a job, are for the trainer. Not SIG_IGN,
-    # which what is started would inherit.
-    for number in process_tree.numbers((*process_tree.ASKING, *process_tree.OTHERS, "CHLD")):
-        signal.signal(number, lambda *_: None)
+    process_tree.heed_no_signals()
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # which wakes us
     process_tree.adopt_orphans()
     order = b""
     while not order.endswith(b"\n"):

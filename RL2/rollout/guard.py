@@ -19,11 +19,17 @@ import tempfile
 import time
 
 if __package__:
-    from RL2.rollout.process_tree import adopt_orphans, end_with_parent, kill_below, reap_each
+    from RL2.rollout.process_tree import (
+        adopt_orphans,
+        end_with_parent,
+        heed_no_signals,
+        kill_below,
+        reap_each,
+    )
     from RL2.rollout.process_tree import descendants as _descendants
 else:  # it is run by its path, alone
     sys.path.append(os.path.dirname(__file__))
-    from process_tree import adopt_orphans, end_with_parent, kill_below, reap_each
+    from process_tree import adopt_orphans, end_with_parent, heed_no_signals, kill_below, reap_each
     from process_tree import descendants as _descendants
 
 _GRACE = 3.0  # seconds between asking and killing
@@ -63,12 +69,9 @@ def _end(server: subprocess.Popen) -> None:
 
 def main(trainer: int, command: list[str]) -> int:
     asked = []
+    heed_no_signals()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: asked.append(True))
-    # Those that schedulers send to all processes of a job are for the trainer, which then asks.
-    for name in ("QUIT", "USR1", "USR2", "XCPU", "PWR"):
-        if number := getattr(signal, f"SIG{name}", None):
-            signal.signal(number, lambda *_: None)
     adopt_orphans()
     # A session of its own: Ctrl-C in the trainer's terminal is for the trainer. Should the guard
     # itself be killed, the server goes with it.

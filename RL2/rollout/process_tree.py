@@ -25,16 +25,17 @@ _OURS = (
     b"_inductor/compile_worker",
 )
 
-# What ends a process that does not listen, and what people, schedulers and terminals send to have
-# one end: kill, Ctrl-C, a terminal that closes, Ctrl-\, a time limit, a power supply.
-ASKING = ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "XCPU", "PWR")
-# What ends it as well, and libraries use for themselves.
-OTHERS = ("ALRM", "VTALRM", "PROF", "IO", "ABRT", "STKFLT")
+# These say that a process is broken, or cannot be heeded.
+_FAULTS = {"SEGV", "BUS", "FPE", "ILL", "TRAP", "SYS", "KILL", "STOP", "CHLD"}
 
 
-def numbers(names: Collection[str]) -> tuple[int, ...]:
-    """Signals by name, without those that this system does not have."""
-    return tuple(getattr(signal, f"SIG{name}") for name in names if hasattr(signal, f"SIG{name}"))
+def heed_no_signals() -> None:
+    """From here on, what would end or stop this process does not: signals of a terminal, or for all
+    processes of a job, are for the trainer. What it starts heeds them again."""
+    left = {getattr(signal, f"SIG{name}", None) for name in _FAULTS}
+    for number in signal.valid_signals() - left:
+        if signal.getsignal(number) == signal.SIG_DFL or number == signal.SIGINT:
+            signal.signal(number, lambda *_: None)
 
 
 class Process(NamedTuple):

@@ -10,7 +10,6 @@ standard library.
 
 import os
 import select
-import signal
 import sys
 
 if __package__:
@@ -24,8 +23,7 @@ _KILLED = 60.0  # seconds that killed processes may take to be gone
 
 
 def main(trainer: int) -> None:
-    for number in process_tree.numbers((*process_tree.ASKING, *process_tree.OTHERS)):
-        signal.signal(number, signal.SIG_IGN)
+    process_tree.heed_no_signals()
     before = process_tree.those_below(trainer)  # none of our business
     known: dict[int, int] = {}
     while os.getppid() == trainer:
