@@ -246,7 +246,10 @@ class _Launcher:
         with self._lock:
             if self._ended:
                 raise Failed("not called: the environment is closed")
-            process = _Process(self._path)
+            try:
+                process = _Process(self._path)
+            except OSError as error:  # a limit of files or processes
+                raise Failed(f"cannot be run: no process can be started ({error})") from error
             self._processes = {one for one in self._processes if not one.gone} | {process}
         try:
             process.greet(self._source, self._timeout)

@@ -14,6 +14,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from packaging.version import Version
 
+from RL2 import __version__
 from RL2.config import (
     ConfigError,
     DataError,
@@ -69,6 +70,9 @@ def run(config_name: str) -> None:
     keep_streams()
     if asks_for_help(sys.argv[1:]):
         sys.stdout.write(help_text(config_name, sys.argv[1:]))
+        return
+    if "--version" in sys.argv[1:]:  # hydra would say its own
+        sys.stdout.write(f"RL2 {__version__}\n")
         return
     follow_launcher()  # early: whoever it is must be there still
     register_schemas()
