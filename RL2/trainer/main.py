@@ -30,7 +30,7 @@ from RL2.config import (
 )
 from RL2.config.launcher import check_launch_variables
 from RL2.config.secrets import for_terminal, redact
-from RL2.config.streams import keep_streams
+from RL2.config.streams import hurry_streams, keep_streams
 from RL2.trainer.help import asks_for_help, help_text
 from RL2.trainer.last_words import tell_launcher
 from RL2.trainer.stop import follow_launcher
@@ -153,6 +153,7 @@ def launch(config: DictConfig) -> None:
         # Only now: who waits for other ranks has nothing to save, and a signal ends it at once.
         # Until the group is left: what comes twice must not break that off.
         stop = heard.enter_context(stop_signals())
+        stop.call(hurry_streams)  # a terminal that Ctrl-S holds must not cost the checkpoint
         trainer = Trainer(config, device, stop)
         try:
             trainer.train()
