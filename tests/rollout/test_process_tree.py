@@ -2,10 +2,12 @@
 
 import asyncio
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,41 @@ raise ValueError("no")
     with pytest.raises(ConfigError, match="ValueError: no"):
         environment(folder, body)
     assert not running(folder)
+
+
+def test_a_limit_of_files_is_no_traceback(folder):
+    """Neither at the start, nor in the midst of a run, where it costs the call."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    body = "async def step(s, a, e): return {'reward': 1, 'score': 1, 'done': True}"
+
+    @contextmanager
+    def no_more():
+        (free := os.dup(0), os.close(free))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    async def do(env):
+        assert (await env.step("", "", {}, key=0)).reward == 1.0
+        with no_more(), pytest.raises(EnvError, match="no process can be started .*Too many open"):
+            await env.step("", "", {}, key=1)
+        return await env.step("", "", {}, key=1)
+
+    path = folder / "env.py"
+    path.write_text(body)
+
+    async def run():
+        env = load_environment(path, 60.0, 2)
+        try:
+            return await do(env)
+        finally:
+            await env.close()
+
+    assert asyncio.run(run()).reward == 1.0
+    with no_more(), pytest.raises(ConfigError, match="no process can be started"):
+        load_environment(path, 60.0, 1)
 
 
 def test_whoever_multiplies_is_outrun(folder):
