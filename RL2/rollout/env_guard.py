@@ -2,15 +2,13 @@
 
     python env_guard.py <pid of the trainer>
 
-It reads from its standard input one line, JSON: the `command` to start, and the numbers of `files`
-that are passed on to it. When more comes there or it ends, when the trainer is gone, or when the
-process itself ends, it kills that and all that it has started, in whatever session that runs, and
-ends as the process has ended: by the same signal, or with the same status. Whoever waits for the
-guard waits for all of them.
+It reads from its standard input, each with a zero byte behind it, the numbers of the files that are
+passed on, the words of the command to start, and nothing, which ends them. When more comes there or
+it ends, when the trainer is gone, or when the process itself ends, it kills that and all that it
+has started, in whatever session that runs, and ends as the process has ended: by the same signal,
+or with the same status. Whoever waits for the guard waits for all of them.
 """
 
-import contextlib
-import json
 import os
 import resource
 import select
@@ -23,6 +21,7 @@ else:  # it is run by its path, alone
     sys.path.append(os.path.dirname(__file__))
     import process_tree
 
+_END = b"\0\0"
 _POLL = 1.0  # seconds; the end of the input says it at once, unless a fork of the trainer has it
 _KILLED = 60.0  # seconds that killed processes may take to be gone, where a disk keeps them
 
@@ -37,7 +36,7 @@ def main(trainer: int) -> int:
     signal.signal(signal.SIGCHLD, lambda *_: None)  # which wakes us
     process_tree.adopt_orphans()
     order = b""
-    while not order.endswith(b"\n"):
+    while _END not in order:
         if os.getppid() != trainer:
             return 0
         if select.select([0], [], [], _POLL)[0]:
@@ -45,11 +44,11 @@ def main(trainer: int) -> int:
             if not data:
                 return 0
             order += data
-    order, _, more = order.partition(b"\n")
-    order = json.loads(order)
-    child = _start(order["command"])
-    for number in order["files"]:
-        os.close(number)  # the trainer sees by them whether the process is there
+    order, more = order.split(_END, 1)
+    files, *command = order.split(b"\0")
+    child = _start(command)
+    for number in files.split():
+        os.close(int(number))  # the trainer sees by them whether the process is there
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # and a reader, whether the run is
     status = None
     while status is None and not more and os.getppid() == trainer:
@@ -65,13 +64,15 @@ def main(trainer: int) -> int:
         process_tree.reap_each([pid for pid in pids if pid != child])
 
     if status is None:
-        with contextlib.suppress(ProcessLookupError):
+        try:
             os.killpg(child, signal.SIGKILL)
+        except ProcessLookupError:  # it has just begun
+            os.kill(child, signal.SIGKILL)
     process_tree.kill_below(os.getpid(), reap, _KILLED)
     return statuses[0] if statuses else signal.SIGKILL
 
 
-def _start(command: list[str]) -> int:
+def _start(command: list[bytes]) -> int:
     guard = os.getpid()
     child = os.fork()
     if child:

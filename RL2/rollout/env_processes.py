@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import mmap
 import os
@@ -295,7 +294,8 @@ class _Process:
                 start_new_session=True,
             )
             command = [sys.executable, "-P", worker.__file__, *map(str, passed), path]
-            self._tell(json.dumps({"command": command, "files": passed}))
+            words = [f"{passed[0]} {passed[1]}", *command]
+            self._tell(b"".join(os.fsencode(word) + b"\0" for word in words) + b"\0")
 
     @property
     def gone(self) -> bool:
@@ -322,7 +322,7 @@ class _Process:
         """Have it killed, and all that it has started. Waits for nobody."""
         if not self.gone:
             self._guard.send_signal(signal.SIGCONT)  # somebody may have stopped it
-            self._tell("end")
+            self._tell(b"end")
 
     def end(self) -> int | None:
         """Kill it and all that it has started; its exit status, None where it does not end."""
@@ -340,6 +340,6 @@ class _Process:
         self.pulse.close()
         self.connection.close()
 
-    def _tell(self, line: str) -> None:
+    def _tell(self, words: bytes) -> None:
         with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended, or is closed
-            self._guard.stdin.write(line.encode() + b"\n")
+            self._guard.stdin.write(words)

@@ -9,11 +9,9 @@ found no more. Needs nothing but the standard library: guards load this file by 
 import ctypes
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable
-from typing import NamedTuple
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _PAUSE = 0.005  # seconds between two looks at what is being killed
@@ -38,15 +36,15 @@ def heed_no_signals() -> None:
             signal.signal(number, lambda *_: None)
 
 
-class Process(NamedTuple):
+class Process:
     """started: in ticks of the clock since the machine has, or 0 where that cannot be known. ended:
     only its status is left, which nobody has collected."""
 
-    pid: int
-    parent: int
-    group: int
-    started: int
-    ended: bool
+    __slots__ = ("pid", "parent", "group", "started", "ended")
+
+    def __init__(self, pid: int, parent: int, group: int, started: int, ended: bool):
+        self.pid, self.parent, self.group, self.started = pid, parent, group, started
+        self.ended = ended
 
 
 def adopt_orphans(yes: bool = True) -> None:
@@ -180,7 +178,9 @@ def _kill(send: Callable[[int, int], None], pid: int) -> bool:
 def processes() -> list[Process]:
     """Every process that can be seen."""
     if not os.path.exists("/proc/self/stat"):
-        # macOS and the BSDs.
+        # macOS and the BSDs. Imported here: who waits for a guard, waits for its imports.
+        import subprocess
+
         command = ["ps", "-A", "-o", "pid=", "-o", "ppid=", "-o", "pgid=", "-o", "stat="]
         try:
             listed = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
