@@ -69,7 +69,7 @@ def main(trainer: int) -> int:
         except ProcessLookupError:  # it has just begun
             os.kill(child, signal.SIGKILL)
     process_tree.kill_below(os.getpid(), reap, _KILLED)
-    return statuses[0] if statuses else signal.SIGKILL
+    return statuses[0] if statuses else os.waitpid(child, 0)[1]
 
 
 def _start(command: list[bytes]) -> int:
