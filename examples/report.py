@@ -14,6 +14,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from RL2.config.streams import keep_streams
+
 COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f"]
 SCORE, ENTROPY, LOSS = "test/score", "actor/entropy", "actor/loss"
 REWARD, LENGTH = "train/reward", "train/avg_response_length"
@@ -190,4 +192,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_streams()  # nobody may read the table; the picture is drawn all the same
     main()

@@ -216,6 +216,8 @@ def _type_advice(key: str, kind: Any, value: Any) -> str:
     member = members[0]
     if value is None:
         return f"must not be null; give {_kind(member)}"
+    if member is int and isinstance(value, float) and value.is_integer():
+        return f"not {_kind(member)}{null} as it is written; use {key}={int(value)}"
     if not (isinstance(member, type) and issubclass(member, Enum)):
         return f"not {_kind(member)}{null}"
     name = key.rpartition(".")[2]

@@ -15,6 +15,7 @@ from typing import Any
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BUSY = 1000  # milliseconds for a reader that is slow, where the file does not block
+_SOON = 100  # where the process is to end
 _NAMES = {"stdout": 1, "stderr": 2}
 
 
@@ -48,6 +49,15 @@ def keep_streams() -> None:
         setattr(sys, f"__{name}__", new)
 
 
+def hurry_streams() -> None:
+    """From here on, wait for no reader that has stopped to read."""
+    for name in _NAMES:
+        raw = getattr(getattr(sys, name), "buffer", None)
+        raw = getattr(raw, "raw", raw)
+        if isinstance(raw, _Unfailing):
+            raw.hurried = True
+
+
 def look_after_streams() -> None:
     """Have stdout and stderr be `/dev/null` where nobody will read them any more: what this process
     starts inherits them, and would fail."""
@@ -64,28 +74,31 @@ class _Unfailing(io.FileIO):
 
     def __init__(self, fd: int):
         super().__init__(fd, "w", closefd=False)
+        self.hurried = False
 
     def write(self, data: Any) -> int:
         """All of it, or as much as can be."""
         left = memoryview(data).cast("B")
         size = len(left)
         try:
-            while left:
-                written = super().write(left)
-                if written is None and not self._becomes_free():
-                    break
-                left = left[written or 0 :]
+            # In pieces: more would block where there is not room for all of it.
+            while left and self._has_room():
+                left = left[super().write(left[: select.PIPE_BUF]) or 0 :]
         except OSError as error:
             # A disk may have room again.
             if error.errno not in _FULL and not _is_file(self.fileno()):
                 _forget(self.fileno())
         return size
 
-    def _becomes_free(self) -> bool:
-        """Wait for a reader: somebody who shares the file has made it non-blocking."""
+    def _has_room(self) -> bool:
+        """Wait for a reader: as long as it takes, but where somebody who shares the file has made
+        it non-blocking, or this process is to end soon."""
         poll = select.poll()
         poll.register(self.fileno(), select.POLLOUT)
-        return bool(poll.poll(_BUSY))
+        while not poll.poll(_SOON if self.hurried else _BUSY):
+            if self.hurried or not os.get_blocking(self.fileno()):
+                return False
+        return True
 
 
 def _stand_in(fd: int) -> int:

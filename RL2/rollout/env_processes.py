@@ -236,7 +236,6 @@ class _Launcher:
     def __init__(self, path: str, source: bytes, timeout: float):
         self._path, self._source, self._timeout = path, source, timeout
         self._modules = b""  # what the file has imported the first time, see `env_modules`
-        self._guard: _Guard | None = None
         self._processes: set[_Process] = set()
         self._lock = threading.RLock()  # the garbage collector may call `end` anywhere
         self._ended = False
@@ -247,8 +246,10 @@ class _Launcher:
         with self._lock:
             if self._ended:
                 raise Failed("not called: the environment is closed")
-            self._guard = self._guard or _Guard()
-            process = _Process(self._path, self._guard)
+            try:
+                process = _Process(self._path)
+            except OSError as error:  # a limit of files or processes
+                raise Failed(f"cannot be run: no process can be started ({error})") from error
             self._processes = {one for one in self._processes if not one.gone} | {process}
         try:
             self._modules = process.greet(self._source, self._modules, self._timeout)
@@ -263,17 +264,18 @@ class _Launcher:
         with self._lock:
             self._ended = True
             for process in self._processes:
+                process.ask()
+            for process in self._processes:
                 process.end()
-            if self._guard is not None:
-                self._guard.end()
 
 
 class _Process:
-    """A process that runs an environment file, in a session and process group of its own."""
+    """A process that runs an environment file, under a guard (`env_guard`): the end of one is the
+    end of the other, and of all that they have started."""
 
-    def __init__(self, path: str, guard: _Guard):
-        self._path, self._guard = path, guard
+    def __init__(self, path: str):
         self._lock = threading.Lock()
+        self.pid = 0  # as soon as it has said it
         with contextlib.ExitStack() as stack:
             self.connection, theirs = socket.socketpair()
             stack.enter_context(theirs)
@@ -285,21 +287,20 @@ class _Process:
             memory.truncate(worker.Pulse.SIZE)
             self.pulse = worker.Pulse(mmap.mmap(memory.fileno(), worker.Pulse.SIZE))
             passed = (theirs.fileno(), memory.fileno())
-            self._popen = subprocess.Popen(
-                [sys.executable, "-P", worker.__file__, *map(str, passed), path],
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", env_guard.__file__, str(os.getpid())],
                 pass_fds=passed,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
+                bufsize=0,
                 start_new_session=True,
             )
-        guard.tell(f"+{self.pid}")
-
-    @property
-    def pid(self) -> int:
-        return self._popen.pid
+            command = [sys.executable, "-P", worker.__file__, *map(str, passed), path]
+            words = [f"{passed[0]} {passed[1]}", *command]
+            self._tell(b"".join(os.fsencode(word) + b"\0" for word in words) + b"\0")
 
     @property
     def gone(self) -> bool:
-        return self._popen.returncode is not None
+        return self._guard.returncode is not None
 
     def greet(self, source: bytes, modules: bytes, timeout: float) -> bytes:
         """Have the file imported, with its modules as they were when it was the first time (empty:
@@ -316,42 +317,32 @@ class _Process:
             raise Failed(f"cannot import: its process ended ({_of_status(self.end())})") from error
         if "error" in answer:
             raise Failed(answer["error"])
+        self.pid = answer["pid"]
         self.connection.setblocking(False)
         return bodies[0]
 
+    def ask(self) -> None:
+        """Have it killed, and all that it has started. Waits for nobody."""
+        if not self.gone:
+            self._guard.send_signal(signal.SIGCONT)  # somebody may have stopped it
+            self._tell(b"end")
+
     def end(self) -> int | None:
-        """Kill it and what it has started there; its exit status, None where it does not end."""
+        """Kill it and all that it has started; its exit status, None where it does not end."""
         with self._lock:
             if not self.gone:
-                # Before it is waited for: as long as it is not, nobody else gets its number.
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self.pid, signal.SIGKILL)
+                self.ask()
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._popen.wait(_END_SECONDS)
-                    self._guard.tell(f"-{self.pid}")
-            return self._popen.returncode
+                    self._guard.wait(_END_SECONDS)
+            return self._guard.returncode
 
     def close(self) -> None:
         """The same, and nothing of it is open here."""
         self.end()
+        self._guard.stdin.close()
         self.pulse.close()
         self.connection.close()
 
-
-class _Guard:
-    """See `env_guard`."""
-
-    def __init__(self):
-        self._popen = subprocess.Popen(
-            [sys.executable, "-I", "-S", env_guard.__file__, str(os.getpid())],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-
-    def tell(self, line: str) -> None:
-        with contextlib.suppress(BrokenPipeError, ValueError):  # killed, or closed
-            os.write(self._popen.stdin.fileno(), line.encode() + b"\n")
-
-    def end(self) -> None:
-        self._popen.stdin.close()
-        self._popen.kill()  # a fork of the trainer may still hold the other end
-        self._popen.wait()
+    def _tell(self, words: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended, or is closed
+            self._guard.stdin.write(words)

@@ -518,7 +518,7 @@ def main(connection: int, memory: int, path: str) -> None:
         sock.sendall(frame({"error": str(error)}))
         return
     found = remembered or json.dumps(modules.imported_since(before)).encode()
-    sock.sendall(frame({}, found))
+    sock.sendall(frame({"pid": os.getpid()}, found))
     sock.setblocking(False)
     loop = asyncio.new_event_loop()
     serve = _serve(

@@ -9,7 +9,6 @@ trainer's copy of the weights as well, which may lie in memory. It needs nothing
 library, and knows children that other children left behind on Linux only.
 """
 
-import ctypes
 import glob
 import os
 import shutil
@@ -19,42 +18,23 @@ import sys
 import tempfile
 import time
 
+if __package__:
+    from RL2.rollout.process_tree import (
+        adopt_orphans,
+        end_with_parent,
+        heed_no_signals,
+        kill_below,
+        reap_each,
+    )
+    from RL2.rollout.process_tree import descendants as _descendants
+else:  # it is run by its path, alone
+    sys.path.append(os.path.dirname(__file__))
+    from process_tree import adopt_orphans, end_with_parent, heed_no_signals, kill_below, reap_each
+    from process_tree import descendants as _descendants
+
 _GRACE = 3.0  # seconds between asking and killing
 _KILLED = 5.0  # seconds that killed processes may take to be gone
 _POLL = 0.2
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-
-
-def _prctl(option: int, value: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
-
-
-def _descendants(root: int) -> list[int]:
-    """All processes below `root`, parents first."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc") if os.path.isdir("/proc") else []:
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/stat") as file:
-                    # "pid (name) state ppid": a name may hold spaces and brackets.
-                    parent = int(file.read().rpartition(")")[2].split()[1])
-            except (OSError, ValueError):
-                continue  # it ended meanwhile
-            children.setdefault(parent, []).append(int(entry))
-    found, queue = [], [root]
-    while queue:
-        below = children.get(queue.pop(0), [])
-        found += below
-        queue += below
-    return found
-
-
-def _kill(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        return
 
 
 def _reap() -> None:
@@ -69,7 +49,7 @@ def _reap() -> None:
 def _end(server: subprocess.Popen) -> None:
     # The server first, alone: it knows how to end its own children, and what to clean up.
     if server.poll() is None:
-        _kill(server.pid, signal.SIGTERM)
+        server.terminate()
     deadline = time.monotonic() + _GRACE
     while time.monotonic() < deadline:
         server.poll()
@@ -77,35 +57,28 @@ def _end(server: subprocess.Popen) -> None:
         if server.returncode is not None and not _descendants(os.getpid()):
             return
         time.sleep(_POLL / 4)
-    # A killed process is there for a while yet, above all on a busy machine, and may have had a
-    # child just before.
-    deadline = time.monotonic() + _KILLED
-    while time.monotonic() < deadline:
-        left = _descendants(os.getpid())  # nobody where there is no /proc
-        if not left and server.poll() is not None:
-            return
-        for pid in left or [server.pid]:
-            _kill(pid, signal.SIGKILL)
-        time.sleep(_POLL / 40)
+
+    def reap(pids: list[int]) -> None:
         server.poll()
-        _reap()
+        reap_each([pid for pid in pids if pid != server.pid])
+
+    server.kill()
+    kill_below(os.getpid(), reap, _KILLED)
+    server.poll()
 
 
 def main(trainer: int, command: list[str]) -> int:
     asked = []
+    heed_no_signals()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: asked.append(True))
-    # Those that schedulers send to all processes of a job are for the trainer, which then asks.
-    for name in ("QUIT", "USR1", "USR2", "XCPU", "PWR"):
-        if number := getattr(signal, f"SIG{name}", None):
-            signal.signal(number, lambda *_: None)
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     # A session of its own: Ctrl-C in the trainer's terminal is for the trainer. Should the guard
     # itself be killed, the server goes with it.
     server = subprocess.Popen(
         command,
         start_new_session=True,
-        preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
+        preexec_fn=end_with_parent,
     )
     while server.poll() is None and os.getppid() == trainer and not asked:
         time.sleep(_POLL)

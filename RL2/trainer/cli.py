@@ -2,6 +2,7 @@
 
 import sys
 
+from RL2 import __version__
 from RL2.config.schema import SCHEMAS
 from RL2.config.streams import keep_streams
 from RL2.trainer.main import run
@@ -12,6 +13,7 @@ trainers: {", ".join(SCHEMAS)}
 
 rl2 <trainer> --help       the flags, and all keys with their defaults
 rl2 <trainer> --cfg job    what a command amounts to
+rl2 --version              the version of RL2
 Several processes: torchrun --nproc_per_node=N -m RL2.trainer.<trainer> key=value ...
 """
 
@@ -19,11 +21,15 @@ Several processes: torchrun --nproc_per_node=N -m RL2.trainer.<trainer> key=valu
 def main() -> None:
     """Run the trainer that the first argument names, with the others as its command line."""
     keep_streams()
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
+    name, *others = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help", "help") and others and others[0] in SCHEMAS:
+        name, others = others[0], [*others[1:], "--help"]
+    if name in ("-h", "--help", "help"):
         sys.stdout.write(USAGE)
+    elif name in ("-V", "--version", "version"):
+        sys.stdout.write(f"RL2 {__version__}\n")
     elif name in SCHEMAS:
-        sys.argv = [f"rl2 {name}", *sys.argv[2:]]
+        sys.argv = [f"rl2 {name}", *others]
         run(name)
     else:
         shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)

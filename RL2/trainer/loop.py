@@ -24,6 +24,7 @@ from RL2.datasets.end_of_turn import EndTokens, load_end_tokens
 from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks, world_size
 from RL2.distributed.agreement import all_or_none, check_same, together
 from RL2.distributed.comm import Batch
+from RL2.rollout.process_tree import reap_adopted
 from RL2.trainer import machine, record
 from RL2.trainer.banner import banner
 from RL2.trainer.checkpoint import Checkpoints, rng_state, set_rng_state
@@ -297,6 +298,7 @@ class Trainer:
         """Log a step, and stop a run that is dying or has no room to write, saved as it is."""
         metrics = metrics | self.traffic.pop()
         self._log(step, metrics)
+        reap_adopted()
         unwritten = problem = None
         if rank() == 0:
             unwritten = self.unwritten

@@ -17,6 +17,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from packaging.version import Version
 
+from RL2 import __version__
 from RL2.config import (
     ConfigError,
     DataError,
@@ -34,7 +35,7 @@ from RL2.config import (
 from RL2.config.launcher import check_gpu, check_launch_variables
 from RL2.config.paths import check_working_directory
 from RL2.config.secrets import for_terminal, redact
-from RL2.config.streams import keep_streams
+from RL2.config.streams import hurry_streams, keep_streams
 from RL2.trainer.help import asks_for_help, help_text
 from RL2.trainer.last_words import tell_launcher
 from RL2.trainer.stop import follow_launcher
@@ -93,6 +94,9 @@ def run(config_name: str) -> None:
     keep_streams()
     if asks_for_help(sys.argv[1:]):
         sys.stdout.write(help_text(config_name, sys.argv[1:]))
+        return
+    if "--version" in sys.argv[1:]:  # hydra would say its own
+        sys.stdout.write(f"RL2 {__version__}\n")
         return
     follow_launcher()  # early: whoever it is must be there still
     register_schemas()
@@ -206,6 +210,7 @@ def train(config: DictConfig, facts: Facts) -> None:
     import torch
 
     from RL2.distributed import process_group
+    from RL2.trainer.children import children_end, runs_strangers
     from RL2.trainer.loop import Trainer
     from RL2.trainer.stop import stop_signals
 
@@ -214,10 +219,11 @@ def train(config: DictConfig, facts: Facts) -> None:
     )
     torch.set_num_threads(threads)
     group = process_group(config.actor.device, config.trainer.rank_timeout, facts)
-    with ExitStack() as heard, group as device:
+    with children_end(runs_strangers(config)), ExitStack() as heard, group as device:
         # Only now: who waits for other ranks has nothing to save, and a signal ends it at once.
         # Until the group is left: what comes twice must not break that off.
         stop = heard.enter_context(stop_signals())
+        stop.call(hurry_streams)  # a terminal that Ctrl-S holds must not cost the checkpoint
         trainer = Trainer(config, device, stop)
         try:
             trainer.train()

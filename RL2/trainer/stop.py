@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import threading
@@ -15,6 +16,12 @@ from types import FrameType
 # one end: kill, Ctrl-C, a terminal that closes, Ctrl-\, a time limit, a power supply.
 _NAMES = ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "XCPU", "PWR")
 NUMBERS = tuple(getattr(signal, f"SIG{name}") for name in _NAMES if hasattr(signal, f"SIG{name}"))
+# Timers, and what a library may use for itself; they are heard where nobody has a handler for them.
+_OTHERS = ("ALRM", "VTALRM", "PROF", "IO", "ABRT", "STKFLT")
+OTHERS = (
+    *(getattr(signal, f"SIG{name}") for name in _OTHERS if hasattr(signal, f"SIG{name}")),
+    *(range(signal.SIGRTMIN, signal.SIGRTMAX + 1) if hasattr(signal, "SIGRTMIN") else ()),
+)
 # The same one again means: at once. The others come several times for one reason.
 _URGENT = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _GRACE = 30.0  # seconds from SIGTERM to SIGKILL, as torchrun has it
@@ -56,6 +63,13 @@ def _default(number: int) -> signal.Handlers | Callable:
     return signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
 
 
+def _is_free(number: int) -> bool:
+    """Whether nobody has a handler for a signal, and it would end this process."""
+    if number == signal.SIGABRT and faulthandler.is_enabled():
+        return False
+    return signal.getsignal(number) == signal.SIG_DFL
+
+
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
     """A request that a signal fills while the body runs.
@@ -68,6 +82,7 @@ def stop_signals() -> Iterator[StopRequest]:
         yield request
         return
     heard = [number for number in NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
+    heard += [number for number in OTHERS if _is_free(number)]
     before = {number: signal.signal(number, request.receive) for number in heard}
     try:
         yield request

@@ -65,6 +65,12 @@ def test_deleted_key():
         ("actor.lr=true", "actor.lr=true: not a number"),
         ("actor.lr=null", "actor.lr=null: must not be null; give a number"),
         ("actor.update_per_rollout=1.5", "actor.update_per_rollout=1.5: not a whole number"),
+        (
+            "trainer.max_steps=1e3",
+            "trainer.max_steps=1e3: not a whole number or null as it is written; use "
+            "trainer.max_steps=1000",
+        ),
+        ("trainer.max_steps=inf", "trainer.max_steps=inf: not a whole number or null"),
         ("trainer.save_freq=often", "trainer.save_freq=often: not a whole number or null"),
         ("trainer.use_wandb=maybe", "trainer.use_wandb=maybe: not true or false"),
         ("trainer.project=[a]", "trainer.project=[a]: not a text"),

@@ -97,6 +97,29 @@ def test_a_slow_reader_gets_everything():
     assert len(talk("| (sleep 0.5; cat)", text).stdout) == 300_001
 
 
+@pytest.mark.parametrize("blocks", [True, False])
+def test_nobody_waits_for_a_stopped_reader_at_the_end(blocks):
+    """A terminal that Ctrl-S holds, or a pager."""
+    text = f"""
+import signal
+signal.signal(signal.SIGTERM, lambda *_: streams.hurry_streams())
+os.set_blocking(1, {blocks})
+os.write(2, b"begins")
+print("x" * 300_000)
+print("y" * 300_000)
+sys.exit(3)
+"""
+    words = [sys.executable, "-I", "-S", "-c", BEGIN + text]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stderr.read(6) == b"begins"
+        if blocks:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.5)
+        process.terminate()
+        assert process.wait(20) == 3
+        assert process.stdout.read().startswith(b"x" * 65536)
+
+
 def test_a_disk_that_has_room_again(small_disk):
     disk = small_disk("64k")
     filler = disk / "filler"

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,6 +160,17 @@ def test_a_wrong_folder_is_one_line(report, monkeypatch, tmp_path, text, message
     line = str(end.value)
     assert line.startswith("report: ") and str(run) in line and message in line
     assert "\n" not in line and not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full (Linux)")
+def test_nobody_reads_the_table(tmp_path):
+    png = tmp_path / "curves.png"
+    words = [sys.executable, str(ROOT / "examples/report.py"), str(make_run(tmp_path / "run", {}))]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*words, "--png", str(png)], stdout=full, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+        )
+    assert done.returncode == 0 and png.exists()
 
 
 def test_half_a_line_is_left_out(run_report, tmp_path):

@@ -630,7 +630,7 @@ asyncio.run(env.step("", "", {}))
 """
     process = subprocess.Popen([sys.executable, "-c", trainer, tmp_path / "env.py"])
     wait_until((tmp_path / "env.py.begun").exists, seconds=300)  # it imports torch first
-    assert len(running(tmp_path)) == 3
+    wait_until(lambda: len(running(tmp_path)) == 3)  # one that begins has no command line yet
     process.kill()
     process.wait()
     wait_until(lambda: not running(tmp_path))

@@ -301,17 +301,21 @@ def test_a_save_beside_the_training_is_of_its_step_and_appears_when_it_is_durabl
     """The weights change twice while they are written."""
     folder, save, seen = tmp_path / "run", dcp.save, []
 
+    def n_logged():  # a last line may be half written
+        return (folder / "metrics.jsonl").read_text().count("\n")
+
     def slow_save(tensors, **options):
         end = time.monotonic() + 60
-        while len(rows_of(folder)) < 6 and not seen and time.monotonic() < end:
+        while n_logged() < 6 and not seen and time.monotonic() < end:
             time.sleep(0.01)
-        seen.append((len(rows_of(folder)), Checkpoints(folder).steps()))
+        seen.append((n_logged(), Checkpoints(folder).steps()))
         save(tensors, **options)
 
     monkeypatch.setattr(dcp, "save", slow_save)
     rows = train(files, "sft", folder, **settings(files, "sft"), trainer__save_freq=4,
                  trainer__async_save="true")  # fmt: skip
-    assert seen[0] == (6, [])
+    # This thread may have been held up until the last step, which waits for it.
+    assert seen[0] in ((6, []), (7, []))
     assert [lasting(row) for row in rows] == [lasting(row) for row in whole("sft")[1]]
     for step in ("step000004", "step000007"):
         one, other = (run / "checkpoints" / step for run in (folder, whole("sft")[0]))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from RL2 import __version__
 from RL2.trainer.sweep import run_name
 from tests.trainer.support import ROOT, environ, overrides, write_files
 
@@ -19,12 +20,24 @@ def rl2(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 def test_help_and_unknown_trainers():
-    for words in ([], ["--help"]):
+    for words in ([], ["--help"], ["help"]):
         done = rl2(*words)
         assert done.returncode == 0 and "usage: rl2 <trainer> key=value" in done.stdout
     done = rl2("grpo", "actor.lr=1")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "rl2: grpo: unknown trainer; use one of ppo, spo, spo_0p5, sft\n"
+
+
+@pytest.mark.parametrize("words", [["--version"], ["version"], ["sft", "--version"]])
+def test_the_version_is_that_of_this_library(words):
+    done = rl2(*words)
+    assert (done.returncode, done.stdout) == (0, f"RL2 {__version__}\n")
+
+
+def test_help_of_a_trainer():
+    done = rl2("help", "sft", "max_steps")
+    assert done.returncode == 0 and "\ntrainer.max_steps=" in done.stdout
+    assert "trainer.seed" not in done.stdout
 
 
 def test_a_trainer_gets_the_rest_of_the_command_line(tmp_path):

@@ -1,5 +1,6 @@
 """Signals ask once; the second one is as if nobody listened."""
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import threading
 
 import pytest
 
-from RL2.trainer.stop import NUMBERS, StopRequest, _may_be_launcher, stop_signals
+from RL2.trainer.stop import NUMBERS, OTHERS, StopRequest, _may_be_launcher, stop_signals
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +46,37 @@ def test_a_signal_fills_the_request_and_calls_back(number):
         request.call(lambda: called.append("late"))  # who asks later is called at once
         assert called == ["first", "late"]
     assert handlers() == before
+
+
+def test_timers_and_the_like_where_nobody_uses_them(monkeypatch):
+    """Of a library they are, which has its own handler."""
+    monkeypatch.setattr(faulthandler, "is_enabled", lambda: False)  # pytest's, of SIGABRT
+    before = {number: signal.getsignal(number) for number in OTHERS}  # and its SIGALRM
+    names = {"SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGABRT", "SIGSTKFLT", "SIGRTMIN"}
+    assert {getattr(signal, name) for name in names if hasattr(signal, name)} <= {*OTHERS}
+    own = []
+    try:
+        for number in OTHERS:
+            signal.signal(number, signal.SIG_DFL)
+            with stop_signals() as request:
+                os.kill(os.getpid(), number)
+                assert request.number == number
+            assert signal.getsignal(number) == signal.SIG_DFL
+            signal.signal(number, lambda number, _: own.append(number))
+            with stop_signals() as request:
+                os.kill(os.getpid(), number)
+                assert request.number is None
+        assert own == [*OTHERS]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_an_abort_of_our_own_is_none_of_them():
+    """In C, where it goes on to end the process when the handler returns."""
+    code = "from RL2.trainer.stop import stop_signals\nimport os\nwith stop_signals(): os.abort()"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONFAULTHANDLER": ""})
+    assert done.returncode == -signal.SIGABRT
 
 
 def test_the_same_signal_again_interrupts():
