@@ -36,11 +36,11 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
         lines = path.read_text().rpartition("\n")[0].splitlines()
         rows = [json.loads(line) for line in lines]
     except OSError as error:
-        sys.exit(f"report: {run}: no folder of a run ({path}: {error.strerror})")
+        sys.exit(readable(f"report: {run}: no folder of a run ({path}: {error.strerror})"))
     except ValueError as error:
-        sys.exit(f"report: {path}: a line that is not JSON ({error})")
+        sys.exit(readable(f"report: {path}: a line that is not JSON ({error})"))
     if not rows:
-        sys.exit(f"report: {path}: empty; the run has not finished a step yet")
+        sys.exit(readable(f"report: {path}: empty; the run has not finished a step yet"))
     return rows
 
 
@@ -125,7 +125,7 @@ def draw(names: list[str], runs: list[Path], png: Path) -> None:
     metrics = [read_metrics(run) for run in runs]
     panels = [name for name in TITLES if any(name in row for rows in metrics for row in rows)]
     if not panels:
-        sys.exit(f"report: {', '.join(map(str, runs))}: no loss, reward or score to draw")
+        sys.exit(readable(f"report: {', '.join(map(str, runs))}: no loss, reward or score to draw"))
     n_columns = min(2, len(panels))
     n_rows = math.ceil(len(panels) / n_columns)
     size = (5 * n_columns, 3.2 * n_rows)
@@ -166,7 +166,12 @@ def draw(names: list[str], runs: list[Path], png: Path) -> None:
         png.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(png, dpi=130)
     except (OSError, ValueError) as error:  # no such folder can be, no such kind of picture
-        sys.exit(f"report: --png {png}: cannot be written ({error})")
+        sys.exit(readable(f"report: --png {png}: cannot be written ({error})"))
+
+
+def readable(text: str) -> str:
+    """What a terminal would obey, in the name of a folder, as an escape."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def main() -> None:
@@ -174,10 +179,10 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs (trainer.save_dir)")
     parser.add_argument("--png", type=Path, required=True, help="where the picture goes")
     args = parser.parse_args()
-    names = labels(args.runs)
+    names = list(map(readable, labels(args.runs)))
     print(table(without_empty_columns(list(map(summary, names, args.runs)))))
     draw(names, args.runs, args.png)
-    print(f"picture:     {args.png}")
+    print(readable(f"picture:     {args.png}"))
     for run in args.runs:
         found = {
             "model": run / "final",
@@ -188,7 +193,7 @@ def main() -> None:
         }
         for what, path in found.items():
             if path.exists():
-                print(f"{what + ':':<12} {path}")
+                print(readable(f"{what + ':':<12} {path}"))
 
 
 if __name__ == "__main__":

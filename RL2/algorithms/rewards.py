@@ -8,16 +8,19 @@ at full size by an optimizer that normalises. The rule leaves no less than a flo
 import math
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 TOLERANCE = 2.0**-22  # relative: two float32 numbers next to each other, with their rounding
+SMALLEST = 2.0**-149  # above 0 in float32; the square of what is smaller may be 0 in float64
 
 
 def total(rewards: Iterable[float]) -> float:
     """The sum; exactly 0 where what is left is rounding of its terms."""
     rewards = list(rewards)
     sum_ = math.fsum(rewards)
-    return sum_ if abs(sum_) > TOLERANCE * math.fsum(map(abs, rewards)) else 0.0
+    noise = max(TOLERANCE * math.fsum(map(abs, rewards)), SMALLEST)
+    return sum_ if abs(sum_) > noise else 0.0
 
 
 def totals(rewards: Tensor, index: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -28,7 +31,7 @@ def totals(rewards: Tensor, index: Tensor, n: int) -> tuple[Tensor, Tensor]:
         rewards.new_zeros(n).index_add_(0, index, of_rows)
         for of_rows in (rewards.sum(-1), rewards.abs().sum(-1))
     )
-    return sums.masked_fill(sums.abs() <= TOLERANCE * sizes, 0.0), sizes
+    return sums.masked_fill(sums.abs() <= (TOLERANCE * sizes).clamp(min=SMALLEST), 0.0), sizes
 
 
 def all_equal(returns: Tensor, group: Tensor, n: int, sizes: Tensor | None = None) -> Tensor:
@@ -44,10 +47,17 @@ def all_equal(returns: Tensor, group: Tensor, n: int, sizes: Tensor | None = Non
         return values.new_zeros(n).scatter_reduce_(0, group, values, how, include_self=False)
 
     spread = extreme(returns, "amax") - extreme(returns, "amin")
-    return spread <= TOLERANCE * extreme(sizes, "amax")
+    return spread <= (TOLERANCE * extreme(sizes, "amax")).clamp(min=SMALLEST)
 
 
 def are_equal(returns: Iterable[float]) -> bool:
     """`all_equal` of one group, without tensors; true of none."""
     returns = list(returns) or [0.0]
-    return max(returns) - min(returns) <= TOLERANCE * max(map(abs, returns))
+    return max(returns) - min(returns) <= max(TOLERANCE * max(map(abs, returns)), SMALLEST)
+
+
+def in_float32(values: Tensor) -> Tensor:
+    """`values` in float32; a finite one beyond it becomes the largest. (Two rewards in float32 may
+    be further apart than it reaches.)"""
+    largest = torch.finfo(torch.float32).max
+    return values.where(~values.isfinite(), values.clamp(-largest, largest)).float()

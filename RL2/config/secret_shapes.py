@@ -6,27 +6,43 @@ without secrets costs little. Shapes are narrow: what a model writes must stay a
 
 import re
 
+from RL2.config.secret_fields import without_fields
+
 # Of an address. The password may hold a slash or an @; a port is none.
 USER = r"[^\s/@:\"']{0,100}"
 PASSWORD = r"(?!\d{1,5}(?:[/?#\s]|$))[^\s\"']{0,300}"
 
-_START = r"(?<![A-Za-z0-9])"
+# Letters and figures before a token may be the end of an escape: \\n, %3D, \\x22, \\u0022, or of a
+# terminal's colours.
+_ESCAPES = (
+    r"\\[abfnrtv0]", r"%[0-9A-Fa-f]{2}", r"\\x[0-9A-Fa-f]{2}", r"\\u[0-9A-Fa-f]{4}",
+    r"\[[01]m", r"\[\d\dm", r"\[\d;\d\dm",
+)  # fmt: skip
 
 
 def _shape(pattern: str) -> re.Pattern[str]:
     """Of a token, which begins where no other word goes on."""
-    return re.compile(_START + pattern)
+    # What it begins with comes first, as `re` looks for that faster than for anything else.
+    literal = re.match(r"[A-Za-z0-9]*(?![?*+{])", pattern)[0]
+    n = "." * len(literal)
+    escapes = "".join(rf"|(?<={escape}{n})" for escape in _ESCAPES)
+    return re.compile(
+        f"{literal}(?:(?<![A-Za-z0-9]{n}){escapes}){pattern[len(literal) :]}", re.DOTALL
+    )
 
 
-_HEADER = r"[\"']?\s*[:=]\s*[\"']?"
+_QUOTE = r"\\{0,8}[\"']"
+_HEADER = (
+    rf"(?:{_QUOTE})?(?:\s{{0,9}}[:=]\s{{0,9}}|(?<=[\"']),\s{{0,9}}(?=b?{_QUOTE}))b?(?:{_QUOTE})?"
+)
 # By mark: the shape. What its first group holds, if it has one, is no secret and stays.
 _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
     (
         ("PRIVATE KEY",),
         re.compile(
             r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----"
-            r"(?:[^-]{0,20000}?-----END [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----"
-            r"|(?:[A-Za-z0-9+/=\s]|\\[nr])*)"
+            r"(?:(?:[^-]|-(?!----)){0,20000}+-----END [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----"
+            r"|(?:[A-Za-z0-9+/=\s]|\\{1,8}(?:[nr]|u000[ad])|%0[AaDd])*+)"
         ),
     ),
     (("://",), re.compile(rf"(?<=://)(?:{USER}:{PASSWORD}|[^/\s@\"']{{1,300}})(?=@)")),
@@ -42,7 +58,7 @@ _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
     (
         ("uthorization", "UTHORIZATION"),
         re.compile(
-            rf"(authorization{_HEADER}(?:(?:bearer|basic|token|digest|apikey)\s+)?)[^\s\"',}}]{{6,}}",
+            rf"(authorization{_HEADER}(?:(?:bearer|basic|token|digest|apikey)\s+)?)[^\s\"',}}\\]{{6,}}",
             re.I,
         ),
     ),
@@ -54,7 +70,7 @@ _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
         ("-key", "-Key", "-KEY", "-token", "-Token", "-TOKEN"),
         re.compile(
             rf"(\b(?:x-)?(?:[a-z]+-)?(?:api-key|(?:auth|access|private|job)-token){_HEADER})"
-            r"[^\s\"',}]{8,}",
+            r"[^\s\"',}\\]{8,}",
             re.I,
         ),
     ),
@@ -91,7 +107,7 @@ _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
     (("npm_",), _shape(r"npm_[A-Za-z0-9]{30,}")),
     (("pypi-",), _shape(r"pypi-[\w-]{40,}")),
     (("gsk_", "r8_", "xai-", "pplx-"), _shape(r"(?:gsk_|r8_|xai-|pplx-)[A-Za-z0-9]{20,}")),
-    (("do",), _shape(r"do[opr]_v1_[a-f0-9]{32,}")),
+    (("doo_v1_", "dop_v1_", "dor_v1_"), _shape(r"do[opr]_v1_[a-f0-9]{32,}")),
     (
         ("dckr_pat_", "dapi", "GOCSPX-", "whsec_", "tgp_v1_", "csk-", "lin_api_", "ntn_", "figd_"),
         _shape(
@@ -129,6 +145,47 @@ _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
             r"(?=[^\s\"'&,;()<>{}]{0,200}\d)[^\s\"'&,;()<>{}]{8,}"
         ),
     ),
+    (
+        ("ATATT3", "ATCTT3", "ATBB", "nfp_", "HRKU-", "NRJS-", "NRII-", "fw_", "fo1_", "CFPAT-"),
+        _shape(
+            r"(?:AT[AC]TT3[\w=-]{20,}|ATBB[A-Za-z0-9]{20,}|nfp_[A-Za-z0-9]{30,}|HRKU-[\w-]{30,}"
+            r"|NRJS-[a-f0-9]{19,}|NRII-[\w-]{30,}|fw_[A-Za-z0-9]{20,}|fo1_[\w-]{40,}|CFPAT-[\w-]{40,})"
+        ),
+    ),
+    (
+        ("pnu_", "pul-", "rdme_", "rubygems_", "shippo_", "tfp_", "sgp_", "tskey-", "ops_eyJ"),
+        _shape(
+            r"(?:pnu_[A-Za-z0-9]{30,}|pul-[a-f0-9]{40}|rdme_[a-z0-9]{60,}|rubygems_[a-f0-9]{40,}"
+            r"|shippo_(?:live|test)_[a-f0-9]{30,}|tfp_[\w.=-]{50,}|sgp_\w{30,}"
+            r"|tskey-[a-z]{2,10}-[\w-]{16,}|ops_eyJ[\w=-]{40,})"
+        ),
+    ),
+    (
+        ("xkeysib-", "key-", "-us", "sb_secret_", "vcp_", "secret_", "sess-", "ABSK", "AKCp"),
+        _shape(
+            r"(?:xkeysib-[a-f0-9]{40,}[\w-]*|key-[a-f0-9]{32}(?![a-f0-9])|[a-f0-9]{32}-us\d{1,2}"
+            r"|sb_secret_[\w-]{20,}|vcp_[A-Za-z0-9]{20,}|secret_[A-Za-z0-9]{40,}"
+            r"|sess-[A-Za-z0-9]{30,}|ABSK[A-Za-z0-9+/=]{60,}|AKCp[A-Za-z0-9]{60,})"
+        ),
+    ),
+    (
+        ("dt0c01.", "LTAI", "AKID", "sha256~", "8Q~", "FLWSECK", "EZAK", "EAAC", "fio-u-", "live_"),
+        _shape(
+            r"(?:dt0c01\.[A-Z0-9]{20,}\.[A-Z0-9]{40,}|LTAI[A-Za-z0-9]{17,24}(?![A-Za-z0-9])"
+            r"|AKID[A-Za-z0-9]{32}(?![A-Za-z0-9])|sha256~[\w-]{40,}|[\w~.]{3}8Q~[\w~.-]{31,}"
+            r"|FLWSECK(?:_TEST)?-[\w-]{20,}|EZAK[A-Za-z0-9]{50,}|EAAC[A-Za-z0-9]{60,}"
+            r"|fio-u-[\w=-]{60,}|live_[A-Za-z0-9]{35,})"
+        ),
+    ),
+    (("pat",), _shape(r"pat[A-Za-z0-9]{14}\.[a-f0-9]{60,}")),
+    (("SK",), _shape(r"SK[a-f0-9]{32}(?![A-Za-z0-9])")),
+    (("webhook.office.com/",), re.compile(r"(webhook\.office\.com/\w{1,20}/)[\w@/-]{20,}")),
+    (("sl.",), _shape(r"sl\.(?:u\.)?[\w-]{100,}")),
+    # Of a bot: number, time and signature.
+    (
+        (".",),
+        re.compile(r"[MNO](?<![A-Za-z0-9].)[A-Za-z0-9]{23,27}\.[\w-]{6}\.[\w-]{27,40}(?![\w-])"),
+    ),
     (("SG.",), _shape(r"SG\.[\w-]{16,}\.[\w-]{16,}")),
     (("eyJ",), _shape(r"eyJ[\w-]{10,2000}\.[\w-]{10,9999}\.[\w-]*(?:\.[\w-]+)*")),
 )
@@ -140,4 +197,4 @@ def without_shapes(text: str, hidden: str) -> str:
         if any(mark in text for mark in marks):
             keeps = rf"\g<1>{hidden}" if shape.groups else hidden
             text = shape.sub(keeps, text)
-    return text
+    return without_fields(text, hidden)

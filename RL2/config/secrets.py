@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -36,8 +37,12 @@ _NO_SECRET = re.compile(
 _SHORTEST = 8  # characters; a variable that says "1" or "true" would blank out half of a log
 _LIST = re.compile(r"[,;\s]+")
 _PASSWORD = re.compile(rf"://{USER}:({PASSWORD})@")
-# A terminal would act on them; tabs and ends of lines stay.
-_CONTROLS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if n not in (9, 10, 133)}
+_URLSAFE = str.maketrans("+/", "-_")
+# A terminal would act on them; tabs and ends of lines stay. Marks that turn the direction of text
+# show a line as another one.
+_DIRECTIONS = (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_CONTROLS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if n not in (9, 10)}
+_CONTROLS |= {n: f"\\u{n:04x}" for n in (0x2028, 0x2029, *_DIRECTIONS)}
 
 
 @lru_cache(10_000)  # asked about every variable for every line that is written
@@ -124,14 +129,25 @@ def _secrets_of(value: str, named: bool, several: bool) -> Iterator[str]:
 
 @lru_cache(16)
 def _forms(values: frozenset[str]) -> tuple[str, ...]:
-    """Each value as it is, and as JSON, Python and addresses write it."""
-    forms = {
-        form
-        for value in values
-        for form in (
-            value, value.strip(), json.dumps(value)[1:-1], repr(value)[1:-1],
-            json.dumps(value, ensure_ascii=False)[1:-1], unquote(value),
-            quote(value.encode(errors="surrogateescape"), safe=""),
-        )
-    }  # fmt: skip
+    """Each value as it is, and as JSON, Python, addresses and headers write it."""
+    forms = {form for value in values for form in _forms_of(value)}
     return tuple(sorted((f for f in forms if len(f) >= _SHORTEST), key=len, reverse=True))
+
+
+def _forms_of(value: str) -> Iterator[str]:
+    data = value.encode(errors="surrogateescape")
+    yield from (value, value.strip(), unquote(value), repr(value)[1:-1], data.hex())
+    for ascii_only in (True, False):
+        written = json.dumps(value, ensure_ascii=ascii_only)[1:-1]
+        yield from (written, json.dumps(written, ensure_ascii=ascii_only)[1:-1])  # JSON in JSON
+    for safe in ("", "/"):
+        quoted = quote(data, safe=safe)
+        yield from (quoted, quoted.replace("%20", "+"), re.sub("%..", _lower, quoted))
+    for n_before in range(3):  # as a part of what is encoded, such as user:password
+        encoded = b64encode(bytes(n_before) + data).decode()
+        whole = encoded[(8 * n_before + 5) // 6 : 8 * (n_before + len(data)) // 6]
+        yield from (whole, whole.translate(_URLSAFE))
+
+
+def _lower(found: re.Match[str]) -> str:
+    return found[0].lower()

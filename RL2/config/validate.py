@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from RL2.config.data_paths import check_data_path
 from RL2.config.errors import ConfigError
 from RL2.config.models import check_model, context_length
+from RL2.config.numbers import check_numbers
 from RL2.config.overrides import is_open, unknown_key_message
 from RL2.config.paths import not_there
 from RL2.config.schema import (
@@ -191,6 +192,7 @@ def validate(config: DictConfig, world_size: int) -> None:
             raise ConfigError(f"{key}: required; {advice}")
     _check_interpolations(config)
     _check_ranges(config, schema)
+    check_numbers(config, key_types(schema))
     _check_mesh(config, world_size)
     for group in ("actor", "ref_actor"):
         if group in config and config[group].use_liger_kernel not in ("auto", True, False):

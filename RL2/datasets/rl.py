@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from RL2.datasets.base import keep_within, load_limited_rows, option
+from RL2.datasets.extra_info import fault_of
 from RL2.datasets.formats import RL_ROWS, Unread, format_of
 from RL2.datasets.messages import messages_of, tools_of
 from RL2.datasets.prompts import (
@@ -44,6 +45,7 @@ class RLDataset(Dataset):
             max_prompt_length.
         key: name of that node, for messages.
         max_prompt_length: tokens; None takes `config.max_prompt_length`, null there is no limit.
+        max_extra_info: bytes, pickled, of a row's extra_info; None for no limit.
 
     Raises:
         DataError: unreadable data, a malformed row (file and line), an overlong prompt.
@@ -55,6 +57,7 @@ class RLDataset(Dataset):
         tokenizer: PreTrainedTokenizerBase,
         key: str = "train_data",
         max_prompt_length: int | None = None,
+        max_extra_info: int | None = None,
     ) -> None:
         self.key = key
         self.batch_size_key = f"{key}.prompts_per_rollout"
@@ -69,6 +72,9 @@ class RLDataset(Dataset):
         rows = load_limited_rows(config, key)
         unread = Unread(key, tokenizer)
         items = [_parse(row, tokenizer, rows.where(i), key, unread) for i, row in enumerate(rows)]
+        for i, item in enumerate(items):
+            if (fault := fault_of(item["extra_info"], max_extra_info)) is not None:
+                raise row_error(key, rows.where(i), fault)
         unread.report()
         _warn_of_missing_answers(items, rows, key)
         prompts = [item["prompt"] for item in items]
@@ -111,6 +117,15 @@ def _parse(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str, key: str, unread: Unread
 ) -> dict[str, Any]:
     """Prompt text and extra_info of one row."""
+    try:
+        return _parsed(row, tokenizer, where, key, unread)
+    except RecursionError as error:
+        raise row_error(key, where, "is nested too deeply to be read; make it flatter") from error
+
+
+def _parsed(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str, key: str, unread: Unread
+) -> dict[str, Any]:
     kind = format_of(row, RL_ROWS)
     if kind is None:
         raise missing_keys(row, RL_FORMATS, where, key)

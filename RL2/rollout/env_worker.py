@@ -36,6 +36,9 @@ from typing import Any
 # Bytes of a text or of an extra_info (pickled) that an environment may return: what the trainer's
 # event loop handles well within 100 ms.
 MAX_ANSWER = 4 * 2**20
+# Rewards are trained on in float32: what is beyond it would make all of a step infinite.
+LARGEST = (2 - 2.0**-23) * 2.0**127
+TOO_LARGE = f"too large: beyond {LARGEST:.2g}, the largest float32"
 _MAX_MESSAGE = 500  # characters of somebody else's text in an error
 _MOST_UNKNOWN = 8  # keys of an answer that are named
 _TICKS = 8  # parts of a time limit
@@ -246,9 +249,15 @@ def _finite(key: str, value: Any) -> float:
     number = _scalar(value)
     if not isinstance(number, Real):
         raise Failed(f"{key}={value!r:.80} is not a number")
+    try:
+        number = float(number)
+    except OverflowError:  # an int or a fraction, which may have more digits than can be shown
+        raise Failed(f"{key} is {TOO_LARGE}") from None
     if not math.isfinite(number):
         raise Failed(f"{key}={number} is not finite")
-    return float(number)
+    if abs(number) > LARGEST:
+        raise Failed(f"{key}={number:g} is {TOO_LARGE}")
+    return number
 
 
 def _scalar(value: Any) -> Any:

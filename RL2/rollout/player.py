@@ -17,6 +17,7 @@ from RL2.config.errors import EnvError
 from RL2.datasets.continuation import continuation_encoder
 from RL2.datasets.end_of_turn import EndTokens, end_tokens
 from RL2.rollout.engine import Completion, Engine, MalformedReply, SamplingParams
+from RL2.rollout.env_worker import LARGEST, TOO_LARGE
 from RL2.rollout.environments import Environment
 from RL2.rollout.samples import (
     Sample,
@@ -30,6 +31,7 @@ from RL2.rollout.samples import (
 )
 
 _LONG_TEXT = 2**16  # characters
+_HIGHEST_LOGP = 1.0  # a probability of 1, and more than engines round in 16 bits
 
 
 class Gate:
@@ -201,6 +203,7 @@ class Player:
                         result.score,
                     )  # fmt: skip
                 )
+                self._check_sums(sample)
                 if ends:
                     return
                 if continues and new and completion.finish_reason == "stop":
@@ -231,6 +234,15 @@ class Player:
         sample.prompt = sample.state = state
         sample.extra_info = extra_info
         sample.sequences.append(start_sequence(ids))
+
+    def _check_sums(self, sample: Sample) -> None:
+        """Raise EnvError where turns that are finite in float32 do not add up to what is."""
+        for name, sum_ in (("reward", sample.reward), ("score", sample.score)):
+            if abs(sum_) > LARGEST:
+                raise EnvError(
+                    f"{self.environment.path}: step: the {name}s of {len(sample.turns)} turns add "
+                    f"up to {sum_:g}, which is {TOO_LARGE}"
+                )
 
     @contextmanager
     def _between_requests(self) -> Iterator[None]:
@@ -292,6 +304,10 @@ def check(completion: Completion) -> None:
         )
     if not all(map(math.isfinite, completion.logps)):
         raise MalformedReply("the engine returned a log-probability that is not finite")
+    lowest, highest = min(completion.logps, default=0), max(completion.logps, default=0)
+    if lowest < -LARGEST or highest > _HIGHEST_LOGP:
+        wrong = highest if highest > _HIGHEST_LOGP else lowest
+        raise MalformedReply(f"the engine returned the log-probability {wrong:g}")
     if not n and completion.finish_reason != "abort":
         raise MalformedReply(
             f"the engine returned no token and the finish reason {completion.finish_reason!r}"

@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from RL2.algorithms.advantages import resolve_advantage
 from RL2.algorithms.kl import approx_kl
+from RL2.algorithms.rewards import in_float32
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
 from RL2.config import CheckpointError, ConfigError, HealthError, Interrupted, TrainingError
 from RL2.config.models import ask_hub
@@ -103,7 +104,7 @@ def add_advantages(batch: Batch, config: DictConfig, estimator: Callable[..., Te
         penalty = kl.coef * estimate * mask
     if kl.type == "reward":
         rewards = rewards - penalty
-    advantages = estimator(rewards, mask, batch["sample_ids"], batch["group_ids"]).float()
+    advantages = in_float32(estimator(rewards, mask, batch["sample_ids"], batch["group_ids"]))
     if kl.type == "advantage":
         advantages = advantages - penalty
     return batch | {"rewards": batch["rewards"].float(), "advantages": advantages}

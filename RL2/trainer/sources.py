@@ -24,6 +24,7 @@ from RL2.distributed import rank, second_group, world_size
 from RL2.distributed.comm import Batch
 from RL2.ops.fp32 import without_switching
 from RL2.rollout import Collector, build_engine, load_environment
+from RL2.rollout.env_worker import MAX_ANSWER
 from RL2.rollout.event_loop import in_thread
 from RL2.rollout.samples import staleness
 from RL2.workers import Actor
@@ -129,14 +130,16 @@ class RolloutSource:
         longest = config.actor.max_length_per_device * config.actor.sp_size
         longest = min(longest, context_length(config.actor.model_name) or longest)
         longest -= config.rollout.train_sampling_params.max_new_tokens
+        # No process, no limit; null means one for each core.
+        limit = None if config.rollout.env_workers == 0 else MAX_ANSWER
         self.train = RLDataset(
-            config.train_data, tokenizer, key="train_data",
+            config.train_data, tokenizer, key="train_data", max_extra_info=limit,
             max_prompt_length=config.train_data.max_prompt_length or longest,
         )  # fmt: skip
         self.test = None
         if config.test_data.path is not None:
             self.test = RLDataset(
-                config.test_data, tokenizer, key="test_data",
+                config.test_data, tokenizer, key="test_data", max_extra_info=limit,
                 max_prompt_length=config.test_data.max_prompt_length or longest,
             )  # fmt: skip
         self.n_prompts = config.train_data.prompts_per_rollout

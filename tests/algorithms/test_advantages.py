@@ -1,10 +1,15 @@
+import math
+
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from RL2.algorithms import resolve_advantage, sample_returns
 from RL2.algorithms.advantages import reinforce, spo
+from RL2.algorithms.rewards import in_float32
 from RL2.config.errors import ConfigError
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 def rows(returns, sample_ids=None, group_ids=None, T=3):
@@ -122,6 +127,31 @@ def test_a_difference_that_is_one_is_normalised_whatever_its_size(scale, shift):
     half = 0.75**0.5
     expected = torch.tensor([-half, half, -half, half], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("returns", "plain", "normed"),
+    [
+        # What is 0 in float32 is 0: its square is in float64, too.
+        ([1e-200, 0.0, 0.0, 0.0], [0.0] * 4, [0.0] * 4),
+        ([1e-320, 0.0, 0.0, 0.0], [0.0] * 4, [0.0] * 4),
+        # Squares and differences that float32 does not reach.
+        ([3e38, -3e38, 0.0, 0.0], [3e38, -3e38, 0.0, 0.0], [1.5**0.5, -(1.5**0.5), 0.0, 0.0]),
+        ([3e38, -3e38, -3e38, -3e38], [LARGEST, *[-1.5e38] * 3], [1.5, -0.5, -0.5, -0.5]),
+    ],
+)
+def test_rewards_at_the_ends_of_float32(returns, plain, normed):
+    rewards = torch.tensor(returns, dtype=torch.float64)[:, None]
+    mask, samples = torch.ones(4, 1, dtype=torch.bool), torch.arange(4)
+    for norm_var, expected in ((False, plain), (True, normed)):
+        found = reinforce(rewards, mask, samples, 0 * samples, norm_var=norm_var)
+        torch.testing.assert_close(in_float32(found)[:, 0], torch.tensor(expected))
+
+
+def test_what_is_not_finite_stays_so_in_float32():
+    values = [math.inf, -math.inf, math.nan, -1e300]
+    found = in_float32(torch.tensor(values, dtype=torch.float64))
+    torch.testing.assert_close(found, torch.tensor([*values[:3], -LARGEST]), equal_nan=True)
 
 
 def test_one_sample_and_no_sample():

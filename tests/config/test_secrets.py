@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import time
+from base64 import b64encode
 from pathlib import Path
 from urllib.parse import quote
 
@@ -11,7 +12,14 @@ import pytest
 import yaml
 
 from RL2.config import ConfigError, check_overrides, validate
-from RL2.config.secrets import RedactingFormatter, is_secret_name, redact, redact_all, redact_config
+from RL2.config.secrets import (
+    RedactingFormatter,
+    for_terminal,
+    is_secret_name,
+    redact,
+    redact_all,
+    redact_config,
+)
 
 CANARY = "canary-4f1b9c"
 REAL = Path(__file__).parents[3] / "shared/data/gsm8k"
@@ -68,8 +76,18 @@ def test_values_however_they_are_written(monkeypatch):
     """JSON, Python and addresses have escapes; logs show one line of many."""
     value = 'with "quotes", back\\slash/é\nand a second line'
     monkeypatch.setenv("SOME_PASSWORD", value)
-    for text in (value, json.dumps(value), repr(value), quote(value, safe=""), "and a second line"):
+    twice = json.dumps(json.dumps(value))
+    for text in (value, json.dumps(value), repr(value), quote(value, safe=""), "and a second line",
+                 quote(value, safe="").lower(), value.encode().hex()):  # fmt: skip
         assert set(redact(text)) <= set("*\"'"), text
+    assert redact(twice) == '"\\"***\\""'
+
+
+@pytest.mark.parametrize("before", ["", "u:", "user:", "a-user:"])
+def test_values_within_base64(monkeypatch, before):
+    monkeypatch.setenv("SOME_PASSWORD", CANARY)
+    encoded = b64encode(f"{before}{CANARY}".encode()).decode()
+    assert len(redact(f"sent {encoded}")) < len(f"sent {encoded}") - len(CANARY) + 3
 
 
 def test_the_password_of_a_variable_that_is_an_address(monkeypatch):
@@ -116,6 +134,17 @@ SHAPES = {
     "postman": "PMAK-" + HEX[:24] + "-" + HEX[:34],
     "grafana": "glsa_" + LETTERS[:32] + "_" + HEX[:8],
     "tavily": "tvly-dev-" + LETTERS[:32],
+    "atlassian": "ATATT3" + "xFfGF0" + LETTERS,
+    "mailgun": "key-" + HEX[:32],
+    "twilio": "SK" + HEX[:32],
+    "tailscale": "tskey-" + "auth-" + LETTERS[:24],
+    "pulumi": "pul-" + HEX[:40],
+    "rubygems": "rubygems_" + HEX[:48],
+    "fireworks": "fw_" + LETTERS[:24],
+    "airtable": "pat" + LETTERS[:14] + "." + HEX,
+    "discord": "MT" + LETTERS[:24] + "." + "GabcDE" + "." + LETTERS[:38],
+    "notion": "secret_" + LETTERS[:43],
+    "openshift": "sha256~" + LETTERS[:43],
     "pem": "-----BEGIN RSA PRIVATE KEY-----\n" + LETTERS + "\n" + LETTERS
     + "==\n-----END RSA PRIVATE KEY-----",
 }  # fmt: skip
@@ -157,9 +186,69 @@ def test_secrets_in_their_places(text, expected):
     assert redact(text) == expected
 
 
+SECRET_FIELDS = [
+    ('{"password": "hunter2"}', '{"password": "***"}'),
+    ('{"passphrase":"correct horse battery"}', '{"passphrase":"***"}'),
+    (json.dumps(json.dumps({"a_password": 'x"y\\z1'})), '"{\\"a_password\\": \\"***\\"}"'),
+    ("password: Tr0ub4dor&3", "password: ***"),
+    ("  db_password: 'hunter2'", "  db_password: '***'"),
+    ('dbPassword = "hunter2"', 'dbPassword = "***"'),
+    ('"accessToken":"abcdefgh"', '"accessToken":"***"'),
+    ('{"token": "a1b2c3d4e5f6"}', '{"token": "***"}'),
+    ("api_key => 'abcdef123'", "api_key => '***'"),
+    ("login --password hunter2 --token=abcdefgh", "login --password *** --token=***"),
+    ("['x', '--api-key', 'abcdefgh', 'y']", "['x', '--api-key', '***', 'y']"),
+    ("curl -s https://h -u user:pass -v", "curl -s https://h -u user:*** -v"),
+    ("mysql -u root -phunter2 db", "mysql -u root -p*** db"),
+    ("sshpass -p hunter2 ssh h", "sshpass -p *** ssh h"),
+    ("machine h login me password hunter2", "machine h login me password ***"),
+    ("Set-Cookie: sid=abcdef0123456789; Path=/", "Set-Cookie: ***"),
+    ("{'Cookie': 'session=abcdef0123'}", "{'Cookie': '***'}"),
+    ("got Basic dXNlcjpwYXNz", "got Basic ***"),
+    (r"{\"Authorization\": \"Bearer abcdefgh12\"}", r"{\"Authorization\": \"Bearer ***\"}"),
+    ("(b'authorization', b'Bearer abcdef12')", "(b'authorization', b'Bearer ***')"),
+    ("<password>hunter2x</password>", "<password>***</password>"),
+    ("q=password%3Dhunter2&x", "q=password%3D***&x"),
+    ("İ password: hunter2", "İ password: ***"),
+    (
+        f"-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,0\n\n"
+        f"{LETTERS}\n-----END RSA PRIVATE KEY----- and more",
+        "*** and more",
+    ),
+    ("-----BEGIN PRIVATE KEY-----%0AMIIE", "***"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), SECRET_FIELDS)
+def test_secrets_by_the_names_of_their_fields(text, expected):
+    assert redact(text) == expected
+
+
+@pytest.mark.parametrize(
+    "around", [r"a\n{}", "key%3D{}", r"\u0022{}\u0022", r"\x22{}\x22", "\x1b[31m{}\x1b[0m"]
+)
+def test_a_token_behind_an_escape(around):
+    for kind in ("github", "aws", "slack, bot", "google"):
+        assert redact(around.format(SHAPES[kind])) == around.format("***")
+
+
 @pytest.mark.parametrize(
     "text",
     [
+        "the password is a word, a token is not",
+        "token_loss: spo",
+        "max_tokens: 5 and max_new_tokens=81920 and token: 151643",
+        '{"token": "hello", "logprob": -0.5}, ["password", "username"]',
+        '{"password": {"type": "string"}, "api_key": "string"}',
+        "pad_token: <|endoftext|>12 eos_token='<|im_end|>2'",
+        "--token TOKEN --password <your password> --api-key $KEY; use --token to pass a token",
+        "Her secret: she had 12345 cookies, each cookie = 3*4=12; cookies: 5 + 7 = 12",
+        "Basic understanding of algebra, a login and a password",
+        "pwd: /home/me/2024 credentials: include",
+        "docker run -u 1000:1000 image",
+        "api_key=None, token=None, password == 'x' or def password(n): return n*2",
+        "the_secret_number = 42424242; The secret number: 7 * 8 = 56",
+        "actor.token_stats=triton_fused2 tokenizer: qwen3_tokenizer_v2",
         "train@openai/gsm8k:main",
         "hf_model",
         "hf_hub_download_of_a_file",
@@ -204,6 +293,12 @@ def test_a_large_text_takes_no_more_than_it_must():
         "?key=",
         "password=",
         "A_KEY=",
+        "password: ",
+        '"token": "',
+        "--token ",
+        "curl -u ",
+        "cookie: ",
+        "<password>",
     ):
         small, large = (_seconds(begin * n) for n in (2_000, 8_000))
         assert large < 12 * small + 0.2, begin
@@ -239,6 +334,8 @@ def test_log_lines_and_tracebacks(monkeypatch):
 def test_a_terminal_acts_on_nothing_that_is_logged():
     record = logging.LogRecord("RL2", 20, "x.py", 1, "a\tb\x1b]0;title\x07\x9b2J\rc", (), None)
     assert RedactingFormatter("%(message)s").format(record) == "a\tb\\x1b]0;title\\x07\\x9b2J\\x0dc"
+    assert for_terminal("a\u202eb\u2066c\u2028d\x85e") == r"a\u202eb\u2066c\u2028d\x85e"
+    assert for_terminal("日本 é עברית 👨\u200d👩") == "日本 é עברית 👨\u200d👩"
 
 
 @pytest.mark.parametrize(

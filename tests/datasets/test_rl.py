@@ -1,6 +1,7 @@
 import copy
 import csv
 import json
+import math
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 from RL2.config.errors import DataError
 from RL2.datasets import RLDataset, make_loader
 from RL2.datasets.prompts import GSM8K_INSTRUCTION
+from RL2.rollout.env_worker import sealed, unsealed
 
 REAL = Path(__file__).parents[3] / "shared/data/gsm8k"
 GSM8K = {"question": "How many?", "answer": "1 + 1 = 2\n#### 2"}
@@ -343,3 +345,52 @@ def test_real_gsm8k_is_read_and_checked_fast(tiny_tokenizer):
     assert all(item["extra_info"]["answer"].lstrip("-")[0].isdigit() for item in items)
     dataset = load(tiny_tokenizer, str(REAL / "test.jsonl"), max_examples=100)
     assert len(dataset) == 100 and dataset[0]["extra_info"] == {"answer": "18"}
+
+
+# ------------------------------------------------------------------------------ for the environment
+
+
+def nested(levels: int) -> dict:
+    value = {"n": 1}
+    for _ in range(levels):
+        value = {"a": [value]}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("extra_info", "said"),
+    [
+        ({"file": "x" * 5000}, "extra_info is 50"),
+        (nested(101), "extra_info is nested more than 200 levels deep"),
+        (nested(450), "extra_info is nested more than 200 levels deep"),
+    ],
+)
+def test_a_row_that_cannot_go_to_the_environment(plain_tokenizer, extra_info, said):
+    path = write([{"prompt": "a"}, {"prompt": "b", "extra_info": extra_info}])
+    with pytest.raises(DataError) as caught:
+        RLDataset(OmegaConf.create({"path": path}), plain_tokenizer, max_extra_info=4096)
+    message = str(caught.value)
+    assert message.startswith(f"train_data.path: rows.jsonl:3: {said}") and "\n" not in message
+    if "file" in extra_info:
+        assert "4096" in message and message.endswith("or use rollout.env_workers=0")
+        load(plain_tokenizer, path)  # without processes there is no limit
+
+
+@pytest.mark.parametrize("levels", [150, 700, 900, 980, 5000])
+def test_an_answer_that_python_cannot_recurse_into(plain_tokenizer, levels):
+    deep = "[" * levels + "1" + "]" * levels
+    Path("rows.jsonl").write_text(f'{{"prompt": "b", "extra_info": {{"answer": {deep}}}}}')
+    if levels == 150:
+        assert load(plain_tokenizer, "rows.jsonl")[0]["extra_info"]
+        return
+    with pytest.raises(DataError, match=r"^train_data.path: rows.jsonl:1: .*(nested|recursion)"):
+        load(plain_tokenizer, "rows.jsonl")
+
+
+def test_what_goes_to_the_environment_as_it_is(plain_tokenizer):
+    odd = {"n": 2**70, "x": [math.inf, None], "half": "\ud800", "nul": "a\0b", "many": "]}" * 300}
+    odd |= {"deep": nested(98), "keys": {str(n): [] for n in range(300)}}
+    path = write([{"prompt": "a", "extra_info": odd}])
+    dataset = RLDataset(OmegaConf.create({"path": path}), plain_tokenizer, max_extra_info=2**20)
+    assert dataset[0]["extra_info"] == odd
+    assert unsealed(sealed(dataset[0]["extra_info"])) == odd

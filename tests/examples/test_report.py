@@ -190,3 +190,12 @@ def test_a_picture_that_cannot_be_is_one_line(report, monkeypatch, tmp_path, png
     line = str(end.value)
     assert line.startswith(f"report: --png {tmp_path / png}: cannot be written (")
     assert "\n" not in line
+
+
+def test_a_terminal_acts_on_no_name_of_a_folder(run_report, report, monkeypatch, tmp_path):
+    run = make_run(tmp_path / "a\x1b]0;x\x07\u202eb", {0: [0, 1], 4: [1, 1]})
+    assert not {"\x1b", "\x07", "\u202e"} & set("".join(run_report(run)))
+    monkeypatch.setattr("sys.argv", ["report.py", f"{run}-none", "--png", "a.png"])
+    with pytest.raises(SystemExit) as end:
+        report.main()
+    assert r"a\x1b]0;x\x07\u202eb-none" in str(end.value)

@@ -207,6 +207,43 @@ async def step(state, action, extra_info):
     assert metrics["train/score"] > 5
 
 
+# ------------------------------------------------------------------------ sums over turns
+
+TURNS = """
+async def step(state, action, extra_info):
+    n = extra_info["n"] = extra_info.get("n", -1) + 1
+    large = extra_info["answer"] == 1
+    reward, score = REWARDS[n] if large else (1.0, 1.0)
+    return {
+        "next_state": state + action, "reward": reward, "score": score, "done": n == 2,
+        "extra_info": extra_info,
+    }
+"""
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [
+        ([(2e38, 0), (2e38, 0), (0, 0)], "the rewards of 2 turns add up to 4e+38"),
+        ([(0, -1.5e38), (0, -1.5e38), (0, -1.5e38)], "scores of 3 turns add up to -4.5e+38"),
+        ([(3e38, 3e38), (-3e38, -3e38), (3e38, 3e38)], None),
+    ],
+)
+def test_turns_that_add_up_to_more_than_a_float32_fail(make, caplog, rewards, said, train):
+    source = f"REWARDS = {rewards}\n{TURNS}"
+    collector = make(source, ScriptedEngine(letter), {"max_turns": 3, "responses_per_prompt": 2},
+                     test_responses_per_prompt=2)  # fmt: skip
+    batch, metrics = collector.collect(make_items(2), 1, train=train)
+    n_bad = 0 if said is None else 2
+    assert metrics["rollout/env_errors"] == n_bad
+    assert metrics["train/n_samples" if train else "test/n_samples"] == 4 - n_bad
+    assert sum(message.count("too large: beyond") for message in caplog.messages) == n_bad // 2
+    assert all(said in message and "step: " in message for message in caplog.messages)
+    if train:
+        assert batch["rewards"].float().isfinite().all()
+
+
 # ------------------------------------------------------------------------ replies without sense
 
 
@@ -217,6 +254,8 @@ async def step(state, action, extra_info):
         (Completion([5, 6], [-1.0, -1.0], "stop", [0]), "1 weight versions"),
         (Completion([5], [math.nan], "stop", [0]), "not finite"),
         (Completion([5], [-math.inf], "stop", [0]), "not finite"),
+        (Completion([5], [-1e39], "stop", [0]), "log-probability -1e+39"),
+        (Completion([5], [3.5], "stop", [0]), "log-probability 3.5"),
         (Completion([], [], "stop", []), "no token"),
         (MalformedReply("server 1: the body is no JSON"), "no JSON"),
     ],

@@ -297,6 +297,7 @@ async def step(state, action, extra_info):
         ("raise KeyError('gone')", "raised KeyError: 'gone'"),
         ("await asyncio.sleep(60)", "timed out after 0.3 s"),
         ("return ODD | {'reward': float('nan')}", "reward=nan is not finite"),
+        ("return ODD | {'reward': 1e39}", "reward=1e+39 is too large"),
     ],
 )
 def test_a_failing_environment_drops_its_sample_by_name(make, tmp_path, caplog, failure, said):

@@ -121,7 +121,10 @@ async def step(state, action, extra_info):
         (f"{{{GOOD}, 'next_state': None}}", "next_state=None is not a str"),
         (f"{{{GOOD}, 'next_state': chr(0xD800)}}", "next_state is no text that can be encoded"),
         (f"{{{GOOD}, 'next_state': 'x' * 2**30}}", "next_state is longer than 4194304 bytes"),
-        (f"{{{GOOD}, 'reward': 10**400}}", "cannot be checked: OverflowError"),
+        (f"{{{GOOD}, 'reward': 10**400}}", "reward is too large: beyond 3.4e+38"),
+        (f"{{{GOOD}, 'score': -(10**5000)}}", "score is too large"),  # has no text
+        (f"{{{GOOD}, 'score': 1.7e308}}", "score=1.7e+308 is too large: beyond 3.4e+38"),
+        (f"{{{GOOD}, 'reward': -3.5e38}}", "reward=-3.5e+38 is too large"),
         (f"{{{GOOD}, 'extra_info': []}}", "extra_info is list, not a dict"),
         ("1 / 0", "raised ZeroDivisionError: division by zero"),
         ("exit(3)", "raised SystemExit: 3"),

@@ -1,0 +1,61 @@
+"""Whether what a row tells the environment can go there: found out before the run begins."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable
+from typing import Any
+
+from RL2.datasets.rows import one_line
+
+# Levels of lists and objects in each other. Copies recurse, and Python ends a recursion at 1,000.
+_DEEPEST = 200
+
+
+def fault_of(extra_info: dict[str, Any], limit: int | None) -> str | None:
+    """Why an environment cannot be given it, with the way out; None if it can.
+
+    limit: bytes, pickled, that a process of the environment takes at most; None if there is none.
+    """
+    try:
+        data = pickle.dumps(extra_info, pickle.HIGHEST_PROTOCOL)
+    except RecursionError:
+        data = None
+    except Exception as error:  # a table may hold anything
+        if limit is None:
+            return None
+        return (
+            f"extra_info cannot go to another process ({one_line(error)}); put plain data there, "
+            "or use rollout.env_workers=0"
+        )
+    # Each list and each dict has its mark there, which texts may hold as well.
+    if data is None or (
+        data.count(b"]") + data.count(b"}") > _DEEPEST and _is_deeper(extra_info, _DEEPEST)
+    ):
+        return (
+            f"extra_info is nested more than {_DEEPEST} levels deep; make it flatter, or write it "
+            "as one text that the environment reads"
+        )
+    if limit is not None and len(data) > limit:
+        return (
+            f"extra_info is {len(data)} bytes (pickled), more than the {limit} that go to a "
+            "process of the environment; put the name of a file there for the environment to "
+            "read, or use rollout.env_workers=0"
+        )
+    return None
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists, tuples and dicts are nested deeper than that."""
+    layer: list[Any] = [value]
+    for _ in range(levels + 1):
+        layer = [part for one in layer for part in _parts(one)]
+        if not layer:
+            return False
+    return True
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else ()
