@@ -232,7 +232,7 @@ def test_a_server_of_somebody_else_gets_the_weights_and_stays(setup, tmp_path, m
 
 def servers_of(trainer: int) -> list[int]:
     """Processes of the servers themselves, which the guards started."""
-    guards = [p for p in children(trainer) if "guard.py" in command_of(p)]
+    guards = [p for p in children(trainer) if "/guard.py" in command_of(p)]
     return [child for guard in guards for child in children(guard)]
 
 

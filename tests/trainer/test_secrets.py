@@ -102,6 +102,16 @@ def test_no_canary_anywhere(files, tmp_path):
 
 
 KEY = "__import__('os').environ['HF_TOKEN']"
+# A loss that fails where nobody calls it by name, and not in its trial at the start.
+BACKWARD = """
+import torch
+def fail(gradient):
+    if len(gradient) > 3: {}
+def f(logps):
+    losses = -logps
+    losses.register_hook(fail)
+    return losses
+"""
 
 
 @pytest.mark.parametrize(
@@ -114,10 +124,15 @@ KEY = "__import__('os').environ['HF_TOKEN']"
             f"async def step(s, a, e): ...\ndef __getattr__(name): raise OSError({KEY})",
             "ConfigError: rollout.env_path=",
         ),
-        # An error that nobody expects.
         (
             "actor__loss__import_path",
             f"def f(logps):\n if len(logps) > 3: raise OSError({KEY})\n return -logps",
+            "TrainingError: actor.loss.import_path=",
+        ),
+        # An error that nobody expects.
+        (
+            "actor__loss__import_path",
+            BACKWARD.format(f"raise OSError({KEY})"),
             "Traceback (most recent call last):",
         ),
     ],
