@@ -57,8 +57,13 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Clip to `max_norm`; returns the norm before clipping, over all ranks.
+
+    Where that is not finite, the gradients stay as they are: squares of finite ones overflow in
+    float32 from 1.8e19 on, and float64 as `dtype` may find their norm.
 
     torch takes the norm of tensors on one mesh, and with tensor parallelism split and whole
     parameters lie on different ones.
@@ -67,8 +72,16 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
     for parameter in parameters:
         if parameter.grad is not None:
             groups.setdefault(parameter.device_mesh, []).append(parameter)
-    norms = [get_total_norm([p.grad for p in group]).full_tensor() for group in groups.values()]
+    norms = [_norm([p.grad for p in group], dtype).full_tensor() for group in groups.values()]
     total = torch.linalg.vector_norm(torch.stack(norms))
+    known = total.where(total.isfinite(), 0.0)  # of 0 nothing is clipped; no wait for the device
     for group in groups.values():
-        clip_grads_with_norm_(group, max_norm, total)
+        clip_grads_with_norm_(group, max_norm, known)
     return total
+
+
+def _norm(gradients: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    if dtype == torch.float32:
+        return get_total_norm(gradients)
+    norms = [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))

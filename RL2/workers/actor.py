@@ -13,7 +13,7 @@ from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.reductions import token_weights, weighted_sum
 from RL2.algorithms.token_loss import TokenLoss
 from RL2.config import TrainingError
-from RL2.distributed import Traffic, broadcast, gather, rank, scatter, sum_over_ranks
+from RL2.distributed import Traffic, broadcast, gather, rank, scatter, sum_over_ranks, world_size
 from RL2.distributed.agreement import all_names, first_reason
 from RL2.distributed.comm import Batch
 from RL2.ops.token_stats import TokenStats
@@ -140,7 +140,11 @@ class Actor(Worker):
         if totals.pop("bad_calls"):
             self.optimizer.zero_grad()
             raise TrainingError(f"{self.loss.origin}: {first_reason(self.fault)}")
-        if totals.pop("bad_ranks") and math.isfinite(norm):
+        n_bad, n_ranks = totals.pop("bad_ranks") * self.layout.tp_size, world_size()
+        if n_bad == n_ranks and self._is_too_large_alone(totals["actor/loss"]):
+            large = self.clip_large_gradients()
+            n_bad, norm = sum_over_ranks((~large.isfinite()).to(large)).item(), large.item()
+        if n_bad and math.isfinite(norm):
             norm = math.nan
         bad_losses = int(totals.pop("bad_losses"))
         metrics = {
@@ -157,6 +161,11 @@ class Actor(Worker):
         self.optimizer.zero_grad()
         self.scheduler.step()
         return self._finite(metrics)
+
+    def _is_too_large_alone(self, loss: float) -> bool:
+        """Whether a norm that is not finite may be one whose squares float32 does not hold, and
+        squares of the clipped gradients, which AdamW takes, are in its reach."""
+        return math.isfinite(loss) and self.config.max_grad_norm**2 < torch.finfo(torch.float32).max
 
     def _scatter(self, batch: Batch | None, fields: tuple[str, ...], max_length: int):
         return scatter(batch, fields, max_length, self.layout, self.attention_cost, self.traffic)

@@ -195,6 +195,11 @@ class Worker:
                 dist.all_reduce(parameter.grad.to_local(), group=self.tp_group)
         return clip_gradients(self.model.parameters(), self.config.max_grad_norm)
 
+    def clip_large_gradients(self) -> torch.Tensor:
+        """What `clip_gradients` has left as it was on every rank, in float64."""
+        parameters = self.model.parameters()
+        return clip_gradients(parameters, self.config.max_grad_norm, torch.float64)
+
     def load(self, *, optimizer: bool = False) -> None:
         """Bring what `offload` has put away back to the device, the moments if `optimizer`."""
         if self.config.offload_model:

@@ -308,6 +308,38 @@ def test_non_finite_updates_are_skipped_counted_and_stop_the_run(tmp_path):
         assert "the loss nan and the gradient norm nan were not finite" in message
 
 
+def update_with(model, changes, batch, scale, max_norm):
+    """Of a batch whose advantages are `scale` times as large."""
+    changes = changes | {"max_grad_norm": max_norm}
+    actor = make_actor(model, "ppo", max_bad_steps=2, **changes)
+    batch = batch | {"advantages": batch["advantages"] * scale}
+    return actor.update(batch if rank() == 0 else None, 1), whole(actor)
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "changes"), [(1, {}), (2, {}), (2, {"ddp_size": 2}), (2, {"tp_size": 2})]
+)
+def test_a_norm_whose_squares_float32_does_not_hold_is_clipped_like_others(
+    tmp_path, n_ranks, changes
+):
+    model, batch, scale = make_model(tmp_path), make_batch(), 2.0**80
+    batch["advantages"][0] *= 1e3  # of one sample
+    small = run_on_ranks(n_ranks, update_with, model, changes, batch, 1.0, 1e-2)
+    large = run_on_ranks(n_ranks, update_with, model, changes, batch, scale, 1e-2)
+    for (expected, after), (metrics, weights) in zip(small, large, strict=True):
+        assert metrics["actor/nonfinite"] == 0.0
+        assert metrics["actor/grad_norm"] / scale == pytest.approx(expected["actor/grad_norm"])
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, after[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_norm_that_is_not_clipped_below_what_float32_squares_is_left_out(tmp_path):
+    """The moments of AdamW, which are squares, would be infinite, and the weights stand still."""
+    arguments = (make_model(tmp_path), {}, make_batch(), 2.0**80, 1e20)
+    ((metrics, _),) = run_on_ranks(1, update_with, *arguments)
+    assert metrics["actor/nonfinite"] == 1.0 and "actor/loss" not in metrics
+
+
 @pytest.mark.parametrize(
     ("loss", "norm", "said"),
     [
