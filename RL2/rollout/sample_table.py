@@ -309,7 +309,7 @@ def _record(sample: Sample) -> dict[str, Any]:
         record["error"] = sample.error
     if sample.answer is not None:
         try:
-            json.dumps(sample.answer)
+            json.dumps(sample.answer, allow_nan=False)
         except (TypeError, ValueError):
             return record
         record["answer"] = sample.answer

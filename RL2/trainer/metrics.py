@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import secrets
 import string
@@ -102,13 +103,15 @@ class Metrics:
         self.file = self.path.open("a")
         self.wandb = Wandb(config, run_id, self.path) if config.trainer.use_wandb else None
         self.clock = Clock(resumed_step)
+        self.left_out: set[str] = set()  # metrics that were not finite once
 
     @property
     def run_id(self) -> str | None:
         return self.wandb.run_id if self.wandb else None
 
     def log(self, step: int, n_steps: int, metrics: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        row = self._row(step, metrics)
+        self.file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
         self.file.flush()
         if self.wandb:
             self.wandb.poke()
@@ -119,6 +122,18 @@ class Metrics:
         ]
         shown.append(self.clock.tick(step, n_steps))
         logger.info("step %d/%d  %s", step, n_steps, "  ".join(shown))
+
+    def _row(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Without those that are not finite, of each of which one line is said: JSON has no such
+        numbers, and Python's NaN ends jq and others."""
+        left_out = {name for name, value in metrics.items() if not math.isfinite(value)}
+        for name in sorted(left_out - self.left_out):
+            logger.warning(
+                "%s is %s in step %d, which JSON cannot hold: left out of %s, now and later",
+                name, metrics[name], step, self.path.name,
+            )  # fmt: skip
+        self.left_out |= left_out
+        return {name: value for name, value in metrics.items() if name not in left_out}
 
     def close(self, good: bool = True) -> None:
         """good: whether the run came to its end."""

@@ -1,5 +1,6 @@
 """Sinks: wandb is really run, offline; it may never ask, hang or crash."""
 
+import math
 import os
 import signal
 import time
@@ -112,6 +113,24 @@ def test_rows_that_were_damaged_are_dropped_and_named(tmp_path, caplog):
     Metrics(OmegaConf.create({"trainer": trainer}), 2, None).close()
     assert path.read_text().splitlines() == good
     assert sum("no step's was dropped" in line for line in caplog.messages) == len(bad)
+
+
+def test_what_json_has_no_number_for_is_left_out_and_named_once(tmp_path, caplog):
+    """Readers of strict JSON, such as jq, would end at the first NaN."""
+    trainer = {"save_dir": str(tmp_path), "use_wandb": False}
+    metrics = Metrics(OmegaConf.create({"trainer": trainer}), 0, None)
+    caplog.set_level("INFO")
+    for step, kl in enumerate((math.inf, 0.5, math.nan), start=1):
+        metrics.log(step, 3, {"actor/kl": kl, "actor/loss": -math.inf, "actor/lr": 1.0})
+    metrics.close()
+    first, second, third = rows_of(tmp_path)
+    assert first == {"step": 1, "actor/lr": 1.0} and third == {"step": 3, "actor/lr": 1.0}
+    assert second == {"step": 2, "actor/kl": 0.5, "actor/lr": 1.0}
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [line.partition(",")[0] for line in warnings] == [
+        "actor/kl is inf in step 1", "actor/loss is -inf in step 1",
+    ]  # fmt: skip
+    assert "actor/loss -inf" in caplog.text  # the line of the step has it
 
 
 def test_a_sink_that_reads_nothing_is_not_waited_for(tmp_path, caplog):
