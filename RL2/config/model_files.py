@@ -46,6 +46,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
+def _is_template(value: Any) -> bool:
+    named = isinstance(value, dict) and [value.get("name"), value.get("template")]
+    return bool(named) and all(isinstance(text, str) for text in named)
+
+
 _Rule = tuple[Callable[[Any], bool], str]
 _SIZE: _Rule = (lambda x: _is_whole(x) and x > 0, "must be a whole number, 1 or more")
 _WHOLE: _Rule = (_is_whole, "must be a whole number")
@@ -78,7 +83,14 @@ _RULES: dict[str, dict[str, _Rule]] = {
             _NUMBER,
         ),
     },
-    "tokenizer_config.json": {"tokenizer_class": _TEXT, "model_max_length": _NUMBER},
+    "tokenizer_config.json": {
+        "tokenizer_class": _TEXT,
+        "model_max_length": _NUMBER,
+        "chat_template": (
+            lambda x: isinstance(x, str) or isinstance(x, list) and all(map(_is_template, x)),
+            "must be a text, or a list of objects with the texts name and template",
+        ),
+    },
 }  # fmt: skip
 
 

@@ -152,7 +152,7 @@ def _after_answer(tokenizer: PreTrainedTokenizerBase, *following: dict[str, str]
     ]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
+        _, found, tail = text.rpartition(_ANSWER)
+        return tokenizer.encode(tail, add_special_tokens=False) if found else []
     except Exception:  # a template is a program, and may refuse roles: then nothing is known
         return []
-    _, found, tail = text.rpartition(_ANSWER)
-    return tokenizer.encode(tail, add_special_tokens=False) if found else []

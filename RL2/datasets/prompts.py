@@ -178,9 +178,11 @@ def render(
     # A weight is told to us, not to the model.
     shown = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             shown, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
+        text.encode()  # half a surrogate pair, which no tokenizer takes
+        return text
     except Exception as error:  # a template is a program: it may divide by zero
         reason = " ".join(str(error).split()) or type(error).__name__
         raise row_error(key, where, f"the chat template refuses the messages: {reason}") from error

@@ -200,6 +200,13 @@ DAMAGED = {
         change("tokenizer_config.json", tokenizer_class=3),
         "tokenizer_class=3: must be",
     ),
+    **{
+        f"chat template {template}": (
+            change("tokenizer_config.json", chat_template=template),
+            "chat_template=" + json.dumps(template) + ": must be a text, or a list of objects",
+        )
+        for template in (5, {"a": 1}, [1], [{"name": "default"}])
+    },
 }
 
 
@@ -216,6 +223,8 @@ def test_what_models_have_is_taken(folder, composed):
         folder
     )
     change("generation_config.json", eos_token_id=-1, pad_token_id=-1, temperature=None)(folder)
+    templates = [{"name": "default", "template": "{{ messages }}"}]
+    change("tokenizer_config.json", chat_template=templates)(folder)
     for name in ("config.json", "model.safetensors"):  # as in the hub's cache
         (folder / name).rename(folder.parent / name)
         (folder / name).symlink_to(folder.parent / name)

@@ -57,6 +57,7 @@ def test_markers_that_are_no_tokens_end_nothing():
     [
         None,
         "{{ raise_exception('no') }}",
+        "{% for m in messages %}{{ m.content }}{{ '\\ud800' }}{% endfor %}",
         "nothing of what was said",
         "{% for m in messages %}{{ m.content / 0 }}{% endfor %}",
     ],

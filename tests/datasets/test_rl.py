@@ -301,6 +301,10 @@ def test_what_the_template_refuses(tiny_tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     message = error_of(tokenizer, [{"messages": USER}])
     assert "rows.jsonl:1: the chat template refuses the messages: roles must alternate" in message
+    tokenizer.chat_template = "{{ '\\ud800' }}{{ messages[-1].content }}{{ '\\ud800' }}"
+    message = error_of(tokenizer, [{"messages": USER}])
+    assert "rows.jsonl:1: the chat template refuses the messages: " in message
+    assert "surrogates not allowed" in message
 
 
 def test_a_template_that_is_no_good(tiny_tokenizer):
