@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from RL2.rollout import env_guard
+from RL2.rollout import env_guard, env_output
 from RL2.rollout import env_worker as worker
 from RL2.rollout.env_worker import Answer, Failed
 
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _MARGIN = 1.0
 _POLL = 0.25  # seconds between looks at it, and between its signs of life
 _IMPORT_SECONDS = 60.0  # for the file to be imported, at least; and the limit of a call
+_LAST_WORDS = 1.0  # for what all have printed, where the terminal takes it
 _END_SECONDS = 10.0  # a killed process may take, where a disk keeps it
 _REPEATS = 3  # times that a call is lost, by the fault of others, before it gets a process alone
 _MOST_PROCESSES = 8
@@ -267,6 +268,9 @@ class _Launcher:
                 process.ask()
             for process in self._processes:
                 process.end()
+            until = time.monotonic() + _LAST_WORDS
+            for printed in (one for process in self._processes for one in process.printed):
+                printed.join(max(0.0, until - time.monotonic()))
 
 
 class _Process:
@@ -287,10 +291,18 @@ class _Process:
             memory.truncate(worker.Pulse.SIZE)
             self.pulse = worker.Pulse(mmap.mmap(memory.fileno(), worker.Pulse.SIZE))
             passed = (theirs.fileno(), memory.fileno())
+            files, self.printed = [], []
+            for target in (1, 2):
+                writes, thread = env_output.passed_on(target)
+                stack.callback(os.close, writes)
+                files.append(writes)
+                self.printed.append(thread)
             self._guard = subprocess.Popen(
                 [sys.executable, "-I", "-S", env_guard.__file__, str(os.getpid())],
                 pass_fds=passed,
                 stdin=subprocess.PIPE,
+                stdout=files[0],
+                stderr=files[1],
                 bufsize=0,
                 start_new_session=True,
             )

@@ -506,6 +506,8 @@ def main(connection: int, memory: int, path: str) -> None:
             signal.signal(number, lambda *_: None)
     streams, modules = _ours(os.pardir, "config", "streams.py"), _ours("env_modules.py")
     streams.keep_streams()  # what cannot be printed is no fault of a call
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # a process that is killed has said what it said
     try:  # where memory runs out, it is not the trainer that has to go
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
