@@ -32,9 +32,9 @@ def imported_since(before: Container[str]) -> Modules:
             continue
         places, file = spec.submodule_search_locations, spec.origin
         if places is not None and file is None:
-            if not _installed(next(iter(places), sys.prefix)):
+            if not installed(next(iter(places), sys.prefix)):
                 found[name] = ("", None, True)
-        elif file is not None and file.endswith(".py") and not _installed(file):
+        elif file is not None and file.endswith(".py") and not installed(file):
             try:
                 with open(file, "rb") as opened:
                     found[name] = (file, opened.read().decode("latin-1"), places is not None)
@@ -43,7 +43,7 @@ def imported_since(before: Container[str]) -> Modules:
     return found
 
 
-def _installed(file: str) -> bool:
+def installed(file: str) -> bool:
     """Whether a file belongs to the standard library or to an installed package."""
     file = os.path.realpath(file)
     folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}

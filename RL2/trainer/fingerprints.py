@@ -1,79 +1,80 @@
 """What tells apart the things that a run is made of, wherever their files lie."""
 
-import inspect
 import json
-from collections.abc import Callable
-from functools import partial
+import sys
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from RL2.algorithms.token_loss import TokenLoss
+from RL2.config.errors import first_line
+from RL2.datasets.end_of_turn import EndTokens
+from RL2.trainer.own_modules import with_imports
 from RL2.workers.loading import model_fingerprint
 
-__all__ = [
-    "model_fingerprint",
-    "of_run",
-    "source_fingerprint",
-    "tokenizer_fingerprint",
-    "tokenizer_parts",
-]
-
-
-def source_fingerprint(path_or_object: str | Path | Callable[..., Any]) -> str:
-    """A SHA-256 of a Python file, or of the file in which a function stands: its own text, not
-    what it imports.
-
-    An object without a file, such as one that is built in, has its name alone.
-    """
-    if isinstance(path_or_object, (str, Path)):
-        return sha256(Path(path_or_object).read_bytes()).hexdigest()
-    function = path_or_object
-    while isinstance(function, partial):
-        function = function.func
-    function = inspect.unwrap(function)
-    if not (inspect.isroutine(function) or inspect.isclass(function)):
-        function = type(function)
-    try:
-        file = inspect.getsourcefile(function)
-    except TypeError:
-        file = None
-    if file is None:
-        name = f"{function.__module__}.{function.__qualname__}"
-        return sha256(name.encode()).hexdigest()
-    return source_fingerprint(file)
+NOT_READABLE = "not readable:"
 
 
 def of_run(
-    config: DictConfig, tokenizer: PreTrainedTokenizerBase, loss: TokenLoss, ref: bool
+    config: DictConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: EndTokens,
+    datasets: Mapping[str, Dataset],
+    models: Iterable[str],
 ) -> dict[str, str]:
-    """Of what decides a run beside its config and its rows of data.
+    """Of what decides a run beside its config and the rows that it trains on, by its key, or by
+    what it is of actor.model_name.
 
-    ref: whether it has a reference model.
+    datasets: what was read, by the node that names it. models: nodes of those that will be loaded.
     """
-    models = ("actor", "ref_actor") if ref else ("actor",)
-    found = {
-        f"{name}.model_name": model_fingerprint(config[name].model_name, config[name].revision)
-        for name in models
-    } | tokenizer_parts(tokenizer)
-    if config.actor.loss.import_path is not None:
-        found["actor.loss.import_path"] = source_fingerprint(loss.function)
+    found = {}
+    if (import_path := config.actor.loss.import_path) is not None:
+        location = import_path.rpartition(":")[0]
+        file = location if location.endswith(".py") else sys.modules[location].__file__
+        found["actor.loss.import_path"] = source_fingerprint(file)
     if "rollout" in config:
         found["rollout.env_path"] = source_fingerprint(config.rollout.env_path)
+    if "test_data" in datasets:
+        found["test_data.path"] = datasets["test_data"].fingerprint
+    found |= {f"{name}.model_name": _of_model(config[name]) for name in models}
+    found |= tokenizer_parts(tokenizer)
+    found["end tokens"] = str([sorted(ends.ids), ends.saved])
+    generation = Path(config.actor.model_name, "generation_config.json")
+    if generation.is_file():
+        found["generation config"] = sha256(generation.read_bytes()).hexdigest()
     return found
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A SHA-256 of all that `tokenizer_parts` tells apart."""
-    return _digest(tokenizer_parts(tokenizer))
+def readable(found: Mapping[str, str]) -> dict[str, str]:
+    """Those of what could be read."""
+    return {name: text for name, text in found.items() if not text.startswith(NOT_READABLE)}
+
+
+def _of_model(node: DictConfig) -> str:
+    """Of its weights and config, and of code in its folder."""
+    try:
+        found = model_fingerprint(node.model_name, node.revision)
+        code = b"".join(path.read_bytes() for path in sorted(Path(node.model_name).glob("*.py")))
+    except Exception as error:  # of broken files, anything; who loads the model says it
+        return f"{NOT_READABLE} {first_line(error)}"
+    return sha256(found.encode() + code).hexdigest() if code else found
+
+
+def source_fingerprint(file: str | Path) -> str:
+    """A SHA-256 of a Python file and of the modules of somebody's own that it imports."""
+    digest = sha256()
+    for name, text in sorted(with_imports(Path(file)).items()):
+        digest.update(name.encode() + text)
+    return digest.hexdigest()
 
 
 def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """A SHA-256 each of a tokenizer's `vocabulary` (which token has which number), of its `rules`
-    (how text becomes tokens, and which tokens are special), and of its `chat template`."""
+    """A SHA-256 each of its `vocabulary` (which token has which number), of the `tokenizer` beside
+    that (how text becomes tokens, and which of them are special), and of its `chat template`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else {}
     model = rules.get("model") or {}
@@ -83,7 +84,7 @@ def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return {
         "vocabulary": _digest(tokenizer.get_vocab()),
-        "rules": _digest([type(tokenizer).__name__, rules, special]),
+        "tokenizer": _digest([type(tokenizer).__name__, rules, special]),
         "chat template": _digest(tokenizer.chat_template),
     }
 

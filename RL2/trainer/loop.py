@@ -31,7 +31,7 @@ from RL2.trainer.banner import banner
 from RL2.trainer.checkpoint import Checkpoints, rng_state, set_rng_state
 from RL2.trainer.ends import missing_ends, name_ends
 from RL2.trainer.export import best_that_is_there, keep_files, save_model
-from RL2.trainer.fingerprints import of_run
+from RL2.trainer.fingerprints import of_run, readable
 from RL2.trainer.folders import cannot_write, in_the_way, lock
 from RL2.trainer.health import observe
 from RL2.trainer.metrics import Metrics, Timers
@@ -131,10 +131,7 @@ class Trainer:
         torch.manual_seed(config.trainer.seed + rank())
 
         ends, missing = all_or_none(self._read_inputs)
-        if world_size() > 1:
-            models = ("actor", "ref_actor") if "ref_logps" in self.required else ("actor",)
-            behind = partial(files_behind, config, self.loss, self.tokenizer, ends)
-            check_same(all_or_none(lambda: behind(self.source.datasets, models)))
+        check_same(files_behind(config, self.inputs, self.source.datasets))
         n_steps = config.trainer.n_epochs * len(self.source.loader)
         self.n_steps = min(n_steps, config.trainer.max_steps or n_steps)
 
@@ -147,17 +144,14 @@ class Trainer:
         about = self.checkpoints.about(config.trainer.load_ckpt_from)
         self.checkpoints.threads = machine.use_threads(config.trainer.num_threads, about)
         self.checkpoints.machines = machine.all_machines(device)
-        inputs = partial(of_run, config, self.tokenizer, self.loss, "ref_logps" in self.required)
+        self.checkpoints.inputs = readable(self.inputs)
         if config.trainer.load_ckpt_from is not None:
-            self.checkpoints.inputs = inputs() | self.source.inputs
             self.checkpoints.check(config.trainer.load_ckpt_from)
         self.lock = all_or_none(lambda: lock(config.trainer.save_dir) if rank() == 0 else None)
         actor = config.actor if self.is_rl else OmegaConf.merge(_ON_DATA, config.actor)
         self.actor = Actor(actor, device, self.loss, config.trainer.max_bad_steps, self.traffic)
         name_ends(self.actor.hf_model, ends.saved, missing)
         self.kept = all_or_none(lambda: keep_files(self.actor, self.tokenizer))
-        # Once more, now that the weights are on this machine.
-        self.checkpoints.inputs = inputs() | self.source.inputs
         self.actor.prepare_scheduler(self.n_steps * actor.update_per_rollout)
         if self.is_rl and config.rollout.dtype == Dtype.auto:  # on CUDA: one dtype for both
             config.rollout.dtype = str(self.actor.dtypes.compute).removeprefix("torch.")
@@ -184,6 +178,8 @@ class Trainer:
         self.required = required_fields(config, self.loss) if self.is_rl else ()
         if "ref_logps" in self.required:
             ask_hub(config.ref_actor, "ref_actor")
+        models = ("actor", "ref_actor") if "ref_logps" in self.required else ("actor",)
+        self.inputs = of_run(config, self.tokenizer, ends, self.source.datasets, models)
         return ends, missing
 
     def train(self) -> None:

@@ -35,18 +35,20 @@ FIXED = {
 (`RL2.datasets.base`), as they may have moved."""
 
 FIXED_INPUTS = {
-    "actor.model_name": "its weights or its config.json are not those of that run",
+    "actor.model_name": "its weights, config.json or code are not those of that run",
     "vocabulary": "the tokenizer gives tokens other numbers than those that were trained",
 }
 """Fingerprints (`fingerprints.of_run`) that may not change, and why."""
 
 OTHER_INPUTS = {
-    "rules": "its tokenizer makes other tokens of a text, or other ones are special",
+    "tokenizer": "its tokenizer makes other tokens of a text, or other ones are special",
     "chat template": "its chat template is another one",
-    "ref_actor.model_name": "its weights or its config.json are not those of before, and the KL is "
-    "taken to them",
-    "rollout.env_path": "the file is not what it was",
-    "actor.loss.import_path": "the file is not what it was",
+    "end tokens": "its answers end with other tokens",
+    "generation config": "its generation_config.json is another one",
+    "ref_actor.model_name": "its weights, config.json or code are not those of before, and the KL "
+    "is taken to them",
+    "rollout.env_path": "the file, or a module that it imports, is not what it was",
+    "actor.loss.import_path": "the file, or a module that it imports, is not what it was",
     "test_data.path": "its rows are not those of before, so scores of both do not compare",
 }
 """Fingerprints that are told where they differ. Those that are no key's belong to

@@ -155,11 +155,6 @@ class RolloutSource:
         """Rank 0: the first rollouts that could not be written to the run's folder, and why."""
         return self.collector.unwritten
 
-    @property
-    def inputs(self) -> dict[str, str]:
-        """Fingerprints of what it reads beside the rows that the loader knows."""
-        return {} if self.test is None else {"test_data.path": self.test.fingerprint}
-
     def start(self, device: torch.device) -> None:
         """Load the engine, or start its servers. It serves the actor after `publish`."""
         if self.ahead and self.config.rollout.engine == EngineName.transformers:
@@ -327,7 +322,6 @@ class DatasetSource:
     of an epoch takes what is left of the rows."""
 
     unwritten = None  # nothing is dumped
-    inputs: dict[str, str] = {}  # beside the rows that the loader knows
 
     def __init__(
         self,

@@ -3,26 +3,20 @@ variables that change results."""
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
 
 import RL2
-from RL2.algorithms.token_loss import TokenLoss
-from RL2.config.errors import first_line
 from RL2.config.flat import as_text, flat
 from RL2.config.schema import Device
 from RL2.config.secrets import redact_config
-from RL2.datasets.end_of_turn import EndTokens
 from RL2.distributed.same_start import Fact, fingerprint
-from RL2.trainer import manifest
-from RL2.trainer.fingerprints import source_fingerprint, tokenizer_fingerprint
-from RL2.workers.loading import model_fingerprint
+from RL2.trainer.fingerprints import NOT_READABLE
 
 _COMMAND = "start all ranks with the same command"
 _DEVICE = "start all ranks on machines of one kind, or with actor.device=cpu"
@@ -41,7 +35,6 @@ _OF_A_MACHINE = {
     "rollout.servers_per_node", "rollout.gpu_memory_utilization",
     "trainer.use_wandb", "trainer.project", "trainer.show_samples",
 }  # fmt: skip
-_NOT_READABLE = "not readable:"
 
 _PACKAGES = ("rl2", "torch", "transformers", "tokenizers")
 _OF_CUDA = ("triton", "flash-attn", "liger-kernel")
@@ -64,53 +57,28 @@ def started_with(config: DictConfig) -> dict[str, Fact]:
 
 
 def files_behind(
-    config: DictConfig,
-    loss: TokenLoss,
-    tokenizer: PreTrainedTokenizerBase,
-    ends: EndTokens,
-    datasets: Mapping[str, Dataset],
-    models: Iterable[str],
+    config: DictConfig, inputs: Mapping[str, str], datasets: Mapping[str, Dataset]
 ) -> dict[str, Fact]:
-    """Fingerprints of what the config's paths and names stand for on this machine.
+    """What the config's paths and names stand for on this machine.
 
-    datasets: what was read, by the node that names it. models: nodes of those that will be loaded.
+    inputs: `fingerprints.of_run`. datasets: what was read, by the node that names it.
     """
-    found: dict[str, tuple[str, str]] = {}  # what is shown, and the fingerprint
-    if (path := config.actor.loss.import_path) is not None:
-        found["actor.loss.import_path"] = path, source_fingerprint(loss.function)
-    if "rollout" in config:
-        path = config.rollout.env_path
-        found["rollout.env_path"] = path, source_fingerprint(path)
+    facts = {}
     for key, data in datasets.items():
-        if (path := config[key].path) is not None:
-            found[f"{key}.path"] = f"{len(data)} rows of {path}", f"{len(data)} {data.fingerprint}"
-    for key in models:
-        node = config[key]
-        try:
-            content = model_fingerprint(node.model_name, node.revision)
-            content += _texts_of(Path(node.model_name))
-        except Exception as error:  # of broken files, anything; where all ranks have it, who loads
-            content = f"{_NOT_READABLE} {first_line(error)}"  # the model says it
-        found[f"{key}.model_name"] = node.model_name, content
-    name = config.actor.model_name
-    found["the tokenizer of actor.model_name"] = name, tokenizer_fingerprint(tokenizer)
-    found["the end tokens of actor.model_name"] = str(ends.ids), repr((ends.ids, ends.saved))
-    if (start := config.trainer.load_ckpt_from) not in (None, "latest"):
-        found["trainer.load_ckpt_from"] = start, (Path(start) / manifest.NAME).read_text()
-    return {
-        key: Fact(f"{shown} ({_short(content)})", _FILES, fingerprint(content))
-        for key, (shown, content) in found.items()
-    }
+        shown, found = f"{len(data)} rows of {config[key].path}", f"{len(data)} {data.fingerprint}"
+        facts[f"{key}.path"] = _of_file(shown, found)
+    for name, found in inputs.items():
+        if (key := name) not in facts:
+            if "." not in name:
+                name, key = f"the {name} of actor.model_name", "actor.model_name"
+            facts[name] = _of_file(OmegaConf.select(config, key), found)
+    return facts
 
 
-def _short(content: str) -> str:
-    return content if content.startswith(_NOT_READABLE) else fingerprint(content)[:8]
-
-
-def _texts_of(folder: Path) -> str:
-    """What else a model's folder has that is read: how it generates, and code of its own."""
-    names = sorted([*folder.glob("generation_config.json"), *folder.glob("*.py")])
-    return "".join(f"{path.name}\n{path.read_text(errors='replace')}" for path in names)
+def _of_file(shown: str, content: str) -> Fact:
+    digest = fingerprint(content)
+    tells = content if content.startswith((NOT_READABLE, "[")) else digest[:8]
+    return Fact(f"{shown} ({tells})", _FILES, digest)
 
 
 def _command(config: DictConfig) -> Iterator[tuple[str, Fact]]:

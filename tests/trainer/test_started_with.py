@@ -6,11 +6,11 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from RL2.algorithms.token_loss import resolve_loss
 from RL2.config import apply_fallbacks
 from RL2.datasets.end_of_turn import load_end_tokens
 from RL2.distributed.same_start import difference
 from RL2.trainer import started_with as module
+from RL2.trainer.fingerprints import of_run
 from RL2.trainer.loop import load_tokenizer
 from RL2.trainer.sources import DatasetSource, RolloutSource
 from RL2.trainer.started_with import files_behind, started_with
@@ -111,8 +111,9 @@ def behind(files, trainer="spo", models=("actor",), **changes):
     config = composed(trainer, overrides(files, trainer, "runs/x", **changes))
     tokenizer = load_tokenizer(config)
     source = (RolloutSource if trainer == "spo" else DatasetSource)(config, tokenizer)
-    loss, ends = resolve_loss(config.actor.loss), load_end_tokens(config.actor, tokenizer)
-    return files_behind(config, loss, tokenizer, ends, source.datasets, models)
+    ends = load_end_tokens(config.actor, tokenizer)
+    inputs = of_run(config, tokenizer, ends, source.datasets, models)
+    return files_behind(config, inputs, source.datasets)
 
 
 def other_weights(folder):
@@ -132,7 +133,7 @@ def other_end(folder):
 
 CHANGED = {
     "actor.model_name": other_weights,
-    "the tokenizer of actor.model_name": other_template,
+    "the chat template of actor.model_name": other_template,
     "train_data.path": lambda folder: write_rows(folder / "rows.jsonl", 23),
     "rollout.env_path": lambda folder: (folder / "env.py").open("a").write("\n# other\n"),
     "actor.loss.import_path": lambda folder: (folder / "loss.py").write_text(f"{LOSS}\n# other\n"),
@@ -168,7 +169,8 @@ def test_where_generation_ends(files, tmp_path):
     shutil.copytree(files, tmp_path / "copy")
     other_end(tmp_path / "copy")
     found = difference([behind(files), behind(tmp_path / "copy")], HOSTS)
-    assert found.startswith("actor.model_name: ")
+    assert found.startswith("the end tokens of actor.model_name: rank 0 on a has ")
+    assert " rank 1 on b has " in found and "model ([[3, 4" in found
 
 
 def test_the_reference_model_and_the_test_set_are_looked_at_where_they_are_used(files, tmp_path):
