@@ -19,6 +19,7 @@ from RL2.distributed.agreement import together
 from RL2.trainer.checkpoint import n_bytes
 from RL2.trainer.folders import TEMPORARY, cannot_write, exists, publish
 from RL2.workers import Actor
+from RL2.workers.loading import model_fingerprint
 from RL2.workers.lora import has_adapters, merged, save_adapters
 
 logger = logging.getLogger(__name__)
@@ -26,16 +27,30 @@ logger = logging.getLogger(__name__)
 _PREFIX = "model."  # TokenStatsModel's name for the transformers model inside
 
 
-def best_that_is_there(best: dict[str, float], folder: Path) -> dict[str, float]:
+def best_that_is_there(best: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What a run that goes on may remember of its best evaluation: nothing where `folder` does not
     hold that model, as the next one would have to beat it to be kept."""
-    if not best.get("step") or exists(folder):  # at step 0 it is the start, which nobody keeps
+    if not best.get("step"):  # at step 0 it is the start, which nobody keeps
+        return best
+    if not exists(folder):
+        lost = "is not there"
+    elif best.get("model") not in (None, fingerprint_of(folder)):  # None: an older version's
+        lost = "is another model by now"
+    else:
         return best
     logger.warning(
-        "%s is not there, which held the best model so far (test/score %g at step %d); the next "
-        "evaluation counts as the best", folder, best["test/score"], best["step"],
+        "%s %s, which held the best model so far (test/score %g at step %d); the next evaluation "
+        "counts as the best", folder, lost, best["test/score"], best["step"],
     )  # fmt: skip
     return {}
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Of a saved model; empty where there is none that can be read."""
+    try:
+        return model_fingerprint(str(folder))
+    except Exception:  # of a stranger's files, anything
+        return ""
 
 
 class Kept:

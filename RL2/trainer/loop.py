@@ -30,7 +30,7 @@ from RL2.trainer import machine, record
 from RL2.trainer.banner import banner
 from RL2.trainer.checkpoint import Checkpoints, rng_state, set_rng_state
 from RL2.trainer.ends import missing_ends, name_ends
-from RL2.trainer.export import best_that_is_there, keep_files, save_model
+from RL2.trainer.export import best_that_is_there, fingerprint_of, keep_files, save_model
 from RL2.trainer.fingerprints import of_run, readable
 from RL2.trainer.folders import cannot_write, in_the_way, lock
 from RL2.trainer.health import observe
@@ -160,7 +160,7 @@ class Trainer:
             self.policies["ref_logps"] = load_reference(config, device, self.traffic)
             self.policies["ref_logps"].offload()
         self.source.start(device)
-        self.best: dict[str, float] = {}
+        self.best: dict[str, Any] = {}
         self.health: dict[str, Any] = {}
 
     def _read_inputs(self) -> tuple[EndTokens, tuple[int, ...]]:
@@ -343,11 +343,14 @@ class Trainer:
         if score is None:
             return metrics
         if score > self.best.get("test/score", -math.inf):
+            best = {"step": step, "test/score": score}
             try:
                 if step > 0 and self.config.trainer.keep_best:
                     with self.timers("save"):
                         self._save_model("best")
-                self.best = {"step": step, "test/score": score}
+                        if rank() == 0:
+                            best["model"] = fingerprint_of(self._path("best"))
+                self.best = best
             except CheckpointError as error:  # the step comes to its end first
                 self.unwritten = str(error)
         return metrics

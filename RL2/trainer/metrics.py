@@ -100,7 +100,7 @@ class Metrics:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         temporary.replace(self.path)
-        self.file = self.path.open("a")
+        self.file = self.path.open("a+")
         self.wandb = Wandb(config, run_id, self.path) if config.trainer.use_wandb else None
         self.clock = Clock(resumed_step)
         self.left_out: set[str] = set()  # metrics that were not finite once
@@ -110,6 +110,7 @@ class Metrics:
         return self.wandb.run_id if self.wandb else None
 
     def log(self, step: int, n_steps: int, metrics: dict[str, float]) -> None:
+        self._keep_there()
         row = self._row(step, metrics)
         self.file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
         self.file.flush()
@@ -134,6 +135,24 @@ class Metrics:
             )  # fmt: skip
         self.left_out |= left_out
         return {name: value for name, value in metrics.items() if name not in left_out}
+
+    def _keep_there(self) -> None:
+        """Somebody may delete or move the file, or its folder; it is still open here."""
+        try:
+            if os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
+                return
+            text = ""  # another one is there
+        except (FileNotFoundError, NotADirectoryError):
+            self.file.seek(0)
+            text = self.file.read()
+        except OSError:  # nobody knows; writing to it shows
+            return
+        logger.warning("%s was deleted, moved or replaced; it is written there again", self.path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.open("a+")
+        new.write(text)
+        self.file, old = new, self.file
+        old.close()
 
     def close(self, good: bool = True) -> None:
         """good: whether the run came to its end."""

@@ -23,6 +23,7 @@ from RL2.distributed import (
 from RL2.distributed.comm import Batch
 from RL2.ops.saved_models import own_memory
 from RL2.ops.token_stats import LossFunction
+from RL2.workers.copies import check_copies
 from RL2.workers.dtypes import resolve_attention
 from RL2.workers.loading import materialize
 from RL2.workers.lora import has_adapters, init_adapters, merged
@@ -79,6 +80,7 @@ class Worker:
             materialize(self.model, self.hf_model, files, device)
         if has_adapters(self.hf_model):
             init_adapters(self.hf_model, config.lora.seed)
+        check_copies(self.hf_model, config.model_name)
         attention = resolve_attention(config.attn_implementation, self.dtypes.compute)
         self_check(self.model, attention, device, train)
         check_head(self.model, config)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 import time
 
@@ -168,3 +169,24 @@ def test_time_gone_and_left(monkeypatch):
     now[0] += 10
     assert resumed.tick(21, 1021) == "elapsed 0:00:10  left 2:46:40"
     assert hours(100 * 3600 + 62) == "100:01:02"
+
+
+@pytest.mark.parametrize("loss", ["deleted", "moved", "replaced"])
+def test_rows_survive_what_somebody_does_with_the_folder(tmp_path, caplog, loss):
+    run = tmp_path / "run"
+    config = OmegaConf.create({"trainer": {"save_dir": str(run), "use_wandb": False}})
+    metrics = Metrics(config, 0, None)
+    metrics.log(1, 3, {"x": 1.0})
+    if loss == "deleted":
+        shutil.rmtree(run)
+    elif loss == "moved":
+        run.rename(tmp_path / "elsewhere")
+    else:  # as editors save
+        (run / "edited").write_text((run / "metrics.jsonl").read_text())
+        (run / "edited").replace(run / "metrics.jsonl")
+    for step in (2, 3):
+        metrics.log(step, 3, {"x": 1.0})
+    metrics.close()
+    assert [row["step"] for row in rows_of(run)] == [1, 2, 3]
+    told = [line for line in caplog.messages if "was deleted, moved or replaced" in line]
+    assert len(told) == 1 and str(run / "metrics.jsonl") in told[0]

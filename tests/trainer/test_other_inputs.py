@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from RL2.config import CheckpointError
 from RL2.trainer import manifest, resume
-from RL2.trainer.export import best_that_is_there
+from RL2.trainer.export import best_that_is_there, fingerprint_of
 from tests.trainer.support import ENVIRONMENT, composed, overrides, rows_of, train, write_files
 
 LOSS = "def mine(logps):\n    return -logps\n"
@@ -69,14 +69,21 @@ def _rules(files):
     _edit(files / "model/tokenizer.json", '"add_prefix_space": false', '"add_prefix_space": true')
 
 
+def _end(files):
+    path = files / "model/generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [3, 4]}))
+
+
 CHANGES = {
     "a reference": (lambda f: _scale(f / "reference"), "ref_actor.model_name=", "reference: its w"),
     "a template": (_template, "actor.model_name=", "model: its chat template is another one"),
     "rules": (_rules, "actor.model_name=", "model: its tokenizer makes other tokens of a text"),
+    "end tokens": (_end, "actor.model_name=", "model: its answers end with other tokens"),
+    "which are in the": (lambda f: None, "actor.model_name=", "its generation_config.json is ano"),
     "an environment": (lambda f: (f / "env.py").write_text(ENVIRONMENT + "# more\n"),
-                       "rollout.env_path=", "env.py: the file is not what it was"),
+                       "rollout.env_path=", "env.py: the file, or a module that it imports, is n"),
     "a loss": (lambda f: (f / "mine.py").write_text(LOSS + "# more\n"),
-               "actor.loss.import_path=", "mine.py:mine: the file is not what it was"),
+               "actor.loss.import_path=", "mine.py:mine: the file, or a module that it im"),
     "a test set": (lambda f: _edit(f / "test.jsonl", "0 + 0", "9 + 9"),
                    "test_data.path=", "test.jsonl: its rows are not those of before"),
 }  # fmt: skip
@@ -118,7 +125,7 @@ def test_weights_under_adapters_are_compared_whole(files):
     run = files / "adapters"
     train(files, "sft", run, actor__lora__rank=2, trainer__max_steps=1)
     _scale(files / "model")
-    with pytest.raises(CheckpointError, match="its weights or its config.json are not those of"):
+    with pytest.raises(CheckpointError, match="its weights, config.json or code are not those of"):
         train(files, "sft", run, actor__lora__rank=2, trainer__max_steps=1, **LATEST)
 
 
@@ -174,6 +181,15 @@ def test_a_best_model_that_is_not_there_is_forgotten(tmp_path, caplog):
     assert best_that_is_there({}, tmp_path / "none") == {}
 
 
+def test_a_best_model_that_is_a_strangers_is_forgotten(files, caplog):
+    best = {"step": 4, "test/score": 0.5, "model": fingerprint_of(files / "model")}
+    assert best_that_is_there(best, files / "model") == best
+    _scale(files / "model")
+    assert best_that_is_there(best, files / "model") == {}
+    assert best_that_is_there(best, files) == {}  # no model at all
+    assert f"{files / 'model'} is another model by now, which held the best" in caplog.messages[0]
+
+
 def test_the_next_best_is_written_where_checkpoints_were_copied(files, caplog):
     copy = files / "copied"
     shutil.copytree(files / "run/checkpoints", copy / "checkpoints")
@@ -188,4 +204,6 @@ def test_the_next_best_is_written_where_checkpoints_were_copied(files, caplog):
     train(files, "spo", copy, **changes)
     assert (copy / "best/model.safetensors").exists()
     assert sum("which held the best model so far" in line for line in caplog.messages) == 1
+    state = json.loads((state.parents[1] / "step000003/trainer.json").read_text())
+    assert state["best"]["model"] == fingerprint_of(copy / "best") != ""
     assert rows_of(copy)[-1]["step"] == 3
