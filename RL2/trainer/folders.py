@@ -127,6 +127,14 @@ def publish(temporary: Path, final: Path) -> None:
         discard(old)
 
 
+def try_to_move(path: Path) -> None:
+    """OSError where something cannot be replaced, as `publish` does at the end of a run."""
+    if exists(path):
+        aside = path.with_name(f"{REPLACED}{path.name}")  # `clean` gives it the name back
+        path.rename(aside)
+        aside.rename(path)
+
+
 def remove(folder: Path) -> None:
     """Delete a folder; broken off, it leaves nothing under its name."""
     hidden = folder.with_name(f"{REMOVED}{folder.name}")

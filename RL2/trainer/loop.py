@@ -32,7 +32,7 @@ from RL2.trainer.checkpoint import Checkpoints, rng_state, set_rng_state
 from RL2.trainer.ends import missing_ends, name_ends
 from RL2.trainer.export import best_that_is_there, fingerprint_of, keep_files, save_model
 from RL2.trainer.fingerprints import of_run, readable
-from RL2.trainer.folders import cannot_write, in_the_way, lock
+from RL2.trainer.folders import cannot_write, in_the_way, lock, try_to_move
 from RL2.trainer.health import observe
 from RL2.trainer.metrics import Metrics, Timers
 from RL2.trainer.models import load_reference, load_tokenizer
@@ -386,6 +386,8 @@ class Trainer:
         try:
             self.checkpoints.set_aside(state["step"])
             self.checkpoints.tidy()  # a run that was killed may not have come to it
+            for name in ("final", "best"):
+                try_to_move(self._path(name))
             if self.config.trainer.get("keep_best"):
                 self.best = best_that_is_there(self.best, self._path("best"))
             self.metrics = Metrics(self.config, logged, state["run_id"])

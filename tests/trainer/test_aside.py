@@ -7,7 +7,7 @@ import pytest
 
 from RL2.config import CheckpointError
 from RL2.trainer.aside import set_aside
-from tests.trainer.support import train, write_files
+from tests.trainer.support import rows_of, train, write_files
 
 NAMES = ("checkpoints", "best", "final", "rollouts", "metrics.jsonl")
 
@@ -58,6 +58,17 @@ def test_the_line_names_what_is_in_the_way(run, stuck, tmp_path, name):
         "this user read, write and move it, move it away yourself, or choose another folder"
     )
     assert (run / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_what_the_end_will_replace_is_tried_at_the_start(stuck, tmp_path):
+    """The run goes on, and leaves `final` where it is until its end."""
+    files, run = write_files(tmp_path), tmp_path / "again"
+    train(files, "sft", run, trainer__max_steps=1)
+    stuck("final")
+    with pytest.raises(CheckpointError, match="/final stands in the way .Device or resource busy"):
+        train(files, "sft", run, trainer__max_steps=2, trainer__load_ckpt_from="latest")
+    assert [row["step"] for row in rows_of(run)] == [1]
+    assert (run / "final/model.safetensors").exists()
 
 
 def test_links_point_to_where_they_did(run, tmp_path):
