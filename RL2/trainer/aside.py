@@ -21,11 +21,12 @@ _RUN_FILES = (
 def set_aside(run: Path, beyond: list[Path], step: int) -> None:
     """Move to `before1` … what a run that goes on after `step` does not continue.
 
-    A run that starts anew (`step` 0) continues nothing that lies in its folder; a resumed one
-    nothing beyond `step`. Left in place, those checkpoints would count as newer than this run's
-    own: `latest` would resume from them and `keep_last` would keep them. With them go the models
-    that came of them; metrics and later rollouts are copied, as what is resumed may have written
-    some of those itself (`rollout.staleness=1`).
+    A run that starts anew, or goes on from a checkpoint of another folder (`step` 0), continues
+    nothing that lies in its own; a resumed one nothing beyond `step`. Left in place, those
+    checkpoints would count as newer than this run's own: `latest` would resume from them and
+    `keep_last` would keep them. With them go the models that came of them; metrics and later
+    rollouts are copied, as what is resumed may have written some of those itself
+    (`rollout.staleness=1`).
 
     Args:
         beyond: the checkpoints of later steps, newest first.

@@ -150,6 +150,7 @@ class Checkpoints:
         self._group = second_group() if background else None
         self._stager = DefaultStager(_STAGING) if background else None
         self._writing: futures.Future[None] | None = None
+        self._resumed: Path | None = None  # the checkpoint that was loaded
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, once it is complete."""
@@ -170,7 +171,8 @@ class Checkpoints:
         clean(self.folder.parent)
         clean(self.folder)
         beyond = [path for path in self.steps() if _step_of(path) > step]
-        set_aside(self.folder.parent, beyond, step)
+        own = self._resumed is None or resume.is_of(self._resumed, self.folder.parent)
+        set_aside(self.folder.parent, beyond, step if own else 0)
 
     def save(
         self, step: int, actor: Actor, position: dict[str, Any], state: dict[str, Any]
@@ -399,6 +401,7 @@ class Checkpoints:
                     "%s: %s does not load (%s); it is %s now; trying the one before",
                     key, damaged, reason, _set_apart(damaged),
                 )  # fmt: skip
+            self._resumed = folder
             logger.info("resumed from %s", folder)
             for change in changes:
                 logger.info("%s", change)

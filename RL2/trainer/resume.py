@@ -83,6 +83,19 @@ def write(folder: Path, config: DictConfig) -> None:
     (folder / NAME).write_text(yaml.safe_dump(_plain(config), sort_keys=False))
 
 
+def is_of(checkpoint: Path, run: Path) -> bool:
+    """Whether a checkpoint is of the run that has written to a folder: it lies there, or says so.
+
+    Anything else there is of another run, whose steps this one would seem to have done.
+    """
+    if checkpoint.absolute().parent.parent.resolve() == run.resolve() or not exists(
+        checkpoint / NAME
+    ):
+        return True
+    config = yaml.safe_load((checkpoint / NAME).read_text())
+    return Path(config["trainer"]["save_dir"]).resolve() == run.resolve()
+
+
 def compare(
     folder: Path, config: DictConfig, inputs: dict[str, str], about: dict[str, Any]
 ) -> list[str]:

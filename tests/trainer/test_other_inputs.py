@@ -207,3 +207,25 @@ def test_the_next_best_is_written_where_checkpoints_were_copied(files, caplog):
     state = json.loads((state.parents[1] / "step000003/trainer.json").read_text())
     assert state["best"]["model"] == fingerprint_of(copy / "best") != ""
     assert rows_of(copy)[-1]["step"] == 3
+
+
+def test_a_folder_of_another_run_is_not_continued(origin, files, tmp_path, caplog):
+    """Its steps, and its best model, are none of the run whose checkpoint is named."""
+    other = tmp_path / "other"
+    train(files, "spo", other, **settings(files, actor__lr=1e-4))
+    named = {"trainer__load_ckpt_from": files / "run/checkpoints/step000002"}
+    train(files, "spo", other, **settings(files, trainer__max_steps=3) | named)
+    assert [row["step"] for row in rows_of(other)] == [3]
+    assert [row["step"] for row in rows_of(other / "before1")] == [0, 1, 2]
+    assert [path.name for path in other.glob("checkpoints/step*")] == ["step000003"]
+    assert f"{other}: an earlier run moved aside to {other / 'before1'}" in caplog.messages
+
+
+def test_a_copy_of_a_checkpoint_is_of_the_folder_that_it_names(origin, tmp_path):
+    copy = shutil.copytree(origin / "run/checkpoints/step000002", tmp_path / "kept/long/copy")
+    (tmp_path / "link").symlink_to(origin / "run")
+    assert resume.is_of(copy, origin / "run") and resume.is_of(copy, tmp_path / "link")
+    assert not resume.is_of(copy, tmp_path)
+    assert resume.is_of(copy, copy.parents[1])  # where it lies
+    (copy / resume.NAME).unlink()
+    assert resume.is_of(copy, tmp_path)  # nobody knows
