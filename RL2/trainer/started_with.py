@@ -39,13 +39,14 @@ _OF_A_MACHINE = {
 _PACKAGES = ("rl2", "torch", "transformers", "tokenizers")
 _OF_CUDA = ("triton", "flash-attn", "liger-kernel")
 
-# Variables of libraries that change numbers, or have ranks wait for each other for ever.
+# Variables of libraries that change numbers.
 VARIABLES = (
     "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG",
     "ATEN_CPU_CAPABILITY", "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR",
     "MKL_ENABLE_INSTRUCTIONS", "NCCL_ALGO", "NCCL_PROTO", "TRITON_INTERPRET",
     "TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE",
 )  # fmt: skip
+_DEBUG = "TORCH_DISTRIBUTED_DEBUG"
 
 
 def started_with(config: DictConfig) -> dict[str, Fact]:
@@ -121,3 +122,6 @@ def _variables() -> Iterator[tuple[str, Fact]]:
     for name in VARIABLES:
         if name in os.environ:
             yield name, Fact(os.environ[name], _VARIABLES)
+    # With it torch looks at each collective by another one, for which the other ranks have to wait.
+    if os.environ.get(_DEBUG, "").upper() == "DETAIL":
+        yield _DEBUG, Fact("DETAIL", _VARIABLES)
