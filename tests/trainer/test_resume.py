@@ -212,7 +212,7 @@ def test_the_model_may_have_moved_but_not_changed(files, saved, tmp_path, lines,
     with pytest.raises(CheckpointError, match=f"give actor.model_name={files / 'model'}, or"):
         train(files, "sft", folder, **settings)
     other = write_model(tmp_path / "other", "gpt2")
-    with pytest.raises(CheckpointError, match="its weights or its config.json are not those of"):
+    with pytest.raises(CheckpointError, match="its weights, config.json or code are not those of"):
         train(files, "sft", folder, **settings | {"actor__model_name": other})
 
 
