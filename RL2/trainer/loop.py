@@ -127,11 +127,11 @@ class Trainer:
         self.alarmed = self.done = False
         self.metrics: Metrics | None = None
         self.unwritten: str | None = None  # what there was no room for in the step
+        check_shared(config.trainer.save_dir)
         torch.manual_seed(config.trainer.seed + rank())
 
         ends, missing = all_or_none(self._read_inputs)
         check_same(files_behind(config, self.inputs, self.source.datasets))
-        check_shared(config.trainer.save_dir)  # makes the folder, so not before
         n_steps = config.trainer.n_epochs * len(self.source.loader)
         self.n_steps = min(n_steps, config.trainer.max_steps or n_steps)
 

@@ -27,8 +27,9 @@ def check_shared(save_dir: str, patience: float = PATIENCE) -> None:
     """
     if world_size() == 1:
         return
-    token = broadcast(secrets.token_hex(16))
     folder = Path(save_dir)
+    is_new = rank() == 0 and not folder.exists()
+    token = broadcast(secrets.token_hex(16))
     own = folder / f"{TOKEN}{token}-{rank()}"
     try:
         problems = of_all(_write(own, token))  # who comes back has closed it
@@ -43,7 +44,11 @@ def check_shared(save_dir: str, patience: float = PATIENCE) -> None:
     finally:
         with suppress(OSError):
             own.unlink()
+    # Who comes back has all tokens removed.
     hosts = of_all(f"{socket.gethostname()}, there {folder.absolute()}")
+    if is_new:  # a run that is refused later leaves nothing
+        with suppress(OSError):
+            folder.rmdir()
     for which, problem in enumerate(problems):
         if problem:
             raise ConfigError(

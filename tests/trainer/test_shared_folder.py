@@ -27,6 +27,9 @@ def test_one_folder_is_shared_and_nothing_stays_in_it(tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "new")
     assert run_on_ranks(2, checked, [folder, str(tmp_path / "link/run")]) == [None, None]
+    assert not (tmp_path / "new/run").exists()  # a run that is refused later leaves nothing
+    (tmp_path / "new/run").mkdir()
+    assert run_on_ranks(2, checked, [folder, folder]) == [None, None]
     assert not [*(tmp_path / "new/run").iterdir()]
 
 
@@ -37,7 +40,7 @@ def test_two_folders_of_one_name_are_named_on_all_ranks(tmp_path):
         assert text.startswith(f"trainer.save_dir={tmp_path / folder}: rank 1 (")
         assert f"there {tmp_path / 'b'}) does not see the files of rank 0 (" in text
         assert text.endswith("that all machines share, by an absolute path") and "\n" not in text
-    assert not [*(tmp_path / "a").iterdir(), *(tmp_path / "b").iterdir()]
+    assert not [*tmp_path.glob("[ab]/*")]
 
 
 def test_a_rank_that_may_not_write_is_named(tmp_path):
