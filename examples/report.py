@@ -14,8 +14,6 @@ import statistics
 import sys
 from pathlib import Path
 
-from RL2.config.streams import keep_streams
-
 COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f"]
 SCORE, ENTROPY, LOSS = "test/score", "actor/entropy", "actor/loss"
 REWARD, LENGTH = "train/reward", "train/avg_response_length"
@@ -179,6 +177,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs (trainer.save_dir)")
     parser.add_argument("--png", type=Path, required=True, help="where the picture goes")
     args = parser.parse_args()
+    from RL2.config.streams import keep_streams  # --help needs nothing installed
+
+    keep_streams()  # nobody may read the table; the picture is drawn all the same
     names = list(map(readable, labels(args.runs)))
     print(table(without_empty_columns(list(map(summary, names, args.runs)))))
     draw(names, args.runs, args.png)
@@ -197,5 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    keep_streams()  # nobody may read the table; the picture is drawn all the same
     main()
