@@ -5,11 +5,16 @@ call shows.
 """
 
 import inspect
+import os
+import random
 import signal
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +36,13 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "torch.autograd.set_detect_anomaly": (
         torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly,
     ),
+    "os.chdir": (lambda: _folder(), lambda path: _go_to(path)),
+}  # fmt: skip
+# This takes 40 us to read.
+_OF_AN_IMPORT = {
+    "torch.set_default_device": (
+        torch.get_default_device, lambda _: torch.set_default_device(None),
+    ),
 }  # fmt: skip
 
 
@@ -49,9 +61,11 @@ def call(
             something else.
     """
     versions = {name: tensor._version for name, tensor in tensors.items()}
-    settings = {name: read() for name, (read, _) in _SETTINGS.items()}
     try:
-        result = function(*tensors.values())
+        with settings_kept():
+            result = function(*tensors.values())
+    except Unfit:
+        raise
     except BaseException as error:  # also of exit(), which would end the run as if it had worked
         ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if isinstance(error, KeyboardInterrupt) and ctrl_c:
@@ -60,12 +74,6 @@ def call(
         where = place(error, file_of(function))
         at = f" ({where})" if where else ""
         raise Unfit(f"it raised {type(error).__name__}{said and f': {said:.300}'}{at}") from error
-    finally:
-        changed = [name for name, (read, _) in _SETTINGS.items() if read() != settings[name]]
-        for name in changed:
-            _SETTINGS[name][1](settings[name])
-    if changed:
-        raise Unfit(f"it called {changed[0]}, which changes the whole run; leave that out")
     for name, tensor in tensors.items():
         if tensor._version != versions[name]:
             raise Unfit(
@@ -74,6 +82,52 @@ def call(
             )
     per_token = next(iter(tensors.values()))
     return _checked(result, len(per_token), per_token.device)
+
+
+@contextmanager
+def settings_kept(known: Mapping[str, tuple[Callable, Callable]] = _SETTINGS) -> Iterator[None]:
+    """Put back what the body has changed of the whole process, and raise Unfit where it has and
+    comes to its end."""
+    before = {name: read() for name, (read, _) in known.items()}
+    changed: list[str] = []
+    try:
+        yield
+    finally:
+        changed += [name for name, (read, _) in known.items() if read() != before[name]]
+        for name in changed:
+            known[name][1](before[name])
+    if changed:
+        raise Unfit(f"it called {changed[0]}, which changes the whole run; leave that out")
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """`settings_kept` for the import of a stranger's file, which may well have handlers for signals
+    and seeds by way of what it imports: they are put back without a word."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]), settings_kept(_SETTINGS | _OF_AN_IMPORT):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                if handler is not None:  # of a library in C
+                    signal.signal(number, handler)
+
+
+def _folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # somebody has removed it
+        return ""
+
+
+def _go_to(path: str) -> None:
+    with suppress(OSError):
+        os.chdir(path)
 
 
 def file_of(function: Callable[..., Any]) -> str | None:

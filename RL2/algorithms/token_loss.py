@@ -156,7 +156,10 @@ def _import_function(import_path: str, origin: str) -> Callable[..., Any]:
         )
     try:
         is_file = location.endswith(".py")
-        module = _load_file(location) if is_file else importlib.import_module(location)
+        with contract.undisturbed():
+            module = _load_file(location) if is_file else importlib.import_module(location)
+    except contract.Unfit as fault:
+        raise ConfigError(f"{origin}: importing {location}, {fault}") from fault
     except FileNotFoundError as error:
         raise ConfigError(
             f"{origin}: there is no file {Path(location).absolute()}; give a path relative to the "

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
+import random
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from RL2.algorithms.contract import Unfit, file_of
 from RL2.config.errors import ConfigError
@@ -112,10 +117,17 @@ def try_out(
     """
     ordinary = tokens(top_k)
     with torch.random.fork_rng(devices=[]):
-        _try_kinds(loss, function, inputs, statistics, ordinary, origin)
+        with _Collectives() as seen:
+            _try_kinds(loss, function, inputs, statistics, ordinary, origin)
+        if seen.name is not None:
+            raise ConfigError(
+                f"{origin}: it calls a collective ({seen.name}), but ranks call a loss neither "
+                "equally often nor in the same order; return values per token instead"
+            )
         draws = _draws(loss, ordinary, origin)
         if not draws:
             _try_alone(loss, ordinary, origin)
+        _try_memory(loss, ordinary, statistics, origin)
     return draws
 
 
@@ -157,6 +169,15 @@ def _draws(loss: Loss, values: dict[str, Tensor], origin: str) -> bool:
             f"{origin}: it seeds torch's random numbers, which the whole run draws from; leave "
             "torch.manual_seed out, or give a torch.Generator of its own"
         )
+    others = random.getstate(), np.random.get_state()[1:3]
+    loss(values)
+    now = random.getstate(), np.random.get_state()[1:3]
+    if others[0] != now[0] or others[1][1] != now[1][1] or (others[1][0] != now[1][0]).any():
+        logger.warning(
+            "%s: draws random numbers of Python or numpy, which have no seed here and are in no "
+            "checkpoint, so that no run repeats another; use torch's", origin,
+        )  # fmt: skip
+        return True
     if draws := not torch.equal(before[0], after[0]):
         logger.warning(
             "%s: draws random numbers, so that results depend on actor.max_length_per_device and "
@@ -178,6 +199,27 @@ def _try_alone(loss: Loss, values: dict[str, Tensor], origin: str) -> None:
             "%s: the loss of a token depends on the others that it is called with, which are some "
             "of a batch; results depend on actor.max_length_per_device and the number of ranks",
             origin,
+        )  # fmt: skip
+
+
+def _try_memory(
+    loss: Loss, values: dict[str, Tensor], statistics: tuple[str, ...], origin: str
+) -> None:
+    """Warn of a loss that holds what it was given, call after call."""
+    first: list[weakref.ref[Tensor]] = []
+    for _ in range(4):  # the one before is no leak
+        given = {name: value.clone() for name, value in values.items()}
+        for name in statistics:
+            given[name].requires_grad_(name != "ranks")
+        first = first or [weakref.ref(given[name]) for name in statistics]
+        loss(given)
+        del given
+    if any(one() is not None for one in first):
+        gc.collect()
+    if any(one() is not None for one in first):
+        logger.warning(
+            "%s: keeps tensors of each call, so that memory grows with every step; keep numbers, "
+            "or what .detach().clone() gives, and not of all calls", origin,
         )  # fmt: skip
 
 
@@ -218,6 +260,17 @@ def _begin(loss: Loss, function: Callable[..., Any], values: dict[str, Tensor]) 
         loss(values)
     line = inspect.unwrap(function).__code__.co_firstlineno
     return f" ({watch.place or f'{Path(file).name}:{line}'})"
+
+
+class _Collectives(TorchDispatchMode):
+    """Notes the name of a collective."""
+
+    name: str | None = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "c10d" in func.namespace:
+            self.name = func.__name__.split(".")[0].rstrip("_")
+        return func(*args, **(kwargs or {}))
 
 
 class _Watch(TorchFunctionMode):

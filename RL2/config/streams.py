@@ -44,7 +44,7 @@ def keep_streams() -> None:
         raw = _Unfailing(fd)
         unbuffered = old is not None and isinstance(old.buffer, io.RawIOBase)
         buffer = raw if unbuffered else io.BufferedWriter(raw)
-        new = io.TextIOWrapper(buffer, errors="backslashreplace", **options)
+        new = _Open(buffer, errors="backslashreplace", **options)
         setattr(sys, name, new)
         setattr(sys, f"__{name}__", new)
 
@@ -67,6 +67,16 @@ def look_after_streams() -> None:
     for fd, events in poll.poll(0):
         if events & (select.POLLERR | select.POLLHUP):
             _forget(fd)
+
+
+class _Open(io.TextIOWrapper):
+    """Stays open: a library or a stranger's code that closes it would end everybody's output."""
+
+    def close(self) -> None:
+        self.flush()
+
+    def detach(self) -> Any:
+        raise io.UnsupportedOperation("detach")
 
 
 class _Unfailing(io.FileIO):

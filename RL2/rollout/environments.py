@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from RL2.algorithms.contract import Unfit, undisturbed
 from RL2.config.errors import ConfigError, EnvError
 from RL2.rollout import env_worker
 from RL2.rollout.env_processes import Processes, default_processes
@@ -133,7 +134,8 @@ def load_environment(
     try:
         if workers:
             return Environment(str(path), Processes(str(path), timeout, workers))
-        functions = env_worker.load(str(path), path.read_bytes())
-    except Failed as error:
+        with undisturbed():
+            functions = env_worker.load(str(path), path.read_bytes())
+    except (Failed, Unfit) as error:
         raise ConfigError(f"rollout.env_path={path}: {error}") from error
     return Environment(str(path), InProcess(functions, timeout))

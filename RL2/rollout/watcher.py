@@ -1,6 +1,6 @@
 """A small process that ends what a stranger's code has started in a trainer that is gone.
 
-    python watcher.py <pid of the trainer>
+    python watcher.py <pid of the trainer> [<pid>:<start> of what it had started before ...]
 
 A loss, or an environment that runs in the trainer itself, has the trainer for a parent, which ends
 its children when it ends in order (`RL2.trainer.children`). One that is killed cannot. The watcher
@@ -8,6 +8,7 @@ looks every second who they are, and kills them when the trainer is gone. It nee
 standard library.
 """
 
+import contextlib
 import os
 import select
 import sys
@@ -22,15 +23,19 @@ _POLL = 1.0  # seconds; the end of the input says it at once, unless a fork of t
 _KILLED = 60.0  # seconds that killed processes may take to be gone
 
 
-def main(trainer: int) -> None:
+def main(trainer: int, before: dict[int, int]) -> None:
+    """before: these are none of our business. (Who looks only here may be late.)"""
     process_tree.heed_no_signals()
-    before = process_tree.those_below(trainer)  # none of our business
     known: dict[int, int] = {}
     while os.getppid() == trainer:
         spared = process_tree.still(before) | process_tree.end_themselves(trainer)
         known = process_tree.those_below(trainer, spared)
         if select.select([0], [], [], _POLL)[0] and not os.read(0, 512):
             break
+
+    # Whoever ends in order ends us first.
+    with contextlib.suppress(OSError):
+        os.write(2, b"the trainer's process is gone without a word (os._exit, a crash, a kill)\n")
 
     def find() -> list[process_tree.Process]:
         """Those that are left, and what they have started since."""
@@ -45,4 +50,5 @@ def main(trainer: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    words = (word.split(":") for word in sys.argv[2:])
+    main(int(sys.argv[1]), {int(pid): int(started) for pid, started in words})

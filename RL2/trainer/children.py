@@ -23,7 +23,7 @@ def children_end(watch: bool) -> Iterator[None]:
     own = os.getpid()
     before = process_tree.those_below(own)  # none of our business
     process_tree.adopt_orphans()
-    watching = _watch() if watch else None
+    watching = _watch(before) if watch else None
     try:
         yield
     finally:
@@ -42,8 +42,9 @@ def runs_strangers(config: DictConfig) -> bool:
     return inside or config.actor.loss.import_path is not None or config.actor.trust_remote_code
 
 
-def _watch() -> subprocess.Popen:
+def _watch(before: dict[int, int]) -> subprocess.Popen:
+    known = [f"{pid}:{started}" for pid, started in before.items()]
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", watcher.__file__, str(os.getpid())],
+        [sys.executable, "-I", "-S", watcher.__file__, str(os.getpid()), *known],
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip

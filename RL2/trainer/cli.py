@@ -5,7 +5,7 @@ import sys
 from RL2 import __version__
 from RL2.config.schema import SCHEMAS
 from RL2.config.streams import keep_streams
-from RL2.trainer.main import run
+from RL2.trainer.leaving import one_line_for_ctrl_c
 
 USAGE = f"""\
 usage: rl2 <trainer> key=value ...
@@ -20,6 +20,7 @@ Several processes: torchrun --nproc_per_node=N -m RL2.trainer.<trainer> key=valu
 
 def main() -> None:
     """Run the trainer that the first argument names, with the others as its command line."""
+    one_line_for_ctrl_c()
     keep_streams()
     name, *others = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help", "help") and others and others[0] in SCHEMAS:
@@ -29,6 +30,8 @@ def main() -> None:
     elif name in ("-V", "--version", "version"):
         sys.stdout.write(f"RL2 {__version__}\n")
     elif name in SCHEMAS:
+        from RL2.trainer.main import run  # takes a second
+
         sys.argv = [f"rl2 {name}", *others]
         run(name)
     else:

@@ -38,6 +38,7 @@ from RL2.config.secrets import for_terminal, redact
 from RL2.config.streams import hurry_streams, keep_streams
 from RL2.trainer.help import asks_for_help, help_text
 from RL2.trainer.last_words import tell_launcher
+from RL2.trainer.leaving import end_in_time, leave_at_once, one_line_for_ctrl_c
 from RL2.trainer.stop import follow_launcher
 from RL2.trainer.sweep import name_run
 
@@ -91,6 +92,7 @@ def run(config_name: str) -> None:
     A bad key or value ends the process with status 1 and one line on stderr, before a process
     group, tokenizer or model exists. `--help` explains the keys and does nothing else.
     """
+    one_line_for_ctrl_c()
     keep_streams()
     if asks_for_help(sys.argv[1:]):
         sys.stdout.write(help_text(config_name, sys.argv[1:]))
@@ -124,8 +126,8 @@ def run(config_name: str) -> None:
             if (problem := exit_of_others(error)) is None:
                 raise
             _fail(problem, early=facts is None)
-        except KeyboardInterrupt:
-            raise
+        except KeyboardInterrupt:  # a second one, while the first was heeded
+            leave_at_once("what was not in a checkpoint yet is lost")
         except BaseException as error:
             # hydra would write the command line and a part of the traceback, as they are.
             text = for_terminal(traceback.format_exc())
@@ -136,10 +138,11 @@ def run(config_name: str) -> None:
             sys.exit(1)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what is wrong, do not write it
-    try:
-        task()
-    except Exception as error:  # of yaml files and folders, so anything; `launch` is caught above
-        _fail(composition_error(error, config_name), early=True)
+    with end_in_time():
+        try:
+            task()
+        except Exception as error:  # of yaml files and folders, so anything; the rest is above
+            _fail(composition_error(error, config_name), early=True)
 
 
 def exit_of_others(error: SystemExit) -> TrainingError | None:
@@ -212,7 +215,7 @@ def train(config: DictConfig, facts: Facts) -> None:
     from RL2.distributed import process_group
     from RL2.trainer.children import children_end, runs_strangers
     from RL2.trainer.loop import Trainer
-    from RL2.trainer.stop import stop_signals
+    from RL2.trainer.stop import StopRequest, stop_signals
 
     threads = config.trainer.num_threads or max(
         1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -220,11 +223,12 @@ def train(config: DictConfig, facts: Facts) -> None:
     torch.set_num_threads(threads)
     group = process_group(config.actor.device, config.trainer.rank_timeout, facts)
     with children_end(runs_strangers(config)), ExitStack() as heard, group as device:
-        # Only now: who waits for other ranks has nothing to save, and a signal ends it at once.
-        # Until the group is left: what comes twice must not break that off.
-        stop = heard.enter_context(stop_signals())
+        stop = StopRequest()
         stop.call(hurry_streams)  # a terminal that Ctrl-S holds must not cost the checkpoint
         trainer = Trainer(config, device, stop)
+        # Only now: who waits for other ranks, models or servers has nothing to save, and a signal
+        # ends it at once. Until the group is left: what comes twice must not break that off.
+        heard.enter_context(stop_signals(stop))
         try:
             trainer.train()
         except Interrupted as end:

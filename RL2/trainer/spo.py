@@ -1,6 +1,9 @@
 """Exploring Paths, max-probability target (sections 3.1 and 3.2)."""
 
-from RL2.trainer.main import run
+from RL2.trainer.leaving import one_line_for_ctrl_c
 
 if __name__ == "__main__":
+    one_line_for_ctrl_c()  # imports take a second
+    from RL2.trainer.main import run
+
     run("spo")

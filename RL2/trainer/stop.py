@@ -71,13 +71,13 @@ def _is_free(number: int) -> bool:
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """A request that a signal fills while the body runs.
+def stop_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
+    """A request that a signal fills while the body runs: the one given, or a new one.
 
     A signal that whoever started us has ignored, as `nohup` does, stays ignored. Python only lets
     the main thread have handlers; elsewhere the request stays empty.
     """
-    request = StopRequest()
+    request = request or StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

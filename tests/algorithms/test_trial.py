@@ -1,5 +1,7 @@
 """A loss that cannot train is found by its trial, with the line that is to blame."""
 
+import os
+import random
 import signal
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 from RL2.algorithms import LOSSES, resolve_loss
 from RL2.config import ConfigError
+from tests.ranks import run_on_ranks
 
 SURE = [
     (
@@ -51,6 +54,12 @@ SURE += [
     (
         "def f(logps, rewards):\n    rewards.clamp_(max=1)\n    return -logps * rewards",
         "it changed rewards in place, which others read; use rewards.clone()",
+    ),
+]
+SURE += [
+    (
+        "import os\ndef f(logps):\n    os.chdir(os.sep)\n    return -logps",
+        "it called os.chdir, which changes the whole run; leave that out",
     ),
 ]
 POSSIBLE = [
@@ -158,3 +167,64 @@ def test_an_interrupt_is_a_fault_unless_it_is_ctrl_c(tmp_path):
             resolved(tmp_path, body)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+AT_IMPORT = {
+    "os.chdir": "os.chdir(os.sep)",
+    "torch.set_grad_enabled": "torch.set_grad_enabled(False)",
+    "torch.set_default_dtype": "torch.set_default_dtype(torch.float64)",
+    "torch.set_default_device": "torch.set_default_device('meta')",
+    "torch.set_num_threads": "torch.set_num_threads(1 + torch.get_num_threads())",
+}
+
+
+@pytest.mark.parametrize("name", AT_IMPORT)
+def test_what_the_import_of_a_loss_changes_of_the_run_is_put_back(name, tmp_path):
+    before = os.getcwd(), torch.get_default_dtype(), torch.get_num_threads()
+    text = f"import os, torch\n{AT_IMPORT[name]}\ndef f(logps): return -logps"
+    with pytest.raises(ConfigError, match=f"importing .*, it called {name}, which changes"):
+        resolved(tmp_path, text)
+    assert before == (os.getcwd(), torch.get_default_dtype(), torch.get_num_threads())
+    assert torch.is_grad_enabled() and torch.zeros(1).device.type == "cpu"
+
+
+def test_handlers_and_seeds_of_an_import_are_put_back(tmp_path):
+    """They may come from what it imports."""
+    handler = signal.getsignal(signal.SIGTERM)
+    states = torch.get_rng_state(), random.getstate()
+    seeds = "torch.manual_seed(7); random.seed(7); signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    text = f"import random, signal, torch\n{seeds}\ndef f(logps): return -logps"
+    resolved(tmp_path, text)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+
+
+@pytest.mark.parametrize(
+    "body, keeps",
+    [
+        ("kept.append(logps)", True),
+        ("kept.append((-logps).mean())", True),
+        ("kept.append(logps.detach().mean().item())", False),
+        ("kept[:] = [logps]", False),
+    ],
+)
+def test_a_loss_that_keeps_tensors_is_told_so(body, keeps, tmp_path, caplog):
+    resolved(tmp_path, f"kept = []\ndef f(logps):\n    {body}\n    return -logps")
+    assert ("keeps tensors of each call" in caplog.text) is keeps
+
+
+@pytest.mark.parametrize("draw", ["random.random()", "numpy.random.rand()"])
+def test_random_numbers_that_no_checkpoint_holds(draw, tmp_path, caplog):
+    text = f"import numpy, random\ndef f(logps): return -logps * {draw}"
+    assert resolved(tmp_path, text).draws
+    assert "random numbers of Python or numpy, which have no seed here" in caplog.text
+
+
+def collective(folder):
+    text = "import torch.distributed as dist\ndef f(logps):\n    n = logps.detach().sum()\n"
+    with pytest.raises(ConfigError, match=r"it calls a collective \(allreduce\)"):
+        resolved(folder, f"{text}    dist.all_reduce(n)\n    return -logps * n")
+
+
+def test_a_loss_that_calls_a_collective(tmp_path):
+    run_on_ranks(1, collective, tmp_path)

@@ -57,6 +57,12 @@ def test_what_can_be_read_is_all_there():
     assert (done.stdout, done.stderr) == ("out ä\n", "err\n")
 
 
+def test_closing_them_closes_nothing():
+    text = "sys.stdout.close(); sys.stderr.close(); print('out'); print('err', file=sys.stderr)"
+    done = talk("", text)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out\n", "err\n")
+
+
 def test_a_closed_number_is_given_to_no_other_file(tmp_path):
     text = f"file = open({str(tmp_path / 'checkpoint')!r}, 'w'); os.write(2, b'noise')"
     assert talk(">&- 2>&-", text).returncode == 0

@@ -48,7 +48,7 @@ calls = 0
 
 def nll(logps):
     global calls
-    calls += 1
+    calls += len(logps) > 3  # not those of the trial
     if (HERE / "wait").exists() and calls >= int((HERE / "wait").read_text()):
         (HERE / "waits").touch()
         time.sleep(1)

@@ -645,3 +645,17 @@ def test_an_environment_that_is_forgotten_leaves_nothing_behind(tmp_path):
     del env
     gc.collect()
     assert not running(tmp_path)
+
+
+def test_what_the_import_of_an_environment_changes_of_this_process_is_put_back(tmp_path):
+    """Where it runs in the trainer itself; in a process of its own it may."""
+    before = os.getcwd()
+    path = tmp_path / "env.py"
+    path.write_text(
+        "import os\nos.chdir(os.sep)\n"
+        "async def step(state, action, extra_info):\n"
+        "    return {'next_state': None, 'reward': 0, 'score': 0, 'done': True}\n"
+    )
+    with pytest.raises(ConfigError, match="it called os.chdir, which changes the whole run"):
+        load_environment(path, workers=0)
+    assert os.getcwd() == before

@@ -35,7 +35,7 @@ def start(folder):
     wait_until(lambda: len(running(folder)) >= 3)
 
 
-def test_what_the_body_has_started_ends_and_nothing_else(folder, tmp_path_factory):
+def test_what_the_body_has_started_ends_and_nothing_else(folder, tmp_path_factory, capfd):
     other = tmp_path_factory.mktemp("other")
     os.symlink(shutil.which("sleep"), other / "sleep")
     before = subprocess.Popen([f"{other}/sleep", "1000"])
@@ -54,21 +54,22 @@ def test_what_the_body_has_started_ends_and_nothing_else(folder, tmp_path_factor
     guarded.terminate()
     assert guarded.wait(20) == 0
     assert not running(other)
+    assert capfd.readouterr().err == ""
 
 
-def test_a_process_that_is_killed_is_watched(folder):
+def test_a_process_that_is_killed_is_watched(folder, capfd):
     trainer = os.fork()
     if trainer == 0:
         try:
             with children_end(watch=True):
-                time.sleep(0.3)  # importing a loss takes longer
-                start(folder)
-                time.sleep(1.3)
+                start(folder)  # before the watcher is there, perhaps
+                time.sleep(2)
                 os.kill(os.getpid(), signal.SIGKILL)
         finally:
             os._exit(1)
     os.waitpid(trainer, 0)
     wait_until(lambda: not running(folder))
+    assert "process is gone without a word" in capfd.readouterr().err
 
 
 def test_a_fork_that_leaves_the_body_ends_nobody(folder):
