@@ -172,14 +172,15 @@ def readable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs (trainer.save_dir)")
     parser.add_argument("--png", type=Path, required=True, help="where the picture goes")
-    args = parser.parse_args()
-    from RL2.config.streams import keep_streams  # --help needs nothing installed
+    return parser.parse_args()
 
-    keep_streams()  # nobody may read the table; the picture is drawn all the same
+
+def main(args: argparse.Namespace | None = None) -> None:
+    args = args or arguments()
     names = list(map(readable, labels(args.runs)))
     print(table(without_empty_columns(list(map(summary, names, args.runs)))))
     draw(names, args.runs, args.png)
@@ -198,4 +199,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    given = arguments()
+    from RL2.config.streams import keep_streams  # --help needs nothing installed
+
+    keep_streams()  # nobody may read the table; the picture is drawn all the same
+    main(given)
