@@ -124,11 +124,22 @@ def try_out(
                 f"{origin}: it calls a collective ({seen.name}), but ranks call a loss neither "
                 "equally often nor in the same order; return values per token instead"
             )
-        draws = _draws(loss, ordinary, origin)
-        if not draws:
-            _try_alone(loss, ordinary, origin)
-        _try_memory(loss, ordinary, statistics, origin)
+        try:
+            draws = _draws(loss, ordinary, statistics, origin)
+            if not draws:
+                _try_alone(loss, ordinary, statistics, origin)
+            _try_memory(loss, ordinary, statistics, origin)
+        except Unfit as fault:  # not in its first call
+            raise ConfigError(f"{origin}: on three ordinary tokens, {fault}") from fault.__cause__
     return draws
+
+
+def _given(values: dict[str, Tensor], statistics: tuple[str, ...]) -> dict[str, Tensor]:
+    """A copy of `values` as an update has them: what the model computes takes a gradient."""
+    copies = {name: value.clone() for name, value in values.items()}
+    for name in statistics:
+        copies[name].requires_grad_(name != "ranks")
+    return copies
 
 
 def _try_kinds(
@@ -156,13 +167,13 @@ def _try_kinds(
                 )  # fmt: skip
 
 
-def _draws(loss: Loss, values: dict[str, Tensor], origin: str) -> bool:
+def _draws(loss: Loss, values: dict[str, Tensor], statistics: tuple[str, ...], origin: str) -> bool:
     """Whether a call moves torch's random generator; ConfigError where it seeds it."""
     before, after = [], []
     for seed in (0, 1):
         torch.default_generator.manual_seed(seed)
         before.append(torch.get_rng_state())
-        loss(values)
+        loss(_given(values, statistics))
         after.append(torch.get_rng_state())
     if torch.equal(*after):
         raise ConfigError(
@@ -170,7 +181,7 @@ def _draws(loss: Loss, values: dict[str, Tensor], origin: str) -> bool:
             "torch.manual_seed out, or give a torch.Generator of its own"
         )
     others = random.getstate(), np.random.get_state()[1:3]
-    loss(values)
+    loss(_given(values, statistics))
     now = random.getstate(), np.random.get_state()[1:3]
     if others[0] != now[0] or others[1][1] != now[1][1] or (others[1][0] != now[1][0]).any():
         logger.warning(
@@ -186,11 +197,14 @@ def _draws(loss: Loss, values: dict[str, Tensor], origin: str) -> bool:
     return draws
 
 
-def _try_alone(loss: Loss, values: dict[str, Tensor], origin: str) -> None:
+def _try_alone(
+    loss: Loss, values: dict[str, Tensor], statistics: tuple[str, ...], origin: str
+) -> None:
     """Warn of a loss that is not each token's own."""
-    together, _ = loss(values)
+    together, _ = loss(_given(values, statistics))
+    parts = [{name: tensor[[i]] for name, tensor in values.items()} for i in range(_N)]
     try:
-        alone = [loss({name: tensor[[i]] for name, tensor in values.items()})[0] for i in range(_N)]
+        alone = [loss(_given(part, statistics))[0] for part in parts]
     except Unfit as fault:
         logger.warning("%s: on one token alone, %s", origin, fault)
         return
@@ -208,9 +222,7 @@ def _try_memory(
     """Warn of a loss that holds what it was given, call after call."""
     first: list[weakref.ref[Tensor]] = []
     for _ in range(4):  # the one before is no leak
-        given = {name: value.clone() for name, value in values.items()}
-        for name in statistics:
-            given[name].requires_grad_(name != "ranks")
+        given = _given(values, statistics)
         first = first or [weakref.ref(given[name]) for name in statistics]
         loss(given)
         del given
@@ -231,8 +243,8 @@ def _check(
     learns: bool,
 ) -> None:
     """Raises Unfit, which names the line at which it begins. learns: there must be a gradient."""
-    values = {name: value.clone() for name, value in values.items()}
-    learned = {name: values[name].requires_grad_() for name in statistics if name != "ranks"}
+    values = _given(values, statistics)
+    learned = {name: values[name] for name in statistics if name != "ranks"}
     with torch.enable_grad():
         losses, _ = loss(values)
     if learns and not losses.requires_grad:

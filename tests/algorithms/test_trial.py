@@ -61,6 +61,10 @@ SURE += [
         "import os\ndef f(logps):\n    os.chdir(os.sep)\n    return -logps",
         "it called os.chdir, which changes the whole run; leave that out",
     ),
+    (
+        "n = []\ndef f(logps):\n    n.append(0)\n    return -logps if len(n) < 3 else None",
+        "on three ordinary tokens, losses of 3 tokens came back as NoneType",
+    ),
 ]
 POSSIBLE = [
     (
@@ -129,6 +133,7 @@ NEVER_WARNED_OF = [
     "def f(logps, rewards):\n"
     "    return -logps * rewards if rewards.any() else torch.zeros_like(logps)",
     "def f(logps): return -logps, {'often': logps > -1, 'x': logps.double()}",
+    "def f(logps):\n    (x := -logps).register_hook(lambda g: 2 * g)\n    return x",
 ]
 
 
