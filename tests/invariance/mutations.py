@@ -99,8 +99,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "c-norm-of-one-rank": Mutation(
         FSDP,
-        "get_total_norm([p.grad for p in group]).full_tensor()",
-        "get_total_norm([p.grad.to_local() for p in group])",
+        "_norm([p.grad for p in group], dtype).full_tensor()",
+        "_norm([p.grad.to_local() for p in group], dtype)",
         f"{UPDATE}[qwen3-fsdp2-clipped-gradient]",
     ),
     "c-qk-norms-of-one-rank": Mutation(
