@@ -21,10 +21,10 @@ from RL2.trainer.loop import Trainer
 from RL2.trainer.models import load_tokenizer
 from RL2.trainer.sources import PromptStream, RolloutSource
 from RL2.workers import Actor
+from tests.faults.support import Run
 from tests.ranks import run_on_ranks
 from tests.rollout.scripted_engine import ScriptedEngine
 from tests.trainer.support import (
-    command,
     composed,
     environ,
     lasting,
@@ -176,8 +176,7 @@ def test_an_error_of_what_is_ahead_stops_the_run(files, tmp_path):
 def test_two_processes_one_step_ahead_give_the_numbers_of_one(files, tmp_path):
     changes = {"trainer__n_epochs": 2} | STALE
     one = train(files, "spo", tmp_path / "one", **changes)
-    done = command("spo", overrides(files, "spo", tmp_path / "two", **changes), n_processes=2)
-    assert done.returncode == 0, done.stderr
+    Run(files, "spo", tmp_path / "two", 2, **changes).finish()
     for row, other in zip(one, rows_of(tmp_path / "two"), strict=True):
         assert other["rollout/staleness"] == row["rollout/staleness"]
         for name in ("train/score", "actor/loss", "actor/grad_norm"):
