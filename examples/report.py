@@ -169,7 +169,9 @@ def draw(names: list[str], runs: list[Path], png: Path) -> None:
 
 def readable(text: str) -> str:
     """What a terminal would obey, in the name of a folder, as an escape."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    from RL2.config import secrets  # --help needs nothing installed
+
+    return secrets.readable(text)
 
 
 def arguments() -> argparse.Namespace:

@@ -25,6 +25,19 @@ RESERVED = (
     "entropy", "grad_norm", "kl", "loss", "lr", "nonfinite", "p_max", "skipped", "tis_masked",
 )  # fmt: skip
 
+
+def _folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # somebody has removed it
+        return ""
+
+
+def _go_to(path: str) -> None:
+    with suppress(OSError):
+        os.chdir(path)
+
+
 # Of the whole process: how to read what a loss may not change, and how to put it back.
 _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "torch.set_grad_enabled": (torch.is_grad_enabled, torch.set_grad_enabled),
@@ -36,7 +49,7 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "torch.autograd.set_detect_anomaly": (
         torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly,
     ),
-    "os.chdir": (lambda: _folder(), lambda path: _go_to(path)),
+    "os.chdir": (_folder, _go_to),
 }  # fmt: skip
 # This takes 40 us to read.
 _OF_AN_IMPORT = {
@@ -116,18 +129,6 @@ def undisturbed() -> Iterator[None]:
             for number, handler in handlers.items():
                 if handler is not None:  # of a library in C
                     signal.signal(number, handler)
-
-
-def _folder() -> str:
-    try:
-        return os.getcwd()
-    except OSError:  # somebody has removed it
-        return ""
-
-
-def _go_to(path: str) -> None:
-    with suppress(OSError):
-        os.chdir(path)
 
 
 def file_of(function: Callable[..., Any]) -> str | None:

@@ -78,6 +78,11 @@ def for_terminal(text: str) -> str:
     return redact(text).translate(_CONTROLS)
 
 
+def readable(text: str) -> str:
+    """`text` on one line, with escapes for what a terminal would act on, or not show."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class RedactingFormatter(logging.Formatter):
     """Log lines, tracebacks among them, as `for_terminal` has them."""
 

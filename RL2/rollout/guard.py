@@ -19,18 +19,10 @@ import tempfile
 import time
 
 if __package__:
-    from RL2.rollout.process_tree import (
-        adopt_orphans,
-        end_with_parent,
-        heed_no_signals,
-        kill_below,
-        reap_each,
-    )
-    from RL2.rollout.process_tree import descendants as _descendants
+    from RL2.rollout import process_tree
 else:  # it is run by its path, alone
     sys.path.append(os.path.dirname(__file__))
-    from process_tree import adopt_orphans, end_with_parent, heed_no_signals, kill_below, reap_each
-    from process_tree import descendants as _descendants
+    import process_tree
 
 _GRACE = 3.0  # seconds between asking and killing
 _KILLED = 5.0  # seconds that killed processes may take to be gone
@@ -54,31 +46,31 @@ def _end(server: subprocess.Popen) -> None:
     while time.monotonic() < deadline:
         server.poll()
         _reap()
-        if server.returncode is not None and not _descendants(os.getpid()):
+        if server.returncode is not None and not process_tree.descendants(os.getpid()):
             return
         time.sleep(_POLL / 4)
 
     def reap(pids: list[int]) -> None:
         server.poll()
-        reap_each([pid for pid in pids if pid != server.pid])
+        process_tree.reap_each([pid for pid in pids if pid != server.pid])
 
     server.kill()
-    kill_below(os.getpid(), reap, _KILLED)
+    process_tree.kill_below(os.getpid(), reap, _KILLED)
     server.poll()
 
 
 def main(trainer: int, command: list[str]) -> int:
     asked = []
-    heed_no_signals()
+    process_tree.heed_no_signals()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: asked.append(True))
-    adopt_orphans()
+    process_tree.adopt_orphans()
     # A session of its own: Ctrl-C in the trainer's terminal is for the trainer. Should the guard
     # itself be killed, the server goes with it.
     server = subprocess.Popen(
         command,
         start_new_session=True,
-        preexec_fn=end_with_parent,
+        preexec_fn=process_tree.end_with_parent,
     )
     while server.poll() is None and os.getppid() == trainer and not asked:
         time.sleep(_POLL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from RL2.config.secrets import redact
+from RL2.config.secrets import readable, redact
 from RL2.rollout.samples import Sample
 
 _PROMPT_END, _BEGIN, _END = 300, 500, 300  # characters
@@ -46,8 +46,3 @@ def _block(name: str, text: str) -> list[str]:
         left_out = f"… {len(lines) - 2 * half} lines …"
         lines = [*lines[:half], left_out, *lines[-half:]]
     return [f"  {name if i == 0 else '':6} | {line}" for i, line in enumerate(lines)]
-
-
-def readable(text: str) -> str:
-    """What a terminal would obey, or not show, as an escape."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

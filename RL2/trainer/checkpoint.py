@@ -58,7 +58,6 @@ from RL2.trainer.folders import (
     publish,
     remove,
 )
-from RL2.trainer.integrity import damage as damage
 from RL2.trainer.integrity import on_all
 from RL2.trainer.shared_folder import PATIENCE
 from RL2.workers import Actor

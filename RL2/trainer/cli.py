@@ -4,6 +4,7 @@ import sys
 
 from RL2 import __version__
 from RL2.config.schema import SCHEMAS
+from RL2.config.secrets import readable
 from RL2.config.streams import keep_streams
 from RL2.trainer.leaving import one_line_for_ctrl_c
 
@@ -35,5 +36,5 @@ def main() -> None:
         sys.argv = [f"rl2 {name}", *others]
         run(name)
     else:
-        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+        shown = readable(name)
         sys.exit(f"rl2: {shown}: unknown trainer; use one of {', '.join(SCHEMAS)}")

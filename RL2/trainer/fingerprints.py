@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 from torch.utils.data import Dataset
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from RL2.config.errors import first_line
 from RL2.datasets.end_of_turn import EndTokens
+from RL2.trainer.manifest import digest
 from RL2.trainer.own_modules import with_imports
 from RL2.workers.loading import model_fingerprint
 
@@ -66,10 +66,10 @@ def _of_model(node: DictConfig) -> str:
 
 def source_fingerprint(file: str | Path) -> str:
     """A SHA-256 of a Python file and of the modules of somebody's own that it imports."""
-    digest = sha256()
+    texts = sha256()
     for name, text in sorted(with_imports(Path(file)).items()):
-        digest.update(name.encode() + text)
-    return digest.hexdigest()
+        texts.update(name.encode() + text)
+    return texts.hexdigest()
 
 
 def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -83,11 +83,7 @@ def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         rules.pop(of_a_call, None)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return {
-        "vocabulary": _digest(tokenizer.get_vocab()),
-        "tokenizer": _digest([type(tokenizer).__name__, rules, special]),
-        "chat template": _digest(tokenizer.chat_template),
+        "vocabulary": digest(tokenizer.get_vocab()),
+        "tokenizer": digest([type(tokenizer).__name__, rules, special]),
+        "chat template": digest(tokenizer.chat_template),
     }
-
-
-def _digest(value: Any) -> str:
-    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

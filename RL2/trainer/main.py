@@ -34,7 +34,7 @@ from RL2.config import (
 )
 from RL2.config.launcher import check_gpu, check_launch_variables
 from RL2.config.paths import check_working_directory
-from RL2.config.secrets import for_terminal, redact
+from RL2.config.secrets import for_terminal, readable, redact
 from RL2.config.streams import hurry_streams, keep_streams
 from RL2.trainer.help import asks_for_help, help_text
 from RL2.trainer.last_words import tell_launcher
@@ -67,7 +67,7 @@ def _fail(error: RL2Error, own: bool = False, early: bool = False) -> NoReturn:
         time.sleep(_WAIT_FOR_FIRST)
     text = redact(str(error))  # whole, before anything is escaped
     if isinstance(error, (ConfigError, DataError)):  # a value or a row may hold anything
-        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        text = readable(text)
     line = f"{type(error).__name__}: {for_terminal(text)}"
     sys.stderr.write(f"{line}\n")
     tell_launcher(line)

@@ -113,6 +113,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest(content: dict[str, Any]) -> str:
-    """Of what `read` returns, without the digest in it."""
+def digest(content: Any) -> str:
+    """The SHA-256 of what JSON can hold, such as what `read` returns."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

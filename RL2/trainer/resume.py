@@ -12,9 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from RL2.config import CheckpointError
-from RL2.config.flat import ABSENT as _ABSENT
-from RL2.config.flat import as_text as _text
-from RL2.config.flat import flat as _flat
+from RL2.config.flat import ABSENT, as_text, flat
 from RL2.config.secrets import redact_config
 from RL2.trainer import record
 from RL2.trainer.folders import exists
@@ -112,7 +110,7 @@ def compare(
     if not exists(path):
         return [f"{folder.name} holds no config, so what was changed since is not known"]
     before, after = (
-        dict(_flat(tree)) for tree in (yaml.safe_load(path.read_text()), _plain(config))
+        dict(flat(tree)) for tree in (yaml.safe_load(path.read_text()), _plain(config))
     )
     if ("rollout.engine" in before) != ("rollout.engine" in after):
         source = "rollouts" if "rollout.engine" in before else "rows of a data set"
@@ -122,18 +120,18 @@ def compare(
             "and leave out trainer.load_ckpt_from"
         )
     changed = {
-        key: (before.get(key, _ABSENT), after.get(key, _ABSENT))
+        key: (before.get(key, ABSENT), after.get(key, ABSENT))
         for key in [*after, *(key for key in before if key not in after)]
-        if before.get(key, _ABSENT) != after.get(key, _ABSENT) and key not in _OF_RESUMING
+        if before.get(key, ABSENT) != after.get(key, ABSENT) and key not in _OF_RESUMING
     }
-    refused = {key: FIXED[key] for key in changed if key in FIXED and _ABSENT not in changed[key]}
+    refused = {key: FIXED[key] for key in changed if key in FIXED and ABSENT not in changed[key]}
     known = about.get("inputs", {})
     unknown = [] if "inputs" in about or not inputs else [_UNKNOWN.format(folder.name)]
     other = [name for name in inputs if known.get(name, inputs[name]) != inputs[name]]
     refused |= {_key(name): FIXED_INPUTS[name] for name in other if name in FIXED_INPUTS}
     if refused:
         key, why = next(iter(refused.items()))
-        old, new = (_text(tree.get(key)) for tree in (before, after))
+        old, new = (as_text(tree.get(key)) for tree in (before, after))
         way_out = f"give {key}={old}" if old != new else "give the files as they were"
         raise CheckpointError(
             f"{key}={new}: {folder.name} does not load with it, it was written with {old} ({why}); "
@@ -141,12 +139,12 @@ def compare(
         )
     return (
         [
-            f"{key}={_text(new)} from here on, was {_text(old)}"
+            f"{key}={as_text(new)} from here on, was {as_text(old)}"
             + (f" ({NOTES[key]})" if key in NOTES else "")
             for key, (old, new) in changed.items()
         ]
         + [
-            f"{_key(name)}={_text(after.get(_key(name)))}: {OTHER_INPUTS[name]}, from here on"
+            f"{_key(name)}={as_text(after.get(_key(name)))}: {OTHER_INPUTS[name]}, from here on"
             for name in other
         ]
         + _of_versions(about)

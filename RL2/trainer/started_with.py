@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +15,7 @@ from RL2.config.flat import as_text, flat
 from RL2.config.schema import Device
 from RL2.config.secrets import redact_config
 from RL2.distributed.same_start import Fact, fingerprint
+from RL2.trainer import record
 from RL2.trainer.fingerprints import NOT_READABLE
 
 _COMMAND = "start all ranks with the same command"
@@ -103,11 +103,10 @@ def _versions(config: DictConfig) -> Iterator[tuple[str, Fact]]:
         *(("peft",) if config.actor.lora.rank is not None else ()),
         *(_OF_CUDA if config.actor.device == Device.cuda else ()),
     )
+    found = record.versions()
     for name in used:
-        try:
-            yield name, Fact(version(name), _VERSIONS)
-        except PackageNotFoundError:
-            pass
+        if name in found:
+            yield name, Fact(found[name], _VERSIONS)
     yield "the source of RL2", Fact(_source_of(Path(RL2.__file__).parent), _VERSIONS)
 
 

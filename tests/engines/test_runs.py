@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from RL2.distributed import process_group
 from RL2.rollout.engine import SamplingParams
-from RL2.rollout.guard import _descendants
+from RL2.rollout.process_tree import descendants
 from RL2.rollout.servers import (
     ServerOptions,
     free_port,
@@ -258,7 +258,7 @@ def test_it_listens_on_loopback_and_leaves_nothing_when_it_is_killed(setup):
     try:
         metrics = run.save_dir / "metrics.jsonl"
         wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0, 200, process)
-        family = _descendants(process.pid)
+        family = descendants(process.pid)
         assert len(servers_of(process.pid)) == 1
         addresses = listening([process.pid, *family])
         assert addresses

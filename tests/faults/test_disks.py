@@ -10,8 +10,9 @@ import time
 import pytest
 
 from RL2.config import ConfigError
-from RL2.trainer.checkpoint import Checkpoints, damage
+from RL2.trainer.checkpoint import Checkpoints
 from RL2.trainer.folders import lock
+from RL2.trainer.integrity import damage
 from tests.faults.support import Run
 from tests.trainer.support import (
     ENVIRONMENT,

@@ -9,7 +9,8 @@ import time
 import psutil
 import pytest
 
-from RL2.trainer.checkpoint import Checkpoints, damage
+from RL2.trainer.checkpoint import Checkpoints
+from RL2.trainer.integrity import damage
 from tests.faults.support import LONG, Run
 from tests.trainer.support import environ, lasting, overrides, rows_of, write_files
 

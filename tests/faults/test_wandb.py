@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from RL2.rollout.guard import _descendants
+from RL2.rollout.process_tree import descendants
 from tests.faults.support import LONG, Run
 from tests.trainer.support import lasting, rows_of, write_files
 
@@ -94,7 +94,7 @@ def held(files, folder, **environ):
         (root,) = (process.pid for process in run.ranks)
         logged = lambda: [*folder.glob("wandb/*run-*/*.wandb")]  # noqa: E731
         wait_for(logged, "a run of wandb")
-        yield run, [pid for pid in _descendants(root) if name_of(pid) == b"wandb-core"]
+        yield run, [pid for pid in descendants(root) if name_of(pid) == b"wandb-core"]
     finally:
         for name in ("wait", "waits"):
             (files / name).unlink(missing_ok=True)
@@ -121,7 +121,7 @@ def test_wandb_is_killed(files, expected, tmp_path):
 
 def test_a_run_that_is_killed_leaves_no_wandb(files, tmp_path):
     with held(files, tmp_path / "run") as (run, core):
-        below = _descendants(run.ranks[0].pid)
+        below = descendants(run.ranks[0].pid)
         assert len(below) >= 3 and set(core) <= set(below)  # guard, sink, wandb-core
         run.kill()
         wait_for(lambda: not running(below), "the end of all that wandb has started")
@@ -132,7 +132,7 @@ def test_a_run_that_is_killed_leaves_no_wandb(files, tmp_path):
 def test_its_processes_are_stopped_or_killed(files, expected, tmp_path, number):
     """What is stopped is ended after a time; the sink of ours may be killed as well."""
     with held(files, tmp_path / "run") as (run, core):
-        guard, sink, *others = _descendants(run.ranks[0].pid)
+        guard, sink, *others = descendants(run.ranks[0].pid)
         for pid in core if number == signal.SIGSTOP else [sink]:
             os.kill(pid, number)
     begin = time.monotonic()

@@ -9,7 +9,7 @@ import time
 import pytest
 from omegaconf import OmegaConf
 
-from RL2.rollout.guard import _descendants
+from RL2.rollout.process_tree import descendants
 from RL2.trainer.metrics import Clock, Metrics, Timers, hours
 from RL2.trainer.wandb_sink import new_rows
 from tests.trainer.support import command, environ, overrides, rows_of, train, write_files
@@ -138,7 +138,7 @@ def test_a_sink_that_reads_nothing_is_not_waited_for(tmp_path, caplog):
     """More pokes than a pipe holds; then it is killed, which is said once."""
     metrics = Metrics(sink_config(tmp_path), 0, None)
     guard = metrics.wandb._process.pid
-    stopped = [guard, *_descendants(guard)]
+    stopped = [guard, *descendants(guard)]
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
     for _ in range(100_000):

@@ -96,7 +96,7 @@ def test_versions_and_variables(files, monkeypatch):
     monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "detail")  # has a rank wait for the others
     assert difference([before, facts(files)], HOSTS).startswith("TORCH_DISTRIBUTED_DEBUG: rank 0")
     monkeypatch.delenv("TORCH_DISTRIBUTED_DEBUG")
-    monkeypatch.setattr(module, "version", lambda name: "9")
+    monkeypatch.setattr(module.record, "version", lambda name: "9")
     assert "rl2: rank 0 on a has 0.1.0, rank 1 on b has 9 (and torch, transf" in difference(
         [before, facts(files)], HOSTS
     )
