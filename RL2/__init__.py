@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from RL2.config.errors import (
+    from RL2.runtime.errors import (
         CheckpointError,
         ConfigError,
         DataError,
@@ -34,6 +34,6 @@ def __getattr__(name: str) -> type[Exception]:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # Not before it is asked for: reading a config takes a second to import, and an entry point
     # has to come first.
-    from RL2.config import errors
+    from RL2.runtime import errors
 
     return getattr(errors, name)

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from RL2.trainer.checkpoint import Checkpoints  # noqa: E402
+from RL2.trainer.checkpoints.checkpoint import Checkpoints  # noqa: E402
 from RL2.workers import Actor  # noqa: E402
 from tests.ranks import run_on_ranks  # noqa: E402
 from tests.workers.test_actor import as_spo, make_actor, make_batch  # noqa: E402

@@ -29,7 +29,7 @@ _QUICK = "--variants auto naive compile liger"
 # What a part runs, by name, in the order of use: what is wrong is found before what is slow.
 PARTS: dict[str, str] = {
     "machine": f"{_CHECK} machine",
-    "tests": "-m pytest tests -m gpu -q -rN -p no:cacheprovider --ignore tests/engines",
+    "tests": "-m pytest tests -m gpu -q -rN -p no:cacheprovider --ignore tests/real_engines",
     # dtype=auto with both attentions: loss and gradient norm beside each other
     "attention": f"{_UPDATE} --shape 0.6B --tokens 8192 --variants auto flash sdpa naive",
     "step": f"{_CHECK} step",

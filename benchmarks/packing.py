@@ -142,8 +142,8 @@ def compare_balance(options: argparse.Namespace) -> None:
 def build_model(options: argparse.Namespace) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM, Qwen3Config
 
+    from RL2.models.causal_lm import TokenStatsModel
     from RL2.ops.attention import register_attention
-    from RL2.workers.model import TokenStatsModel
 
     torch.manual_seed(0)
     config = Qwen3Config(

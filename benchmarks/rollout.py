@@ -18,7 +18,7 @@ Three measurements (`--measure`), each in turns (A B A B …) with medians at th
 
 Contestants that do not run stand still (SIGSTOP), as an idle server may keep a core busy.
 SGLang on a CPU without AMX needs a stand-in for its kernels:
-PYTHONPATH=tests/engines/sglang_stand_in.
+PYTHONPATH=tests/real_engines/sglang_stand_in.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class OurEngine:
         from omegaconf import OmegaConf
 
         from RL2.config import apply_fallbacks, validate
-        from RL2.rollout.engine import build_engine
-        from RL2.rollout.event_loop import EventLoopThread
+        from RL2.engines.registry import build_engine
+        from RL2.runtime.event_loop import EventLoopThread
         from tests.rollout.support import make_tokenizer
         from tests.trainer.support import composed
 
@@ -119,7 +119,7 @@ class OurEngine:
 
     def pids(self) -> list[int]:
         """Of its servers; none for the embedded engine."""
-        from RL2.rollout.guard import _descendants
+        from RL2.runtime.guard import _descendants
 
         guards = [m.process.pid for m in getattr(self.engine, "_members", ())]
         return [pid for guard in guards for pid in [guard, *_descendants(guard)]]
@@ -134,7 +134,7 @@ class OurEngine:
 
     def generate(self, prompts: list[list[int]], seed: int) -> tuple[int, float]:
         """Tokens written and seconds."""
-        from RL2.rollout.engine import SamplingParams
+        from RL2.engines.protocol import SamplingParams
 
         sampling = SamplingParams(1.0, LONGEST)
 

@@ -48,8 +48,8 @@ def padded(folder: str, eos_ids: list[int], max_new_tokens: int) -> Callable:
     """The library's engine; returns run(prompts, seed) -> number of tokens."""
     from types import SimpleNamespace
 
-    from RL2.rollout.engine import SamplingParams
-    from RL2.rollout.transformers_engine import TransformersEngine
+    from RL2.engines.protocol import SamplingParams
+    from RL2.engines.transformers.engine import TransformersEngine
 
     tokenizer = SimpleNamespace(
         pad_token_id=0, eos_token_id=None, bos_token_id=None, unk_token_id=None,

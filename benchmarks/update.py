@@ -139,7 +139,7 @@ def serve(told: dict[str, Any]) -> None:
     orders, answer = orders_and_answer()
     import torch
 
-    from RL2.config import RL2Error
+    from RL2.runtime.errors import RL2Error
 
     device_name, n_tokens = told["device"], told["tokens"]
     try:
@@ -161,8 +161,8 @@ def update_on_order(
 
     from RL2.algorithms.token_loss import resolve_loss
     from RL2.distributed import process_group
+    from RL2.models.dtypes import resolve_attention
     from RL2.workers import Actor
-    from RL2.workers.dtypes import resolve_attention
 
     cuda = told["device"] == "cuda"
     batch = make_batch(told["tokens"], told["row"], told["vocab"])

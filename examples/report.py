@@ -169,7 +169,7 @@ def draw(names: list[str], runs: list[Path], png: Path) -> None:
 
 def readable(text: str) -> str:
     """What a terminal would obey, in the name of a folder, as an escape."""
-    from RL2.config import secrets  # --help needs nothing installed
+    from RL2.runtime import secrets  # --help needs nothing installed
 
     return secrets.readable(text)
 
@@ -202,7 +202,7 @@ def main(args: argparse.Namespace | None = None) -> None:
 
 if __name__ == "__main__":
     given = arguments()
-    from RL2.config.streams import keep_streams  # --help needs nothing installed
+    from RL2.runtime.streams import keep_streams  # --help needs nothing installed
 
     keep_streams()  # nobody may read the table; the picture is drawn all the same
     main(given)

@@ -24,9 +24,9 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from RL2.config import RL2Error
 from RL2.datasets.prompts import question_prompt, row_error, text_of
 from RL2.datasets.readers import Rows, load_rows
+from RL2.runtime.errors import RL2Error
 
 PAD, END = "<|pad|>", "<|end|>"
 SPECIAL = [PAD, END, "<|user|>", "<|assistant|>", "<|system|>"]

@@ -24,7 +24,7 @@ printf 'torch==%s\nliger-kernel\n' "$TORCH" | UV_FIND_LINKS='' compile - --const
     --constraints build.txt --no-emit-package setuptools --output-file gpu.txt "$@"
 # For the tests of the Triton kernels on machines without CUDA: the version that gpu.txt has.
 echo triton | compile - --constraints gpu.txt --output-file triton.txt "$@"
-# The environments that tests/engines/setup.sh makes. SGLang's wheel is for this platform only, and
+# The environments that tests/real_engines/setup.sh makes. SGLang's wheel is for this platform only, and
 # a package is left out by a marker that is never true, which --universal would keep.
 for engine in sglang vllm; do
     uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_34 \

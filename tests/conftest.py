@@ -122,3 +122,18 @@ def small_disk(tmp_path):
     yield mount
     for folder in mounted:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    from tests.rollout.support import make_tokenizer
+
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory):
+    """Folder of a tiny Qwen3 over the byte tokenizer. About one token in ten ends a response."""
+    from tests.rollout.support import make_model
+
+    return make_model(tmp_path_factory.mktemp("qwen3"), eos_token_id=[1, *range(60, 86)])

@@ -9,7 +9,7 @@ machine's mood (timings, memory), and the SHA-256 of the answers and of the weig
 Equal means equal to the last bit, so both records have to come from one machine and one set of
 packages. Names after the folder record only those runs; `--list` names all. All of them take about
 four minutes on two idle cores, most of it for `quickstart` and `vllm`, which is left out where its
-environment is missing (`bash tests/engines/setup.sh vllm`).
+environment is missing (`bash tests/real_engines/setup.sh vllm`).
 """
 
 import argparse
@@ -21,8 +21,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.engines.support import engine_run, make_engine_model
 from tests.faults.support import Run
+from tests.real_engines.support import engine_run, make_engine_model
 from tests.trainer.support import ROOT, command, environ, lasting, rows_of, write_env, write_files
 
 NAME = "record.json"

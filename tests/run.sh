@@ -24,9 +24,9 @@ if [[ ${1:-} == engines ]]; then
         shift
     fi
     for engine in "${engines[@]}"; do
-        bash tests/engines/setup.sh "$engine"
+        bash tests/real_engines/setup.sh "$engine"
     done
-    set -- tests/engines "${selection[@]}" "$@"
+    set -- tests/real_engines "${selection[@]}" "$@"
 else
     if [[ ${1:-} == faults ]]; then
         shift

@@ -15,7 +15,7 @@ from RL2.algorithms import resolve_loss
 from RL2.config import check_overrides, validate
 from RL2.config.overrides import is_open
 from RL2.config.schema import RLConfig, SFTConfig, key_types
-from RL2.rollout.environments import load_environment
+from RL2.environments.environment import load_environment
 from RL2.rollout.sample_table import SampleTable, summarise
 from RL2.rollout.samples import Sample
 from tests.config.support import compose_config, write_model_files

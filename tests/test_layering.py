@@ -1,7 +1,8 @@
 """Who may import whom, read from the sources with `ast`; nothing of RL2 is imported here.
 
-trainer -> workers | rollout -> algorithms | datasets | distributed -> ops -> config: a package
-imports itself and what stands further right, never a neighbour of its own layer.
+trainer -> workers | rollout -> engines | environments -> models -> algorithms | datasets |
+distributed -> ops -> config -> runtime: a package imports itself and what stands further right,
+never a neighbour of its own layer, and no two files import each other.
 """
 
 import ast
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    {"config", "envs"},
+    {"runtime", "envs"},
+    {"config"},
     {"ops"},
     {"algorithms", "datasets", "distributed"},
+    {"models"},
+    {"engines", "environments"},
     {"workers", "rollout"},
     {"trainer"},
 )
@@ -26,9 +31,9 @@ LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in 
 
 # An imported module -> the only files that may import it.
 CONFINED = {
-    "wandb": "RL2/trainer/wandb_sink.py",
-    "sglang": "RL2/rollout/*sglang*.py",
-    "vllm": "RL2/rollout/*vllm*.py",
+    "wandb": "RL2/trainer/sinks/wandb_process.py",
+    "sglang": "RL2/engines/*sglang*.py",
+    "vllm": "RL2/engines/*vllm*.py",
 }
 # A package -> what it may not import at all.
 FORBIDDEN = {"config": "torch", "ops": "torch.distributed"}
@@ -78,7 +83,7 @@ def import_violations(module: str, package: str, path: str) -> Iterator[str]:
     if not package:
         # Importing any layer runs RL2/__init__.py: what it imports, every layer would import.
         if LEVEL.get(target, 0) > 0:
-            yield f"imports RL2.{target}; files beside the packages may import RL2.config alone"
+            yield f"imports RL2.{target}; files beside the packages may import RL2.runtime alone"
     elif package not in LEVEL:
         yield f"package {package} has no place in the layers"
     elif target != package and LEVEL.get(target, -1) >= LEVEL[package]:
@@ -104,6 +109,32 @@ def violations(root: Path) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def modules(root: Path) -> dict[str, Path]:
+    """Every module of root/RL2 by its dotted name."""
+    return {
+        ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in sorted(root.glob("RL2/**/*.py"))
+    }
+
+
+def circle(root: Path) -> list[str]:
+    """Modules of root/RL2 that import each other, wherever in the file, or none."""
+    known = modules(root)
+    graph = {}
+    for name, file in known.items():
+        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+        tree = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        imported = {module for node in tree for module in imported_modules(node, package)}
+        # `from RL2.ops import packing` names a module, `from RL2.ops import plan_packs` does not.
+        targets = {module if module in known else module.rpartition(".")[0] for module in imported}
+        graph[name] = (targets & known.keys()) - {name}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
 def write_tree(root: Path, files: dict[str, str]) -> Path:
     for path, source in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -115,16 +146,32 @@ def test_the_repository_keeps_its_layers():
     assert violations(ROOT) == []
 
 
+def test_no_two_files_import_each_other():
+    assert circle(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["import RL2.b", "from RL2 import b", "def f():\n    from RL2.b import g", "from . import b"],
+)
+def test_a_circle_is_found(tmp_path, first):
+    tree = {"RL2/__init__.py": "", "RL2/a.py": first, "RL2/b.py": "from RL2.c import h"}
+    assert circle(write_tree(tmp_path, tree)) == []
+    assert {"RL2.a", "RL2.b", "RL2.c"} == set(
+        circle(write_tree(tmp_path, tree | {"RL2/c.py": "import RL2.a"}))
+    )
+
+
 def test_a_clean_tree_passes(tmp_path):
     tree = {
-        "RL2/__init__.py": "from RL2.config import errors\n",
-        "RL2/config/errors.py": "import dataclasses\n",
-        "RL2/ops/packing.py": "import torch\nfrom RL2.config import errors\n",
+        "RL2/__init__.py": "from RL2.runtime import errors\n",
+        "RL2/runtime/errors.py": "import dataclasses\n",
+        "RL2/ops/packing.py": "import torch\nfrom RL2.runtime import errors\n",
         "RL2/algorithms/losses.py": "from ..ops.packing import plan\nfrom . import kl\n",
         "RL2/workers/actor.py": "import torch.distributed as dist\nimport RL2.algorithms.losses\n",
         "RL2/rollout/sglang.py": "import sglang\n",
-        "RL2/rollout/vllm_engine.py": "def start():\n    from vllm import LLM\n",
-        "RL2/trainer/wandb_sink.py": "import wandb\n",
+        "RL2/engines/servers/vllm.py": "def start():\n    from vllm import LLM\n",
+        "RL2/trainer/sinks/wandb_process.py": "import wandb\n",
         "RL2/trainer/ppo.py": "log.print('a method')\nx = importlib.import_module(name)\n",
     }
     assert violations(write_tree(tmp_path, tree)) == []
@@ -139,7 +186,7 @@ def test_a_clean_tree_passes(tmp_path):
         ("RL2/ops/a.py", "from .. import datasets", "ops imports RL2.datasets"),
         ("RL2/ops/deep/a.py", "from ...datasets import base", "ops imports RL2.datasets"),
         ("RL2/algorithms/a.py", "import RL2.distributed", "algorithms imports RL2.distributed"),
-        ("RL2/workers/a.py", "import RL2.rollout.engine", "workers imports RL2.rollout"),
+        ("RL2/workers/a.py", "import RL2.rollout.player", "workers imports RL2.rollout"),
         ("RL2/config/a.py", "def f():\n    import RL2.ops", "config imports RL2.ops"),
         ("RL2/rollout/a.py", "import RL2.trainer", "rollout imports RL2.trainer"),
         ("RL2/ops/a.py", "import importlib\nimportlib.import_module('RL2.trainer')", "RL2.trainer"),

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from RL2.config import ConfigError
+from RL2.runtime.errors import ConfigError
 from RL2.trainer.main import FLOORS, check_versions
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from RL2.algorithms.rewards import all_equal, totals
-from RL2.config.errors import ConfigError
+from RL2.runtime.errors import ConfigError
 
 
 def sample_returns(rewards: Tensor, sample_ids: Tensor) -> Tensor:

@@ -4,63 +4,20 @@ A trial shows what a loss does on made-up tokens; what it does after a thousand 
 call shows.
 """
 
-import inspect
-import os
-import random
 import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from RL2.config.errors import place
+from RL2.runtime.errors import place
+from RL2.runtime.user_code import Unfit, file_of, settings_kept
 
 # What an update writes under `actor/` itself.
 RESERVED = (
     "entropy", "grad_norm", "kl", "loss", "lr", "nonfinite", "p_max", "skipped", "tis_masked",
 )  # fmt: skip
-
-
-def _folder() -> str:
-    try:
-        return os.getcwd()
-    except OSError:  # somebody has removed it
-        return ""
-
-
-def _go_to(path: str) -> None:
-    with suppress(OSError):
-        os.chdir(path)
-
-
-# Of the whole process: how to read what a loss may not change, and how to put it back.
-_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
-    "torch.set_grad_enabled": (torch.is_grad_enabled, torch.set_grad_enabled),
-    "torch.set_default_dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "torch.set_num_threads": (torch.get_num_threads, torch.set_num_threads),
-    "torch.use_deterministic_algorithms": (
-        torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms,
-    ),
-    "torch.autograd.set_detect_anomaly": (
-        torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly,
-    ),
-    "os.chdir": (_folder, _go_to),
-}  # fmt: skip
-# This takes 40 us to read.
-_OF_AN_IMPORT = {
-    "torch.set_default_device": (
-        torch.get_default_device, lambda _: torch.set_default_device(None),
-    ),
-}  # fmt: skip
-
-
-class Unfit(Exception):
-    """The loss cannot train on the tokens at hand; the text says why."""
 
 
 def call(
@@ -95,47 +52,6 @@ def call(
             )
     per_token = next(iter(tensors.values()))
     return _checked(result, len(per_token), per_token.device)
-
-
-@contextmanager
-def settings_kept(known: Mapping[str, tuple[Callable, Callable]] = _SETTINGS) -> Iterator[None]:
-    """Put back what the body has changed of the whole process, and raise Unfit where it has and
-    comes to its end."""
-    before = {name: read() for name, (read, _) in known.items()}
-    changed: list[str] = []
-    try:
-        yield
-    finally:
-        changed += [name for name, (read, _) in known.items() if read() != before[name]]
-        for name in changed:
-            known[name][1](before[name])
-    if changed:
-        raise Unfit(f"it called {changed[0]}, which changes the whole run; leave that out")
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """`settings_kept` for the import of a stranger's file, which may well have handlers for signals
-    and seeds by way of what it imports: they are put back without a word."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]), settings_kept(_SETTINGS | _OF_AN_IMPORT):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                if handler is not None:  # of a library in C
-                    signal.signal(number, handler)
-
-
-def file_of(function: Callable[..., Any]) -> str | None:
-    """Where a function was written, if that is in Python."""
-    while isinstance(function, partial):
-        function = function.func
-    return getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", None)
 
 
 def _checked(result: Any, n: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from RL2.config.errors import ConfigError
+from RL2.runtime.errors import ConfigError
 
 
 def _truncate(ratio: Tensor, bound: float) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from RL2.config.errors import ConfigError
+from RL2.runtime.errors import ConfigError
 
 
 def _k1(d: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from RL2.algorithms import contract
 from RL2.algorithms.losses import LOSSES
 from RL2.algorithms.trial import try_out
 from RL2.config.elsewhere import value_here
-from RL2.config.errors import ConfigError, first_line, place
 from RL2.ops.token_stats import STATISTICS
+from RL2.runtime.errors import ConfigError, first_line, place
+from RL2.runtime.user_code import Unfit, undisturbed
 
 FIELDS: tuple[str, ...] = ("advantages", "old_logps", "ref_logps", "llm_logps", "rewards")
 
@@ -156,9 +157,9 @@ def _import_function(import_path: str, origin: str) -> Callable[..., Any]:
         )
     try:
         is_file = location.endswith(".py")
-        with contract.undisturbed():
+        with undisturbed():
             module = _load_file(location) if is_file else importlib.import_module(location)
-    except contract.Unfit as fault:
+    except Unfit as fault:
         raise ConfigError(f"{origin}: importing {location}, {fault}") from fault
     except FileNotFoundError as error:
         raise ConfigError(

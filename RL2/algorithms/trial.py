@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from RL2.algorithms.contract import Unfit, file_of
-from RL2.config.errors import ConfigError
+from RL2.runtime.errors import ConfigError
+from RL2.runtime.user_code import Unfit, file_of
 
 logger = logging.getLogger(__name__)
 

@@ -1,16 +1,5 @@
 """Typed configuration: schemas, checks before anything is built, and `auto` resolved."""
 
-from RL2.config.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    EngineError,
-    EnvError,
-    HealthError,
-    Interrupted,
-    RL2Error,
-    TrainingError,
-)
 from RL2.config.fallbacks import apply_fallbacks
 from RL2.config.overrides import check_overrides, composition_error
 from RL2.config.paths import expand_argv, expand_paths
@@ -18,17 +7,8 @@ from RL2.config.schema import RLConfig, SFTConfig, register_schemas
 from RL2.config.validate import validate
 
 __all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "EngineError",
-    "EnvError",
-    "HealthError",
-    "Interrupted",
-    "RL2Error",
     "RLConfig",
     "SFTConfig",
-    "TrainingError",
     "apply_fallbacks",
     "check_overrides",
     "composition_error",

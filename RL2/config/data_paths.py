@@ -10,8 +10,8 @@ import re
 from glob import glob, has_magic
 from pathlib import Path
 
-from RL2.config.errors import ConfigError, DataError
 from RL2.config.paths import not_there
+from RL2.runtime.errors import ConfigError, DataError
 
 TEXT_EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv")  # each may be gzipped: .jsonl.gz
 EXTENSIONS = (*TEXT_EXTENSIONS, ".parquet", ".arrow")

@@ -4,8 +4,8 @@ from collections.abc import Set
 
 from omegaconf import DictConfig, OmegaConf
 
-from RL2.config.errors import ConfigError
 from RL2.config.schema import Device, Dtype, EngineName
+from RL2.runtime.errors import ConfigError
 
 
 def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list[str]:
@@ -14,7 +14,7 @@ def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list
     Afterwards `device` is cpu or cuda, `rollout.engine` names an engine, `attn_implementation` is
     what transformers takes, `use_liger_kernel` is true or false, `dtype` is float32 or bfloat16.
     On CUDA attention and dtype may stay `auto`: they follow from the dtype of the checkpoint
-    (`RL2.workers.dtypes`).
+    (`RL2.models.dtypes`).
 
     Args:
         config: composed and validated.

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Mapping
 
-from RL2.config.errors import ConfigError
+from RL2.runtime.errors import ConfigError
 
 # The least that each can be, and the most.
 _NUMBERS = {

@@ -12,9 +12,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from RL2.config.errors import ConfigError, first_line
 from RL2.config.model_files import read_folder
 from RL2.config.paths import not_there
+from RL2.runtime.errors import ConfigError, first_line
 
 _HUB_NAME = r"[\w\-][\w.\-]*"
 _HUB_MODEL = re.compile(rf"{_HUB_NAME}/{_HUB_NAME}")

@@ -5,8 +5,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from RL2.config.errors import ConfigError
 from RL2.config.overrides import is_open
+from RL2.runtime.errors import ConfigError
 
 _LARGEST, _SMALLEST = (2 - 2.0**-23) * 2.0**127, 2.0**-126  # of float32, with all its digits
 _LONGEST = 1e8  # seconds, three years; clocks and sockets end at some 1e9

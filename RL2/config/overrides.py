@@ -24,9 +24,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from RL2.config.elsewhere import VALUES, key_here, value_here
-from RL2.config.errors import ConfigError
 from RL2.config.schema import SCHEMAS, key_types, structured
-from RL2.config.secrets import HIDDEN, is_secret_name, redact
+from RL2.runtime.errors import ConfigError
+from RL2.runtime.secrets import HIDDEN, is_secret_name, redact
 
 # What a user of such libraries may well type and what is not built yet.
 _PLANNED_GROUPS = {"critic": "this version has no critic yet, leave it out"}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from RL2.config.errors import ConfigError
+from RL2.runtime.errors import ConfigError
 
 PATH_KEYS = (
     "actor.model_name",

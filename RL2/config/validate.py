@@ -12,7 +12,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from RL2.config.data_paths import check_data_path
-from RL2.config.errors import ConfigError
 from RL2.config.models import check_model, context_length
 from RL2.config.numbers import check_numbers
 from RL2.config.overrides import is_open, unknown_key_message
@@ -26,7 +25,8 @@ from RL2.config.schema import (
     TISType,
     key_types,
 )
-from RL2.config.secrets import is_secret_name, redact
+from RL2.runtime.errors import ConfigError
+from RL2.runtime.secrets import is_secret_name, redact
 
 _REQUIRED = {
     "train_data.path": "give a data set (train@openai/gsm8k:main), a file, or null for an "

@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from RL2.config.errors import DataError
 from RL2.datasets.readers import load_rows
 from RL2.datasets.rows import Rows
+from RL2.runtime.errors import DataError
 
 __all__ = [
     "Rows",

@@ -16,8 +16,8 @@ from typing import Any
 from omegaconf import DictConfig
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from RL2.config.errors import ConfigError, first_line
 from RL2.config.models import hub_options
+from RL2.runtime.errors import ConfigError, first_line
 
 # What no template writes by itself.
 _QUESTION, _ANSWER = "qZ7question", "qZ7answer"

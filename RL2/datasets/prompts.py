@@ -19,8 +19,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config.errors import DataError
 from RL2.datasets.rows import type_name
+from RL2.runtime.errors import DataError
 
 GSM8K_INSTRUCTION = "Let's think step by step and end with `#### answer`."
 RL_FORMATS = '{"messages", "extra_info"}, {"prompt", "extra_info"} or {"question", "answer"}'

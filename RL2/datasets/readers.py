@@ -14,11 +14,11 @@ from RL2.config.data_paths import (
     is_hub_name,
     split_data_path,
 )
-from RL2.config.errors import DataError
 from RL2.config.paths import expand_home
 from RL2.datasets.rows import Rows, one_line, without_nested_nulls
 from RL2.datasets.table_files import read_arrow, read_parquet
 from RL2.datasets.text_files import read_csv, read_json, read_jsonl
+from RL2.runtime.errors import DataError
 
 _SYNTAX = f"a file or folder ({FILES}), split@file, or split@name:config of a hub data set"
 _HUB_TIMEOUT = 5.0  # seconds for the one request that finds out whether the hub answers

@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config.errors import DataError
 from RL2.datasets.base import Sequence, keep_within, load_limited_rows, option
 from RL2.datasets.continuation import continuation_encoder
 from RL2.datasets.end_of_turn import EndTokens, end_tokens
@@ -26,6 +25,7 @@ from RL2.datasets.prompts import (
     row_error,
     text_of,
 )
+from RL2.runtime.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from RL2.config.errors import DataError
 from RL2.datasets.rows import Rows, one_line, type_name
+from RL2.runtime.errors import DataError
 
 _GZIP = b"\x1f\x8b"  # how a compressed file begins, whatever its name
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from RL2.config.errors import ConfigError, RL2Error, TrainingError
 from RL2.distributed.comm import sum_over_ranks
 from RL2.distributed.process_group import world_size
 from RL2.distributed.same_start import Facts, difference
+from RL2.runtime.errors import ConfigError, RL2Error, TrainingError
 
 T = TypeVar("T")
 

@@ -17,8 +17,8 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from RL2.config.errors import RL2Error, TrainingError, first_line
 from RL2.distributed.rendezvous import Rank
+from RL2.runtime.errors import RL2Error, TrainingError, first_line
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from RL2.config import TrainingError
 from RL2.distributed.alive import lost_connection, watching
 from RL2.distributed.rendezvous import WAIT, find_store, meet, next_prefix
 from RL2.distributed.same_start import Facts
+from RL2.runtime.errors import TrainingError
 
 # How long a rank waits for another in a collective. Ranks that do not drive an engine wait in one
 # for as long as the others generate, which takes hours for long answers of large models; torch's

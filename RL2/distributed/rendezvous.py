@@ -14,10 +14,9 @@ from ipaddress import ip_address
 
 import torch.distributed as dist
 
-from RL2.config import ConfigError, TrainingError
-from RL2.config.errors import first_line
 from RL2.config.launcher import hosts_store
 from RL2.distributed.same_start import Facts, difference, fingerprint, packed, unpacked
+from RL2.runtime.errors import ConfigError, TrainingError, first_line
 
 logger = logging.getLogger(__name__)
 

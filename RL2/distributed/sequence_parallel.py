@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from transformers import AttentionInterface, PretrainedConfig
 
-from RL2.config import ConfigError
 from RL2.ops.attention import register_attention
+from RL2.runtime.errors import ConfigError
 
 _PREFIX = "sequence_parallel_"
 _TAKES_PACKS = ("sdpa_varlen", "flash_attention_2")

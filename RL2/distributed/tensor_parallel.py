@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import (
 )
 from transformers import PreTrainedModel
 
-from RL2.config import ConfigError
+from RL2.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)

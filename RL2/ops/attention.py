@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from transformers import AttentionInterface, PretrainedConfig
 
-from RL2.config.errors import ConfigError
+from RL2.runtime.errors import ConfigError
 
 NAME = "sdpa_varlen"
 

@@ -24,19 +24,19 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config.errors import EngineError, Interrupted
 from RL2.datasets.end_of_turn import EndTokens
 from RL2.distributed.traffic import Traffic
-from RL2.rollout.engine import Engine, SamplingParams
-from RL2.rollout.env_source import hints
-from RL2.rollout.environments import Environment, load_environment
-from RL2.rollout.event_loop import EventLoopThread
+from RL2.engines.protocol import Engine, SamplingParams
+from RL2.environments.environment import Environment, load_environment
+from RL2.environments.source import hints
 from RL2.rollout.failures import Failure, FailureCount, lines
 from RL2.rollout.flight import Flight
 from RL2.rollout.player import Gate, Player
 from RL2.rollout.sample_table import SampleTable, dump, gather_samples, summarise, to_batch
 from RL2.rollout.samples import Group, Sample
 from RL2.rollout.shown import shown
+from RL2.runtime.errors import EngineError, Interrupted
+from RL2.runtime.event_loop import EventLoopThread
 
 logger = logging.getLogger(__name__)
 

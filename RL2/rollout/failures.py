@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from RL2.config.errors import EngineError, EnvError
 from RL2.rollout.samples import Sample
+from RL2.runtime.errors import EngineError, EnvError
 
 # What differs from sample to sample in one and the same failure: addresses, numbers, quoted text.
 _VARIES = re.compile(r"0x[0-9a-fA-F]+|'[^']*'|\"[^\"]*\"|(?<!\.py:)\b\d+(\.\d+)?")

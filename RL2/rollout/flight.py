@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
-from RL2.rollout.engine import Engine
+from RL2.engines.protocol import Engine
 from RL2.rollout.player import Gate
 from RL2.rollout.samples import Group, Sample
 

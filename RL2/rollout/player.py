@@ -13,12 +13,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config.errors import EnvError
 from RL2.datasets.continuation import continuation_encoder
 from RL2.datasets.end_of_turn import EndTokens, end_tokens
-from RL2.rollout.engine import Completion, Engine, MalformedReply, SamplingParams
-from RL2.rollout.env_worker import LARGEST, TOO_LARGE
-from RL2.rollout.environments import Environment
+from RL2.engines.protocol import Completion, Engine, MalformedReply, SamplingParams
+from RL2.environments.environment import Environment
+from RL2.environments.worker import LARGEST, TOO_LARGE
 from RL2.rollout.samples import (
     Sample,
     Turn,
@@ -29,6 +28,7 @@ from RL2.rollout.samples import (
     start_sequence,
     without_echo,
 )
+from RL2.runtime.errors import EnvError
 
 _LONG_TEXT = 2**16  # characters
 _HIGHEST_LOGP = 1.0  # a probability of 1, and more than engines round in 16 bits

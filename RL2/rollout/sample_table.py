@@ -20,11 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from RL2.algorithms.rewards import all_equal
-from RL2.config.secrets import redact_all
 from RL2.distributed.comm import concatenate_on_rank_0
 from RL2.distributed.traffic import Traffic
 from RL2.ops.ragged import ranges
 from RL2.rollout.samples import NOT_THE_POLICY, Sample
+from RL2.runtime.secrets import redact_all
 
 _TYPECODES = {torch.int32: "i", torch.float32: "f", torch.float64: "d", torch.bool: "b"}
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from RL2.algorithms.rewards import are_equal, total
 from RL2.datasets.end_of_turn import EndTokens, end_tokens
-from RL2.rollout.engine import Completion, SamplingParams
+from RL2.engines.protocol import Completion, SamplingParams
 
 _MASK_64 = (1 << 64) - 1
 NOT_THE_POLICY = -1  # weight version of a token that the policy did not write

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from RL2.config.secrets import readable, redact
 from RL2.rollout.samples import Sample
+from RL2.runtime.secrets import readable, redact
 
 _PROMPT_END, _BEGIN, _END = 300, 500, 300  # characters
 _LINES = 12

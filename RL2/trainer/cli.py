@@ -4,9 +4,9 @@ import sys
 
 from RL2 import __version__
 from RL2.config.schema import SCHEMAS
-from RL2.config.secrets import readable
-from RL2.config.streams import keep_streams
-from RL2.trainer.leaving import one_line_for_ctrl_c
+from RL2.runtime.leaving import one_line_for_ctrl_c
+from RL2.runtime.secrets import readable
+from RL2.runtime.streams import keep_streams
 
 USAGE = f"""\
 usage: rl2 <trainer> key=value ...

@@ -18,28 +18,34 @@ from RL2.algorithms.advantages import resolve_advantage
 from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.rewards import in_float32
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
-from RL2.config import CheckpointError, ConfigError, HealthError, Interrupted, TrainingError
 from RL2.config.models import ask_hub
 from RL2.config.schema import Dtype
 from RL2.datasets.end_of_turn import EndTokens, load_end_tokens
 from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks, world_size
 from RL2.distributed.agreement import all_or_none, check_same, together
 from RL2.distributed.comm import Batch
-from RL2.rollout.process_tree import reap_adopted
-from RL2.trainer import machine, record
-from RL2.trainer.banner import banner
-from RL2.trainer.checkpoint import Checkpoints, rng_state, set_rng_state
-from RL2.trainer.ends import missing_ends, name_ends
-from RL2.trainer.export import best_that_is_there, fingerprint_of, keep_files, save_model
-from RL2.trainer.fingerprints import of_run, readable
-from RL2.trainer.folders import cannot_write, in_the_way, lock, try_to_move
+from RL2.runtime.errors import CheckpointError, ConfigError, HealthError, Interrupted, TrainingError
+from RL2.runtime.folders import cannot_write, in_the_way, lock, try_to_move
+from RL2.runtime.process_tree import reap_adopted
+from RL2.runtime.stop import StopRequest
+from RL2.trainer.checkpoints import record
+from RL2.trainer.checkpoints.checkpoint import Checkpoints, rng_state, set_rng_state
+from RL2.trainer.checkpoints.export import (
+    best_that_is_there,
+    fingerprint_of,
+    keep_files,
+    save_model,
+)
 from RL2.trainer.health import observe
-from RL2.trainer.metrics import Metrics, Timers
-from RL2.trainer.models import load_reference, load_tokenizer
-from RL2.trainer.shared_folder import check_shared
+from RL2.trainer.sinks.metrics import Metrics, Timers
 from RL2.trainer.sources import DatasetSource, RolloutSource
-from RL2.trainer.started_with import files_behind
-from RL2.trainer.stop import StopRequest
+from RL2.trainer.startup import machine
+from RL2.trainer.startup.banner import banner
+from RL2.trainer.startup.ends import missing_ends, name_ends
+from RL2.trainer.startup.fingerprints import of_run, readable
+from RL2.trainer.startup.models import load_reference, load_tokenizer
+from RL2.trainer.startup.shared_folder import check_shared
+from RL2.trainer.startup.started_with import files_behind
 from RL2.workers import Actor
 
 logger = logging.getLogger(__name__)

@@ -19,11 +19,6 @@ from packaging.version import Version
 
 from RL2 import __version__
 from RL2.config import (
-    ConfigError,
-    DataError,
-    Interrupted,
-    RL2Error,
-    TrainingError,
     apply_fallbacks,
     check_overrides,
     composition_error,
@@ -34,13 +29,14 @@ from RL2.config import (
 )
 from RL2.config.launcher import check_gpu, check_launch_variables
 from RL2.config.paths import check_working_directory
-from RL2.config.secrets import for_terminal, readable, redact
-from RL2.config.streams import hurry_streams, keep_streams
-from RL2.trainer.help import asks_for_help, help_text
-from RL2.trainer.last_words import tell_launcher
-from RL2.trainer.leaving import end_in_time, leave_at_once, one_line_for_ctrl_c
-from RL2.trainer.stop import follow_launcher
-from RL2.trainer.sweep import name_run
+from RL2.runtime.errors import ConfigError, DataError, Interrupted, RL2Error, TrainingError
+from RL2.runtime.last_words import tell_launcher
+from RL2.runtime.leaving import end_in_time, leave_at_once, one_line_for_ctrl_c
+from RL2.runtime.secrets import for_terminal, readable, redact
+from RL2.runtime.stop import follow_launcher
+from RL2.runtime.streams import hurry_streams, keep_streams
+from RL2.trainer.startup.help import asks_for_help, help_text
+from RL2.trainer.startup.sweep import name_run
 
 if TYPE_CHECKING:
     from RL2.distributed.same_start import Facts
@@ -192,7 +188,7 @@ def prepare(config: DictConfig) -> Facts:
     import torch  # after the checks: it takes seconds
     import transformers
 
-    from RL2.trainer.started_with import started_with
+    from RL2.trainer.startup.started_with import started_with
 
     if torch.version.cuda and config.actor.device == "auto" and not torch.cuda.is_available():
         logger.info("actor.device=auto: no GPU found, though torch is built for one; using the CPU")
@@ -213,9 +209,9 @@ def train(config: DictConfig, facts: Facts) -> None:
     import torch
 
     from RL2.distributed import process_group
-    from RL2.trainer.children import children_end, runs_strangers
+    from RL2.runtime.children import children_end, runs_strangers
+    from RL2.runtime.stop import StopRequest, stop_signals
     from RL2.trainer.loop import Trainer
-    from RL2.trainer.stop import StopRequest, stop_signals
 
     threads = config.trainer.num_threads or max(
         1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,6 +1,6 @@
 """Policy gradients; the defaults are the Dr. GRPO baseline."""
 
-from RL2.trainer.leaving import one_line_for_ctrl_c
+from RL2.runtime.leaving import one_line_for_ctrl_c
 
 if __name__ == "__main__":
     one_line_for_ctrl_c()  # imports take a second

@@ -22,11 +22,13 @@ from RL2.datasets import RLDataset, SFTDataset, collate, make_loader
 from RL2.datasets.end_of_turn import EndTokens, end_tokens
 from RL2.distributed import rank, second_group, world_size
 from RL2.distributed.comm import Batch
+from RL2.engines.registry import build_engine
+from RL2.environments.environment import load_environment
+from RL2.environments.worker import MAX_ANSWER
 from RL2.ops.fp32 import without_switching
-from RL2.rollout import Collector, build_engine, load_environment
-from RL2.rollout.env_worker import MAX_ANSWER
-from RL2.rollout.event_loop import in_thread
+from RL2.rollout import Collector
 from RL2.rollout.samples import staleness
+from RL2.runtime.event_loop import in_thread
 from RL2.workers import Actor
 
 logger = logging.getLogger(__name__)

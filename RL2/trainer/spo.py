@@ -1,6 +1,6 @@
 """Exploring Paths, max-probability target (sections 3.1 and 3.2)."""
 
-from RL2.trainer.leaving import one_line_for_ctrl_c
+from RL2.runtime.leaving import one_line_for_ctrl_c
 
 if __name__ == "__main__":
     one_line_for_ctrl_c()  # imports take a second

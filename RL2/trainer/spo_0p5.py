@@ -1,6 +1,6 @@
 """Exploring Paths, fixed target 0.5 (section 3.3)."""
 
-from RL2.trainer.leaving import one_line_for_ctrl_c
+from RL2.runtime.leaving import one_line_for_ctrl_c
 
 if __name__ == "__main__":
     one_line_for_ctrl_c()  # imports take a second

@@ -7,18 +7,19 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from RL2.algorithms.contract import RESERVED, Unfit
+from RL2.algorithms.contract import RESERVED
 from RL2.algorithms.importance import importance_weights
 from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.reductions import token_weights, weighted_sum
 from RL2.algorithms.token_loss import TokenLoss
-from RL2.config import TrainingError
 from RL2.distributed import Traffic, broadcast, gather, rank, scatter, sum_over_ranks, world_size
 from RL2.distributed.agreement import all_names, first_reason
 from RL2.distributed.comm import Batch
+from RL2.models.causal_lm import start_updates
 from RL2.ops.token_stats import TokenStats
+from RL2.runtime.errors import TrainingError
+from RL2.runtime.user_code import Unfit
 from RL2.workers.base import Worker
-from RL2.workers.model import start_updates
 
 logger = logging.getLogger(__name__)
 

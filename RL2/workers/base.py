@@ -21,13 +21,7 @@ from RL2.distributed import (
     world_size,
 )
 from RL2.distributed.comm import Batch
-from RL2.ops.saved_models import own_memory
-from RL2.ops.token_stats import LossFunction
-from RL2.workers.copies import check_copies
-from RL2.workers.dtypes import resolve_attention
-from RL2.workers.loading import materialize
-from RL2.workers.lora import has_adapters, init_adapters, merged
-from RL2.workers.model import (
+from RL2.models.causal_lm import (
     attention_cost,
     check_dropout,
     check_head,
@@ -35,7 +29,13 @@ from RL2.workers.model import (
     compile_layers,
     load_model,
 )
-from RL2.workers.self_check import self_check
+from RL2.models.copies import check_copies
+from RL2.models.dtypes import resolve_attention
+from RL2.models.loading import materialize
+from RL2.models.lora import has_adapters, init_adapters, merged
+from RL2.models.saved import own_memory
+from RL2.models.self_check import self_check
+from RL2.ops.token_stats import LossFunction
 
 
 class Worker:

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from RL2.algorithms import resolve_advantage, sample_returns
 from RL2.algorithms.advantages import reinforce, spo
 from RL2.algorithms.rewards import in_float32
-from RL2.config.errors import ConfigError
+from RL2.runtime.errors import ConfigError
 
 LARGEST = torch.finfo(torch.float32).max
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from RL2.algorithms import TIS_TYPES, importance_weights
-from RL2.config import ConfigError
+from RL2.runtime.errors import ConfigError
 
 RATIOS = torch.tensor([0.1, 0.499, 0.501, 1.0, 1.999, 2.001, 50.0], dtype=torch.float64)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from RL2.algorithms import KL_ESTIMATORS, approx_kl
-from RL2.config.errors import ConfigError
+from RL2.runtime.errors import ConfigError
 
 
 def test_by_hand():

@@ -6,8 +6,8 @@ from omegaconf import OmegaConf
 
 from RL2.algorithms import FIELDS, LOSSES, TokenLoss, resolve_loss
 from RL2.algorithms.losses import fixed_target_kl, max_target_kl, nll, ppo, rank_jsd
-from RL2.config.errors import ConfigError
 from RL2.ops import STATISTICS, linear_token_stats, token_stats
+from RL2.runtime.errors import ConfigError
 
 INF = float("inf")
 

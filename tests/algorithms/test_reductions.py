@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from RL2.algorithms import AVG_LEVELS, token_weights, weighted_sum
-from RL2.config.errors import ConfigError
+from RL2.runtime.errors import ConfigError
 
 # Four rows of 3, 1, 2 and 0 action tokens; rows 0, 2 (and the empty row 3) are correct or not.
 MASK = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from RL2.algorithms import LOSSES, resolve_loss
-from RL2.config import ConfigError
+from RL2.runtime.errors import ConfigError
 from tests.ranks import run_on_ranks
 
 SURE = [

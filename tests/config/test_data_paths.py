@@ -3,8 +3,8 @@ import os
 
 import pytest
 
-from RL2.config import ConfigError
 from RL2.config.data_paths import check_data_path, extension_of, is_data_file, split_data_path
+from RL2.runtime.errors import ConfigError
 
 
 def check(path: str) -> str | None:

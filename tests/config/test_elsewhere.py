@@ -2,9 +2,10 @@
 
 import pytest
 
-from RL2.config import ConfigError, check_overrides
+from RL2.config import check_overrides
 from RL2.config.elsewhere import KEYS, VALUES, key_here
 from RL2.config.schema import RLConfig, SFTConfig, key_types
+from RL2.runtime.errors import ConfigError
 
 RL, SFT = key_types(RLConfig), key_types(SFTConfig)
 

@@ -2,7 +2,8 @@ import subprocess
 
 import pytest
 
-from RL2.config import ConfigError, apply_fallbacks
+from RL2.config import apply_fallbacks
+from RL2.runtime.errors import ConfigError
 
 ALL = {"flash_attn", "liger_kernel", "sglang"}
 

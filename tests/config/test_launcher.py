@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from RL2.config import ConfigError, launcher
+from RL2.config import launcher
 from RL2.config.launcher import check_gpu, check_launch_variables
+from RL2.runtime.errors import ConfigError
 
 PLACE = {
     "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",

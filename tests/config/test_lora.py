@@ -2,7 +2,8 @@
 
 import pytest
 
-from RL2.config import ConfigError, apply_fallbacks, validate
+from RL2.config import apply_fallbacks, validate
+from RL2.runtime.errors import ConfigError
 
 UNCHANGED = {"alpha": 32, "dropout": 0.0, "target_modules": "all-linear", "rank": None}
 

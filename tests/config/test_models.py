@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import RL2
-from RL2.config import ConfigError, validate
+from RL2.config import validate
 from RL2.config.models import ask_hub, context_length, hub_options, weight_options
-from RL2.rollout.servers import free_port
+from RL2.engines.servers.server import free_port
+from RL2.runtime.errors import ConfigError
 from tests.config.support import write_model_files
 from tests.hub import hub_at, hub_without
 
@@ -234,7 +235,7 @@ def test_what_models_have_is_taken(folder, composed):
 UNREADABLE = """
 import os, sys
 from pathlib import Path
-from RL2.config.errors import ConfigError
+from RL2.runtime.errors import ConfigError
 from RL2.config.model_files import read_folder
 if os.getuid() == 0:  # whom no mode keeps out
     os.setgroups([]), os.setgid(65534), os.setuid(65534)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from RL2.config import ConfigError, validate
+from RL2.config import validate
+from RL2.runtime.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 
-from RL2.config import ConfigError, check_overrides, composition_error, register_schemas
+from RL2.config import check_overrides, composition_error, register_schemas
+from RL2.runtime.errors import ConfigError
 
 
 def message(*argv: str, name: str = "spo") -> str:

@@ -6,9 +6,10 @@ from dataclasses import is_dataclass
 import pytest
 from omegaconf import OmegaConf
 
-from RL2.config import ConfigError, check_overrides, expand_argv, expand_paths, validate
+from RL2.config import check_overrides, expand_argv, expand_paths, validate
 from RL2.config.paths import PATH_KEYS, check_working_directory, expand_home, not_there
 from RL2.config.schema import RLConfig, SFTConfig, key_types
+from RL2.runtime.errors import ConfigError
 from tests.config.support import write_model_files
 
 KEYS = key_types(RLConfig) | key_types(SFTConfig)

@@ -3,7 +3,8 @@ import os
 import pytest
 from omegaconf import OmegaConf
 
-from RL2.config import ConfigError, validate
+from RL2.config import validate
+from RL2.runtime.errors import ConfigError
 from tests.config.support import RL_REQUIRED, SFT_REQUIRED, write_model_files
 
 

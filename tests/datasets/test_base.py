@@ -6,10 +6,10 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
-from RL2.config.errors import DataError
 from RL2.datasets import collate, make_loader
 from RL2.datasets.base import keep_within, option
 from RL2.datasets.readers import Rows
+from RL2.runtime.errors import DataError
 
 
 class Numbers(Dataset):

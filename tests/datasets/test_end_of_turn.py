@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoConfig, GenerationConfig, LlamaConfig
 
-from RL2.config.errors import ConfigError
 from RL2.datasets.end_of_turn import end_tokens, load_end_tokens, special_ids
+from RL2.runtime.errors import ConfigError
 from tests.chat_templates import FAMILIES, KINDS, tokenizer_of
 from tests.conftest import make_tiny_tokenizer
 

@@ -12,8 +12,8 @@ import pyarrow.parquet
 import pytest
 from omegaconf import OmegaConf
 
-from RL2.config.errors import DataError
 from RL2.datasets import RLDataset, SFTDataset, load_rows
+from RL2.runtime.errors import DataError
 
 # As those of models with tools: arguments are encoded by the template, and what is there is shown.
 TEMPLATE = (

@@ -12,8 +12,8 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from RL2.config.errors import DataError
 from RL2.datasets import load_rows
+from RL2.runtime.errors import DataError
 from tests.hub import hub_without
 
 ROWS = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(10)]

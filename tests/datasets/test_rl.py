@@ -10,10 +10,10 @@ import pyarrow.parquet
 import pytest
 from omegaconf import OmegaConf
 
-from RL2.config.errors import DataError
 from RL2.datasets import RLDataset, make_loader
 from RL2.datasets.prompts import GSM8K_INSTRUCTION
-from RL2.rollout.env_worker import sealed, unsealed
+from RL2.environments.worker import sealed, unsealed
+from RL2.runtime.errors import DataError
 
 REAL = Path(__file__).parents[3] / "shared/data/gsm8k"
 GSM8K = {"question": "How many?", "answer": "1 + 1 = 2\n#### 2"}

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from RL2.config.errors import DataError
 from RL2.datasets import RLDataset, SFTDataset, collate, make_loader
 from RL2.datasets.end_of_turn import end_tokens
+from RL2.runtime.errors import DataError
 from tests.chat_templates import FAMILIES, KINDS, tokenizer_of
 from tests.prefix_tokenizers import PREFIX_TOKENIZERS
 

@@ -5,10 +5,10 @@ import socket
 
 import pytest
 
-from RL2.config import ConfigError, DataError, TrainingError
 from RL2.distributed import rank
 from RL2.distributed.agreement import all_names, all_or_none, check_same
 from RL2.distributed.same_start import Fact
+from RL2.runtime.errors import ConfigError, DataError, TrainingError
 from tests.ranks import run_on_ranks
 
 CASES = [

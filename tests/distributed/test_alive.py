@@ -8,9 +8,9 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from RL2.config import TrainingError
 from RL2.distributed.alive import lost_connection, watching, whereabouts
 from RL2.distributed.rendezvous import Rank
+from RL2.runtime.errors import TrainingError
 
 LIMIT = 1.0
 RANKS = [Rank("ant"), Rank("bee"), Rank("cat")]

@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch.distributed as dist
 
-from RL2.config import TrainingError
 from RL2.distributed import process_group, rank, world_size
+from RL2.runtime.errors import TrainingError
 
 SWEEP = """
 from RL2.distributed import broadcast, process_group, rank

@@ -9,10 +9,10 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from RL2.config import ConfigError, RL2Error, TrainingError
 from RL2.distributed import rendezvous
 from RL2.distributed.rendezvous import _problem, find_store, give_up, meet
 from RL2.distributed.same_start import Fact
+from RL2.runtime.errors import ConfigError, RL2Error, TrainingError
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import LlamaConfig
 
-from RL2.config import ConfigError
 from RL2.distributed import rank, world_size
 from RL2.distributed.sequence_parallel import check_heads, register_sequence_parallel, ulysses
 from RL2.ops.attention import register_attention, sdpa_varlen
+from RL2.runtime.errors import ConfigError
 from tests.ranks import run_on_ranks
 
 LENGTHS = [7, 1, 10, 6]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config, Qwen3MoeConfig
 
-from RL2.config import ConfigError
 from RL2.distributed import ProcessGroupShard, rank, shard_of
 from RL2.distributed.tensor_parallel import tensor_parallel_plan
 from RL2.ops.token_stats import STATISTICS
+from RL2.runtime.errors import ConfigError
 from tests.ops.token_stats.support import (
     NEG_INF,
     Tiling,

@@ -16,7 +16,7 @@ from tests.trainer.support import environ, overrides, rows_of, weights, write_fi
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in ("examples", "tests", "tests/engines", "requirements")
+    for folder in ("examples", "tests", "tests/real_engines", "requirements")
     for path in (ROOT / folder).glob("*.sh")
 )
 PROGRAMS = ["examples/report.py", "examples/word_problems.py"]

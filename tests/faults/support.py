@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from RL2.config import RL2Error
-from RL2.rollout.servers import free_port
-from RL2.trainer.checkpoint import Checkpoints
-from RL2.trainer.integrity import damage
+from RL2.engines.servers.server import free_port
+from RL2.runtime.errors import RL2Error
+from RL2.trainer.checkpoints.checkpoint import Checkpoints
+from RL2.trainer.checkpoints.integrity import damage
 from RL2.trainer.loop import Trainer  # noqa: F401  what the server has to have imported
 from RL2.trainer.main import launch
 from tests.trainer.support import composed, lasting, overrides, rows_of, same_weights, weights

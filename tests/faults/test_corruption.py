@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 
-from RL2.trainer import manifest
-from RL2.trainer.checkpoint import Checkpoints
-from RL2.trainer.integrity import damage
+from RL2.trainer.checkpoints import manifest
+from RL2.trainer.checkpoints.checkpoint import Checkpoints
+from RL2.trainer.checkpoints.integrity import damage
 from tests.faults.support import Run
 from tests.trainer.support import rows_of, same_weights, weights, write_files
 

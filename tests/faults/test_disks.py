@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from RL2.config import ConfigError
-from RL2.trainer.checkpoint import Checkpoints
-from RL2.trainer.folders import lock
-from RL2.trainer.integrity import damage
+from RL2.runtime.errors import ConfigError
+from RL2.runtime.folders import lock
+from RL2.trainer.checkpoints.checkpoint import Checkpoints
+from RL2.trainer.checkpoints.integrity import damage
 from tests.faults.support import Run
 from tests.trainer.support import (
     ENVIRONMENT,

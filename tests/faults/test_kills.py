@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from RL2.trainer.checkpoint import Checkpoints
+from RL2.trainer.checkpoints.checkpoint import Checkpoints
 from tests.faults.support import Run, assert_nothing_half, assert_same_run, points
 from tests.trainer.support import (
     checkpoint_weights,

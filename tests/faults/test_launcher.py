@@ -9,8 +9,8 @@ import time
 import psutil
 import pytest
 
-from RL2.trainer.checkpoint import Checkpoints
-from RL2.trainer.integrity import damage
+from RL2.trainer.checkpoints.checkpoint import Checkpoints
+from RL2.trainer.checkpoints.integrity import damage
 from tests.faults.support import LONG, Run
 from tests.trainer.support import environ, lasting, overrides, rows_of, write_files
 

@@ -10,10 +10,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from RL2.algorithms import resolve_loss
-from RL2.config import TrainingError
 from RL2.distributed import rank
-from RL2.trainer.checkpoint import Checkpoints
-from RL2.trainer.integrity import damage
+from RL2.runtime.errors import TrainingError
+from RL2.trainer.checkpoints.checkpoint import Checkpoints
+from RL2.trainer.checkpoints.integrity import damage
 from RL2.workers import Actor
 from tests.faults.support import LONG, Run
 from tests.ranks import run_on_ranks

@@ -11,9 +11,9 @@ from itertools import product
 
 import pytest
 
-from RL2.trainer.checkpoint import Checkpoints
-from RL2.trainer.integrity import damage
-from RL2.trainer.stop import NUMBERS
+from RL2.runtime.stop import NUMBERS
+from RL2.trainer.checkpoints.checkpoint import Checkpoints
+from RL2.trainer.checkpoints.integrity import damage
 from tests.faults.support import LONG, Run, assert_nothing_half, assert_same_run, points
 from tests.trainer.support import environ, overrides, rows_of, write_files, write_model
 

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from RL2.config import CheckpointError
-from RL2.trainer import checkpoint as module
-from RL2.trainer.checkpoint import Checkpoints
+from RL2.runtime.errors import CheckpointError
+from RL2.trainer.checkpoints import checkpoint as module
+from RL2.trainer.checkpoints.checkpoint import Checkpoints
 from tests.trainer.support import rows_of, train, write_files
 
 SETTINGS = {"trainer__max_steps": 2, "trainer__save_freq": 1}

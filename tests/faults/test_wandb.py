@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from RL2.rollout.process_tree import descendants
+from RL2.runtime.process_tree import descendants
 from tests.faults.support import LONG, Run
 from tests.trainer.support import lasting, rows_of, write_files
 

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from RL2.algorithms import resolve_loss
 from RL2.distributed import rank
+from RL2.models.loading import local_part
 from RL2.workers import Actor
-from RL2.workers.loading import local_part
 from tests.invariance.cases import LONGEST, TEMPERATURE
 from tests.workers.test_actor import actor_config
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from transformers import Gemma2Config, GraniteMoeHybridConfig, LlamaConfig, MistralConfig
 
-from RL2.config import ConfigError
 from RL2.ops.attention import check_attention, sdpa_varlen
+from RL2.runtime.errors import ConfigError
 
 LENGTHS = [5, 1, 9, 3]
 

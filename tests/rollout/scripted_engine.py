@@ -7,7 +7,7 @@ a real engine shows only by chance.
 import asyncio
 import random
 
-from RL2.rollout import Completion
+from RL2.engines.protocol import Completion
 
 
 class ScriptedEngine:

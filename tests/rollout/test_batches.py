@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from RL2.config.errors import EngineError
-from RL2.rollout import Collector, Completion
+from RL2.engines.protocol import Completion, MalformedReply
+from RL2.engines.transformers.engine import TransformersEngine
+from RL2.rollout import Collector
 from RL2.rollout.collector import shares, spread
-from RL2.rollout.engine import MalformedReply
 from RL2.rollout.player import end_at_stop
 from RL2.rollout.samples import Sample, staleness
-from RL2.rollout.transformers_engine import TransformersEngine
+from RL2.runtime.errors import EngineError
 from tests.ranks import run_on_ranks
 from tests.rollout.scripted_engine import ScriptedEngine, Typist
 from tests.rollout.support import EOS, make_model, make_tokenizer, reference_logps

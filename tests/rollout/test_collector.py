@@ -6,10 +6,11 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from RL2.algorithms.advantages import resolve_advantage
-from RL2.config.errors import EngineError, EnvError
-from RL2.rollout import Collector, Completion, SamplingParams
+from RL2.engines.protocol import Completion, SamplingParams
+from RL2.engines.transformers.engine import TransformersEngine
+from RL2.rollout import Collector
 from RL2.rollout.samples import action_text, stable_seed
-from RL2.rollout.transformers_engine import TransformersEngine
+from RL2.runtime.errors import EngineError, EnvError
 from tests.ranks import run_on_ranks
 from tests.rollout.support import EOS, THINK_END, make_tokenizer, reference_logps
 

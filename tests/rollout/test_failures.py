@@ -2,8 +2,8 @@
 
 import pytest
 
-from RL2.config import EngineError, EnvError
 from RL2.rollout.failures import Failure, FailureCount, lines, too_many
+from RL2.runtime.errors import EngineError, EnvError
 
 REFUSED = "env.py: step raised ConnectionError: <Session object at 0x7f{:x}> port {} (env.py:{})"
 

@@ -13,10 +13,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import GenerationConfig
 
-from RL2.config import EnvError
 from RL2.datasets.end_of_turn import end_tokens
-from RL2.rollout import Completion, SamplingParams
-from RL2.rollout.environments import Step, load_environment
+from RL2.engines.protocol import Completion, SamplingParams
+from RL2.environments.environment import Step, load_environment
 from RL2.rollout.player import Gate, Player
 from RL2.rollout.sample_table import SampleTable, to_batch
 from RL2.rollout.samples import (
@@ -26,6 +25,7 @@ from RL2.rollout.samples import (
     action_text,
     stable_seed,
 )
+from RL2.runtime.errors import EnvError
 from tests.chat_templates import FAMILIES, KINDS, tokenizer_of
 from tests.faults.support import points
 from tests.prefix_tokenizers import PREFIX_TOKENIZERS

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from RL2.datasets import collate
 from RL2.distributed import rank
 from RL2.distributed.traffic import Traffic
-from RL2.rollout.engine import Completion
+from RL2.engines.protocol import Completion
 from RL2.rollout.sample_table import SampleTable, dump, gather_samples, summarise, to_batch
 from RL2.rollout.samples import (
     NOT_THE_POLICY,

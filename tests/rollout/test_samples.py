@@ -3,7 +3,7 @@
 import pytest
 from tokenizers import decoders
 
-from RL2.rollout.engine import Completion, SamplingParams
+from RL2.engines.protocol import Completion, SamplingParams
 from RL2.rollout.samples import action_text
 from tests.prefix_tokenizers import SPACE, llama_2, metaspace
 

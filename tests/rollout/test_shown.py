@@ -2,9 +2,9 @@
 
 import pytest
 
-from RL2.config.secrets import readable
 from RL2.rollout.samples import Sample, Turn
 from RL2.rollout.shown import shown
+from RL2.runtime.secrets import readable
 
 
 def sample(position, response=0, state="2+2=", action="4", score=1.0, error=None, turns=1):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from RL2 import __version__
-from RL2.trainer.sweep import run_name
+from RL2.trainer.startup.sweep import run_name
 from tests.trainer.support import ROOT, environ, overrides, write_files
 
 

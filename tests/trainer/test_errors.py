@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import RL2.trainer.loop
-from RL2.config import ConfigError, DataError, RL2Error
+from RL2.runtime.errors import ConfigError, DataError, RL2Error
 from RL2.trainer.main import launch
 from tests.trainer.support import command, composed, environ, overrides, write_files, write_model
 

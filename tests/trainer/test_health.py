@@ -5,11 +5,11 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from RL2.config import HealthError, TrainingError
-from RL2.rollout.transformers_engine import TransformersEngine
-from RL2.trainer.checkpoint import Checkpoints
+from RL2.engines.transformers.engine import TransformersEngine
+from RL2.runtime.errors import HealthError, TrainingError
+from RL2.trainer.checkpoints.checkpoint import Checkpoints
+from RL2.trainer.checkpoints.integrity import damage
 from RL2.trainer.health import RULES, observe
-from RL2.trainer.integrity import damage
 from tests.config.support import quick_config
 from tests.faults.support import Run
 from tests.trainer.support import command, overrides, rows_of, train, write_env, write_files

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from RL2.algorithms.advantages import reinforce, spo
 from RL2.algorithms.losses import LOSSES
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
-from RL2.config import ConfigError, TrainingError
-from RL2.trainer.integrity import damage
+from RL2.runtime.errors import ConfigError, TrainingError
+from RL2.trainer.checkpoints.integrity import damage
 from RL2.trainer.loop import add_advantages, check_loss, required_fields
 from RL2.trainer.main import _fail, exit_of_others
 from tests.trainer.support import same_weights, train, weights, write_env, write_files

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from RL2.config import CheckpointError
+from RL2.runtime.errors import CheckpointError
 from tests.trainer.support import (
     checkpoint_weights,
     lasting,

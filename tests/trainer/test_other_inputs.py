@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from RL2.config import CheckpointError
-from RL2.trainer import manifest, resume
-from RL2.trainer.export import best_that_is_there, fingerprint_of
+from RL2.runtime.errors import CheckpointError
+from RL2.trainer.checkpoints import manifest, resume
+from RL2.trainer.checkpoints.export import best_that_is_there, fingerprint_of
 from tests.trainer.support import ENVIRONMENT, composed, overrides, rows_of, train, write_files
 
 LOSS = "def mine(logps):\n    return -logps\n"

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from RL2.config.errors import EnvError
+from RL2.engines.protocol import Completion
 from RL2.ops import fp32
-from RL2.rollout import Completion
+from RL2.runtime.errors import EnvError
 from RL2.trainer import sources
 from RL2.trainer.loop import Trainer
-from RL2.trainer.models import load_tokenizer
 from RL2.trainer.sources import PromptStream, RolloutSource
+from RL2.trainer.startup.models import load_tokenizer
 from RL2.workers import Actor
 from tests.faults.support import Run
 from tests.ranks import run_on_ranks

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, LlamaConfig, Qwen3Config
 
 from RL2.algorithms import resolve_loss
-from RL2.config import ConfigError, TrainingError
 from RL2.distributed import process_group, rank
+from RL2.runtime.errors import ConfigError, TrainingError
 from RL2.workers import Actor
 from RL2.workers.actor import _not_finite, split_batch
 from tests.ranks import run_on_ranks

@@ -7,8 +7,8 @@ import torch
 
 from RL2.algorithms import resolve_loss
 from RL2.algorithms.contract import RESERVED
-from RL2.config import TrainingError
 from RL2.distributed import rank
+from RL2.runtime.errors import TrainingError
 from RL2.workers import Actor
 from tests.ranks import run_on_ranks
 from tests.workers.test_actor import actor_config, make_batch, make_model, whole

@@ -1,0 +1,171 @@
+"""The engine protocol: token ids in, token ids and their log-probabilities out.
+
+The collector, the environments and the training loop know an engine by this protocol only. The
+engines by name: `RL2.engines.registry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from RL2.runtime.errors import ConfigError, EngineError
+
+
+class MalformedReply(EngineError):
+    """An engine's reply that cannot be what a model wrote: wrong counts, NaN, no JSON, nothing.
+
+    It says nothing about the weights or the prompt, so the sample goes and the run stays.
+    """
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a completion is sampled.
+
+    temperature: divides the logits; 0 is greedy decoding.
+    max_new_tokens: upper bound of the completion, in tokens, the end-of-sequence token included.
+    stop: strings that end a completion; the tokens that spell one stay in `token_ids`.
+    no_stop_trim: whether the text that an environment gets keeps the stop string (never
+        changes token ids).
+    top_p: nucleus of the tempered distribution that is sampled from; 1 is all of it.
+    stop_token_ids: end the completion, beside the end tokens that the engine finds itself.
+
+    Raises ConfigError for values without a meaning.
+    """
+
+    temperature: float
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    no_stop_trim: bool = True
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ConfigError(f"temperature={self.temperature}: must be 0 (greedy) or more")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={self.max_new_tokens}: must be 1 or more")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p}: must be above 0 and at most 1")
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            raise ConfigError(f"stop={self.stop!r}: must be a tuple of non-empty strings")
+
+    @classmethod
+    def from_config(cls, node: Any) -> SamplingParams:
+        """Read a `train_sampling_params` or `test_sampling_params` node.
+
+        `stop` may be null, one string or a list of strings.
+        """
+        stop = node.get("stop")
+        stop = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+        return cls(
+            temperature=float(node.temperature),
+            max_new_tokens=int(node.max_new_tokens),
+            stop=stop,
+            no_stop_trim=bool(node.get("no_stop_trim", True)),
+            top_p=float(node.get("top_p", 1.0)),
+        )
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine wrote after a prompt.
+
+    token_ids: the sampled tokens, the end-of-sequence token included when it was sampled.
+    logps: fp32 log-probability of each token under softmax(logits / temperature), before top_p;
+        at temperature 0 under the untempered distribution.
+    finish_reason: "stop" (end-of-sequence token or stop string), "length", or "abort": what was
+        written until then, which may be nothing.
+    weight_versions: version of the weights that wrote each token.
+    """
+
+    token_ids: list[int]
+    logps: list[float]
+    finish_reason: str
+    weight_versions: list[int]
+
+
+def check_request(
+    token_ids: list[int], sampling: SamplingParams, context_length: int | None
+) -> None:
+    """Raises EngineError for a prompt without tokens, and for one that leaves no room."""
+    if not token_ids:
+        raise EngineError("generate: the prompt has no tokens")
+    needed = len(token_ids) + sampling.max_new_tokens
+    if context_length is not None and needed > context_length:
+        raise EngineError(
+            f"max_new_tokens={sampling.max_new_tokens}: with a prompt of {len(token_ids)} tokens "
+            f"exceeds the engine's context of {context_length}; shorten the prompt or lower "
+            "max_new_tokens"
+        )
+
+
+class Engine(Protocol):
+    """An inference engine. Every method raises EngineError, naming what went wrong.
+
+    context_length: most tokens of prompt and completion together, known after `start`; None where
+        there is no limit.
+    weight_version: of the weights that write now.
+    """
+
+    context_length: int | None
+    weight_version: int
+
+    async def start(self) -> None:
+        """Get ready to generate. Called once, on the event loop that all other calls come from."""
+        ...
+
+    async def generate(
+        self, token_ids: list[int], sampling: SamplingParams, *, seed: int
+    ) -> Completion:
+        """Complete one prompt. Equal arguments and weights give equal tokens.
+
+        Raises MalformedReply where the engine's answer makes no sense, after the engine's own
+        retries.
+        """
+        ...
+
+    async def update_weights(
+        self, named_tensors: Iterable[tuple[str, Tensor]], version: int
+    ) -> None:
+        """Replace the weights; tokens that are written afterwards carry `version`.
+
+        Between `pause` and `resume` requests may be open; they go on with the new weights.
+        """
+        ...
+
+    async def abort(self) -> None:
+        """Every open request returns soon, finish reason "abort", with what it has so far."""
+        ...
+
+    async def pause(self) -> None:
+        """When this returns nothing is written until `resume`; open requests stay open."""
+        ...
+
+    async def resume(self) -> None:
+        """Undo `pause`."""
+        ...
+
+    async def sleep(self) -> None:
+        """Release memory that training can use, where the engine can."""
+        ...
+
+    async def wake(self) -> None:
+        """Undo `sleep`. Does nothing when awake."""
+        ...
+
+    async def healthy(self) -> bool:
+        """Whether a request would be answered now."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What it counts over the run, as `rollout/…`."""
+        ...
+
+    async def close(self) -> None:
+        """Free everything. The engine cannot be used afterwards."""
+        ...

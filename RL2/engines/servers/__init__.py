@@ -1,0 +1,1 @@
+"""Engines made of inference servers: SGLang and vLLM."""

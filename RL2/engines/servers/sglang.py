@@ -1,0 +1,433 @@
+"""What an SGLang server wants to hear, and how its answers are read (`dialect.Dialect`).
+
+Nothing of SGLang is imported: its servers run in an environment of their own, started by the
+module `server_side/rl2_sglang.py`. For servers that somebody else starts, too:
+
+    RL2_SERVER_KEY=<key> PYTHONPATH=<RL2>/engines/server_side python -m rl2_sglang --model-path ...
+
+Written for SGLang 0.5.23.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import math
+import os
+import uuid
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from RL2.engines.protocol import Completion, MalformedReply, SamplingParams
+from RL2.engines.servers.dialect import address_towards, token_versions
+from RL2.engines.servers.server import HOST, Server, ServerOptions, ServerRefused, free_port
+from RL2.engines.servers.weight_group import WeightGroup
+from RL2.engines.servers.weights import HostWeights, checksum
+from RL2.runtime.errors import EngineError
+
+T = TypeVar("T")
+
+KEY_VARIABLE = "RL2_SERVER_KEY"
+SERVER_SIDE = Path(__file__).parents[1] / "server_side"
+_BUCKET_BYTES = 512 * 2**20
+_UPDATE_TIMEOUT = 600.0  # seconds for one request of a weight update, or for waking up
+_JOIN_TIMEOUT = 120.0
+_CPU_TOKENS = 32768  # of the key-value cache; SGLang would take most of the machine's memory
+_ROUNDING = 1e-4  # a log-probability may be above 0 by so much
+# A fused parameter and its parts, in order.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+class SGLang:
+    """The dialect of SGLang (see `dialect.Dialect` for the methods).
+
+    Weights: for "tensor" the server maps the file of `HostWeights`, which is shared memory where
+    there is some, and takes it bucket by bucket; for "disk" it loads the folder as it loads any
+    model; both want a server on this machine. "distributed" is a process group with the server
+    (gloo, or nccl, which wants other GPUs than the trainer's).
+
+    A pause retracts the requests that run: their key-value cache is made anew when they go on, so
+    that all of a context is seen through the new weights.
+    """
+
+    name = "sglang"
+    health_path = "/health"
+    weight_methods = ("tensor", "disk", "distributed")
+
+    # ------------------------------------------------------------------ the process
+
+    def command(self, options: ServerOptions, port: int) -> list[str]:
+        arguments = {
+            "model-path": options.model_name,
+            "dtype": options.dtype,
+            "host": HOST,
+            "port": port,
+            "device": options.device,
+            "tp-size": options.tp_size,
+            "random-seed": options.seed,
+            "context-length": options.context_length,
+            "weight-version": 0,
+            "log-level-http": "warning",
+            # The one that heeds seeds.
+            "sampling-backend": "pytorch",
+            "mem-fraction-static": options.gpu_memory_utilization,
+            "revision": options.revision,
+            "load-format": None if options.allow_pickle else "safetensors",
+        }
+        if options.device == "cpu":
+            arguments["max-total-tokens"] = max(_CPU_TOKENS, 2 * (options.context_length or 0))
+        command = [options.python, "-m", "rl2_sglang"]
+        for name, value in arguments.items():
+            if value is not None:
+                command += [f"--{name}", str(value)]
+        if options.device == "cpu":
+            command.append("--sleep-on-idle")
+        if options.trust_remote_code:
+            command.append("--trust-remote-code")
+        if options.sleep:
+            # With a copy of the weights, so that a server wakes up as it fell asleep.
+            command += ["--enable-memory-saver", "--enable-weights-cpu-backup"]
+        return command + list(options.extra_args)
+
+    def environment(self, options: ServerOptions, key: str) -> dict[str, str]:
+        path = [str(SERVER_SIDE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        variables = {
+            KEY_VARIABLE: key,
+            "PYTHONPATH": os.pathsep.join(path),
+            # Health is then whether the server answers; a completion would wait for a pause.
+            "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
+            # A server that closes a connection as a request is on its way on it looks like one
+            # that died: it leaves closing to us.
+            "SGLANG_TIMEOUT_KEEP_ALIVE": "86400",
+            # Process groups of a server, ours with it among them, stay on this machine.
+            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+        }
+        if options.device == "cpu":
+            # Compiling wants a C++ compiler, for one small function.
+            variables |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+        elif options.gpus:
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, options.gpus))
+        return variables
+
+    def headers(self, key: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {key}"}
+
+    async def context_length(self, server: Server) -> int | None:
+        # The longest prompt that SGLang takes is one shorter. Prompt and completion may have a
+        # few tokens more, so this is right for both.
+        return _field(await server.get("/server_info"), "max_req_input_len", int)
+
+    # ------------------------------------------------------------------ completions
+
+    def request(
+        self, token_ids: list[int], sampling: SamplingParams, seed: int, request_id: str
+    ) -> tuple[str, dict[str, Any]]:
+        parameters = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": sampling.max_new_tokens,
+            "stop": list(sampling.stop),
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "sampling_seed": (seed + 2**63) % 2**64 - 2**63,
+            # The tokens are what counts; what an environment reads is decoded from them.
+            "no_stop_trim": True,
+            "skip_special_tokens": False,
+            # Nothing of the checkpoint's own sampling settings.
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "frequency_penalty": 0.0,
+            "presence_penalty": 0.0,
+        }
+        return "/generate", {
+            "rid": request_id,
+            "input_ids": token_ids,
+            "sampling_params": parameters,
+            "return_logprob": True,
+        }
+
+    def completion(self, reply: Any, sampling: SamplingParams, version: int) -> Completion:
+        meta = _field(reply, "meta_info", dict)
+        reason = _field(_field(meta, "finish_reason", dict), "type", str)
+        token_ids = _field(reply, "output_ids", list)
+        entries = meta.get("output_token_logprobs") or []
+        if not all(type(token) is int and token >= 0 for token in token_ids):
+            raise MalformedReply(f"sglang: output_ids are no token ids: {token_ids!r:.200}")
+        if not isinstance(entries, list) or len(entries) != len(token_ids):
+            raise MalformedReply(
+                f"sglang: {len(token_ids)} tokens, log-probabilities: {entries!r:.200}"
+            )
+        logps = [_logp(entry, token) for entry, token in zip(entries, token_ids, strict=True)]
+        count, most = len(token_ids), sampling.max_new_tokens
+        if reason == "abort":
+            if meta["finish_reason"].get("status_code") is not None:
+                raise MalformedReply(f"sglang: aborted: {meta['finish_reason']!r:.200}")
+        elif reason not in ("stop", "length"):
+            raise MalformedReply(f"sglang: finish_reason={reason!r}")
+        elif count == 0:
+            raise MalformedReply(f"sglang: a completion without tokens, finish_reason={reason!r}")
+        elif reason == "length" and count != most:
+            raise MalformedReply(f"sglang: {count} tokens, finish_reason='length', not {most}")
+        if count > most:
+            raise MalformedReply(f"sglang: {count} tokens where max_new_tokens={most}")
+        return Completion(token_ids, logps, reason, _versions(meta, count, version))
+
+    # ------------------------------------------------------------------ control
+
+    async def abort(self, server: Server) -> None:
+        await server.post("/abort_request", {"abort_all": True})
+
+    async def pause(self, server: Server) -> None:
+        await server.post("/pause_generation", {"mode": "retract"})
+        # The call before is only passed on. This one waits for the scheduler, which takes them in
+        # order.
+        await server.get("/server_info")
+
+    async def resume(self, server: Server) -> None:
+        await server.post("/continue_generation", {})
+
+    async def sleep(self, server: Server) -> None:
+        # Pausing empties the running batch, which SGLang asserts; a server that is asleep is
+        # paused.
+        await self.pause(server)
+        await server.post("/release_memory_occupation", {}, timeout=_UPDATE_TIMEOUT)
+
+    async def wake(self, server: Server) -> None:
+        await server.post("/resume_memory_occupation", {}, timeout=_UPDATE_TIMEOUT)
+        await self.resume(server)
+
+    # ------------------------------------------------------------------ weights
+
+    async def load_weights(self, server: Server, weights: HostWeights, method: str) -> None:
+        version = str(weights.version)
+        if method == "disk":
+            body = {"model_path": str(weights.folder), "load_format": "auto"}
+            body |= {"weight_version": version, "flush_cache": True}
+            await server.post("/update_weights_from_disk", body, timeout=_UPDATE_TIMEOUT)
+            return
+        if method not in self.weight_methods:
+            raise EngineError(f"rollout.weight_sync={method}: sglang has {self.weight_methods}")
+        info = await server.get("/server_info")
+        ranks = _field(info, "tp_size", int)
+        if method == "tensor":
+            async with _weight_update(server):
+                path = weights.folder / "model.safetensors"
+                for bucket, last in _buckets(weights, version):
+                    await _send_by_memory(server, bucket, ranks, path, last)
+            return
+        async with _group(server, ranks, _field(info, "device", str)) as (group, name):
+            async with _weight_update(server):
+                for bucket, last in _buckets(weights, version):
+                    await _send_by_group(server, bucket, group, {"group_name": name} | last)
+
+    async def mismatch(self, server: Server, weights: HostWeights) -> str | None:
+        try:
+            reply = await server.post(
+                "/weights_checker", {"action": "rl2_checksums"}, timeout=_UPDATE_TIMEOUT
+            )
+        except ServerRefused as error:
+            raise EngineError(
+                f"{server.url}: tells no checksums of its weights ({error.text:.200}); start it "
+                f"with `python -m rl2_sglang`, which is in {SERVER_SIDE}"
+            ) from error
+        ranks = [_field(rank, "checksums", dict) for rank in _field(reply, "ranks", list)]
+        problem = await asyncio.to_thread(difference, ranks, weights)
+        if problem is not None:
+            return problem
+        version = _field(await server.get("/model_info"), "weight_version", str)
+        if version != str(weights.version):
+            return f"the server says version {version} of its weights, not {weights.version}"
+        return None
+
+
+# ---------------------------------------------------------------------- replies
+
+
+def _field(reply: Any, name: str, kind: type[T]) -> T:
+    value = reply.get(name) if isinstance(reply, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise MalformedReply(f"sglang: {name} of type {kind.__name__} is not in {reply!r:.200}")
+    return value
+
+
+def _logp(entry: Any, token: int) -> float:
+    """Of one `[log-probability, token id, text]`."""
+    if not isinstance(entry, list) or len(entry) < 2 or entry[1] != token:
+        raise MalformedReply(f"sglang: no log-probability of token {token}: {entry!r:.100}")
+    logp = entry[0]
+    if type(logp) not in (int, float) or not math.isfinite(logp) or logp > _ROUNDING:
+        raise MalformedReply(f"sglang: log-probability {logp!r} of token {token}")
+    return min(float(logp), 0.0)
+
+
+def _versions(meta: dict[str, Any], count: int, version: int) -> list[int]:
+    spans = meta.get("weight_versions")
+    if not spans and count:
+        # Without an update in between there may be no spans.
+        spans = [{"version": meta.get("weight_version"), "start": 0, "end": count}]
+    return token_versions("sglang", spans or [], count, version)
+
+
+# ---------------------------------------------------------------------- comparing weights
+
+
+def difference(ranks: list[dict[str, str]], weights: HostWeights) -> str | None:
+    """First parameter that the server's ranks do not hold as it is in `weights`, and how.
+
+    ranks: for each rank `name -> "checksum numel dtype"`, fused parameters in pieces (see
+    `rl2_sglang.checksums`). Checksums are sums: those of the ranks' shards add up to the whole's,
+    and what is held k times, to k times that. Padding is of zeros.
+    """
+    ours = dict(weights)
+    sums, sizes, dtypes = {}, {}, {}
+    for rank in ranks:
+        for name, line in rank.items():
+            try:
+                value, numel, dtype = line.split()
+                name = _trainer_name(name, ours)
+                sums[name] = (sums.get(name, 0) + int(value)) % 2**64
+                sizes[name] = sizes.get(name, 0) + int(numel)
+                dtypes[name] = getattr(torch, dtype)
+            except (AttributeError, ValueError) as error:
+                raise MalformedReply(f"sglang: checksum of {name}: {line!r:.100}") from error
+    expected = weights.checksums()
+    for name, tensor in ours.items():
+        if name not in sums:
+            return f"{name} is nowhere in the server"
+        copies = sizes[name] // tensor.numel()
+        if copies == 0:
+            return f"{name}: the server holds {sizes[name]} of {tensor.numel()} values"
+        one = expected[name]
+        if dtypes[name] != tensor.dtype:
+            one = checksum(tensor.to(dtypes[name]))
+        if sums[name] != one * copies % 2**64:
+            return f"{name} has other values in the server"
+    extra = sorted(set(sums) - set(ours))
+    return f"{extra[0]} of the server is not among the trainer's parameters" if extra else None
+
+
+def _trainer_name(name: str, ours: dict[str, Tensor]) -> str:
+    """The name in the checkpoint of what the server calls `name`, a piece's with its number."""
+    base, _, piece = name.partition("#")
+    if base in ours:
+        return base
+    if base == "lm_head.weight":
+        return next((n for n in ours if n.endswith("embed_tokens.weight")), base)
+    module, _, kind = base.rpartition(".")
+    prefix, _, leaf = module.rpartition(".")
+    if piece and leaf in _FUSED and int(piece) < len(_FUSED[leaf]):
+        return ".".join(filter(None, [prefix, _FUSED[leaf][int(piece)], kind]))
+    return name
+
+
+# ---------------------------------------------------------------------- sending weights
+
+
+@asynccontextmanager
+async def _weight_update(server: Server) -> AsyncIterator[None]:
+    """The session that SGLang wants around tensors. Closed in any case: another could not begin."""
+    try:
+        await server.post("/begin_weight_update", {}, timeout=_UPDATE_TIMEOUT)
+    except ServerRefused:
+        # One that ended badly may be open still.
+        await server.post("/end_weight_update", {}, timeout=_UPDATE_TIMEOUT)
+        await server.post("/begin_weight_update", {}, timeout=_UPDATE_TIMEOUT)
+    try:
+        yield
+    except BaseException:
+        with suppress(EngineError):
+            await server.post("/end_weight_update", {}, timeout=_UPDATE_TIMEOUT)
+        raise
+    await server.post("/end_weight_update", {}, timeout=_UPDATE_TIMEOUT)
+
+
+def _buckets(
+    weights: HostWeights, version: str
+) -> Iterable[tuple[list[tuple[str, Tensor]], dict[str, Any]]]:
+    """Buckets, and what to say with each: the last brings the version and drops old caches."""
+    buckets = list(weights.buckets(_BUCKET_BYTES))
+    for index, bucket in enumerate(buckets):
+        last = index == len(buckets) - 1
+        yield bucket, {"flush_cache": last, **({"weight_version": version} if last else {})}
+
+
+async def _send_by_memory(
+    server: Server,
+    bucket: list[tuple[str, Tensor]],
+    ranks: int,
+    path: Path,
+    more: dict[str, Any],
+) -> None:
+    """Name tensors of a file that the server maps; one copy, from there into its parameters.
+
+    SGLang itself would take tensors of torch.multiprocessing, which need a helper process that
+    stays for as long as the server has the memory.
+    """
+    place = json.dumps({"path": str(path), "names": [name for name, _ in bucket]})
+    payload = base64.b64encode(place.encode()).decode()
+    await server.post(
+        "/update_weights_from_tensor",
+        {"serialized_named_tensors": [payload] * ranks, **more},
+        timeout=_UPDATE_TIMEOUT,
+    )
+
+
+@asynccontextmanager
+async def _group(server: Server, ranks: int, device: str) -> AsyncIterator[tuple[WeightGroup, str]]:
+    """A process group with the server's ranks, and its name there."""
+    name = f"rl2-{uuid.uuid4().hex}"
+    address, port = address_towards(server.url), free_port()
+    backend = "nccl" if device == "cuda" else "gloo"
+    join = {
+        "master_address": address, "master_port": port, "rank_offset": 1,
+        "world_size": 1 + ranks, "group_name": name, "backend": backend,
+    }  # fmt: skip
+    group = await _beside(
+        server.post("/init_weights_update_group", join, timeout=_JOIN_TIMEOUT),
+        asyncio.to_thread(
+            WeightGroup, address, port, 1 + ranks, name, backend, timeout=_JOIN_TIMEOUT
+        ),
+    )
+    try:
+        yield group, name
+        await server.post("/destroy_weights_update_group", {"group_name": name})
+    finally:
+        group.close()
+
+
+async def _send_by_group(
+    server: Server, bucket: list[tuple[str, Tensor]], group: WeightGroup, more: dict[str, Any]
+) -> None:
+    body = {
+        "names": [name for name, _ in bucket],
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+        "shapes": [list(tensor.shape) for _, tensor in bucket],
+    }
+
+    def broadcast() -> None:
+        for _, tensor in bucket:
+            group.broadcast(tensor)
+
+    await _beside(
+        server.post("/update_weights_from_distributed", body | more, timeout=_UPDATE_TIMEOUT),
+        asyncio.to_thread(broadcast),
+    )
+
+
+async def _beside(request: Coroutine[Any, Any, Any], ours: Coroutine[Any, Any, T]) -> T:
+    """Result of `ours`, which runs beside `request`; the first error of the two, at once."""
+    tasks = [asyncio.ensure_future(request), asyncio.ensure_future(ours)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+            # A thread cannot be cancelled: it ends with its own timeout, and nobody asks for it.
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return tasks[1].result()

@@ -1,0 +1,337 @@
+"""vLLM servers: what they are started with, what they want to hear, how their answers are read.
+
+vLLM runs in an environment of its own and is never imported here. Our part of the server is
+`server_side/rl2_vllm.py` (weights, checksums, log-probabilities before top-p) and
+`server_side/rl2_vllm_http.py` (no endpoint without the key). A server that somebody else starts
+needs them as well: `VLLM.command` and `VLLM.environment` say how.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import uuid
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from RL2.engines.protocol import Completion, MalformedReply, SamplingParams
+from RL2.engines.servers.dialect import address_towards, token_versions
+from RL2.engines.servers.server import HOST, Server, ServerOptions, free_port
+from RL2.engines.servers.weight_group import WeightGroup
+from RL2.engines.servers.weights import HostWeights
+from RL2.runtime.errors import ConfigError, EngineError
+
+_SERVER_SIDE = Path(__file__).parents[1] / "server_side"
+_WEIGHTS_TIMEOUT = 1800.0  # seconds for one step of a weight update
+_GROUP_TIMEOUT = 120.0  # for joining the process group, and for each tensor
+_MIN_TEMPERATURE = 0.01  # vLLM silently raises lower ones
+_NO_LOGP = -9999.0  # what vLLM writes for a log-probability that is no number
+_FINISH_REASONS = ("stop", "length", "abort")
+_CPU_CACHE_BYTES = 2**30
+_MOST_SEQUENCES = {"cpu": 256, "cuda": 1024}  # more in one step is slower or does not fit
+
+
+class VLLM:
+    """Dialect of vLLM 0.32 (see `dialect.Dialect`).
+
+    Weights: "tensor" maps the file in which `HostWeights` lie, "distributed" is a process group
+    with the trainer, "disk" is vLLM's own loader on the folder of that file.
+    """
+
+    name = "vllm"
+    health_path = "/health"
+    weight_methods = ("tensor", "distributed", "disk")
+
+    # ------------------------------------------------------------------ start
+
+    def command(self, options: ServerOptions, port: int) -> list[str]:
+        """See `Dialect.command`."""
+        sequences = min(options.max_in_flight, _MOST_SEQUENCES[options.device])
+        command = [
+            # The `vllm` command of the CPU package does not find its own package.
+            options.python, "-m", "vllm.entrypoints.openai.api_server",
+            "--model", options.model_name, "--host", HOST, "--port", str(port),
+            "--dtype", options.dtype, "--seed", str(options.seed),
+            "--tensor-parallel-size", str(options.tp_size), "--max-num-seqs", str(sequences),
+            "--enable-scale-out",  # /inference/v1/generate, without --tokens-only's loss of `stop`
+            "--logprobs-mode", "processed_logprobs",
+            "--worker-cls", "rl2_vllm.Worker", "--middleware", "rl2_vllm_http.RequireKey",
+            "--disable-uvicorn-access-log", "--uvicorn-log-level", "warning",
+        ]  # fmt: skip
+        if options.context_length is not None:
+            command += ["--max-model-len", str(options.context_length)]
+        if options.gpu_memory_utilization is not None:
+            command += ["--gpu-memory-utilization", str(options.gpu_memory_utilization)]
+        elif options.device == "cpu":
+            command += ["--kv-cache-memory-bytes", str(_CPU_CACHE_BYTES)]
+        if options.device == "cpu":
+            # A prompt cut in two and a seed end the server: the CPU's generators have no offset.
+            command += ["--enforce-eager", "--no-enable-chunked-prefill"]
+            if options.tp_size == 1:
+                # One process less: a third of the time to start, and no queue in every step.
+                command += ["--distributed-executor-backend", "uni"]
+        if options.sleep:
+            command += ["--enable-sleep-mode"]
+        if options.revision is not None:
+            for flag in ("--revision", "--code-revision", "--tokenizer-revision"):
+                command += [flag, options.revision]
+        if not options.allow_pickle:
+            command += ["--load-format", "safetensors"]
+        if options.trust_remote_code:
+            command += ["--trust-remote-code"]
+        return command + list(options.extra_args)
+
+    def environment(self, options: ServerOptions, key: str) -> dict[str, str]:
+        """See `Dialect.environment`."""
+        path = os.environ.get("PYTHONPATH")
+        variables = {
+            "PYTHONPATH": str(_SERVER_SIDE) + (os.pathsep + path if path else ""),
+            "VLLM_API_KEY": key,
+            "VLLM_SERVER_DEV_MODE": "1",  # pause, abort, collective_rpc
+            "VLLM_USE_V2_MODEL_RUNNER": "0",  # rl2_vllm.py knows the sampler of the first
+            # Longer than a client keeps a connection: it must not send on one that we just closed.
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_DO_NOT_TRACK": "1",
+            # All processes of a server are on one machine: none shall listen on anything else.
+            "VLLM_HOST_IP": HOST,
+            "VLLM_LOOPBACK_IP": HOST,
+        }
+        if sys.platform == "linux":
+            variables |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        if Path(options.model_name).is_dir():
+            variables["HF_HUB_OFFLINE"] = "1"
+        if options.device == "cpu":
+            # Threads as OMP_NUM_THREADS says, instead of one core each for vLLM to bind.
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+            if options.tp_size == 1:
+                variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # allows the backend `uni`
+        else:
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, options.gpus))
+        return variables
+
+    def headers(self, key: str) -> dict[str, str]:
+        """See `Dialect.headers`."""
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    async def context_length(self, server: Server) -> int | None:
+        """See `Dialect.context_length`."""
+        reply = await server.get("/v1/models")
+        try:
+            return int(reply["data"][0]["max_model_len"])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise MalformedReply(f"{server.url}/v1/models: {str(reply)[:200]}") from error
+
+    # ------------------------------------------------------------------ completions
+
+    def request(
+        self, token_ids: list[int], sampling: SamplingParams, seed: int, request_id: str
+    ) -> tuple[str, dict[str, Any]]:
+        """See `Dialect.request`. Raises ConfigError for a temperature that vLLM would change."""
+        if 0 < sampling.temperature < _MIN_TEMPERATURE:
+            raise ConfigError(
+                f"temperature={sampling.temperature}: vLLM raises it to {_MIN_TEMPERATURE}; "
+                f"use 0 or at least {_MIN_TEMPERATURE}"
+            )
+        params = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": 0,
+            "min_p": 0.0,
+            "seed": seed % 2**63,
+            "max_tokens": sampling.max_new_tokens,
+            "logprobs": 0,  # of the sampled token, and of no other
+            "stop": list(sampling.stop),
+            "stop_token_ids": list(sampling.stop_token_ids),
+            # Stop strings are looked for in text; one that a special token spells is none else.
+            "detokenize": bool(sampling.stop),
+            "skip_special_tokens": False,
+            "spaces_between_special_tokens": False,
+        }
+        body = {"request_id": request_id, "token_ids": token_ids, "sampling_params": params}
+        return "/inference/v1/generate", body
+
+    def completion(self, reply: Any, sampling: SamplingParams, version: int) -> Completion:
+        """See `Dialect.completion`."""
+        try:
+            [choice] = reply["choices"]
+            token_ids, reason = choice["token_ids"], choice["finish_reason"]
+            content = choice["logprobs"]["content"]
+            told = [(entry["token_id"], entry["logprob"]) for entry in content or []]
+            spans = choice["weight_versions"] or [
+                {"version": version, "start": 0, "end": len(token_ids)}
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise _odd(f"no completion in {str(reply)[:200]}") from error
+        if reason not in _FINISH_REASONS:
+            raise _odd(f"finish reason {reason!r}, not one of {', '.join(_FINISH_REASONS)}")
+        if not isinstance(token_ids, list) or not all(_is_count(i) for i in token_ids):
+            raise _odd(f"token ids {str(token_ids)[:200]}")
+        if not token_ids and reason != "abort":
+            raise _odd(f"no token, finish reason {reason!r}")
+        if [token for token, _ in told] != token_ids:
+            raise _odd(f"{len(told)} log-probabilities that are not of the {len(token_ids)} tokens")
+        for position, (_, logp) in enumerate(told):
+            if type(logp) not in (float, int) or not _NO_LOGP < logp < 1e-5:
+                raise _odd(f"log-probability {logp} of token {position}")
+        return Completion(
+            token_ids,
+            [min(float(logp), 0.0) for _, logp in told],
+            reason,
+            token_versions(self.name, spans if token_ids else [], len(token_ids), version),
+        )
+
+    # ------------------------------------------------------------------ control
+
+    async def abort(self, server: Server) -> None:
+        """See `Dialect.abort`."""
+        await server.post("/abort_requests", {})
+
+    async def pause(self, server: Server) -> None:
+        """See `Dialect.pause`."""
+        await server.post("/pause?mode=keep&clear_cache=false", timeout=_WEIGHTS_TIMEOUT)
+
+    async def resume(self, server: Server) -> None:
+        """See `Dialect.resume`."""
+        await server.post("/resume")
+
+    async def sleep(self, server: Server) -> None:
+        """See `Dialect.sleep`. The weights go to the CPU's memory, so that `wake` restores them."""
+        await self.pause(server)
+        await self._forget(server)
+        await server.post("/sleep?level=1&mode=keep", timeout=_WEIGHTS_TIMEOUT)
+
+    async def wake(self, server: Server) -> None:
+        """See `Dialect.wake`."""
+        await server.post("/wake_up", timeout=_WEIGHTS_TIMEOUT)
+
+    # ------------------------------------------------------------------ weights
+
+    async def load_weights(self, server: Server, weights: HostWeights, method: str) -> None:
+        """See `Dialect.load_weights`.
+
+        Open requests are paused; what they have in the key-value cache is computed anew.
+        """
+        if method == "tensor":
+            await _call(server, "rl2_load_file", str(weights.folder / "model.safetensors"))
+        elif method == "disk":
+            await _call(server, "rl2_load_folder", str(weights.folder))
+        elif method == "distributed":
+            await self._broadcast(server, weights)
+        else:
+            raise EngineError(
+                f"rollout.weight_sync={method}: use one of {', '.join(self.weight_methods)}"
+            )
+        await self._forget(server)
+        await server.post("/update_weight_version", {"new_version": str(weights.version)})
+
+    async def mismatch(self, server: Server, weights: HostWeights) -> str | None:
+        """See `Dialect.mismatch`.
+
+        A parameter that n workers hold whole has n times the elements and n times the checksum.
+        """
+        version = (await server.get("/weight_info"))["weight_version"]
+        if version != str(weights.version):
+            return f"the server has version {version}, published is {weights.version}"
+        published, held = await asyncio.gather(
+            asyncio.to_thread(weights.checksums), _call(server, "rl2_checksums")
+        )
+        return first_difference(held, published, {name: t.numel() for name, t in weights})
+
+    async def _broadcast(self, server: Server, weights: HostWeights) -> None:
+        """Send all weights through a process group of this server's own."""
+        [device, *_] = await _call(server, "rl2_device")
+        world_size = 1 + (await server.get("/get_world_size?include_dp=false"))["world_size"]
+        plan = {
+            "address": address_towards(server.url),
+            "port": free_port(),
+            "world_size": world_size,
+            "name": f"rl2-{uuid.uuid4().hex}",
+            "backend": "nccl" if device == "cuda" else "gloo",
+            "timeout": _GROUP_TIMEOUT,
+        }
+        tensors = [(name, str(t.dtype).removeprefix("torch."), [*t.shape]) for name, t in weights]
+        received, sent = await asyncio.gather(
+            _call(server, "rl2_receive", json.dumps(plan | {"tensors": tensors})),
+            asyncio.to_thread(_send, plan, weights),
+            return_exceptions=True,
+        )
+        for result in (received, sent):  # where both failed, the server knows why
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _forget(self, server: Server) -> None:
+        """Drop the key-value cache, that of paused requests included: they compute it anew."""
+        reply = await server.post("/reset_prefix_cache?reset_running_requests=true")
+        if not reply["success"]:
+            raise EngineError(f"{server.url}: the key-value cache could not be dropped")
+
+
+def first_difference(
+    workers: Iterable[Iterable[tuple[list[str], int, str]]],
+    checksums: dict[str, int],
+    sizes: dict[str, int],
+) -> str | None:
+    """Compare what a server's workers hold with what was published.
+
+    workers: for each its parts as `rl2_vllm.Worker.rl2_checksums` tells them.
+    checksums, sizes: checksum and number of elements by published name.
+    Returns None or a line that names the first parameter that differs.
+    """
+    held: dict[tuple[str, ...], list[int]] = defaultdict(lambda: [0, 0])
+    for parts in workers:
+        for names, count, checksum in parts:
+            entry = held[tuple(names)]
+            entry[0] += count
+            entry[1] += int(checksum)
+    for names, (count, checksum) in held.items():
+        label = " + ".join(names)
+        names = _as_published(names, checksums)
+        unknown = [name for name in names if name not in checksums]
+        if unknown:
+            return f"{unknown[0]} is in the server and was not published"
+        copies, rest = divmod(count, sum(sizes[name] for name in names))
+        if rest or not copies:
+            return f"{label} has {count} elements in the server, not a multiple of those published"
+        if (checksum - copies * sum(checksums[name] for name in names)) % 2**64:
+            return f"{label} differs"
+    covered = {name for names in held for name in _as_published(names, checksums)}
+    missing = [name for name in checksums if name not in covered]
+    return f"{missing[0]} was published and is not in the server" if missing else None
+
+
+def _as_published(names: tuple[str, ...], published: dict[str, int]) -> tuple[str, ...]:
+    """A head that is tied to the embedding is published as the embedding only."""
+    if len(names) == 1 and names[0].endswith("lm_head.weight") and names[0] not in published:
+        embeddings = [name for name in published if name.endswith("embed_tokens.weight")]
+        if len(embeddings) == 1:
+            return tuple(embeddings)
+    return names
+
+
+def _send(plan: dict[str, Any], weights: HostWeights) -> None:
+    group = WeightGroup(**plan)
+    try:
+        for _, tensor in weights:
+            group.broadcast(tensor)
+    finally:
+        group.close()
+
+
+async def _call(server: Server, method: str, *args: str) -> list[Any]:
+    """Call a method of all workers; their results."""
+    body = {"method": method, "args": list(args)}
+    reply = await server.post("/collective_rpc", body, timeout=_WEIGHTS_TIMEOUT)
+    return reply["results"]
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _odd(what: str) -> MalformedReply:
+    return MalformedReply(f"vllm server: {what}")

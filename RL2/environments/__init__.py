@@ -1,0 +1,1 @@
+"""Environments: files with `async def step`, and the processes they run in."""

@@ -1,0 +1,141 @@
+"""Environments: a Python file with `async def step`, loaded by path, and checked at every call."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from RL2.environments import worker
+from RL2.environments.processes import Processes, default_processes
+from RL2.environments.source import fault_of_returns
+from RL2.environments.worker import Answer, Failed, Functions
+from RL2.runtime.errors import ConfigError, EnvError
+from RL2.runtime.user_code import Unfit, undisturbed
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `step` answered, checked.
+
+    next_state: text that the policy sees next; None when `done`.
+    reward, score: finite floats; the reward is trained on, the score is reported.
+    done: whether the sample ends here.
+    extra_info: what the next `step` gets. Of an environment in a process of its own: bytes.
+    """
+
+    next_state: str | None
+    reward: float
+    score: float
+    done: bool
+    extra_info: dict[str, Any] | bytes
+
+
+class Environment:
+    """The environment functions of one file, with a time limit and checks.
+
+    `step(state, action, extra_info)` must return a dict with `next_state` (str; may be missing or
+    None when done), `reward` and `score` (finite numbers), `done` (bool), and `extra_info` (dict;
+    when missing, the one passed in goes on).
+    A `step` with a parameter `finish_reason` gets by that name why the action ended: "stop" (an end
+    token or a stop text) or "length" (cut off at the most tokens of a turn).
+    `reset(extra_info)`, needed only where rows have no prompt, must return the first state (str)
+    or a pair of it and a dict.
+
+    runs: makes the calls: `Processes`, which a call may block, crash or leave hanging, or
+        `InProcess`. Use the environment, and close it, on one event loop.
+    """
+
+    def __init__(self, path: str, runs: Processes | InProcess):
+        self.path = path
+        self._runs = runs
+        self.unknown: dict[str, None] = {}  # keys that answers had and nobody knows, in order
+
+    async def step(
+        self,
+        state: str,
+        action: str,
+        extra_info: dict[str, Any] | bytes,
+        key: int = 0,
+        finish_reason: str = "stop",
+    ) -> Step:
+        """Judge an action. Raises EnvError naming the file and what was wrong.
+
+        key: calls with the same key go to the same process.
+        """
+        texts = (state, action, finish_reason)
+        text, numbers, extra_info, unknown = await self._call(key, "step", texts, extra_info)
+        self.unknown |= dict.fromkeys(unknown)
+        return Step(text, extra_info=extra_info, **numbers)
+
+    async def reset(
+        self, extra_info: dict[str, Any], key: int = 0
+    ) -> tuple[str, dict[str, Any] | bytes]:
+        """First state and extra_info of a sample without a prompt. Raises EnvError."""
+        text, _, extra_info, _ = await self._call(key, "reset", (), extra_info)
+        return text, extra_info
+
+    async def close(self) -> None:
+        """End the environment's processes; it can no longer be used."""
+        await self._runs.close()
+
+    async def _call(
+        self, key: int, name: str, texts: tuple[str, ...], extra_info: dict[str, Any] | bytes
+    ) -> Answer:
+        try:
+            return await self._runs.call(key, name, texts, extra_info)
+        except Failed as error:
+            raise EnvError(f"{self.path}: {name} {error}") from error
+
+
+class InProcess:
+    """Makes calls on the event loop of whoever asks. One that blocks holds up all the others, and
+    its limit of `timeout` seconds holds where it awaits."""
+
+    def __init__(self, functions: Functions, timeout: float):
+        self._functions = functions
+        self._timeout = timeout
+
+    async def call(
+        self, key: int, name: str, texts: tuple[str, ...], extra_info: dict[str, Any] | bytes
+    ) -> Answer:
+        """As `Processes.call`; extra_info stays what it is."""
+        if isinstance(extra_info, bytes):  # of a sample that was begun with processes
+            extra_info = worker.unsealed(extra_info)
+        start = time.monotonic()
+        answer = await worker.call(self._functions, name, (*texts, extra_info), self._timeout)
+        elapsed = time.monotonic() - start
+        if elapsed > self._timeout:
+            raise Failed(f"blocked for {elapsed:.1f} s, over the limit of {self._timeout:g} s")
+        return answer
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+def load_environment(
+    path: str | Path, timeout: float = 60.0, workers: int | None = 0
+) -> Environment:
+    """Load the environment file at `path`; `timeout` (seconds) bounds each call.
+
+    workers: processes for it (`rollout.env_workers`); 0 runs it in this one, None chooses.
+
+    Raises ConfigError naming `rollout.env_path` when the file is missing, cannot be imported, has
+    no `async def step` that can be called, or one that returns something else, as far as its
+    source shows that.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"rollout.env_path={path}: no such file; give the path of a .py file")
+    if (fault := fault_of_returns(path.read_bytes())) is not None:
+        raise ConfigError(f"rollout.env_path={path}: {fault}")
+    workers = default_processes() if workers is None else workers
+    try:
+        if workers:
+            return Environment(str(path), Processes(str(path), timeout, workers))
+        with undisturbed():
+            functions = worker.load(str(path), path.read_bytes())
+    except (Failed, Unfit) as error:
+        raise ConfigError(f"rollout.env_path={path}: {error}") from error
+    return Environment(str(path), InProcess(functions, timeout))

@@ -1,0 +1,360 @@
+"""Environments in processes of their own, which may hang, crash or be killed.
+
+Calls of one sample go to one process, as long as it lives. Where a process has to be killed, or
+ends by itself, only the call at fault fails; the others are made again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from RL2.environments import output, worker
+from RL2.environments.worker import Answer, Failed
+from RL2.runtime import env_guard
+
+logger = logging.getLogger(__name__)
+
+# Seconds beyond the limit of a call after which a process that stands still is killed.
+_MARGIN = 1.0
+_POLL = 0.25  # seconds between looks at it, and between its signs of life
+_IMPORT_SECONDS = 60.0  # for the file to be imported, at least; and the limit of a call
+_LAST_WORDS = 1.0  # for what all have printed, where the terminal takes it
+_END_SECONDS = 10.0  # a killed process may take, where a disk keeps it
+_REPEATS = 3  # times that a call is lost, by the fault of others, before it gets a process alone
+_MOST_PROCESSES = 8
+
+
+@dataclass(eq=False)
+class _Lost(Exception):
+    """The process of a call is gone. guilty: the call is why. suspect: it may be why."""
+
+    reason: str
+    guilty: bool = False
+    suspect: bool = False
+
+
+def default_processes() -> int:
+    """As many as this rank has CPU cores, eight at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_MOST_PROCESSES, (cores or 1) // ranks))
+
+
+class Processes:
+    """Up to `n` processes that run the environment file at `path`, started when there is a call
+    for them, but the first, which is started here. Use its methods on one event loop.
+
+    timeout: seconds for one call.
+
+    Raises Failed where the file cannot be used.
+    """
+
+    def __init__(self, path: str, timeout: float, n: int):
+        self.timeout = timeout
+        self.n = n
+        self._launch = _Launcher(path, Path(path).read_bytes(), timeout)
+        # Whoever forgets to close us, or cannot, leaves nothing behind.
+        self._end = weakref.finalize(self, self._launch.end)
+        self._first: _Process | None = self._launch()
+        self._workers: dict[int, asyncio.Task[_Worker]] = {}
+        self._alone = asyncio.Semaphore(n)
+
+    async def call(self, key: int, name: str, texts: tuple[str, ...], extra_info: Any) -> Answer:
+        """The checked answer of `step` or `reset`; its extra_info is bytes, to be passed on.
+
+        key: chooses the process. extra_info: a dict, or what an earlier call gave.
+
+        Raises Failed.
+        """
+        if not isinstance(extra_info, bytes):
+            extra_info = worker.sealed(extra_info)
+        bodies = (*(text.encode("utf-8", "surrogatepass") for text in texts), extra_info)
+        for _ in range(_REPEATS):
+            try:
+                return await (await self._worker(key % self.n)).call(name, bodies)
+            except _Lost as lost:
+                if lost.guilty:
+                    raise Failed(lost.reason) from lost
+                if lost.suspect:
+                    break
+        async with self._alone:
+            process = await self._start()
+            try:
+                return await process.call(name, bodies)
+            except _Lost as lost:
+                raise Failed(lost.reason) from lost
+            finally:
+                await process.close()
+
+    async def close(self) -> None:
+        """End all processes, whatever they do. Later calls raise Failed."""
+        starts = list(self._workers.values())
+        await asyncio.to_thread(self._end)
+        if self._first is not None:
+            self._first.close()
+        for started in await asyncio.gather(*starts, return_exceptions=True):
+            if isinstance(started, _Worker):
+                await started.close()
+
+    async def _worker(self, slot: int) -> _Worker:
+        """The running process of a slot; starts it where there is none."""
+        start = self._workers.get(slot)
+        if start is None or start.done() and (start.exception() or start.result().ended):
+            start = self._workers[slot] = asyncio.create_task(self._start())
+        return await asyncio.shield(start)  # others may wait for it, too
+
+    async def _start(self) -> _Worker:
+        process, self._first = self._first, None
+        if process is None:
+            process = await asyncio.to_thread(self._launch)
+        started = _Worker(process, self.timeout)
+        await started.connect()
+        return started
+
+
+class _Worker:
+    """A process, as the event loop sees it."""
+
+    def __init__(self, process: _Process, timeout: float):
+        self._process = process
+        self._timeout = timeout
+        self._calls: dict[int, asyncio.Future] = {}
+        self._n_calls = 0
+        self._stuck = False
+        self.ended = False
+
+    async def connect(self) -> None:
+        reader, self._writer = await asyncio.open_connection(
+            sock=self._process.connection, limit=2**20
+        )
+        self._serving = asyncio.create_task(self._serve(reader))
+
+    async def call(self, name: str, bodies: tuple[bytes, ...]) -> Answer:
+        """Raises Failed, and _Lost when the process ends before it answers."""
+        if self.ended:
+            raise _Lost("its process ended")
+        self._n_calls = number = self._n_calls + 1
+        self._calls[number] = future = asyncio.get_running_loop().create_future()
+        self._writer.write(worker.frame({"number": number, "name": name}, *bodies))
+        try:
+            head, bodies = await future
+        except asyncio.CancelledError:
+            if not self.ended:
+                self._writer.write(worker.frame({"number": number}))
+            raise
+        finally:
+            del self._calls[number]
+        if "error" in head:
+            raise Failed(head["error"])
+        text, extra_info = bodies
+        text = text.decode() if head["text"] else None
+        return text, head["numbers"], extra_info, tuple(head["unknown"])
+
+    async def close(self) -> None:
+        """Kill the process; returns when it is gone."""
+        await asyncio.to_thread(self._process.end)
+        await self._serving
+
+    async def _serve(self, reader: asyncio.StreamReader) -> None:
+        """Give answers to whoever waits for them, until the process has ended."""
+        watch = asyncio.create_task(self._watch())
+        try:
+            while True:
+                head, bodies = await worker.receive(reader, limit=2 * worker.MAX_ANSWER + 2**16)
+                future = self._calls.get(head["number"])
+                if future is not None and not future.done():
+                    future.set_result((head, bodies))
+        except (EOFError, OSError):
+            pass
+        except Exception as error:  # the environment wrote into our connection
+            logger.warning("environment process %d: %s", self._process.pid, error)
+        finally:
+            self.ended = True
+            watch.cancel()
+            self._writer.close()
+        await self._lose()
+
+    async def _lose(self) -> None:
+        status = await asyncio.to_thread(self._process.end)
+        _, executed, begun, threads = self._process.pulse.read()
+        self._process.close()
+        if self._stuck:
+            reason = f"blocked for {self._timeout:g} s without awaiting; its process was killed"
+        else:
+            reason = f"its process ended ({_of_status(status)})"
+        if self._calls:
+            logger.warning(
+                "environment process %d ended (%s) with %d calls in flight",
+                self._process.pid, _of_status(status), len(self._calls),
+            )  # fmt: skip
+        # One of the environment's own threads may have stopped it while a call was executed.
+        known = executed and not threads
+        for number, future in self._calls.items():
+            suspect = number == executed if known else number <= begun
+            if not future.done():
+                future.set_exception(_Lost(reason, suspect and known and self._stuck, suspect))
+
+    async def _watch(self) -> None:
+        """Kill the process when nothing moved in it for longer than a call may take."""
+        still, last = 0.0, None
+        while still <= self._timeout + _MARGIN:
+            before = time.monotonic()
+            await asyncio.sleep(_POLL)
+            pulse = self._process.pulse.read()
+            # Where this loop was held up, or all of us were, the process is not to blame.
+            still = still + min(time.monotonic() - before, 2 * _POLL) if pulse == last else 0.0
+            last = pulse
+        self._stuck = True
+        await asyncio.to_thread(self._process.end)
+
+
+def _of_status(status: int | None) -> str:
+    if status is None:
+        return "it cannot be killed"
+    if status >= 0:
+        return f"exit code {status}"
+    return "killed, or its connection closed" if status == -signal.SIGKILL else f"signal {-status}"
+
+
+class _Launcher:
+    """Starts processes, remembers and ends them. From any thread."""
+
+    def __init__(self, path: str, source: bytes, timeout: float):
+        self._path, self._source, self._timeout = path, source, timeout
+        self._modules = b""  # what the file has imported the first time, see `modules`
+        self._processes: set[_Process] = set()
+        self._lock = threading.RLock()  # the garbage collector may call `end` anywhere
+        self._ended = False
+        self._pid = os.getpid()
+
+    def __call__(self) -> _Process:
+        """A process that has imported the file. Raises Failed."""
+        with self._lock:
+            if self._ended:
+                raise Failed("not called: the environment is closed")
+            try:
+                process = _Process(self._path)
+            except OSError as error:  # a limit of files or processes
+                raise Failed(f"cannot be run: no process can be started ({error})") from error
+            self._processes = {one for one in self._processes if not one.gone} | {process}
+        try:
+            self._modules = process.greet(self._source, self._modules, self._timeout)
+        except BaseException:
+            process.close()
+            raise
+        return process
+
+    def end(self) -> None:
+        if os.getpid() != self._pid:
+            return  # a fork of the trainer
+        with self._lock:
+            self._ended = True
+            for process in self._processes:
+                process.ask()
+            for process in self._processes:
+                process.end()
+            until = time.monotonic() + _LAST_WORDS
+            for printed in (one for process in self._processes for one in process.printed):
+                printed.join(max(0.0, until - time.monotonic()))
+
+
+class _Process:
+    """A process that runs an environment file, under a guard (`env_guard`): the end of one is the
+    end of the other, and of all that they have started."""
+
+    def __init__(self, path: str):
+        self._lock = threading.Lock()
+        self.pid = 0  # as soon as it has said it
+        with contextlib.ExitStack() as stack:
+            self.connection, theirs = socket.socketpair()
+            stack.enter_context(theirs)
+            memory = stack.enter_context(
+                open(os.memfd_create("rl2-pulse"), "w+b")
+                if hasattr(os, "memfd_create")
+                else tempfile.TemporaryFile()
+            )
+            memory.truncate(worker.Pulse.SIZE)
+            self.pulse = worker.Pulse(mmap.mmap(memory.fileno(), worker.Pulse.SIZE))
+            passed = (theirs.fileno(), memory.fileno())
+            files, self.printed = [], []
+            for target in (1, 2):
+                writes, thread = output.passed_on(target)
+                stack.callback(os.close, writes)
+                files.append(writes)
+                self.printed.append(thread)
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", env_guard.__file__, str(os.getpid())],
+                pass_fds=passed,
+                stdin=subprocess.PIPE,
+                stdout=files[0],
+                stderr=files[1],
+                bufsize=0,
+                start_new_session=True,
+            )
+            command = [sys.executable, "-P", worker.__file__, *map(str, passed), path]
+            words = [f"{passed[0]} {passed[1]}", *command]
+            self._tell(b"".join(os.fsencode(word) + b"\0" for word in words) + b"\0")
+
+    @property
+    def gone(self) -> bool:
+        return self._guard.returncode is not None
+
+    def greet(self, source: bytes, modules: bytes, timeout: float) -> bytes:
+        """Have the file imported, with its modules as they were when it was the first time (empty:
+        this is that). Returns these modules. Raises Failed."""
+        seconds = max(_IMPORT_SECONDS, timeout)
+        head = {"sys_path": sys.path, "timeout": timeout, "beat": _POLL}
+        self.connection.settimeout(seconds)
+        try:
+            self.connection.sendall(worker.frame(head, source, modules))
+            answer, bodies = worker.greeting(self.connection)
+        except TimeoutError as error:
+            raise Failed(f"cannot import: not done after {seconds:g} s") from error
+        except (EOFError, OSError, ValueError) as error:
+            raise Failed(f"cannot import: its process ended ({_of_status(self.end())})") from error
+        if "error" in answer:
+            raise Failed(answer["error"])
+        self.pid = answer["pid"]
+        self.connection.setblocking(False)
+        return bodies[0]
+
+    def ask(self) -> None:
+        """Have it killed, and all that it has started. Waits for nobody."""
+        if not self.gone:
+            self._guard.send_signal(signal.SIGCONT)  # somebody may have stopped it
+            self._tell(b"end")
+
+    def end(self) -> int | None:
+        """Kill it and all that it has started; its exit status, None where it does not end."""
+        with self._lock:
+            if not self.gone:
+                self.ask()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._guard.wait(_END_SECONDS)
+            return self._guard.returncode
+
+    def close(self) -> None:
+        """The same, and nothing of it is open here."""
+        self.end()
+        self._guard.stdin.close()
+        self.pulse.close()
+        self.connection.close()
+
+    def _tell(self, words: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended, or is closed
+            self._guard.stdin.write(words)

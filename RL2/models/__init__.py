@@ -1,0 +1,1 @@
+"""Models: loading, number formats, LoRA, and token statistics of a causal LM."""

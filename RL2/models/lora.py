@@ -1,0 +1,173 @@
+"""LoRA: trained adapters of low rank beside frozen linear layers (peft), and the plain model that
+the two amount to.
+
+A layer computes W x + scaling * B A x; only A `[rank, in]` and B `[out, rank]` are trained, in fp32
+like all trained weights. Engines and saved models get W + scaling * B A under the plain names, so
+that nobody else needs to know of adapters.
+"""
+
+import hashlib
+import logging
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from omegaconf import ListConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from RL2.models.loading import local_part, plain_name
+from RL2.runtime.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+ALL_LINEAR = "all-linear"
+_ADAPTER = "default"  # peft's own name for the only adapter
+_PART = re.compile(rf"(?P<layer>.+)\.(?P<part>base_layer|lora_A|lora_B)(\.{_ADAPTER})?\.weight")
+
+
+def add_adapters(model: PreTrainedModel, config) -> None:
+    """Put adapters beside the linear layers of a model and freeze all else, in place.
+
+    Their weights are those of `init_adapters`, which has to follow once the model has memory.
+
+    Args:
+        model: whole, possibly on the meta device.
+        config: the `actor.lora` node (rank, alpha, dropout, target_modules).
+
+    Raises:
+        ConfigError: `target_modules` names what is no linear layer of the model. Head and
+            embedding are none here: the statistics read their weights, past any adapter.
+    """
+    from peft import LoraConfig, inject_adapter_in_model  # optional
+
+    head = model.get_output_embeddings()
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
+    names = sorted({name.rpartition(".")[2] for name in linear})
+    targets = config.target_modules
+    targets = [*targets] if isinstance(targets, (list, ListConfig)) else [targets]
+    if targets == [ALL_LINEAR]:
+        targets = names
+        _tell_left_out(model)
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            raise ConfigError(
+                f"actor.lora.target_modules={target}: no linear layer of {model.name_or_path} but "
+                f"the head has that name; use {ALL_LINEAR}, or some of {', '.join(names)}"
+            )
+    on_meta = model.device.type == "meta"
+    adapter = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=[
+            name for name in linear if any(f".{name}".endswith(f".{target}") for target in targets)
+        ],
+        # GPT-2's layers keep the transposed weight
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.name_or_path,
+    )
+    # Of transformers' mixtures of experts peft takes a layer's name for that of the experts' fused
+    # parameters as well. Inside of a plain module it does not.
+    around = nn.Module()
+    around.whole = model
+    inject_adapter_in_model(adapter, around, _ADAPTER, low_cpu_mem_usage=on_meta)
+    model.peft_config = around.peft_config
+
+
+def _tell_left_out(model: PreTrainedModel) -> None:
+    fused = sorted(
+        {
+            re.sub(r"\.\d+\.", ".*.", name)
+            for name, module in model.named_modules()
+            if any(parameter.ndim > 2 for parameter in module.parameters(recurse=False))
+            and not isinstance(module, nn.modules.conv._ConvNd)
+        }
+    )
+    if fused:
+        logger.info(
+            "actor.lora.target_modules=%s: no adapters beside %s, whose experts are one tensor and "
+            "no linear layers", ALL_LINEAR, ", ".join(fused),
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def init_adapters(model: PreTrainedModel, seed: int) -> None:
+    """Fill the adapters, sharded or not: A as `nn.Linear` does, B with zeros, in place.
+
+    Each tensor is drawn whole from a generator of its own, so that it is the same however it is
+    spread, and every rank keeps its part.
+    """
+    for name, parameter in model.named_parameters():
+        if plain_name(name) is not None:
+            continue
+        whole = torch.zeros(parameter.shape)
+        if ".lora_A." in name:
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+            nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local.copy_(whole[local_part(parameter)])
+
+
+def merged(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """`(name, tensor)` of the plain model, from the whole tensors of one with adapters.
+
+    Args:
+        model: says how its adapters are scaled. Without adapters the tensors come out as they are.
+        tensors: `(name, whole tensor)`, those of one layer next to each other: nothing else of
+            them is held. They are not changed.
+    """
+    layers: dict[str, dict[str, Tensor]] = {}  # of which something is still to come
+    for name, tensor in tensors:
+        found = _PART.fullmatch(name)
+        if found is None:
+            yield plain_name(name), tensor
+            continue
+        layer = found["layer"]
+        layers.setdefault(layer, {})[found["part"]] = tensor
+        if len(layers[layer]) == 3:
+            yield f"{layer}.weight", _merge(model.get_submodule(layer), **layers.pop(layer))
+
+
+def _merge(layer: nn.Module, base_layer: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    scaling = layer.scaling[_ADAPTER]
+    if layer.fan_in_fan_out:
+        return torch.addmm(base_layer, lora_A.T, lora_B.T, alpha=scaling)
+    return torch.addmm(base_layer, lora_B, lora_A, alpha=scaling)
+
+
+def has_adapters(model: PreTrainedModel) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def save_adapters(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the adapters where `PeftModel.from_pretrained(<plain model>, folder)` finds them.
+
+    Args:
+        model: with adapters.
+        tensors: its whole tensors by name.
+    """
+    from peft import get_peft_model_state_dict
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+    adapters = get_peft_model_state_dict(
+        model, state_dict={**tensors}, adapter_name=_ADAPTER, save_embedding_layers=False
+    )
+    # as a PeftModel around the model names them
+    adapters = {
+        f"base_model.model.{name}": tensor.contiguous() for name, tensor in adapters.items()
+    }
+    folder.mkdir(parents=True)
+    save_file(adapters, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    model.peft_config[_ADAPTER].save_pretrained(folder)

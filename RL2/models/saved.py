@@ -1,0 +1,81 @@
+"""What is taken from a saved model, and what is not: its config.json chooses no code, and nothing
+of a loaded model stays in its files."""
+
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from RL2.config.model_files import check_quantization
+from RL2.runtime.errors import ConfigError
+
+# Of a config.json: other files than those that were checked, and replacements of layers.
+_CHOICES = ("transformers_weights", "fusion_config")
+
+
+def saved_config(name: str, options: dict[str, Any]) -> PretrainedConfig:
+    """The config of a folder or hub id, without what it says of how to compute.
+
+    The implementation of attention or experts may be the name of a repository on the hub, whose
+    kernels transformers would load and run.
+
+    options: of `from_pretrained`, see `RL2.config.models.hub_options`.
+
+    Raises ConfigError for a quantised model.
+    """
+    config = AutoConfig.from_pretrained(name, **options)
+    _forget_choices(config, name)
+    return config
+
+
+def _forget_choices(config: PretrainedConfig, model: str) -> None:
+    # The public setters reach only those parts that a class lists.
+    config._attn_implementation_internal = config._experts_implementation_internal = None
+    for name in _CHOICES:
+        if name in vars(config):
+            delattr(config, name)
+    quantization = getattr(config, "quantization_config", None)
+    check_quantization(quantization, model)
+    if quantization:
+        # Else whether weights are floats, which can be trained, depends on a package from the hub.
+        config.quantization_config = quantization | {"dequantize": True}
+    for part in list(vars(config).values()):
+        if isinstance(part, PretrainedConfig):
+            _forget_choices(part, model)
+
+
+def load_whole(
+    name: str, options: dict[str, Any], **built: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A causal language model with its weights, and what transformers says of the loading: it fills
+    what is missing with noise. `own_memory` has to follow once the model is on its device.
+
+    Args:
+        options: see `RL2.config.models.weight_options`.
+        built: how it is built: `dtype`, `attn_implementation` and others of `from_pretrained`.
+
+    Raises:
+        ConfigError: an adapter lies beside the weights.
+        Exception: whatever a broken file makes transformers raise.
+    """
+    of_config = {key: value for key, value in options.items() if key != "use_safetensors"}
+    model, found = AutoModelForCausalLM.from_pretrained(
+        name, config=saved_config(name, of_config), output_loading_info=True, **options, **built
+    )
+    if getattr(model, "_hf_peft_config_loaded", False):  # of a hub id: folders are checked early
+        raise ConfigError(
+            f"{name} holds whole weights and an adapter (adapter_config.json); give a model with "
+            "the adapter merged into it, or one without"
+        )
+    return model, found
+
+
+def own_memory(model: nn.Module) -> None:
+    """Give each tensor of a model that is in CPU memory a copy of its own, in place, one by one.
+
+    transformers leaves tensors in their file, mapped into memory: overwritten, they would change;
+    truncated, the process would be killed.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()

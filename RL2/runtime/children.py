@@ -1,0 +1,50 @@
+"""What a stranger's code starts in the trainer's own process ends with the run."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from omegaconf import DictConfig
+
+from RL2.runtime import process_tree, watcher
+
+_SECONDS = 10.0  # that killed processes may take to be gone
+
+
+@contextmanager
+def children_end(watch: bool) -> Iterator[None]:
+    """When the body ends, kill all that it has started and left behind, but for guards of ours,
+    which do that themselves.
+
+    watch: whether it shall be so where this process is killed, too.
+    """
+    own = os.getpid()
+    before = process_tree.those_below(own)  # none of our business
+    process_tree.adopt_orphans()
+    watching = _watch(before) if watch else None
+    try:
+        yield
+    finally:
+        if os.getpid() == own:  # not in a fork of it
+            spared = process_tree.still(before) | process_tree.end_themselves(own)
+            process_tree.kill_below(own, process_tree.reap_each, _SECONDS, spared)
+            process_tree.adopt_orphans(False)
+            if watching is not None:
+                watching.kill()
+                watching.communicate()
+
+
+def runs_strangers(config: DictConfig) -> bool:
+    """Whether somebody else's code runs in the trainer's own process."""
+    inside = "rollout" in config and config.rollout.env_workers == 0
+    return inside or config.actor.loss.import_path is not None or config.actor.trust_remote_code
+
+
+def _watch(before: dict[int, int]) -> subprocess.Popen:
+    known = [f"{pid}:{started}" for pid, started in before.items()]
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", watcher.__file__, str(os.getpid()), *known],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip

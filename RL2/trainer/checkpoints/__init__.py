@@ -1,0 +1,1 @@
+"""Checkpoints that a run continues from, and model folders that transformers loads."""

@@ -1,0 +1,167 @@
+"""Model folders that transformers loads: `final` and `best`."""
+
+import copy
+import logging
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy.ctypeslib  # noqa: F401 - safetensors' save_file; else imported at the end of a run
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from RL2.distributed import broadcast, rank
+from RL2.distributed.agreement import together
+from RL2.models.loading import model_fingerprint
+from RL2.models.lora import has_adapters, merged, save_adapters
+from RL2.runtime.errors import CheckpointError, ConfigError, first_line
+from RL2.runtime.folders import TEMPORARY, cannot_write, exists, publish
+from RL2.trainer.checkpoints.checkpoint import n_bytes
+from RL2.workers import Actor
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "model."  # TokenStatsModel's name for the transformers model inside
+
+
+def best_that_is_there(best: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What a run that goes on may remember of its best evaluation: nothing where `folder` does not
+    hold that model, as the next one would have to beat it to be kept."""
+    if not best.get("step"):  # at step 0 it is the start, which nobody keeps
+        return best
+    if not exists(folder):
+        lost = "is not there"
+    elif best.get("model") not in (None, fingerprint_of(folder)):  # None: an older version's
+        lost = "is another model by now"
+    else:
+        return best
+    logger.warning(
+        "%s %s, which held the best model so far (test/score %g at step %d); the next evaluation "
+        "counts as the best", folder, lost, best["test/score"], best["step"],
+    )  # fmt: skip
+    return {}
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Of a saved model; empty where there is none that can be read."""
+    try:
+        return model_fingerprint(str(folder))
+    except Exception:  # of a stranger's files, anything
+        return ""
+
+
+class Kept:
+    """What `thing.save_pretrained` writes now, to be written later: a tokenizer copies some files
+    from where it was loaded, which may be other ones by then.
+
+    Raises ConfigError where it cannot be saved, and a run would find that out at its end.
+    """
+
+    def __init__(self, thing: Any, origin: str):
+        try:
+            with TemporaryDirectory() as folder:
+                thing.save_pretrained(folder)
+                found = [path for path in Path(folder).rglob("*") if path.is_file()]
+                self._files = {path.relative_to(folder): path.read_bytes() for path in found}
+        except Exception as error:  # odd values of a stranger's files make it raise anything
+            raise ConfigError(
+                f"{origin}: {type(thing).__name__} cannot be saved as it was loaded "
+                f"({first_line(error)}); correct its files, or copy or download the model again"
+            ) from error
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write it."""
+        for name, data in self._files.items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+
+def keep_files(actor: Actor, tokenizer: Any) -> Kept | None:
+    """Rank 0: try what a model's folder gets beside the weights, and keep that of the tokenizer."""
+    if rank() != 0:
+        return None
+    origin = f"actor.model_name={actor.config.model_name}"
+    for part in (actor.hf_model.config, actor.hf_model.generation_config):
+        Kept(part, origin)
+    return Kept(tokenizer, origin)
+
+
+def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:
+    """Write the whole model where `AutoModelForCausalLM.from_pretrained` finds it, adapters merged
+    (collective). The adapters themselves go to `<folder>/adapter`.
+
+    tokenizer: one, or its `Kept` files.
+    dtype: `trainer.save_dtype`; with `auto` every tensor keeps that of the checkpoint it came from.
+
+    Raises:
+        CheckpointError: on every rank, where it cannot be written. What was there before stays.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(actor.model, options=options)
+    needed = broadcast(n_bytes(state))  # only rank 0 has it
+    temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
+
+    def write() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        model = actor.hf_model
+        # Gathered, a tied head is a tensor of its own, which would be stored beside the embedding.
+        everything, once = (
+            {name for name, _ in model.named_parameters(remove_duplicate=remove)}
+            for remove in (False, True)
+        )
+        tensors = {
+            name: tensor
+            for name, tensor in ((key.removeprefix(_PREFIX), x) for key, x in state.items())
+            if name not in everything - once
+        }
+        weights = dict(merged(model, tensors.items()))
+        for name, tensor in weights.items():
+            if tensor.is_floating_point():
+                weights[name] = tensor.to(actor.dtypes.saved(name, dtype))
+        model.save_pretrained(temporary, state_dict=weights)
+        _save_config(model.config, actor.dtypes.saved("", dtype), temporary)
+        tokenizer.save_pretrained(temporary)
+        with torch.random.fork_rng(devices=[]):  # `best` is written amid a run
+            _check(temporary, weights, actor.config.trust_remote_code)
+        if has_adapters(model):
+            save_adapters(model, tensors, temporary / "adapter")
+        publish(temporary, folder)
+
+    def failed(reason: str) -> CheckpointError:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return CheckpointError(cannot_write(folder.parent, folder, reason, needed))
+
+    together(write if rank() == 0 else lambda: None, failed)
+
+
+def _check(folder: Path, weights: dict[str, torch.Tensor], trust_remote_code: bool) -> None:
+    """RuntimeError unless transformers loads from the folder what was to be saved: where a name is
+    not what it looks for, it fills a weight with noise and goes on."""
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if names := sorted(map(str, found[kind])):
+            raise RuntimeError(f"transformers does not load it as it was, {kind}: {names[0]}")
+    for name, tensor in model.state_dict().items():
+        meant = weights.get(name)
+        if meant is not None and not torch.equal(
+            tensor.nan_to_num(), meant.to(tensor.dtype).nan_to_num()
+        ):
+            raise RuntimeError(f"transformers loads other values for {name} than were saved")
+
+
+def _save_config(config: PretrainedConfig, dtype: torch.dtype, folder: Path) -> None:
+    """config.json as save_pretrained has written it, with the dtype of the saved weights: there it
+    is that of the weights in memory."""
+    config = copy.deepcopy(config)
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part in parts:
+        if part is not None:
+            part.dtype = dtype
+    config.save_pretrained(folder)

@@ -1,0 +1,153 @@
+"""Whether a checkpoint is what it was when it was written, as all ranks see it.
+
+Three things are told apart. *Damaged* is what its own manifest contradicts. *Unreadable* is what
+cannot be looked at now: a permission, a disk or a network that is away; the files may be good, so
+nothing is done with them. And ranks on several machines may see *different* files under one name.
+"""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from RL2.distributed import broadcast, rank, world_size
+from RL2.distributed.agreement import first_reason, of_all, reason_of
+from RL2.runtime.errors import CheckpointError, RL2Error
+from RL2.trainer.checkpoints import manifest
+
+T = TypeVar("T")
+
+
+class _View(NamedTuple):
+    """What one rank sees. listing: what is wrong with names and sizes, at which all ranks look.
+    content: what is wrong with this rank's share of the bytes. digest: of the manifest."""
+
+    host: str
+    unreadable: str | None = None
+    listing: str | None = None
+    content: str | None = None
+    digest: str | None = None
+
+
+def damage(folder: Path, part: slice = slice(None)) -> str | None:
+    """What is wrong with a checkpoint's files, by its manifest; None where nothing is.
+
+    part: of the files whose bytes are compared, see `manifest.verify`.
+
+    Raises:
+        OSError, MemoryError: it cannot be read, so that nobody knows.
+    """
+    view = _look(folder, part)
+    return view.listing or view.content
+
+
+def judge(folder: Path, key: str) -> str | None:
+    """As `damage`, for all ranks, which share the work (a collective).
+
+    Args:
+        key: begins the messages, such as `trainer.load_ckpt_from=latest`.
+
+    Raises:
+        CheckpointError: a rank cannot read it, or ranks do not see the same files.
+    """
+    try:
+        own = _look(folder, slice(rank(), None, world_size()))
+    except (OSError, MemoryError) as error:
+        own = _View(socket.gethostname(), unreadable=what_failed(error, folder))
+    views = of_all(own)
+    for which, view in enumerate(views):
+        if view.unreadable is not None:
+            raise CheckpointError(
+                f"{key}: {folder} cannot be read{_of_rank(which, view)}: {view.unreadable}; it is "
+                "left as it is: make it readable and repeat the command, or name another checkpoint"
+            )
+    for which, view in enumerate(views):
+        if (view.listing, view.digest) != (views[0].listing, views[0].digest):
+            raise _different(key, folder, which, views)
+    if views[0].listing is not None:
+        return views[0].listing
+    for which, view in enumerate(views):
+        if view.content is None:
+            continue
+        # It is to be renamed for that, so the rank that does so has to see it.
+        if which > 0 and broadcast(_seen_again(folder)) is None:
+            raise _different(key, folder, which, views)
+        return view.content
+    return None
+
+
+def on_all(action: Callable[[], T], key: str, folder: Path) -> T:
+    """Do something with a checkpoint that is not damaged, on all ranks (a collective). It is not
+    the checkpoint's fault where that fails, so the one before would fare no better.
+
+    Raises:
+        CheckpointError: it fails on one of them. RL2Error, Damaged: of this rank, as it is.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except (Exception, CheckpointException) as problem:  # which is no Exception
+        error = problem
+    reason = first_reason(None if error is None else what_failed(error, folder))
+    if isinstance(error, (RL2Error, manifest.Damaged)):
+        raise error
+    if reason is not None:
+        raise CheckpointError(
+            f"{key}: {folder} cannot be loaded ({reason}); it is left as it is: mend that and "
+            "repeat the command, or name another checkpoint"
+        ) from error
+    return result
+
+
+def what_failed(error: BaseException, path: Path) -> str:
+    """An error with the file that it is about."""
+    if isinstance(error, OSError):
+        return f"{os.fspath(error.filename or path)}: {error.strerror or error}"
+    return reason_of(error)
+
+
+def _look(folder: Path, part: slice) -> _View:
+    host, digest = socket.gethostname(), None
+    try:
+        content = manifest.read(folder, (".metadata", "trainer.json"))
+        digest = manifest.digest(content)
+        for other in range(content["about"]["world_size"]):
+            if f"rank{other}.pt" not in content["files"]:
+                raise manifest.Damaged(f"rank{other}.pt is missing")
+    except (manifest.Damaged, KeyError, TypeError) as error:
+        return _View(host, listing=reason_of(error), digest=digest)
+    try:
+        manifest.verify(folder, content, part)
+    except (manifest.Damaged, KeyError, TypeError) as error:
+        return _View(host, content=reason_of(error), digest=digest)
+    return _View(host, digest=digest)
+
+
+def _seen_again(folder: Path) -> str | None:
+    """Rank 0: what is wrong with any of the files; a file that went away counts, too."""
+    if rank() != 0:
+        return None
+    try:
+        return damage(folder)
+    except (OSError, MemoryError):
+        return None
+
+
+def _different(key: str, folder: Path, which: int, views: list[_View]) -> CheckpointError:
+    first, other = (
+        view.listing or view.content or "it is whole" for view in (views[0], views[which])
+    )
+    if first == other:
+        first, other = "one checkpoint", "another one of that name"
+    return CheckpointError(
+        f"{key}: {folder} is not the same for all ranks: rank 0 ({views[0].host}) finds: {first}; "
+        f"rank {which} ({views[which].host}) finds: {other}; it is left as it is: give a folder "
+        "that all machines share"
+    )
+
+
+def _of_rank(which: int, view: _View) -> str:
+    return f" by rank {which} ({view.host})" if world_size() > 1 else ""

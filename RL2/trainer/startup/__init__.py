@@ -1,0 +1,1 @@
+"""What a run checks, says and loads before its first step."""

@@ -1,0 +1,52 @@
+"""What a run loads of its models: the actor's tokenizer, and the reference policy."""
+
+import torch
+from omegaconf import DictConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from RL2.config.models import ask_hub, hub_options
+from RL2.datasets.end_of_turn import special_ids
+from RL2.distributed import Traffic
+from RL2.runtime.errors import ConfigError, first_line
+from RL2.workers import Actor
+
+
+def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
+    """The actor's tokenizer; ConfigError where there is none, or one of another model."""
+    name, options = config.actor.model_name, hub_options(config.actor)
+    ask_hub(config.actor, "actor")
+    try:
+        model = AutoConfig.from_pretrained(name, **options)
+    except Exception as error:  # a broken file makes it raise anything
+        raise ConfigError(
+            f"actor.model_name={name}: its config.json describes no model that transformers knows "
+            f"({first_line(error)}); give a folder made by save_pretrained or a model id"
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:  # as above
+        raise ConfigError(
+            f"actor.model_name={name}: no tokenizer can be loaded from there "
+            f"({first_line(error)}); give a folder made by save_pretrained, or a model id of a hub "
+            "that this machine reaches or has cached"
+        ) from error
+    rows = getattr(model.get_text_config(), "vocab_size", None)
+    # A special token beyond them is never read, nor written.
+    ordinary = set(tokenizer.get_vocab().values()) - special_ids(tokenizer)
+    if rows is not None and max(ordinary, default=0) >= rows:
+        raise ConfigError(
+            f"actor.model_name={name}: the tokenizer has {len(tokenizer)} tokens, the model "
+            f"{rows} (vocab_size in its config.json); give a model with the tokenizer that it was "
+            "trained with"
+        )
+    return tokenizer
+
+
+def load_reference(config: DictConfig, device: torch.device, traffic: Traffic) -> Actor:
+    """The reference policy; a ConfigError names the keys of `ref_actor`, which workers do not."""
+    try:
+        return Actor(config.ref_actor, device, traffic=traffic)
+    except ConfigError as error:
+        if str(error).startswith("actor."):
+            raise ConfigError(f"ref_{error}") from error
+        raise
