@@ -169,7 +169,7 @@ def test_a_clean_tree_passes(tmp_path):
         "RL2/ops/packing.py": "import torch\nfrom RL2.runtime import errors\n",
         "RL2/algorithms/losses.py": "from ..ops.packing import plan\nfrom . import kl\n",
         "RL2/workers/actor.py": "import torch.distributed as dist\nimport RL2.algorithms.losses\n",
-        "RL2/rollout/sglang.py": "import sglang\n",
+        "RL2/engines/servers/sglang.py": "import sglang\n",
         "RL2/engines/servers/vllm.py": "def start():\n    from vllm import LLM\n",
         "RL2/trainer/sinks/wandb_process.py": "import wandb\n",
         "RL2/trainer/ppo.py": "log.print('a method')\nx = importlib.import_module(name)\n",

@@ -3,9 +3,10 @@
     python wandb_process.py
 
 `RL2.trainer.sinks.metrics` starts it under a guard and pokes it whenever `metrics.jsonl` has
-grown. That file is the queue: nobody waits for a full one, and nothing is dropped. Standard input: one line of
-JSON (see `main`), then a byte for each poke, the last one of them `GOOD` or `BAD` for how the run
-ended. Standard output: what the user has to know, a line each. It needs nothing of RL2.
+grown. That file is the queue: nobody waits for a full one, and nothing is dropped. Standard input:
+one line of JSON (see `main`), then a byte for each poke, the last one of them `GOOD` or `BAD` for
+how the run ended. Standard output: what the user has to know, a line each. It needs nothing of
+RL2.
 """
 
 import json
