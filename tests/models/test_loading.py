@@ -121,7 +121,7 @@ MEASURE = """
 import json, sys, torch
 from unittest import mock
 from RL2.distributed import process_group, rank
-from RL2.config import ConfigError
+from RL2.runtime.errors import ConfigError
 from RL2.workers import Actor
 from tests.workers.test_actor import actor_config
 

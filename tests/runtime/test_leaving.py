@@ -11,7 +11,7 @@ from tests.trainer.support import environ
 
 PROGRAM = """
 import sys, threading, time
-from RL2.trainer import leaving
+from RL2.runtime import leaving
 
 leaving._PATIENCE = 0.3
 {}

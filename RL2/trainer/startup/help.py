@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-_FOLDER = Path(__file__).parent / "config"
+_FOLDER = Path(__file__).parents[1] / "config"
 _WIDEST = 100
 
 
