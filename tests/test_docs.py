@@ -22,8 +22,9 @@ from tests.config.support import compose_config, write_model_files
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+TEXT = {path.stem: path.read_text(encoding="utf-8") for path in DOCS}
+README, METRICS = TEXT["README"], TEXT["metrics"]
+PAGES = "\n".join(text for name, text in TEXT.items() if name != "CHANGES")
 PICTURE = "docs/quickstart.png"  # drawn by a run: a checkout may be without it
 
 KEYS = key_types(RLConfig) | key_types(SFTConfig)
@@ -34,8 +35,8 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def example(name: str) -> str:
-    """The python block of the README whose docstring begins with its file name."""
-    (found,) = [block for block in blocks(README, "python") if block.startswith(f'"""{name}:')]
+    """The python block of the docs whose docstring begins with its file name."""
+    (found,) = [block for block in blocks(PAGES, "python") if block.startswith(f'"""{name}:')]
     return found
 
 
@@ -45,7 +46,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     for block in blocks(text, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            if "-m" in words and "[key=value" not in words:
+            if "-m" in words and not {"[key=value", "..."} & set(words) and "venv" not in words:
                 at = words.index("-m") + 1
                 found.append((words[at].removeprefix("RL2.trainer."), words[at + 1 :]))
     return found
@@ -62,7 +63,7 @@ def unnamed(overrides: list[str]) -> list[str]:
     return sorted(word for word in overrides if not word.startswith("trainer.experiment_name="))
 
 
-COMMANDS = commands(README)
+COMMANDS = commands(PAGES)
 
 
 # ------------------------------------------------------------------------------ keys and commands
@@ -79,7 +80,7 @@ def test_every_key_exists(path):
 
 @pytest.fixture
 def readme_folder(tmp_path, monkeypatch):
-    """A working directory with all the files that the README's commands name."""
+    """A working directory with all the files that the docs' commands name."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "envs", tmp_path / "envs")
     for name in ("my_loss.py", "my_env.py"):
@@ -123,7 +124,9 @@ def test_experiments_are_those_of_the_scripts():
     ]:
         assert (trainer, sorted(overrides)) == (script(name)[0], sorted(script(name)[1]))
 
-    rows = re.findall(r"^\| [^|]*\| `(gsm8k_\w+\.sh)` \| ([^|]*) \|", README, re.MULTILINE)
+    rows = re.findall(
+        r"^\| [^|]*\| `(gsm8k_\w+\.sh)` \| ([^|]*) \|", TEXT["experiments"], re.MULTILINE
+    )
     changed = {name: cell.strip("`").split() for name, cell in rows if cell != "(below)"}
     assert len(rows) == 6 and len(changed) == 4
     for name, words in changed.items():
@@ -159,9 +162,25 @@ def test_loss_inputs_are_all_named():
     from RL2.algorithms import FIELDS
     from RL2.ops.token_stats import STATISTICS
 
-    section = README.partition("## Write your own loss")[2].partition("\n## ")[0]
     for name in STATISTICS + FIELDS:
-        assert f"`{name}`" in section, name
+        assert f"`{name}`" in TEXT["losses"], name
+
+
+def test_the_short_examples_of_the_readme_work(tmp_path):
+    """Its loss is that of docs/losses.md without a metric; its environment answers in one turn."""
+    for block in blocks(README, "python"):
+        (tmp_path / block.split()[1]).write_text(block, encoding="utf-8")
+    short = resolve_loss({"import_path": f"{tmp_path / 'my_loss.py'}:my_loss"})
+    (tmp_path / "long.py").write_text(example("my_loss.py"), encoding="utf-8")
+    long = resolve_loss({"import_path": f"{tmp_path / 'long.py'}:my_loss"})
+    tensors = {"logps": torch.tensor([-1.0, -5.0]), "max_logps": torch.tensor([-0.5, -0.1])}
+    assert torch.equal(short(tensors)[0], long(tensors)[0])
+
+    async def answer(action: str):
+        environment = load_environment(str(tmp_path / "my_env.py"), timeout=5)
+        return await environment.step("2 + 2 = ", action, {"answer": "4"})
+
+    assert [asyncio.run(answer(action)).reward for action in (" 4\n", "5")] == [1.0, 0.0]
 
 
 def test_environment_example_works(readme_folder):
@@ -234,9 +253,9 @@ def test_every_phase_that_is_timed_is_named():
 
 
 def tree() -> dict[str, str]:
-    """{path relative to the root: what the README's tree says of it}."""
+    """{path relative to the root: what the tree of CONTRIBUTING.md says of it}."""
     entries, parents = {}, []
-    (block,) = blocks(README, "text")
+    (block,) = blocks(TEXT["CONTRIBUTING"], "text")
     for line in block.splitlines():
         indent, name, what = re.fullmatch(r"( *)(\S+)  +(\S.*)", line).groups()
         parents = [*parents[: len(indent) // 2], name]
@@ -269,7 +288,7 @@ def test_the_tree_is_whole():
     inside = [file for name in ("envs", "examples", "benchmarks") for file in files(ROOT / name)]
     packages = [path for path in (ROOT / "RL2").rglob("*/") if path.name != "__pycache__"]
     missing = {*top, *inside, *packages} - listed
-    assert not missing, f"not in the tree of the README: {sorted(map(str, missing))}"
+    assert not missing, f"not in the tree of CONTRIBUTING.md: {sorted(map(str, missing))}"
 
 
 def files(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
-"""README's own loss and environment, by the commands that it gives for them.
+"""The loss and the environment of the docs, by the commands that they give for them.
 
 Here with a random model and a few rows. With RL2_FAULTS=long as they stand, from the quickstart's
-data and warm-up, and what README says came of them.
+data and warm-up, and what the docs say came of them.
 """
 
 import json
@@ -18,7 +18,7 @@ import pytest
 
 from RL2.trainer.main import launch
 from tests.faults.support import LONG
-from tests.test_docs import COMMANDS, README, ROOT, example
+from tests.test_docs import COMMANDS, PAGES, ROOT, example
 from tests.trainer.support import ENVIRONMENT, composed, environ, rows_of, write_model
 
 BY_NAME = {
@@ -35,7 +35,7 @@ PROBLEMS = [
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A checkout in which the files of README have been written."""
+    """A checkout in which the files of the docs have been written."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "envs", tmp_path / "envs")
     for name in ("my_loss.py", "my_env.py"):
@@ -109,8 +109,8 @@ def test_the_figures(folder):
 
 
 def section(name: str) -> str:
-    """What stands in README between the code of this name and the next heading."""
-    return README.partition(f'"""{name}')[2].partition("\n## ")[0]
+    """What stands in the docs between the code of this name and the next heading."""
+    return PAGES.partition(f'"""{name}')[2].partition("\n## ")[0]
 
 
 def warm_up(folder) -> None:
