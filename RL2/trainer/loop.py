@@ -339,7 +339,7 @@ class Trainer:
         empty = broadcast(batch is None)
         for field in () if empty else self.required:
             with self.timers(f"compute_{field}"):
-                batch = self.policies[field].compute_logps(batch, field)
+                batch = self.policies[field].annotate(batch, field)
         return None if batch is None else add_advantages(batch, self.config, self.estimator)
 
     def _evaluate(self, step: int) -> dict[str, float]:

@@ -1,5 +1,7 @@
-"""Workers own a model on every rank and do one thing with it per step."""
+"""Models that are spread over all ranks, frozen or trained, and what each does in a step."""
 
 from RL2.workers.actor import Actor
+from RL2.workers.learner import Learner
+from RL2.workers.sharded_model import ShardedModel
 
-__all__ = ["Actor"]
+__all__ = ["Actor", "Learner", "ShardedModel"]

@@ -154,13 +154,13 @@ def new_actor(model, changes):
     config = actor_config(model, avg_level="token", max_length_per_device=24, **changes)
     actor = Actor(config, torch.device("cpu"), resolve_loss(node), max_bad_steps=3)
     actor.prepare_scheduler(10)
-    losses = actor._losses
+    losses = actor.losses
 
     def counting(micro_batch):
         planted.current += 1
         return losses(micro_batch)
 
-    actor._losses = counting
+    actor.losses = counting
     return actor
 
 
@@ -238,19 +238,19 @@ def second_half(model, changes, plant_at):
     own = actor._optimizer_step
     done = []
 
-    def one_step(part, moved):
+    def one_step(part):
         if len(done) == plant_at and rank() == 1:
             with plant_on_this_rank(actor, plant):
-                done.append(own(part, moved))
+                done.append(own(part))
         else:
-            done.append(own(part, moved))
+            done.append(own(part))
         return done[-1]
 
     actor._optimizer_step = one_step
     metrics = [step(actor, batch) for batch in batches()[:2]]
     kept = [batch for number, batch in enumerate(halves()) if number != plant_at]
     for part in kept:
-        reference._optimizer_step(part if rank() == 0 else None, moved=False)
+        reference._optimizer_step(part if rank() == 0 else None)
     return [m["actor/nonfinite"] for m in metrics], equal(state_of(actor), state_of(reference))
 
 
@@ -331,7 +331,7 @@ def test_a_run_stops_on_all_ranks_and_counts_on_when_resumed(files, tmp_path, dd
 
 def test_what_was_learned_before_is_saved(files, tmp_path, monkeypatch):
     """Finite in two steps, not in the next two; the one before the last was not saved yet."""
-    own, calls = Actor._losses, []
+    own, calls = Actor.losses, []
 
     def losses(self, micro_batch):
         calls.append(None)
@@ -340,7 +340,7 @@ def test_what_was_learned_before_is_saved(files, tmp_path, monkeypatch):
 
     folder, settings = tmp_path / "run", {"trainer__max_bad_steps": 2, "trainer__n_epochs": 2}
     with monkeypatch.context() as patch:
-        patch.setattr(Actor, "_losses", losses)
+        patch.setattr(Actor, "losses", losses)
         with pytest.raises(TrainingError, match="2 updates in a row .*; step 3 is in ") as caught:
             train(files, "sft", folder, **settings)
     assert "\n" not in str(caught.value)

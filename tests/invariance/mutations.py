@@ -38,7 +38,8 @@ class Mutation:
     test: str
 
 
-ACTOR, BASE, FSDP = "RL2/workers/actor.py", "RL2/workers/base.py", "RL2/distributed/fsdp.py"
+LEARNER, FSDP = "RL2/workers/learner.py", "RL2/distributed/fsdp.py"
+CORRECTIONS = "RL2/algorithms/corrections.py"
 COMM, TILED = "RL2/distributed/comm.py", "RL2/ops/token_stats/tiled.py"
 
 _BACKWARD = """            loss.backward()
@@ -50,7 +51,7 @@ _LOCAL_COUNT = """            local = sum(one["loss_weights"].sum() for one in m
 MUTATIONS: dict[str, Mutation] = {
     # (a) backward skipped on a rank without correct sequences
     "a-backward-skipped-fsdp": Mutation(
-        ACTOR,
+        LEARNER,
         _BACKWARD,
         """            if micro_batch["loss_weights"].any():
                 loss.backward()
@@ -58,7 +59,7 @@ MUTATIONS: dict[str, Mutation] = {
         f"{UPDATE}[qwen3-fsdp2-one_correct-max_target_kl-correct]",
     ),
     "a-backward-skipped-hsdp": Mutation(
-        ACTOR,
+        LEARNER,
         _BACKWARD,
         """            if micro_batch["loss_weights"].any():
                 loss.backward()
@@ -67,20 +68,20 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     # (b) gradients divided by the local count
     "b-local-count-fsdp": Mutation(
-        ACTOR, _BACKWARD, _LOCAL_COUNT, f"{UPDATE}[qwen3-fsdp2-max_target_kl-correct-spo]"
+        LEARNER, _BACKWARD, _LOCAL_COUNT, f"{UPDATE}[qwen3-fsdp2-max_target_kl-correct-spo]"
     ),
     "b-local-count-ddp": Mutation(
-        ACTOR, _BACKWARD, _LOCAL_COUNT, f"{UPDATE}[qwen3-ddp2-nll-correct-spo]"
+        LEARNER, _BACKWARD, _LOCAL_COUNT, f"{UPDATE}[qwen3-ddp2-nll-correct-spo]"
     ),
     # (c) summed over ranks what is one number, or averaged what is a sum
     "c-loss-of-tp-ranks-summed": Mutation(
-        ACTOR,
+        LEARNER,
         "totals = totals / self.layout.tp_size",
         "totals = totals / 1",
         f"{UPDATE}[qwen3-tp2-ppo-token-reinforce]",
     ),
     "c-loss-not-summed": Mutation(
-        ACTOR,
+        LEARNER,
         "totals = sum_over_ranks(torch.stack([sums.get(name, zero).double() for name in names]))",
         "totals = torch.stack([sums.get(name, zero).double() for name in names])",
         f"{UPDATE}[qwen3-sp2-ppo-token-reinforce]",
@@ -92,7 +93,7 @@ MUTATIONS: dict[str, Mutation] = {
         f"{UPDATE}[qwen3-ddp2-ppo-sequence-reinforce]",
     ),
     "c-replicas-summed-too-early": Mutation(
-        ACTOR,
+        LEARNER,
         "(number == len(micro_batches))",
         "(number == 1)",
         f"{UPDATE}[qwen3-ddp2-ppo-sequence-reinforce]",
@@ -104,7 +105,7 @@ MUTATIONS: dict[str, Mutation] = {
         f"{UPDATE}[qwen3-fsdp2-clipped-gradient]",
     ),
     "c-qk-norms-of-one-rank": Mutation(
-        BASE,
+        LEARNER,
         "for parameter in self.partial:",
         "for parameter in ():",
         f"{UPDATE}[qwen3-tp2-ppo-token-reinforce]",
@@ -138,35 +139,35 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     # (e) denominators counted per micro-batch
     "e-loss-per-micro-batch": Mutation(
-        ACTOR,
+        LEARNER,
         _BACKWARD,
         """            (loss / micro_batch["loss_weights"].sum().clamp(min=1e-9)).backward()
 """,
         f"{UPDATE}[qwen3-small-ppo-token-reinforce]",
     ),
     "e-metrics-per-micro-batch": Mutation(
-        ACTOR,
+        LEARNER,
         "sums[name] = sums.get(name, 0.0) + value.detach()",
-        "n = 1 if name == 'actor/loss' else max(1, int(micro_batch['action_mask'].sum()))\n"
+        "n = 1 if name == f'{self.name}/loss' else max(1, int(micro_batch['action_mask'].sum()))\n"
         "                share = n_actions / (n * len(micro_batches) * self.layout.dp_size)\n"
         "                sums[name] = sums.get(name, 0.0) + value.detach() * share",
         f"{UPDATE}[qwen3-small-margin-token-spo]",
     ),
     "e-rows-counted-for-samples": Mutation(
-        ACTOR,
+        LEARNER,
         'level, batch["sample_ids"])',
         "level)",
         f"{UPDATE}[qwen3-packed-ppo-sequence-reinforce]",
     ),
     "e-ratio-of-now-to-the-engine": Mutation(
-        ACTOR,
+        CORRECTIONS,
         "importance_weights(old_logps, llm_logps,",
         "importance_weights(logps, llm_logps,",
         f"{UPDATE}[qwen3-packed-tis-mask-ppo]",
     ),
     # (f) one padding row or token too many
     "f-padding-row-counts": Mutation(
-        ACTOR,
+        LEARNER,
         '        weights = token_weights(batch["action_mask"], batch["correct"], level, '
         'batch["sample_ids"])\n',
         """        pad = torch.nn.functional.pad

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from RL2.algorithms import resolve_loss
 from RL2.distributed import rank
 from RL2.models.loading import local_part
-from RL2.workers import Actor
+from RL2.workers import Actor, ShardedModel
 from tests.invariance.cases import LONGEST, TEMPERATURE
 from tests.workers.test_actor import actor_config
 
@@ -171,18 +171,16 @@ def run_spread(model: str, spread: Spread, tasks: dict, batches: dict) -> RankRe
 def run_two_policies(model: str, batches: dict) -> list[dict[str, np.ndarray | None]]:
     """On a rank of four: log-probabilities by an actor and a frozen policy, in turn, whose ranks
     share the work in different ways."""
-    spreads = SPREADS["tp2-sp2"], SPREADS["sp2-ddp2"]
-    losses = resolve_loss({"name": "nll"}), None
-    actors = [
-        Actor(spread_config(model, spread), torch.device("cpu"), loss)
-        for spread, loss in zip(spreads, losses, strict=True)
-    ]
-    return [compute_logps(actor, batches) for actor in 2 * actors]
+    configs = [spread_config(model, SPREADS[name]) for name in ("tp2-sp2", "sp2-ddp2")]
+    device = torch.device("cpu")
+    actor = Actor(configs[0], device, resolve_loss({"name": "nll"}))
+    models = [actor, ShardedModel(configs[1], device)]
+    return [compute_logps(one, batches) for one in 2 * models]
 
 
-def compute_logps(actor: Actor, batches: dict) -> dict[str, np.ndarray | None]:
+def compute_logps(model: ShardedModel, batches: dict) -> dict[str, np.ndarray | None]:
     result = {}
     for name, batch in batches.items():
-        filled = actor.compute_logps(batch if rank() == 0 else None, "ref_logps")
+        filled = model.annotate(batch if rank() == 0 else None, "ref_logps")
         result[name] = filled and filled["ref_logps"].numpy()
     return result

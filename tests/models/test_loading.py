@@ -15,7 +15,7 @@ from RL2.models import loading
 from RL2.models.causal_lm import load_model
 from RL2.models.loading import holds_all, model_fingerprint, weight_files
 from RL2.runtime.errors import ConfigError
-from RL2.workers import Actor
+from RL2.workers import ShardedModel
 from tests.ranks import run_on_ranks
 from tests.workers.test_actor import SHAPES, VOCAB, actor_config, make_model, whole
 
@@ -27,7 +27,7 @@ LLAMA3 = {
 
 
 def loaded(model, changes):
-    actor = Actor(actor_config(model, **changes), torch.device("cpu"))
+    actor = ShardedModel(actor_config(model, **changes), torch.device("cpu"))
     buffers = {name: buffer.clone() for name, buffer in actor.hf_model.named_buffers()}
     assert not any(tensor.is_meta for tensor in actor.hf_model.state_dict().values())
     return whole(actor), buffers, actor.hf_model.generation_config.to_dict()
@@ -104,14 +104,14 @@ def test_experts_that_are_fused_in_memory_are_loaded_whole(tmp_path):
 
 
 def mapped_with(model):
-    actor = Actor(actor_config(model), torch.device("cpu"))
+    actor = ShardedModel(actor_config(model), torch.device("cpu"))
     assert actor.hf_model.device.type == "cpu"
     return Path("/proc/self/maps").read_text()
 
 
 def refusal(model, changes):
     try:
-        Actor(actor_config(model, **changes), torch.device("cpu"))
+        ShardedModel(actor_config(model, **changes), torch.device("cpu"))
     except ValueError as error:
         return str(error)
     return None
@@ -122,7 +122,7 @@ import json, sys, torch
 from unittest import mock
 from RL2.distributed import process_group, rank
 from RL2.runtime.errors import ConfigError
-from RL2.workers import Actor
+from RL2.workers import ShardedModel
 from tests.workers.test_actor import actor_config
 
 def resident(which):
@@ -133,8 +133,8 @@ with process_group("cpu"):
     torch.nn.Linear(8, 8)(torch.ones(1, 8)).sum().backward()
     before = resident("VmRSS")
     # Loading alone: the check that follows gathers layer after layer, as each step does.
-    with mock.patch("RL2.workers.base.self_check"):
-        actor = Actor(actor_config(sys.argv[1]), torch.device("cpu"))
+    with mock.patch("RL2.workers.sharded_model.self_check"):
+        actor = ShardedModel(actor_config(sys.argv[1]), torch.device("cpu"))
     print(json.dumps([rank(), resident("VmHWM") - before]))
 """
 

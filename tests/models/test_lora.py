@@ -155,7 +155,7 @@ def test_dropout_is_for_training_alone(tmp_path):
 
 def loss_and_logps(model, batch, dropout):
     actor = lora_actor(model, lora={"dropout": dropout})
-    logps = actor.compute_logps(batch, "logps")["logps"]
+    logps = actor.annotate(batch, "logps")["logps"]
     return actor.update(batch, 1)["actor/loss"], logps
 
 
@@ -369,11 +369,11 @@ def test_a_reference_has_no_adapters(tmp_path):
 
 
 def reference(model):
-    from RL2.workers import Actor
+    from RL2.workers import ShardedModel
     from tests.workers.test_actor import actor_config
 
     config = actor_config(model)
     del config["lora"]
-    parameters = dict(Actor(config, torch.device("cpu")).hf_model.named_parameters())
+    parameters = dict(ShardedModel(config, torch.device("cpu")).hf_model.named_parameters())
     sharded = all(isinstance(parameter, DTensor) for parameter in parameters.values())
     return sum(map(is_adapter, parameters)), sharded

@@ -16,7 +16,7 @@ from RL2.algorithms import resolve_loss
 from RL2.distributed import process_group, rank
 from RL2.runtime.errors import ConfigError, TrainingError
 from RL2.workers import Actor
-from RL2.workers.actor import _not_finite, split_batch
+from RL2.workers.learner import not_finite, split_batch
 from tests.ranks import run_on_ranks
 
 VOCAB = 67
@@ -177,7 +177,7 @@ def put_away_between_updates(model, changes, batches, device="cpu"):
     for batch in batches:
         actor.offload()
         held.append(torch.cuda.memory_allocated() if device == "cuda" else 0)
-        if (batch := actor.compute_logps(batch if rank() == 0 else None, "old_logps")) is not None:
+        if (batch := actor.annotate(batch if rank() == 0 else None, "old_logps")) is not None:
             batch = batch | {"llm_logps": batch["old_logps"]}
         metrics.append(actor.update(batch, 1))
     return metrics, whole(actor), held
@@ -230,7 +230,7 @@ def largest_tensor_of_an_update(model, batch, implementation):
     )  # fmt: skip
     n_actions = int(batch["action_mask"].sum())
     with LargestTensor() as largest:
-        batch = actor.compute_logps(batch, "old_logps")
+        batch = actor.annotate(batch, "old_logps")
         metrics = actor.update(batch, 1)
     assert metrics["actor/grad_norm"] > 0
     return largest.numel, n_actions
@@ -262,7 +262,7 @@ def naive_spo(logits, actions, detach=False):
 def compute_logps(model, batch, n_times):
     actor = make_actor(model)
     for _ in range(n_times):
-        batch = actor.compute_logps(batch if rank() == 0 else None, "old_logps")
+        batch = actor.annotate(batch if rank() == 0 else None, "old_logps")
     return batch and batch["old_logps"]
 
 
@@ -348,7 +348,7 @@ def test_a_norm_that_is_not_clipped_below_what_float32_squares_is_left_out(tmp_p
     ],
 )
 def test_what_was_not_finite_is_named_and_no_more(loss, norm, said):
-    assert _not_finite({"actor/loss": loss, "actor/grad_norm": norm}) == said
+    assert not_finite(loss, norm) == said
 
 
 def frozen_then_not(model, batch):
@@ -435,7 +435,7 @@ def tis_update(model, batch, kind, coef):
 def two_updates(model, loss, batch, changes):
     """Of one rollout, by an engine that is the trainer: metrics of each alone and of both."""
     actor = make_actor(model, loss, avg_level="token", lr=0.03, update_per_rollout=2, **changes)
-    batch = actor.compute_logps(batch, "old_logps")
+    batch = actor.annotate(batch, "old_logps")
     batch |= {"llm_logps": batch["old_logps"]}
     if not actor.config.tis_coef:  # nobody has asked for them
         del batch["old_logps"]

@@ -194,7 +194,7 @@ class Checkpoints:
         scalars = state | {
             "step": step,
             "updates": actor.scheduler.last_epoch,
-            "updates_per_rollout": actor.config.update_per_rollout,
+            "updates_per_rollout": actor.updates_per_rollout,
             "bad_steps": actor.bad_steps,
         }
         if self._stager is not None:
@@ -438,7 +438,7 @@ class Checkpoints:
         set_state_dict(
             actor.model, actor.optimizer, model_state_dict=model, optim_state_dict=optimizer
         )
-        actor.prepare_scheduler(actor.n_updates, _updates(state, actor.config.update_per_rollout))
+        actor.prepare_scheduler(actor.n_updates, _updates(state, actor.updates_per_rollout))
         actor.bad_steps = state["bad_steps"]
         own = folder / f"rank{rank()}.pt"
         if exists(own):

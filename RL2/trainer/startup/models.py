@@ -8,7 +8,7 @@ from RL2.config.models import ask_hub, hub_options
 from RL2.datasets.end_of_turn import special_ids
 from RL2.distributed import Traffic
 from RL2.runtime.errors import ConfigError, first_line
-from RL2.workers import Actor
+from RL2.workers import ShardedModel
 
 
 def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
@@ -42,10 +42,10 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_reference(config: DictConfig, device: torch.device, traffic: Traffic) -> Actor:
+def load_reference(config: DictConfig, device: torch.device, traffic: Traffic) -> ShardedModel:
     """The reference policy; a ConfigError names the keys of `ref_actor`, which workers do not."""
     try:
-        return Actor(config.ref_actor, device, traffic=traffic)
+        return ShardedModel(config.ref_actor, device, traffic)
     except ConfigError as error:
         if str(error).startswith("actor."):
             raise ConfigError(f"ref_{error}") from error

@@ -1,4 +1,4 @@
-"""What every worker has in common."""
+"""What models have in common, trained or not."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 from transformers import ApertusConfig, AutoModelForCausalLM
 
 from RL2.distributed import rank
-from RL2.workers import Actor
+from RL2.workers import ShardedModel
 from tests.ranks import run_on_ranks
 from tests.workers.test_actor import SHAPES, actor_config, make_actor, make_batch, make_model
 
@@ -26,10 +26,10 @@ def read_after_a_forward(model, changes, trained, batch):
     if trained:
         actor = make_actor(model, "ppo", **changes)
     else:
-        actor = Actor(actor_config(model, **changes), torch.device("cpu"))
+        actor = ShardedModel(actor_config(model, **changes), torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in actor.weights()}
     n_bytes = actor.traffic.pop()["comm/weights_bytes"]
-    answer = actor.compute_logps(batch if rank() == 0 else None, "old_logps")
+    answer = actor.annotate(batch if rank() == 0 else None, "old_logps")
     split = all(isinstance(parameter, DTensor) for parameter in actor.model.parameters())
     actor.traffic.pop()
     after = {name: tensor.clone() for name, tensor in actor.weights()}
@@ -42,7 +42,7 @@ def read_after_a_forward(model, changes, trained, batch):
         get_state_dict(actor.model, actor.optimizer)
         actor.update(answer, 1)
         get_state_dict(actor.model, actor.optimizer)
-        actor.compute_logps(batch if rank() == 0 else None, "old_logps")
+        actor.annotate(batch if rank() == 0 else None, "old_logps")
         dict(actor.weights())
     return split, same
 

@@ -1,4 +1,4 @@
-"""What every worker is: a sharded model on this rank, and an optimizer where it trains."""
+"""A model spread over all ranks: all that a frozen policy is, and what a learner trains."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,16 +6,15 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 from RL2.distributed import (
     Layout,
     Traffic,
     build_mesh,
-    clip_gradients,
     full_tensors,
+    gather,
     parallelize,
+    scatter,
     sequence_parallel_mesh,
     shard,
     world_size,
@@ -37,19 +36,22 @@ from RL2.models.saved import own_memory
 from RL2.models.self_check import self_check
 from RL2.ops.token_stats import LossFunction
 
+ALWAYS = ("states", "actions", "action_mask")
+"""Fields of a batch that every forward takes."""
 
-class Worker:
-    """A model spread over all ranks.
+
+class ShardedModel:
+    """A model spread over all ranks, frozen where it is no `RL2.workers.learner.Learner`.
 
     Args:
         config: an `actor` or `ref_actor` node.
         device: this rank's device.
-        train: whether it gets an optimizer (AdamW over fp32 weights).
         traffic: counts what crosses ranks.
+        train: whether gradients will be asked for.
     """
 
     def __init__(
-        self, config, device: torch.device, *, train: bool, traffic: Traffic | None = None
+        self, config, device: torch.device, traffic: Traffic | None = None, *, train: bool = False
     ):
         self.config = config
         self.device = device
@@ -86,16 +88,8 @@ class Worker:
         check_head(self.model, config)
         # Whole parameters of which a tensor-parallel rank sees a part of the gradient.
         self.partial: list[nn.Parameter] = [self.hf_model.get_parameter(name) for name in partial]
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.scheduler: LambdaLR | None = None
-        if train:
-            self.optimizer = torch.optim.AdamW(
-                [parameter for parameter in self.model.parameters() if parameter.requires_grad],
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                fused=True,
-            )
-        else:
+        self.frozen = not train
+        if self.frozen:
             self.model.requires_grad_(False).eval()
 
     @property
@@ -114,24 +108,26 @@ class Worker:
             self.traffic.add("weights", tensor.nbytes - held.nbytes)
             yield name, tensor
 
-    def prepare_scheduler(self, n_updates: int, done: int = 0) -> None:
-        """Warm-up and decay of the learning rate over `n_updates` optimizer steps, of which `done`
-        lie behind. Rate and weight decay are the config's, whatever was loaded."""
-        self.n_updates = n_updates
-        for group in self.optimizer.param_groups:
-            group |= {"lr": self.config.lr, "initial_lr": self.config.lr}
-            group["weight_decay"] = self.config.weight_decay
-        name = self.config.scheduler
-        self.scheduler = get_scheduler(
-            # transformers' `constant` ignores the warm-up that `warmup_ratio` asks for
-            "constant_with_warmup" if name == "constant" else str(name),
-            self.optimizer,
-            num_warmup_steps=int(self.config.warmup_ratio * n_updates),
-            num_training_steps=n_updates,
-        )
-        if done > 0:
-            factors = self.scheduler.lr_lambdas
-            self.scheduler = LambdaLR(self.optimizer, factors, last_epoch=done - 1)
+    def annotate(self, batch: Batch | None, field: str, statistic: str = "logps") -> Batch | None:
+        """Add this model's `statistic` of the actions to rank 0's batch, as `field [B, T]`."""
+        length = self.config.max_inference_length_per_device
+        micro_batches, plan = self.scatter(batch, ALWAYS, length)
+        found = []
+        with self.inference():
+            for micro_batch in micro_batches:
+                stats = self.forward(self.to_device(micro_batch), (statistic,))
+                flat = torch.zeros(len(micro_batch["states"]))
+                flat[micro_batch["action_mask"]] = stats[statistic].cpu()
+                found.append(flat)
+        values = gather(found, plan, self.traffic)
+        if self.frozen:  # it has nothing else to do in this step
+            self.offload()
+        return batch if values is None else batch | {field: values}
+
+    def scatter(self, batch: Batch | None, fields: tuple[str, ...], max_length: int):
+        """This rank's micro-batches of rank 0's batch, and the plan by which `gather` puts what
+        comes of them together, see `RL2.distributed.comm.scatter`."""
+        return scatter(batch, fields, max_length, self.layout, self.attention_cost, self.traffic)
 
     def to_device(self, micro_batch: Batch) -> Batch:
         """Keep what the statistics need of a micro-batch and put it on the device.
@@ -189,37 +185,12 @@ class Worker:
             yield
         self.model.reshard()
 
-    def clip_gradients(self) -> torch.Tensor:
-        """Bring the gradients to an end and clip them to `max_grad_norm`; returns the norm before
-        clipping, over all ranks."""
-        for parameter in self.partial:
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad.to_local(), group=self.tp_group)
-        return clip_gradients(self.model.parameters(), self.config.max_grad_norm)
-
-    def clip_large_gradients(self) -> torch.Tensor:
-        """What `clip_gradients` has left as it was on every rank, in float64."""
-        parameters = self.model.parameters()
-        return clip_gradients(parameters, self.config.max_grad_norm, torch.float64)
-
-    def load(self, *, optimizer: bool = False) -> None:
-        """Bring what `offload` has put away back to the device, the moments if `optimizer`."""
+    def load(self) -> None:
+        """Bring what `offload` has put away back to the device."""
         if self.config.offload_model:
             self.model.to(self.device)
-        if optimizer and self.config.get("offload_optimizer"):
-            _move_moments(self.optimizer, self.device)
 
     def offload(self) -> None:
-        """Put model and moments into CPU memory, as far as `offload_model` and
-        `offload_optimizer` say. Only `load` may follow."""
+        """Put the weights into CPU memory, if `offload_model`. Only `load` may follow."""
         if self.config.offload_model:
             self.model.to("cpu")
-        if self.config.get("offload_optimizer"):
-            _move_moments(self.optimizer, torch.device("cpu"))
-
-
-def _move_moments(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor) and value.dim() > 0:  # the step count stays
-                state[name] = value.to(device)

@@ -1,0 +1,65 @@
+"""What a config puts around a token loss: importance weights, entropy bonus and KL penalty."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from RL2.algorithms.importance import importance_weights
+from RL2.algorithms.kl import approx_kl
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """Off as they stand here; the attributes are the keys of `actor` of those names."""
+
+    tis_coef: float = 0.0
+    tis_type: str = "truncate"
+    entropy_coef: float = 0.0
+    kl_coef: float = 0.0
+    kl_type: str | None = None
+    kl_loss_estimator: str = "k2"
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Corrections":
+        """Of an `actor` node; what it does not have, as that of sft, is off."""
+        kl, entropy = config.get("kl") or {}, config.get("entropy") or {}
+        found = {
+            "tis_coef": config.get("tis_coef"),
+            "tis_type": config.get("tis_type"),
+            "entropy_coef": entropy.get("coef"),
+            "kl_coef": kl.get("coef"),
+            "kl_type": kl.get("type"),
+            "kl_loss_estimator": kl.get("loss_estimator"),
+        }
+        return cls(**{name: value for name, value in found.items() if value is not None})
+
+
+def corrected(
+    losses: Tensor, tokens: Mapping[str, Tensor], corrections: Corrections
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses `[N]` of tokens with all corrections, and the sums of what there is to tell of them.
+
+    Args:
+        tokens: `[N]` each: `logps`, `entropy`, `old_logps` and, where there are some, `llm_logps`
+            and `ref_logps`.
+    """
+    logps, entropy, old_logps = (tokens[name] for name in ("logps", "entropy", "old_logps"))
+    metrics = {"actor/entropy": entropy.sum()}
+    if (llm_logps := tokens.get("llm_logps")) is not None:
+        # k3 on the engine's own samples: KL(engine || trainer), zero if both are one policy
+        metrics["rollout/llm_kl"] = approx_kl(llm_logps, old_logps, "k3").sum()
+        if (bound := corrections.tis_coef) > 0:
+            weights = importance_weights(old_logps, llm_logps, bound, corrections.tis_type)
+            losses = losses.masked_fill(weights == 0, 0.0) * weights
+            if corrections.tis_type == "mask":
+                metrics["actor/tis_masked"] = (weights == 0).to(weights).sum()
+    if corrections.entropy_coef != 0:  # else entropy is a metric, and costs no gradient
+        losses = losses - corrections.entropy_coef * entropy
+    if "ref_logps" in tokens:
+        kl = approx_kl(logps, tokens["ref_logps"], corrections.kl_loss_estimator)
+        metrics["actor/kl"] = kl.sum()
+        if corrections.kl_type == "loss":
+            losses = losses + corrections.kl_coef * kl
+    return losses, metrics

@@ -1,0 +1,306 @@
+"""What any learner does: the optimizer steps on a batch, and what is told of them."""
+
+import logging
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from RL2.algorithms.contract import RESERVED
+from RL2.algorithms.reductions import token_weights
+from RL2.distributed import Traffic, broadcast, clip_gradients, rank, sum_over_ranks, world_size
+from RL2.distributed.agreement import all_names, first_reason
+from RL2.distributed.comm import Batch
+from RL2.models.causal_lm import start_updates
+from RL2.runtime.errors import TrainingError
+from RL2.workers.sharded_model import ALWAYS, ShardedModel
+
+logger = logging.getLogger(__name__)
+
+
+def split_batch(batch: Batch, n_parts: int) -> list[Batch]:
+    """Cut a batch into `n_parts` optimizer batches, never through a multi-turn sample."""
+    samples = batch["sample_ids"].unique_consecutive(return_counts=True)[1]
+    rows_per_part = [int(counts.sum()) for counts in samples.tensor_split(n_parts)]
+    split = {name: field.split(rows_per_part) for name, field in batch.items()}
+    return [{name: parts[i] for name, parts in split.items()} for i in range(n_parts)]
+
+
+class Learner(ShardedModel):
+    """A model that is trained: with AdamW over fp32 weights and a schedule of the learning rate.
+
+    A kind of learner says what it learns from: `losses`, `fields` and, where not every batch can
+    change its weights, `learns`. Everything else is the same for all.
+
+    Args:
+        config: its node, such as `actor`.
+        device: this rank's device.
+        name: of the node, and so of its metrics (`actor/...`) and in checkpoints.
+        max_bad_steps: non-finite updates in a row after which `update` raises.
+        traffic: counts what crosses ranks.
+
+    Attributes:
+        moved: whether the weights are not those any more that the batch met, as an optimizer step
+            on a part of it lies behind.
+        fault: what its loss has done wrong on this rank; `update` raises on all of them then.
+    """
+
+    def __init__(
+        self,
+        config,
+        device: torch.device,
+        name: str,
+        max_bad_steps: int = 1,
+        traffic: Traffic | None = None,
+    ):
+        super().__init__(config, device, traffic, train=True)
+        self.name = name
+        self.max_bad_steps = max_bad_steps
+        self.bad_steps = 0
+        self.moved = False
+        self.fault: str | None = None
+        self.warned: set[str] = set()  # metrics of the loss that were not finite once
+        self.optimizer = torch.optim.AdamW(
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.scheduler: LambdaLR | None = None
+
+    @property
+    def origin(self) -> str:
+        """What the faults of its loss are told of, such as the key that names the loss."""
+        return self.name
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Of a batch, those that `losses` reads where they are there."""
+        return ()
+
+    def learns(self, batch: Batch) -> bool:
+        """Rank 0: whether a batch with actions can change the weights."""
+        return True
+
+    def losses(self, micro_batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's share of the batch loss, with its gradient, and of the sums over
+        tokens behind the metrics, by their whole names.
+
+        Args:
+            micro_batch: from `to_device`; its `loss_weights [A]` add up to the batch loss. It may
+                be without any token, and has a backward then, too: other ranks wait for it.
+
+        A sum called `bad_losses` counts losses that were not finite, for the error's text.
+        """
+        raise NotImplementedError
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps on one batch of the source."""
+        return self.config.get("update_per_rollout", 1)
+
+    def prepare_scheduler(self, n_updates: int, done: int = 0) -> None:
+        """Warm-up and decay of the learning rate over `n_updates` optimizer steps, of which `done`
+        lie behind. Rate and weight decay are the config's, whatever was loaded."""
+        self.n_updates = n_updates
+        for group in self.optimizer.param_groups:
+            group |= {"lr": self.config.lr, "initial_lr": self.config.lr}
+            group["weight_decay"] = self.config.weight_decay
+        name = self.config.scheduler
+        self.scheduler = get_scheduler(
+            # transformers' `constant` ignores the warm-up that `warmup_ratio` asks for
+            "constant_with_warmup" if name == "constant" else str(name),
+            self.optimizer,
+            num_warmup_steps=int(self.config.warmup_ratio * n_updates),
+            num_training_steps=n_updates,
+        )
+        if done > 0:
+            factors = self.scheduler.lr_lambdas
+            self.scheduler = LambdaLR(self.optimizer, factors, last_epoch=done - 1)
+
+    def update(self, batch: Batch | None, step: int) -> dict[str, float]:
+        """`updates_per_rollout` optimizer steps on rank 0's batch; metrics on every rank.
+
+        `batch` is None on the other ranks, and on rank 0 where a rollout left nothing to train
+        on. What cannot change the weights (no action, no correct sequence with
+        `avg_level=correct`, `learns` says so) is skipped whole and counted in `<name>/skipped`; a
+        loss or gradient that is not finite likewise in `<name>/nonfinite`.
+
+        Raises:
+            TrainingError: `max_bad_steps` non-finite updates in a row, or a loss that breaks
+                `RL2.algorithms.contract`; on every rank.
+        """
+        if step <= self.config.freeze_steps:
+            return {}
+        n_parts = self.updates_per_rollout
+        parts = [None] * n_parts if batch is None else split_batch(batch, n_parts)
+        self.load(optimizer=True)
+        start_updates(self.model, self.config.dropout)
+        rate = self.scheduler.get_last_lr()[0]
+        self.moved = False
+        metrics: list[dict[str, float]] = []
+        for part in parts:
+            metrics.append(self._optimizer_step(part))
+            self.moved |= f"{self.name}/grad_norm" in metrics[-1]
+        return self._merged(metrics) | {f"{self.name}/lr": rate}
+
+    def _optimizer_step(self, batch: Batch | None) -> dict[str, float]:
+        order = None
+        if rank() == 0:
+            batch, order = self._count(batch)
+        order = broadcast(order)
+        if order is None:
+            return {f"{self.name}/skipped": 1.0}
+        n_actions, fields = order
+
+        micro_batches, _ = self.scatter(batch, fields, self.config.max_length_per_device)
+        sums: dict[str, Tensor] = {}
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            # Over the replicas (HSDP) once an update; within one after every micro-batch, so that
+            # no rank keeps whole gradients.
+            self.model.set_requires_all_reduce(number == len(micro_batches))
+            loss, metrics = self.losses(self.to_device(micro_batch))
+            loss.backward()
+            for name, value in (metrics | {f"{self.name}/loss": loss}).items():
+                sums[name] = sums.get(name, 0.0) + value.detach()
+        grad_norm = self.clip_gradients()
+        # The norm does not see what one replica, or one tensor-parallel rank, has in parameters
+        # that others hold as well: where it is not finite on one rank, all have to skip.
+        sums["bad_ranks"] = (~grad_norm.isfinite()).to(grad_norm)
+        sums["bad_calls"] = torch.full_like(grad_norm, self.fault is not None)
+        # One wait for the device, however many metrics there are. A loss may have some on one rank
+        # only: a token that has none counts as 0.
+        names, zero = all_names(sums), torch.zeros_like(grad_norm)
+        totals = sum_over_ranks(torch.stack([sums.get(name, zero).double() for name in names]))
+        totals = totals / self.layout.tp_size  # whose ranks counted the same tokens
+        totals, norm = dict(zip(names, totals.tolist(), strict=True)), grad_norm.item()
+        if totals.pop("bad_calls"):
+            self.optimizer.zero_grad()
+            raise TrainingError(f"{self.origin}: {first_reason(self.fault)}")
+        loss = totals[f"{self.name}/loss"]
+        n_bad, n_ranks = totals.pop("bad_ranks") * self.layout.tp_size, world_size()
+        if n_bad == n_ranks and self._is_too_large_alone(loss):
+            large = self.clip_large_gradients()
+            n_bad, norm = sum_over_ranks((~large.isfinite()).to(large)).item(), large.item()
+        if n_bad and math.isfinite(norm):
+            norm = math.nan
+        bad_losses = int(totals.pop("bad_losses", 0))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return self._reject(loss, norm, bad_losses)
+        self.bad_steps = 0
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        means = {name: total / n_actions for name, total in totals.items()}
+        own = {"loss": loss, "grad_norm": norm, "skipped": 0.0, "nonfinite": 0.0}
+        return self._finite(means | {f"{self.name}/{name}": own[name] for name in own})
+
+    def _is_too_large_alone(self, loss: float) -> bool:
+        """Whether a norm that is not finite may be one whose squares float32 does not hold, and
+        squares of the clipped gradients, which AdamW takes, are in its reach."""
+        return math.isfinite(loss) and self.config.max_grad_norm**2 < torch.finfo(torch.float32).max
+
+    def _count(self, batch: Batch | None) -> tuple[Batch | None, tuple | None]:
+        """Rank 0, before the first backward: what divides the loss, or None to skip."""
+        level = self.config.avg_level
+        if batch is None or not batch["action_mask"].any():
+            return batch, None
+        if not (batch["correct"].any() if level == "correct" else self.learns(batch)):
+            return batch, None
+        weights = token_weights(batch["action_mask"], batch["correct"], level, batch["sample_ids"])
+        batch = batch | {"loss_weights": weights}
+        fields = (*ALWAYS, "loss_weights", *sorted({*self.fields} & batch.keys()))
+        return batch, (int(batch["action_mask"].sum()), fields)
+
+    def clip_gradients(self) -> Tensor:
+        """Bring the gradients to an end and clip them to `max_grad_norm`; returns the norm before
+        clipping, over all ranks."""
+        for parameter in self.partial:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad.to_local(), group=self.tp_group)
+        return clip_gradients(self.model.parameters(), self.config.max_grad_norm)
+
+    def clip_large_gradients(self) -> Tensor:
+        """What `clip_gradients` has left as it was on every rank, in float64."""
+        parameters = self.model.parameters()
+        return clip_gradients(parameters, self.config.max_grad_norm, torch.float64)
+
+    def _reject(self, loss: float, norm: float, bad_losses: int) -> dict[str, float]:
+        """bad_losses: how many of those that count were not finite as the loss returned them."""
+        self.optimizer.zero_grad()
+        self.bad_steps += 1
+        what = not_finite(loss, norm)
+        if bad_losses:
+            what += f"; {self.origin} returned {bad_losses} losses that were not"
+        if self.bad_steps == 1:
+            logger.warning(
+                "%s: %s; this update was left out (%s/nonfinite)", self.name, what, self.name
+            )
+        if self.bad_steps >= self.max_bad_steps:
+            raise TrainingError(
+                f"{self.name}: {what} in the last of {self.bad_steps} updates in a row "
+                f"(trainer.max_bad_steps) that had to be left out; lower {self.name}.lr or look at "
+                "the last rollouts"
+            )
+        return {f"{self.name}/nonfinite": 1.0, f"{self.name}/skipped": 0.0}
+
+    def _finite(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Without the loss's own that are not finite, of each of which one line is said."""
+        prefix = f"{self.name}/"
+        bad = {
+            name: value
+            for name, value in metrics.items()
+            if not math.isfinite(value) and name.removeprefix(prefix) not in RESERVED
+        }
+        for name in bad.keys() - self.warned:
+            logger.warning(
+                "%s: the mean of its metric %s is %s, which is left out of the step's metrics",
+                self.origin, name.removeprefix(prefix), bad[name],
+            )  # fmt: skip
+        self.warned |= bad.keys()
+        return {name: value for name, value in metrics.items() if name not in bad}
+
+    def _merged(self, metrics: Iterable[dict[str, float]]) -> dict[str, float]:
+        """Mean over the optimizer steps that have the metric; counts are summed."""
+        values: dict[str, list[float]] = {}
+        for one in metrics:
+            for name, value in one.items():
+                values.setdefault(name, []).append(value)
+        counts = (f"{self.name}/skipped", f"{self.name}/nonfinite")
+        return {
+            name: sum(them) if name in counts else sum(them) / len(them)
+            for name, them in values.items()
+        }
+
+    def load(self, *, optimizer: bool = False) -> None:
+        """Bring what `offload` has put away back to the device, the moments if `optimizer`."""
+        super().load()
+        if optimizer and self.config.offload_optimizer:
+            _move_moments(self.optimizer, self.device)
+
+    def offload(self) -> None:
+        """Put weights and moments into CPU memory, as far as `offload_model` and
+        `offload_optimizer` say. Only `load` may follow."""
+        super().offload()
+        if self.config.offload_optimizer:
+            _move_moments(self.optimizer, torch.device("cpu"))
+
+
+def not_finite(loss: float, norm: float) -> str:
+    """Which of the two, of an update that is left out, was not finite."""
+    values = {"loss": loss, "gradient norm": norm}
+    bad = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
+    good = [f"{name} {value:.4g}" for name, value in values.items() if math.isfinite(value)]
+    also = f" (the {good[0]} was)" if good else ""
+    return f"the {' and the '.join(bad)} {'was' if good else 'were'} not finite{also}"
+
+
+def _move_moments(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.dim() > 0:  # the step count stays
+                state[name] = value.to(device)
