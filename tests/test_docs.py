@@ -18,6 +18,7 @@ from RL2.config.schema import RLConfig, SFTConfig, key_types
 from RL2.environments.environment import load_environment
 from RL2.rollout.sample_table import SampleTable, summarise
 from RL2.rollout.samples import Sample
+from RL2.trainer.registries import registry_of
 from tests.config.support import compose_config, write_model_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,7 +107,7 @@ def test_the_quickstart_makes_those_files():
     ("trainer", "overrides"), COMMANDS, ids=[str(i) for i in range(len(COMMANDS))]
 )
 def test_every_command_passes_all_checks(readme_folder, trainer, overrides):
-    check_overrides(trainer, overrides)
+    check_overrides(trainer, overrides, registry_of)
     validate(compose_config(trainer, overrides), world_size=1)
 
 

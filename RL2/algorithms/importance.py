@@ -8,10 +8,12 @@ from RL2.runtime.errors import ConfigError
 
 
 def _truncate(ratio: Tensor, bound: float) -> Tensor:
+    """Ratios above C count as C."""
     return ratio.clamp(max=bound)
 
 
 def _mask(ratio: Tensor, bound: float) -> Tensor:
+    """Tokens outside of 1/C to C count for nothing."""
     return ratio.masked_fill((ratio > bound) | (ratio < 1 / bound), 0.0)
 
 

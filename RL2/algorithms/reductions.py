@@ -14,14 +14,17 @@ from RL2.runtime.errors import ConfigError
 
 
 def _token(mask: Tensor, correct: Tensor, sample: Tensor) -> Tensor:
+    """All action tokens."""
     return mask / mask.sum().clamp(min=1)
 
 
 def _sequence(mask: Tensor, correct: Tensor, sample: Tensor) -> Tensor:
+    """All samples, each by its own tokens first."""
     return _per_token_of_its_sample(mask, sample) / max(len(sample.unique()), 1)
 
 
 def _correct(mask: Tensor, correct: Tensor, sample: Tensor) -> Tensor:
+    """Correct samples, which alone are trained on."""
     weights = _per_token_of_its_sample(mask, sample) * correct.unsqueeze(-1)
     return weights / max(len(sample[correct > 0].unique()), 1)
 

@@ -4,7 +4,8 @@ from collections.abc import Set
 
 from omegaconf import DictConfig, OmegaConf
 
-from RL2.config.schema import Device, Dtype, EngineName
+from RL2.config.engines import EMBEDDED, ENGINES, SERVERS
+from RL2.config.schema.choices import Device, Dtype
 from RL2.runtime.errors import ConfigError
 
 
@@ -129,9 +130,9 @@ def _model_fallbacks(config: DictConfig, group: str, cuda: bool, available: Set[
 def _rollout_fallbacks(config: DictConfig, available: Set[str]) -> list[str]:
     rollout, warnings = config.rollout, []
     on_cuda = config.actor.device == Device.cuda
-    if rollout.engine == EngineName.auto:
-        installed = [name for name in ("sglang", "vllm") if name in available]
-        rollout.engine = installed[0] if on_cuda and installed else EngineName.transformers
+    if rollout.engine == "auto":
+        installed = [name for name in SERVERS if name in available]
+        rollout.engine = installed[0] if on_cuda and installed else EMBEDDED
         if on_cuda and not installed:
             warnings.append(
                 "rollout.engine=auto: neither sglang nor vllm is installed; using transformers, "
@@ -142,7 +143,7 @@ def _rollout_fallbacks(config: DictConfig, available: Set[str]) -> list[str]:
     elif rollout.dtype == Dtype.bfloat16 and not on_cuda:
         warnings.append("rollout.dtype=bfloat16: needs CUDA; using float32")
         rollout.dtype = Dtype.float32
-    if rollout.engine == EngineName.transformers:
+    if not ENGINES[rollout.engine].server:
         return warnings + _without_servers(rollout, on_cuda)
 
     ours = rollout.server_url is None

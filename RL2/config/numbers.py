@@ -6,17 +6,19 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from RL2.config.overrides import is_open
+from RL2.config.schema import key_types
 from RL2.runtime.errors import ConfigError
 
 _LARGEST, _SMALLEST = (2 - 2.0**-23) * 2.0**127, 2.0**-126  # of float32, with all its digits
 _LONGEST = 1e8  # seconds, three years; clocks and sockets end at some 1e9
 
 
-def check_numbers(config: DictConfig, known: dict[str, Any]) -> None:
+def check_numbers(config: DictConfig, schema: type) -> None:
     """Raise ConfigError for the first number that would become infinite, 0 or an overflow.
 
-    known: types by key. A user's own options are left alone.
+    A user's own options are left alone.
     """
+    known = key_types(schema)
     for key, value in _numbers(OmegaConf.to_container(config, resolve=True), "", known):
         fault = _fault(key, value)
         if fault is not None:

@@ -23,8 +23,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from RL2.config.elsewhere import VALUES, key_here, value_here
-from RL2.config.schema import SCHEMAS, key_types, structured
+from RL2.config.elsewhere import key_here
+from RL2.config.names import RegistryOf, advice, check_name, listing
+from RL2.config.schema import SCHEMAS, key_types, keys_of, structured
 from RL2.runtime.errors import ConfigError
 from RL2.runtime.secrets import HIDDEN, is_secret_name, redact
 
@@ -40,7 +41,7 @@ _BESIDE_THE_POINT = (
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
-def check_overrides(config_name: str, argv: Sequence[str]) -> list[str]:
+def check_overrides(config_name: str, argv: Sequence[str], registry_of: RegistryOf) -> list[str]:
     """Check the hydra overrides of a command line against the schema of `config_name`.
 
     Returns the command line with the overrides first: hydra takes none behind a flag that stands
@@ -49,10 +50,12 @@ def check_overrides(config_name: str, argv: Sequence[str]) -> list[str]:
     Args:
         config_name: a yaml file of `RL2/trainer/config`, without its extension.
         argv: the arguments after the module; hydra's flags and its own keys (`hydra.…`) pass.
+        registry_of: is asked of the keys that are set, after all else is right.
 
     Raises:
         ConfigError: an override that does not parse, an unknown key (added with `+` or not), a
-            deleted key, a sweep without `--multirun`, or a value of the wrong type.
+            deleted key, a sweep without `--multirun`, a value of the wrong type, or a name that
+            its registry does not have.
     """
     for line in argv:
         _check_secret(line)
@@ -75,10 +78,16 @@ def check_overrides(config_name: str, argv: Sequence[str]) -> list[str]:
     sweeps = flags.multirun or any(line.startswith("hydra.mode=MULTIRUN") for line in lines)
     schema = SCHEMAS[config_name]
     typed = structured(schema)
-    for override in overrides:
-        if override.is_hydra_override() or _is_users_group(override, flags.config_dir):
-            continue
+    ours = [
+        override
+        for override in overrides
+        if not override.is_hydra_override() and not _is_users_group(override, flags.config_dir)
+    ]
+    for override in ours:
         _check(override, schema, typed, sweeps)
+    for override in ours:
+        for value in _values(override):
+            _check_names(_key_of(override), value, schema, registry_of)
     others = list(argv)
     for line in lines:
         others.remove(line)
@@ -149,8 +158,21 @@ def _is_users_group(override: Override, config_dir: str | None) -> bool:
     return config_dir is not None and Path(config_dir, override.key_or_group).is_dir()
 
 
+def _key_of(override: Override) -> str:
+    return override.get_key_element().lstrip("+~")
+
+
+def _check_names(key: str, value: Any, schema: type, registry_of: RegistryOf) -> None:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_names(f"{key}.{name}", inner, schema, registry_of)
+    elif (entry := keys_of(schema).get(key)) is not None and "${" not in str(value):
+        if (known := registry_of(key)) is not None:
+            check_name(key, value, entry, known)
+
+
 def _check(override: Override, schema: type, typed: DictConfig, sweeps: bool) -> None:
-    key, line = override.get_key_element().lstrip("+~"), override.input_line
+    key, line = _key_of(override), override.input_line
     known = key_types(schema)
     if key not in known and not is_open(key, known):
         raise ConfigError(unknown_key_message(key, schema, line))
@@ -220,18 +242,7 @@ def _type_advice(key: str, kind: Any, value: Any) -> str:
         return f"not {_kind(member)}{null} as it is written; use {key}={int(value)}"
     if not (isinstance(member, type) and issubclass(member, Enum)):
         return f"not {_kind(member)}{null}"
-    name = key.rpartition(".")[2]
-    article = "an" if name[0] in "aeiou" else "a"
-    choices = [one.value for one in member] + ["null"] * bool(null)
-    use = f"use {_listing(choices, 'or')}"
-    if (here := value_here(name, value)) is not None:
-        return f"{here}; {use}"
-    elsewhere = VALUES.get(name, {})
-    close = difflib.get_close_matches(str(value), [*choices, *elsewhere], n=1)
-    hint = f" (did you mean {close[0]}?" if close else ""
-    if close and close[0] in elsewhere:
-        hint += f" {elsewhere[close[0]]}"
-    return f"not {article} {name}; {use}{hint}{')' if hint else ''}"
+    return advice(key, value, [one.value for one in member] + ["null"] * bool(null))
 
 
 def _kind(member: Any) -> str:
@@ -240,7 +251,7 @@ def _kind(member: Any) -> str:
     if typing.get_origin(member) is list:
         return "a list of texts [one,two]"
     if isinstance(member, type) and issubclass(member, Enum):
-        return _listing([one.value for one in member], "or")
+        return listing([one.value for one in member], "or")
     return _KINDS[member]
 
 
@@ -264,24 +275,19 @@ def _advice(key: str, schema: type) -> str:
     by_path = difflib.get_close_matches(key, leaves, n=1, cutoff=0.8)
     suggestions = list(dict.fromkeys([*by_path, *by_name]))[:3]
     if suggestions:
-        return f"did you mean {_listing(suggestions, 'or')}?"
+        return f"did you mean {listing(suggestions, 'or')}?"
     parent = next((one for one in _parents(key) if one in known), None)
     if parent is None:
-        return f"the groups are {_listing([one for one in known if '.' not in one], 'and')}"
+        return f"the groups are {listing([one for one in known if '.' not in one], 'and')}"
     return f"the keys of {parent} are {_keys_of(parent, known)}"
 
 
 def _keys_of(group: str, known: dict[str, Any]) -> str:
     prefix = f"{group}."
     inner = [one.removeprefix(prefix) for one in known if one.startswith(prefix)]
-    return _listing([one for one in inner if "." not in one], "and")
+    return listing([one for one in inner if "." not in one], "and")
 
 
 def _parents(key: str) -> list[str]:
     parts = key.split(".")
     return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
-
-
-def _listing(items: Sequence[str], last: str) -> str:
-    *front, end = items
-    return f"{', '.join(front)} {last} {end}" if front else end

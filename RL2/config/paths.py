@@ -8,21 +8,13 @@ from collections.abc import Sequence
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from RL2.config.schema import SCHEMAS, keys_of
 from RL2.runtime.errors import ConfigError
 
-PATH_KEYS = (
-    "actor.model_name",
-    "ref_actor.model_name",
-    "rollout.model_name",
-    "rollout.env_path",
-    "rollout.server_python",
-    "rollout.weights_dir",
-    "actor.loss.import_path",
-    "trainer.save_dir",
-    "trainer.load_ckpt_from",
-    "train_data.path",
-    "test_data.path",
-    "data.path",
+PATH_KEYS = tuple(
+    dict.fromkeys(
+        name for schema in SCHEMAS.values() for name, key in keys_of(schema).items() if key.path
+    )
 )
 """The keys that may name a file or folder."""
 
@@ -72,6 +64,27 @@ def not_there(path: str, kind: str = "file") -> str:
     if os.path.islink(path):
         return f"is a link to nothing; no such {kind}"
     return f"no such {kind}" + ("" if os.path.isabs(path) else f" in {os.getcwd()}")
+
+
+def check_folder(key: str, path: str) -> None:
+    """ConfigError where `path` can never be a folder, or is a file."""
+    if not path.strip() or not path.isprintable() or not _can_exist(path):
+        raise ConfigError(
+            f"{key}={path}: cannot be a folder; give a path without control characters, such as "
+            "runs/first"
+        )
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise ConfigError(f"{key}={path}: is a file; give a folder")
+
+
+def _can_exist(path: str) -> bool:
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return True  # what is in its way, other checks tell
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def expand_argv(argv: Sequence[str]) -> list[str]:

@@ -19,7 +19,6 @@ from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.rewards import in_float32
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
 from RL2.config.models import ask_hub
-from RL2.config.schema import Dtype
 from RL2.datasets.end_of_turn import EndTokens, load_end_tokens
 from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks, world_size
 from RL2.distributed.agreement import all_or_none, check_same, together
@@ -159,7 +158,7 @@ class Trainer:
         name_ends(self.actor.hf_model, ends.saved, missing)
         self.kept = all_or_none(lambda: keep_files(self.actor, self.tokenizer))
         self.actor.prepare_scheduler(self.n_steps * actor.update_per_rollout)
-        if self.is_rl and config.rollout.dtype == Dtype.auto:  # on CUDA: one dtype for both
+        if self.is_rl and config.rollout.dtype == "auto":  # on CUDA: one dtype for both
             config.rollout.dtype = str(self.actor.dtypes.compute).removeprefix("torch.")
         self.policies = {"old_logps": self.actor}
         if "ref_logps" in self.required:

@@ -20,6 +20,7 @@ from packaging.version import Version
 from RL2 import __version__
 from RL2.config import (
     apply_fallbacks,
+    check_names,
     check_overrides,
     composition_error,
     expand_argv,
@@ -27,6 +28,7 @@ from RL2.config import (
     register_schemas,
     validate,
 )
+from RL2.config.engines import SERVERS
 from RL2.config.launcher import check_gpu, check_launch_variables
 from RL2.config.paths import check_working_directory
 from RL2.runtime.errors import ConfigError, DataError, Interrupted, RL2Error, TrainingError
@@ -35,6 +37,7 @@ from RL2.runtime.leaving import end_in_time, leave_at_once, one_line_for_ctrl_c
 from RL2.runtime.secrets import for_terminal, readable, redact
 from RL2.runtime.stop import follow_launcher
 from RL2.runtime.streams import hurry_streams, keep_streams
+from RL2.trainer.registries import registry_of
 from RL2.trainer.startup.help import asks_for_help, help_text
 from RL2.trainer.startup.sweep import name_run
 
@@ -46,7 +49,7 @@ logger = logging.getLogger("RL2")
 _WAIT_FOR_FIRST = 10.0  # seconds; a process takes one to three to get to its checks
 # As in pyproject.toml. Long before these, torch.load ran code even with weights_only (below 2.6).
 FLOORS = {"torch": "2.13", "transformers": "5.19"}
-_OPTIONAL = ("flash_attn", "liger_kernel", "peft", "sglang", "triton", "vllm")
+_OPTIONAL = ("flash_attn", "liger_kernel", "peft", "triton", *SERVERS)
 
 
 def _fail(error: RL2Error, own: bool = False, early: bool = False) -> NoReturn:
@@ -105,7 +108,7 @@ def run(config_name: str) -> None:
     try:
         check_working_directory()
         check_versions()
-        sys.argv[1:] = check_overrides(config_name, expand_argv(sys.argv[1:]))
+        sys.argv[1:] = check_overrides(config_name, expand_argv(sys.argv[1:]), registry_of)
     except RL2Error as error:
         _fail(error, early=True)
 
@@ -185,13 +188,14 @@ def prepare(config: DictConfig) -> Facts:
         # What happens to a rank's own servers and environments is told by no other.
         logging.getLogger("RL2.rollout").setLevel(logging.WARNING)
 
-    import torch  # after the checks: it takes seconds
+    import torch  # after the other checks: it takes seconds
     import transformers
 
     from RL2.trainer.startup.started_with import started_with
 
     if torch.version.cuda and config.actor.device == "auto" and not torch.cuda.is_available():
         logger.info("actor.device=auto: no GPU found, though torch is built for one; using the CPU")
+    check_names(config, registry_of)
     available = {name for name in _OPTIONAL if find_spec(name)}
     for line in apply_fallbacks(config, torch.cuda.is_available(), available):
         logger.warning(line)

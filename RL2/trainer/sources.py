@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
+from RL2.config.engines import SERVERS
 from RL2.config.models import context_length
-from RL2.config.schema import EngineName
 from RL2.datasets import RLDataset, SFTDataset, collate, make_loader
 from RL2.datasets.end_of_turn import EndTokens, end_tokens
 from RL2.distributed import rank, second_group, world_size
@@ -159,7 +159,7 @@ class RolloutSource:
 
     def start(self, device: torch.device) -> None:
         """Load the engine, or start its servers. It serves the actor after `publish`."""
-        if self.ahead and self.config.rollout.engine == EngineName.transformers:
+        if self.ahead and self.config.rollout.engine not in SERVERS:
             self._while_open.enter_context(without_switching())
         drivers = self._drivers()
         engine = build_engine(self.config, self.tokenizer, device) if rank() in drivers else None
@@ -196,7 +196,7 @@ class RolloutSource:
     def _drivers(self) -> tuple[int, ...]:
         """The ranks with an engine: all of them in process, with servers one on each machine, with
         servers of somebody else's the first one."""
-        if self.config.rollout.engine == EngineName.transformers or world_size() == 1:
+        if self.config.rollout.engine not in SERVERS or world_size() == 1:
             return tuple(range(world_size()))
         if self.config.rollout.server_url is not None:
             return (0,)

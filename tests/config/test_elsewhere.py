@@ -6,13 +6,14 @@ from RL2.config import check_overrides
 from RL2.config.elsewhere import KEYS, VALUES, key_here
 from RL2.config.schema import RLConfig, SFTConfig, key_types
 from RL2.runtime.errors import ConfigError
+from RL2.trainer.registries import registry_of
 
 RL, SFT = key_types(RLConfig), key_types(SFTConfig)
 
 
 def message(line, name="spo"):
     with pytest.raises(ConfigError) as caught:
-        check_overrides(name, [line])
+        check_overrides(name, [line], registry_of)
     return str(caught.value)
 
 

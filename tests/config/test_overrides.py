@@ -4,11 +4,12 @@ from hydra._internal.utils import get_args_parser
 
 from RL2.config import check_overrides, composition_error, register_schemas
 from RL2.runtime.errors import ConfigError
+from RL2.trainer.registries import registry_of
 
 
 def message(*argv: str, name: str = "spo") -> str:
     with pytest.raises(ConfigError) as caught:
-        check_overrides(name, argv)
+        check_overrides(name, argv, registry_of)
     text = str(caught.value)
     assert "\n" not in text
     return text
@@ -33,7 +34,7 @@ def message(*argv: str, name: str = "spo") -> str:
     ],
 )
 def test_accepted(argv):
-    check_overrides("spo", argv)
+    check_overrides("spo", argv, registry_of)
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++", "~"])
@@ -118,7 +119,7 @@ def test_not_an_override():
 
 def test_users_config_group(tmp_path):
     (tmp_path / "experiment").mkdir()
-    check_overrides("spo", ["+experiment=mine", "--config-dir", str(tmp_path)])
+    check_overrides("spo", ["+experiment=mine", "--config-dir", str(tmp_path)], registry_of)
     assert "unknown key" in message("+experiment=mine")
 
 
@@ -141,7 +142,7 @@ LR, SEED = "actor.lr=0.1", "trainer.seed=1"
 )
 def test_overrides_come_before_flags(argv, expected):
     """hydra's parser takes no override behind a flag that stands between them."""
-    found = check_overrides("spo", argv)
+    found = check_overrides("spo", argv, registry_of)
     assert found == expected
     get_args_parser().parse_args(found)  # as hydra does; it would exit
 

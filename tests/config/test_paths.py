@@ -10,6 +10,7 @@ from RL2.config import check_overrides, expand_argv, expand_paths, validate
 from RL2.config.paths import PATH_KEYS, check_working_directory, expand_home, not_there
 from RL2.config.schema import RLConfig, SFTConfig, key_types
 from RL2.runtime.errors import ConfigError
+from RL2.trainer.registries import registry_of
 from tests.config.support import write_model_files
 
 KEYS = key_types(RLConfig) | key_types(SFTConfig)
@@ -40,7 +41,7 @@ def test_home_of_the_command_line(home, composed, key, quote):
     line = f"{key}={quote}~/x/y.py:f{quote}"
     (argument,) = expand_argv([line])
     assert argument == (line if quote else f"{key}={home}/x/y.py:f")
-    check_overrides(trainer, [argument])
+    check_overrides(trainer, [argument], registry_of)
     config = composed(trainer, argument)
     expand_paths(config)
     assert OmegaConf.select(config, key) == f"{home}/x/y.py:f"

@@ -4,6 +4,7 @@ import pytest
 
 from RL2.config import check_overrides, validate
 from RL2.runtime.errors import ConfigError
+from RL2.trainer.registries import registry_of
 
 CANARY = "canary-4f1b9c"
 
@@ -19,9 +20,9 @@ CANARY = "canary-4f1b9c"
 def test_secrets_do_not_belong_on_command_lines(monkeypatch, line, shown):
     monkeypatch.setenv("SOME_API_KEY", CANARY)
     with pytest.raises(ConfigError) as caught:
-        check_overrides("spo", [line])
+        check_overrides("spo", [line], registry_of)
     assert str(caught.value).startswith(f"{shown}: a secret on the command line")
-    check_overrides("spo", ["actor.loss.options.api_key=null"])
+    check_overrides("spo", ["actor.loss.options.api_key=null"], registry_of)
 
 
 def test_secrets_of_servers(composed, monkeypatch):

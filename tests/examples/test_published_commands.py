@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from RL2.config import apply_fallbacks, check_overrides, validate
 from RL2.config.schema import RLConfig, key_types
+from RL2.trainer.registries import registry_of
 from tests.config.support import compose_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,7 +82,7 @@ def parse(text: str) -> tuple[str, list[str]]:
 @cache
 def checked(text: str) -> DictConfig:
     name, overrides = parse(text)
-    check_overrides(name, overrides)
+    check_overrides(name, overrides, registry_of)
     config = compose_config(name, overrides)
     validate(config, 1)
     OmegaConf.set_readonly(config, True)

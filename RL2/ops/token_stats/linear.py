@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -104,19 +105,39 @@ def linear_token_loss(
     )  # fmt: skip
 
 
-def _triton(fused: bool) -> Kernels:
+def _naive() -> None:
+    """Full logits."""
+
+
+def _tiled() -> Kernels:
+    """Vocabulary tiles."""
+    return EAGER
+
+
+def _compiled() -> Kernels:
+    """Vocabulary tiles, their element-wise part by torch.compile."""
+    return COMPILED
+
+
+def _triton() -> Kernels:
+    """The same by Triton, on CUDA."""
+    return replace(_triton_fused(), fused_state=None)
+
+
+def _triton_fused() -> Kernels:
+    """As triton, without a tile where there is no gradient."""
     from RL2.ops.token_stats.triton_kernels import fused_state, logit_gradients, update_state
 
-    return Kernels(update_state, logit_gradients, fused_state if fused else None)
+    return Kernels(update_state, logit_gradients, fused_state)
 
 
-# None: full logits and autograd.
+# None: full logits and autograd. The docstrings are what `--help` says of a name.
 IMPLEMENTATIONS: dict[str, Callable[[], Kernels | None]] = {
-    "naive": lambda: None,
-    "tiled": lambda: EAGER,
-    "compiled": lambda: COMPILED,
-    "triton": lambda: _triton(fused=False),
-    "triton_fused": lambda: _triton(fused=True),
+    "naive": _naive,
+    "tiled": _tiled,
+    "compiled": _compiled,
+    "triton": _triton,
+    "triton_fused": _triton_fused,
 }
 
 

@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 
 import RL2
 from RL2.config.flat import as_text, flat
-from RL2.config.schema import Device
 from RL2.distributed.same_start import Fact, fingerprint
 from RL2.runtime.secrets import redact_config
 from RL2.trainer.checkpoints import record
@@ -101,7 +100,7 @@ def _versions(config: DictConfig) -> Iterator[tuple[str, Fact]]:
     used = (
         *_PACKAGES,
         *(("peft",) if config.actor.lora.rank is not None else ()),
-        *(_OF_CUDA if config.actor.device == Device.cuda else ()),
+        *(_OF_CUDA if config.actor.device == "cuda" else ()),
     )
     found = record.versions()
     for name in used:

@@ -8,17 +8,6 @@ from RL2.runtime.errors import ConfigError
 UNCHANGED = {"alpha": 32, "dropout": 0.0, "target_modules": "all-linear", "rank": None}
 
 
-@pytest.fixture
-def message(composed):
-    def check(name: str, *overrides: str, world_size: int = 1) -> str:
-        with pytest.raises(ConfigError) as caught:
-            validate(composed(name, *overrides), world_size)
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
-
-    return check
-
-
 @pytest.mark.parametrize("name", ["ppo", "spo", "sft"])
 def test_off_by_default_and_seeded_as_the_run(composed, name):
     lora = composed(name, "trainer.seed=7").actor.lora

@@ -1,0 +1,76 @@
+"""Checks of a composed config: what types and ranges cannot say, before anything is built.
+
+Each file says what it checks. A check names the groups that it reads as its parameters, and is run
+for the configs that have all of them: one that names `rollout` does not concern sft. `world_size`
+is the number of processes.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig
+
+from RL2.config.checks import actor, data, form, lengths, mesh, objective, rollout, trainer
+from RL2.config.numbers import check_numbers
+from RL2.config.schema import schema_of
+
+CHECKS: tuple[Callable[..., None], ...] = (
+    mesh.check_actor,
+    mesh.check_ref_actor,
+    mesh.check_rollout,
+    actor.check_liger,
+    actor.check_liger_of_ref,
+    actor.check_model_of_actor,
+    actor.check_compile,
+    actor.check_lora,
+    rollout.check_server_url,
+    rollout.check_server_args,
+    rollout.check_server_files,
+    rollout.check_what_follows,
+    rollout.check_stops,
+    rollout.check_environment,
+    rollout.check_batches,
+    lengths.check_context,
+    lengths.check_responses,
+    lengths.check_inference,
+    objective.check_importance,
+    objective.check_kl,
+    objective.check_reference,
+    objective.check_clip,
+    objective.check_advantages,
+    objective.check_updates,
+    data.check_prompts,
+    data.check_evaluation,
+    objective.check_sft_average,
+    lengths.check_sft_rows,
+    data.check_separator,
+    data.check_rows,
+    trainer.check_folder_names,
+    trainer.check_health,
+    trainer.check_checkpoint,
+    trainer.check_wandb_project,
+)
+
+
+def validate(config: DictConfig, world_size: int) -> None:
+    """Check a composed config; touches the file system, never the network.
+
+    Args:
+        config: what hydra composed from a yaml file of `RL2/trainer/config`; not changed.
+        world_size: number of processes of the run.
+
+    Raises:
+        ConfigError: the first thing that cannot work, in one line.
+    """
+    schema = schema_of(config)
+    form.check_keys(config, schema)
+    form.check_required(config, schema)
+    form.check_interpolations(config)
+    form.check_ranges(config, schema)
+    check_numbers(config, schema)
+    given: dict[str, Any] = {group: config[group] for group in config} | {"world_size": world_size}
+    for check in CHECKS:
+        wanted = inspect.signature(check).parameters.keys()
+        if wanted <= given.keys():
+            check(**{name: given[name] for name in wanted})

@@ -1,0 +1,44 @@
+"""Data sets: what their paths name, the separator of sft, and evaluation."""
+
+import re
+
+from omegaconf import DictConfig
+
+from RL2.config.data_paths import check_data_path
+from RL2.runtime.errors import ConfigError
+
+
+def check_prompts(train_data: DictConfig, test_data: DictConfig) -> None:
+    check_data_path("train_data", train_data.path)
+    check_data_path("test_data", test_data.path)
+
+
+def check_rows(data: DictConfig) -> None:
+    check_data_path("data", data.path)
+
+
+def check_separator(data: DictConfig) -> None:
+    if re.search(r"\\[nrt]", data.separator):
+        raise ConfigError(
+            f"data.separator={data.separator}: holds a backslash and a letter, of which neither "
+            "shell nor hydra makes a line break; in bash, write one as $'data.separator=\"\\n\"'"
+        )
+
+
+def check_evaluation(test_data: DictConfig, trainer: DictConfig) -> None:
+    path, freq = test_data.path, trainer.test_freq
+    if path is None and freq is not None:
+        raise ConfigError(
+            f"trainer.test_freq={freq}: has no effect without test_data.path; give one "
+            "(test@openai/gsm8k:main or a file)"
+        )
+    if path is not None and freq is None:
+        raise ConfigError(
+            f"test_data.path={path}: has no effect without trainer.test_freq; set "
+            "trainer.test_freq to the steps between evaluations"
+        )
+    if trainer.test_sampled and freq is None:
+        raise ConfigError(
+            "trainer.test_sampled=true: has no effect without trainer.test_freq; set that to the "
+            "steps between evaluations, and test_data.path"
+        )

@@ -1,0 +1,80 @@
+"""What is trained on: loss, KL, importance sampling, advantages, and options without effect."""
+
+from omegaconf import DictConfig
+
+from RL2.config.models import check_model
+from RL2.runtime.errors import ConfigError
+
+
+def check_importance(actor: DictConfig, rollout: DictConfig) -> None:
+    if actor.tis_type == "mask" and actor.tis_coef < 1:
+        advice = "has no effect with" if actor.tis_coef == 0 else "leaves no token with"
+        raise ConfigError(
+            f"actor.tis_type=mask: {advice} actor.tis_coef={actor.tis_coef}; set actor.tis_coef to "
+            "1 or more, such as 2"
+        )
+
+
+def check_kl(actor: DictConfig, ref_actor: DictConfig) -> None:
+    kl = actor.kl
+    if kl.coef > 0 and kl.type is None:
+        raise ConfigError(
+            f"actor.kl.coef={kl.coef}: has no effect without actor.kl.type; use loss, reward or "
+            "advantage"
+        )
+    if kl.type is not None and kl.coef == 0:
+        raise ConfigError(
+            f"actor.kl.type={kl.type}: has no effect with actor.kl.coef=0; set "
+            "actor.kl.coef above 0"
+        )
+
+
+def check_reference(actor: DictConfig, ref_actor: DictConfig) -> None:
+    if ref_actor.model_name == actor.model_name:
+        return
+    if actor.kl.coef == 0 and actor.loss.import_path is None:
+        raise ConfigError(
+            f"ref_actor.model_name={ref_actor.model_name}: has no effect with actor.kl.coef=0; set "
+            "actor.kl.coef and actor.kl.type, or leave it out"
+        )
+    check_model(ref_actor, "ref_actor")
+
+
+def check_clip(actor: DictConfig, rollout: DictConfig) -> None:
+    if actor.clip is not None and actor.loss.import_path is None and actor.loss.name != "ppo":
+        raise ConfigError(
+            f"actor.clip={actor.clip}: has no effect with actor.loss.name={actor.loss.name}; "
+            "leave it out"
+        )
+
+
+def check_advantages(adv: DictConfig) -> None:
+    for name in ("gamma", "lamda"):
+        if adv[name] != 1:
+            raise ConfigError(
+                f"adv.{name}={adv[name]}: has no effect with adv.estimator="
+                f"{adv.estimator}, which has no critic; leave it out"
+            )
+    for name in ("global_norm", "norm_var"):
+        if adv[name] and adv.estimator == "spo":
+            raise ConfigError(
+                f"adv.{name}=true: has no effect with adv.estimator=spo; leave it out, or use "
+                "adv.estimator=reinforce"
+            )
+
+
+def check_updates(actor: DictConfig, train_data: DictConfig) -> None:
+    samples = train_data.prompts_per_rollout * train_data.responses_per_prompt
+    if samples % actor.update_per_rollout:
+        raise ConfigError(
+            f"actor.update_per_rollout={actor.update_per_rollout}: must divide the {samples} "
+            "samples of a rollout (train_data.prompts_per_rollout * responses_per_prompt)"
+        )
+
+
+def check_sft_average(actor: DictConfig, data: DictConfig) -> None:
+    if actor.avg_level == "correct":
+        raise ConfigError(
+            "actor.avg_level=correct: in sft every sequence counts as correct; use token or "
+            "sequence"
+        )

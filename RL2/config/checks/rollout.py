@@ -1,0 +1,133 @@
+"""Rollouts: servers, stop texts, the environment, and how a step's batch comes together."""
+
+import os
+import re
+import sys
+
+from omegaconf import DictConfig, ListConfig
+
+from RL2.config.engines import SERVERS
+from RL2.config.paths import check_folder, not_there
+from RL2.runtime.errors import ConfigError
+from RL2.runtime.secrets import is_secret_name, redact
+
+_URL = re.compile(r"https?://[^/\s]+/?")
+
+
+def check_server_url(rollout: DictConfig) -> None:
+    url = rollout.server_url
+    if url is None:
+        return
+    if rollout.engine not in SERVERS:
+        kinds = " or ".join(f"rollout.engine={name}" for name in SERVERS)
+        raise ConfigError(f"rollout.server_url={url}: say which kind of server it is, {kinds}")
+    for one in url if isinstance(url, ListConfig) else [url]:
+        if isinstance(one, str) and redact(one) != one:
+            raise ConfigError(
+                f"rollout.server_url={redact(one)}: an address with a password in it ends in "
+                "logs; put the servers' key into RL2_SERVER_KEY in the environment"
+            )
+        if not isinstance(one, str) or not _URL.fullmatch(one):
+            raise ConfigError(
+                f"rollout.server_url={one}: must be an address such as "
+                "http://127.0.0.1:30000, or a list of them"
+            )
+    if not url:
+        raise ConfigError("rollout.server_url=[]: names no server; leave it out")
+    for key in ("server_python", "servers_per_node", "base_port", "server_args"):
+        value = rollout[key]
+        if value not in (None, []):
+            raise ConfigError(
+                f"rollout.{key}={value}: has no effect with rollout.server_url, whose "
+                "servers are not started here; leave one of the two out"
+            )
+
+
+def check_server_args(rollout: DictConfig) -> None:
+    for argument in rollout.server_args:
+        name = argument.partition("=")[0]
+        if name.startswith("-") and is_secret_name(name):
+            raise ConfigError(
+                f"rollout.server_args: {name} puts a secret on the server's command line, where "
+                "all users of the machine see it; leave it out (each run makes a key of its own, "
+                "and servers inherit HF_TOKEN from the environment)"
+            )
+
+
+def check_server_files(rollout: DictConfig) -> None:
+    if rollout.weights_dir is not None:
+        check_folder("rollout.weights_dir", rollout.weights_dir)
+    python = rollout.server_python
+    program = python or sys.executable
+    if not os.path.isfile(program) or not os.access(program, os.X_OK):
+        raise ConfigError(
+            f"rollout.server_python={python}: no executable file; give the python of the "
+            "environment that holds the engine, such as .venv-vllm/bin/python"
+        )
+
+
+def check_what_follows(rollout: DictConfig, actor: DictConfig, train_data: DictConfig) -> None:
+    """Keys that only follow another group's."""
+    if rollout.model_name != actor.model_name:
+        raise ConfigError(
+            f"rollout.model_name={rollout.model_name}: the engine generates with the weights of "
+            f"actor.model_name={actor.model_name}; leave it out"
+        )
+    if rollout.responses_per_prompt != train_data.responses_per_prompt:
+        raise ConfigError(
+            f"rollout.responses_per_prompt={rollout.responses_per_prompt}: must equal "
+            f"train_data.responses_per_prompt={train_data.responses_per_prompt}; set that "
+            "one and leave this out"
+        )
+
+
+def check_stops(rollout: DictConfig) -> None:
+    for name in ("train_sampling_params", "test_sampling_params"):
+        stop = rollout[name].stop
+        texts = [stop] if stop is None or isinstance(stop, str) else stop
+        if isinstance(stop, (bool, int, float, DictConfig)) or not all(
+            text is None or (isinstance(text, str) and text) for text in texts
+        ):
+            raise ConfigError(
+                f"rollout.{name}.stop={stop}: must be a text, a list of texts or null; quote it: "
+                f"'rollout.{name}.stop=\"...\"'"
+            )
+
+
+def check_environment(rollout: DictConfig) -> None:
+    if not os.path.isfile(rollout.env_path):
+        raise ConfigError(
+            f"rollout.env_path={rollout.env_path}: {not_there(rollout.env_path)}; give the python "
+            "file of the environment, such as envs/gsm8k.py"
+        )
+
+
+def check_batches(rollout: DictConfig) -> None:
+    """How a step's batch comes together, and what its age amounts to."""
+    if rollout.partial_rollout and rollout.staleness:
+        raise ConfigError(
+            "rollout.partial_rollout=true: its engine has to stand still between two steps, which "
+            f"it does not with rollout.staleness={rollout.staleness}; use one of the two"
+        )
+    if rollout.over_sampling is not None and not rollout.partial_rollout:
+        raise ConfigError(
+            f"rollout.over_sampling={rollout.over_sampling}: has no effect without "
+            "rollout.partial_rollout=true; set that, or leave it out"
+        )
+    if rollout.max_resampled:
+        key = f"rollout.max_resampled={rollout.max_resampled}"
+        if not rollout.dynamic_filtering:
+            raise ConfigError(
+                f"{key}: has no effect with rollout.dynamic_filtering=false, which leaves nothing "
+                "out; leave it out"
+            )
+        if rollout.responses_per_prompt == 1:
+            raise ConfigError(
+                f"{key}: has no effect with train_data.responses_per_prompt=1, as one sample of a "
+                "prompt leaves nothing to compare; raise that, or leave it out"
+            )
+    if rollout.sleep and rollout.staleness:
+        raise ConfigError(
+            "rollout.sleep=true: the engine generates all the time with "
+            f"rollout.staleness={rollout.staleness}; leave it out"
+        )

@@ -1,0 +1,95 @@
+"""All keys of the configuration, a file for each group.
+
+Each key's type, default, range and help stand where it is declared (`RL2.config.schema.keys`). The
+yaml files of `RL2/trainer/config` say what makes a trainer: they hold the keys that a user has to
+give, and the defaults that differ from those here.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from RL2.config.schema.actor import ActorConfig, SFTActorConfig
+from RL2.config.schema.adv import AdvConfig
+from RL2.config.schema.data import PromptDataConfig, SFTDataConfig, TestDataConfig
+from RL2.config.schema.keys import Key, group, key_types, keys_of
+from RL2.config.schema.model import RefActorConfig
+from RL2.config.schema.rollout import RolloutConfig
+from RL2.config.schema.trainer import RLTrainerConfig, TrainerConfig
+
+__all__ = [
+    "SCHEMAS",
+    "Key",
+    "RLConfig",
+    "SFTConfig",
+    "key_types",
+    "keys_of",
+    "register_schemas",
+    "schema_of",
+    "structured",
+]
+
+
+@dataclass
+class RLConfig:
+    """Configuration of `ppo`, `spo` and `spo_0p5`."""
+
+    train_data: PromptDataConfig = group(PromptDataConfig, "the prompts that are trained on")
+    test_data: TestDataConfig = group(TestDataConfig, "the prompts that the policy is evaluated on")
+    actor: ActorConfig = group(ActorConfig, "the policy that is trained")
+    ref_actor: RefActorConfig = group(
+        RefActorConfig, "the frozen policy of actor.kl; loaded only when that is on"
+    )
+    rollout: RolloutConfig = group(RolloutConfig, "what generates, and what rewards it")
+    adv: AdvConfig = group(AdvConfig, "from rewards to advantages")
+    trainer: RLTrainerConfig = group(RLTrainerConfig, "the run, what it saves, and when it stops")
+
+
+@dataclass
+class SFTConfig:
+    """Configuration of `sft`."""
+
+    data: SFTDataConfig = group(SFTDataConfig, "prompts with the responses to learn (sft)")
+    actor: SFTActorConfig = group(SFTActorConfig, "the model that is trained")
+    trainer: TrainerConfig = group(TrainerConfig, "the run, what it saves, and when it stops")
+
+
+SCHEMAS: dict[str, type] = {"ppo": RLConfig, "spo": RLConfig, "spo_0p5": RLConfig, "sft": SFTConfig}
+"""The schema behind each yaml file of `RL2/trainer/config`."""
+
+
+def schema_of(config: DictConfig) -> type:
+    """The schema that a composed config belongs to, by its groups."""
+    return max(
+        dict.fromkeys(SCHEMAS.values()), key=lambda schema: len(keys_of(schema).keys() & {*config})
+    )
+
+
+def structured(schema: type) -> DictConfig:
+    """The schema as a typed config whose user-named options stay open for new keys."""
+    config = OmegaConf.structured(schema)
+    # hydra closes the whole tree after composition; a flag set here survives that, so that
+    # `actor.loss.options.beta=0.1` needs no `+`.
+    OmegaConf.set_struct(config.actor.loss.options, False)
+    return config
+
+
+def _for_loss(*names_and_values: Any, _root_: DictConfig) -> Any:
+    values = dict(zip(names_and_values[::2], names_and_values[1::2], strict=True))
+    chosen = _root_.actor.loss
+    return values.get(chosen.name) if chosen.import_path is None else None
+
+
+def register_schemas() -> None:
+    """Make the schemas known to hydra, and `${for_loss:name,value,…}` to OmegaConf.
+
+    `for_loss` takes names of losses, each followed by a value. It is the value of that which
+    `actor.loss.name` names, else null: an option of one loss does not follow the user to another
+    loss that does not take it. Calling this twice does no harm.
+    """
+    store = ConfigStore.instance()
+    store.store(name="rl_schema", node=structured(RLConfig), provider="RL2")
+    store.store(name="sft_schema", node=structured(SFTConfig), provider="RL2")
+    OmegaConf.register_new_resolver("for_loss", _for_loss, replace=True)

@@ -1,0 +1,195 @@
+"""`actor`: the model that is trained, its loss and its optimizer."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from RL2.config.schema.choices import KLType, Scheduler
+from RL2.config.schema.keys import (
+    ABOVE_ZERO,
+    FRACTION,
+    FROM_ONE,
+    FROM_ZERO,
+    SEED,
+    Range,
+    by_trainer,
+    follow,
+    group,
+    key,
+    required,
+)
+from RL2.config.schema.model import ModelConfig
+
+
+@dataclass
+class KLConfig:
+    coef: float = key(
+        0.0, "weight of the KL divergence from ref_actor; 0: no reference is loaded", FROM_ZERO
+    )
+    type: KLType | None = key(None, "where it enters: loss | reward | advantage; needs coef > 0")
+    reward_estimator: str = key("k1", "estimator of the types reward and advantage")
+    loss_estimator: str = key("k2", "estimator of the type loss")
+
+
+@dataclass
+class EntropyConfig:
+    coef: float = key(
+        0.0,
+        "weight of the entropy bonus; a negative one slows the growth of entropy",
+        Range(math.isfinite, "be finite"),
+    )
+
+
+@dataclass
+class LoRAConfig:
+    rank: int | None = key(
+        None,
+        "train adapters of this rank (LoRA) beside frozen weights, such as 16, with about ten "
+        "times the lr; null: train all weights",
+        FROM_ONE,
+    )
+    alpha: int = key(32, "adapters are scaled by alpha / rank", FROM_ONE)
+    dropout: float = key(
+        0.0,
+        "dropout of the adapters' inputs",
+        Range(lambda x: 0 <= x < 1, "be 0 or more and below 1"),
+    )
+    target_modules: Any = key(
+        "all-linear",
+        "layers that get adapters: all-linear (every linear layer, except the head and experts "
+        "that are fused in one parameter) | names, such as [q_proj,v_proj]",
+        takes="text or list of texts",
+    )
+    seed: int = follow("trainer.seed", "seed of the adapters' first weights", SEED)
+
+
+@dataclass
+class LossConfig:
+    name: str = by_trainer("the loss of a token")
+    import_path: str | None = key(
+        None,
+        "a loss of your own, file.py:function or package.module:function, in place of name",
+        path=True,
+    )
+    detach_target: bool | None = key(
+        "${for_loss:max_target_kl,false,rank_jsd,true}",
+        "max_target_kl, rank_jsd: no gradient through the target (false for max_target_kl "
+        "reproduces the thesis)",
+    )
+    target: float | None = key(
+        "${for_loss:fixed_target_kl,0.5}",
+        "fixed_target_kl: q of the target (q, 1 - q)",
+        Range(lambda x: 0 < x < 1, "lie between 0 and 1"),
+    )
+    gate: bool | None = key(
+        "${for_loss:fixed_target_kl,true}",
+        "fixed_target_kl: only tokens with probability above the target",
+    )
+    max_rank: int | None = key(
+        "${for_loss:rank_jsd,8}",
+        "rank_jsd: how many of the most likely tokens are looked at; a token below them counts as "
+        "the next",
+        FROM_ONE,
+    )
+    options: dict[str, Any] = key(
+        {}, "keyword arguments of your own loss, e.g. actor.loss.options.beta=0.1"
+    )
+
+
+@dataclass
+class RLLossConfig(LossConfig):
+    clip_low: float | None = follow(
+        "actor.clip", "ppo: the ratio is clipped below at 1 - clip_low", ABOVE_ZERO
+    )
+    clip_high: float | None = follow(
+        "actor.clip", "ppo: the ratio is clipped above at 1 + clip_high", ABOVE_ZERO
+    )
+
+
+@dataclass
+class TrainedModelConfig(ModelConfig):
+    """A model with its optimizer."""
+
+    dropout: float | None = key(
+        0.0,
+        "dropout and router noise in updates: 0 (none, so that updates see the policy that "
+        "sampled) | null (what the model's config says)",
+        Range(lambda x: x == 0, "be 0 (none) or null (what the model's config says)"),
+    )
+    gradient_checkpointing: bool = key(True, "recompute activations in backward to save memory")
+    offload_activations: bool = key(
+        False, "keep activations in CPU memory between forward and backward (CUDA)"
+    )
+    compile: bool = key(
+        False, "torch.compile of the decoder layers; takes a minute or two at the start"
+    )
+    max_length_per_device: int = required(
+        "the tokens of one forward on a rank, at least the longest prompt + response, such as 8576",
+        "tokens in one training forward on a rank; times sp_size at least the longest prompt + "
+        "response",
+        FROM_ONE,
+    )
+    avg_level: str = by_trainer("what divides the loss")
+    # The bounds of lr and weight_decay are far from what anybody trains a language model with. They
+    # catch a slip such as 1e4.
+    lr: float = key(
+        1e-6,
+        "peak learning rate of AdamW",
+        Range(
+            lambda x: 0 < x < 1,
+            "be above 0 and below 1",
+            ", as AdamW moves each weight by about so much in a step; give a rate such as 1e-6",
+        ),
+    )
+    weight_decay: float = key(
+        1e-2,
+        "decoupled weight decay of AdamW",
+        Range(lambda x: 0 <= x <= 10, "be 0 to 10", "; give one such as 1e-2"),
+    )
+    max_grad_norm: float = key(1.0, "gradients are clipped to this norm", ABOVE_ZERO)
+    scheduler: Scheduler = key(
+        Scheduler.constant,
+        "learning rate after the warm-up: constant (also called constant_with_warmup) | linear | "
+        "cosine | cosine_with_restarts | polynomial | inverse_sqrt",
+    )
+    warmup_ratio: float = key(
+        0.1,
+        "fraction of all optimizer steps in which the learning rate rises from 0",
+        FRACTION,
+    )
+    freeze_steps: int = key(
+        0, "first steps that do not train: they generate, or read data in sft", FROM_ZERO
+    )
+    offload_optimizer: bool = key(
+        False, "keep the moments of AdamW in CPU memory between updates (CUDA)"
+    )
+    entropy: EntropyConfig = group(EntropyConfig)
+    lora: LoRAConfig = group(LoRAConfig)
+
+
+@dataclass
+class SFTActorConfig(TrainedModelConfig):
+    loss: LossConfig = group(LossConfig)
+
+
+@dataclass
+class ActorConfig(TrainedModelConfig):
+    temperature: float = follow(
+        "rollout.train_sampling_params.temperature", "divides the logits in training", ABOVE_ZERO
+    )
+    max_inference_length_per_device: int = follow(
+        "actor.max_length_per_device", "tokens in one forward without gradients", FROM_ONE
+    )
+    update_per_rollout: int = key(1, "optimizer steps on each rollout", FROM_ONE)
+    clip: float | None = key(
+        "${for_loss:ppo,0.2}", "PPO's clip range, both sides (0.2 for the ppo loss)", ABOVE_ZERO
+    )
+    tis_coef: float = key(
+        2.0,
+        "importance sampling between engine and trainer, both before the first update: bound C of "
+        "the ratio; 0: off",
+        FROM_ZERO,
+    )
+    tis_type: str = key("truncate", "what happens to tokens beyond the bound")
+    kl: KLConfig = group(KLConfig)
+    loss: RLLossConfig = group(RLLossConfig)

@@ -1,0 +1,17 @@
+"""`adv`: from rewards to advantages."""
+
+from dataclasses import dataclass
+
+from RL2.config.schema.keys import FRACTION, by_trainer, key
+
+
+@dataclass
+class AdvConfig:
+    estimator: str = by_trainer("how rewards become advantages")
+    gamma: float = key(1.0, "discount, for estimators with a critic", FRACTION)
+    lamda: float = key(1.0, "lambda of GAE, for estimators with a critic", FRACTION)
+    global_norm: bool = key(False, "reinforce: subtract the mean of the batch instead")
+    norm_var: bool = key(
+        False,
+        "reinforce: divide by the standard deviation (equal rewards, up to rounding, give 0)",
+    )

@@ -1,0 +1,136 @@
+"""How a key is declared: type, default, range and help in one place.
+
+    lr: float = key(1e-6, "peak learning rate of AdamW", within=ABOVE_ZERO)
+
+The checks, the comments of the yaml files, `--help` and docs/config.md all read this.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, get_type_hints
+
+from omegaconf import MISSING
+
+
+@dataclass(frozen=True)
+class Range:
+    """Values that a key may have, beside null where its type has that.
+
+    Attributes:
+        holds: whether a value is one of them.
+        must: what they have in common, to be read behind "must".
+        advice: what the message says after that.
+    """
+
+    holds: Callable[[Any], bool]
+    must: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return f"must {self.must}{self.advice}"
+
+
+ABOVE_ZERO = Range(lambda x: 0 < x < math.inf, "be above 0")
+FROM_ZERO = Range(lambda x: 0 <= x < math.inf, "be 0 or more")
+FROM_ONE = Range(lambda x: x >= 1, "be 1 or more")
+FRACTION = Range(lambda x: 0 <= x <= 1, "lie between 0 and 1")
+PROBABILITY = Range(lambda x: 0 < x <= 1, "be above 0 and at most 1")
+# Servers hand it to numpy, which takes no larger one.
+SEED = Range(lambda x: 0 <= x < 2**32, "be 0 to 4294967295")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is known of a key, or of a group of keys.
+
+    Attributes:
+        kind: its type; a dataclass where it is a group.
+        default: as it stands in the schema, interpolations included. A trainer's yaml file may
+            have another. MISSING: the user has to give one.
+        help: what it means, for users.
+        within: its range, None where any value of the type will do.
+        required: what to give, where the user has to.
+        path: whether it may name a file or folder.
+        takes: its type in words, where `kind` cannot say it: omegaconf has no unions of a text and
+            a list or a bool, so that such a key is `Any`.
+    """
+
+    kind: Any
+    default: Any
+    help: str
+    within: Range | None = None
+    required: str | None = None
+    path: bool = False
+    takes: str | None = None
+
+    @property
+    def is_group(self) -> bool:
+        return dataclasses.is_dataclass(self.kind)
+
+
+def key(
+    default: Any,
+    help: str,
+    within: Range | None = None,
+    *,
+    path: bool = False,
+    takes: str | None = None,
+) -> Any:
+    """A key with its default for all trainers whose yaml file does not say another."""
+    metadata = {"help": help, "within": within, "path": path, "takes": takes}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def required(give: str, help: str, within: Range | None = None, *, path: bool = False) -> Any:
+    """A key that the user has to give. give: what, to be read behind "required; give"."""
+    metadata = {"help": help, "within": within, "path": path, "required": f"give {give}"}
+    return field(default=MISSING, metadata=metadata)
+
+
+def by_trainer(help: str, *, path: bool = False) -> Any:
+    """A key of which each trainer's yaml file says the default: what makes the trainer."""
+    return key(MISSING, help, path=path)
+
+
+def follow(
+    other: str,
+    help: str | None = None,
+    within: Range | None = None,
+    *,
+    path: bool = False,
+    takes: str | None = None,
+) -> Any:
+    """A key that has the value of another one unless it is set."""
+    return key(f"${{{other}}}", help or f"as {other}", within, path=path, takes=takes)
+
+
+def group(kind: type, help: str = "") -> Any:
+    """A group of keys, with what is to be said of all of them."""
+    return field(default_factory=kind, metadata={"help": help})
+
+
+@cache
+def keys_of(schema: type, prefix: str = "") -> dict[str, Key]:
+    """All keys and groups of a schema by their dotted names. The answer is cached: read it only."""
+    found: dict[str, Key] = {}
+    hints = get_type_hints(schema)
+    for one in dataclasses.fields(schema):
+        default = one.default
+        if default is dataclasses.MISSING:
+            default = one.default_factory()
+        entry = Key(hints[one.name], default, **one.metadata)
+        found[prefix + one.name] = entry
+        if entry.is_group:
+            found |= keys_of(entry.kind, f"{prefix}{one.name}.")
+    return found
+
+
+def key_types(schema: type) -> dict[str, Any]:
+    """The type of each key by its dotted name; of a group its dataclass."""
+    return {name: entry.kind for name, entry in keys_of(schema).items()}

@@ -1,0 +1,81 @@
+"""What every model has that is spread over the ranks, and `ref_actor`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from RL2.config.schema.choices import Device, Dtype
+from RL2.config.schema.keys import ABOVE_ZERO, FROM_ONE, follow, key, required
+
+
+@dataclass
+class ModelConfig:
+    """A model spread over the ranks: what the actor and the reference policy share."""
+
+    model_name: str = required(
+        "a folder made by save_pretrained, or a hub id such as Qwen/Qwen3-4B-Thinking-2507",
+        "folder made by save_pretrained, or hub id (org/name)",
+        path=True,
+    )
+    dtype: Dtype = key(
+        Dtype.auto,
+        "what the forward computes in: auto | float32 | bfloat16; auto: the checkpoint's on CUDA "
+        "(bfloat16 for float16), float32 on CPU",
+    )
+    device: Device = key(Device.auto, "auto | cpu | cuda; auto: CUDA where there is one")
+    attn_implementation: str = key(
+        "auto",
+        "a transformers attention; auto: flash_attention_2 on CUDA with flash-attn, else "
+        "sdpa_varlen (ours)",
+    )
+    use_liger_kernel: Any = key(
+        "auto",
+        "fused CUDA kernels of liger-kernel: auto | true | false; auto: on CUDA where it is "
+        "installed, but not with compile",
+        takes="auto, true or false",
+    )
+    token_stats: str = key(
+        "auto",
+        "how the head's statistics are computed; auto takes the fastest",
+    )
+    revision: str | None = key(None, "commit of a hub id, 40 hex digits; null: the newest")
+    trust_remote_code: bool = key(
+        False, "run Python code that comes with the model; from the hub it needs a revision"
+    )
+    allow_pickle: bool = key(
+        False,
+        "load pickled weights (*.bin) where there are no safetensors; loading them can run code",
+    )
+    ddp_size: int = key(1, "copies of the sharded model (ranks / ddp_size share one)", FROM_ONE)
+    tp_size: int = key(
+        1,
+        "tensor-parallel ranks: layers, embedding and head are split over this many",
+        FROM_ONE,
+    )
+    sp_size: int = key(1, "sequence-parallel ranks: a sequence is split over this many", FROM_ONE)
+    temperature: float = key(1.0, "divides the logits", ABOVE_ZERO)
+    offload_model: bool = key(False, "keep weights in CPU memory while they are not used (CUDA)")
+
+
+@dataclass
+class RefActorConfig(ModelConfig):
+    """The frozen policy that actor.kl compares with."""
+
+    model_name: str = follow("actor.model_name", "folder or hub id", path=True)
+    dtype: Dtype = follow("actor.dtype")
+    device: Device = follow("actor.device")
+    attn_implementation: str = follow("actor.attn_implementation")
+    use_liger_kernel: Any = follow("actor.use_liger_kernel", takes="auto, true or false")
+    token_stats: str = follow("actor.token_stats")
+    revision: str | None = follow(
+        "actor.revision", "as actor.revision; another one where the model is another one"
+    )
+    trust_remote_code: bool = follow("actor.trust_remote_code")
+    allow_pickle: bool = follow("actor.allow_pickle")
+    ddp_size: int = follow("actor.ddp_size", within=FROM_ONE)
+    tp_size: int = follow("actor.tp_size", within=FROM_ONE)
+    sp_size: int = follow("actor.sp_size", within=FROM_ONE)
+    temperature: float = follow("actor.temperature", within=ABOVE_ZERO)
+    offload_model: bool = follow("actor.offload_model")
+    max_inference_length_per_device: int = follow(
+        "actor.max_inference_length_per_device", "tokens in one forward", FROM_ONE
+    )

@@ -1,0 +1,27 @@
+"""Keys whose value is a name out of a registry, and which registry that is."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+# The registry, and the words that the key takes beside its names.
+REGISTRIES: dict[str, tuple[str, ...]] = {
+    "actor.loss.name": ("RL2.algorithms.losses:LOSSES",),
+    "actor.avg_level": ("RL2.algorithms.reductions:AVG_LEVELS",),
+    "actor.tis_type": ("RL2.algorithms.importance:TIS_TYPES",),
+    "actor.kl.reward_estimator": ("RL2.algorithms.kl:KL_ESTIMATORS",),
+    "actor.kl.loss_estimator": ("RL2.algorithms.kl:KL_ESTIMATORS",),
+    "actor.token_stats": ("RL2.ops.token_stats.linear:IMPLEMENTATIONS", "auto"),
+    "ref_actor.token_stats": ("RL2.ops.token_stats.linear:IMPLEMENTATIONS", "auto"),
+    "adv.estimator": ("RL2.algorithms.advantages:ADVANTAGES",),
+}
+
+
+def registry_of(key: str) -> Mapping[str, Any] | None:
+    """What a key may name, None where it names nothing of a registry. The registry is imported when
+    somebody asks, since torch takes seconds."""
+    if key not in REGISTRIES:
+        return None
+    location, *beside = REGISTRIES[key]
+    module, _, name = location.partition(":")
+    return dict.fromkeys(beside) | getattr(import_module(module), name)

@@ -1,0 +1,119 @@
+"""docs/config.md and the comments of the yaml files, made from the schema.
+
+    python -m RL2.trainer.startup.reference
+
+writes them anew, in a checkout. A test compares them with the schema.
+"""
+
+import re
+import textwrap
+from pathlib import Path
+
+import RL2
+from RL2.config.schema import SCHEMAS, Key, keys_of
+from RL2.trainer.startup.keys import FOLDER, defaults, explanation, header, type_in_words
+
+PAGE = Path(RL2.__file__).parents[1] / "docs" / "config.md"
+_WIDTH = 100
+
+_INTRO = """\
+# Configuration keys
+
+Every key of every trainer. Set one with `key=value` on the command line. `--help` shows the same
+for one trainer, and `--help WORD` the keys that speak of WORD. `--cfg job` behind a command prints
+what the command amounts to.
+
+`???` has to be given. `${key}` follows another key until it is set. `${for_loss:name,value,…}` has
+the value that stands behind the name in `actor.loss.name`, and is null for any other loss. null
+means off, or that the library decides, as the explanation says.
+
+A yaml file of your own begins with `defaults: [spo, _self_]` and holds the keys that differ.
+
+This page is written by `python -m RL2.trainer.startup.reference`.
+"""
+
+
+def page() -> str:
+    """The text of docs/config.md."""
+    by_trainer = {trainer: defaults(trainer) for trainer in SCHEMAS}
+    keys: dict[str, Key] = {}
+    for schema in dict.fromkeys(SCHEMAS.values()):
+        keys |= {name: key for name, key in keys_of(schema).items() if name not in keys}
+    lines = [_INTRO, "## Trainers", ""]
+    for trainer in SCHEMAS:
+        said = header(FOLDER / f"{trainer}.yaml").partition(": ")[2]
+        lines.append(f"- `{trainer}`: {' '.join(said.split())}")
+    for group in [name for name in keys if "." not in name]:
+        lines += ["", f"## {group}", "", _sentence(keys[group].help), ""]
+        lines += ["| key | type and range | default | meaning |", "| --- | --- | --- | --- |"]
+        for name, key in sorted_by_group(group, keys):
+            if key.is_group:
+                continue
+            found = {one: values.get(name) for one, values in by_trainer.items()}
+            cells = (f"`{name}`", _values(name, key), _default(found), explanation(name, key))
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def sorted_by_group(group: str, keys: dict[str, Key]) -> list[tuple[str, Key]]:
+    """The keys of a group: its own before those of the groups in it."""
+    inside = [(name, key) for name, key in keys.items() if name.startswith(f"{group}.")]
+    return sorted(inside, key=lambda one: one[0].count(".") > 1)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _values(name: str, key: Key) -> str:
+    said = type_in_words(name, key)
+    return said if key.within is None else f"{said}; {re.sub('^(be|lie) ', '', key.within.must)}"
+
+
+def _default(found: dict[str, str | None]) -> str:
+    """The default of the first trainer that has the key, and those of others where they differ."""
+    first = next(value for value in found.values() if value is not None)
+    others = [
+        f"{name}: " + ("no such key" if value is None else f"`{value}`")
+        for name, value in found.items()
+        if value != first
+    ]
+    return "; ".join([f"`{first}`", *others])
+
+
+def commented(text: str, keys: dict[str, Key]) -> str:
+    """The text of a yaml file, with the explanation of each key above it."""
+    body, mark, hydra = text.partition("\nhydra:")
+    lines, parents = [], []
+    for line in body.splitlines():
+        code = line.strip()
+        depth = (len(line) - len(line.lstrip())) // 2
+        if depth and code.startswith("#"):
+            continue  # made anew
+        name, colon, _ = code.partition(":")
+        if colon and name.isidentifier():
+            parents = [*parents[:depth], name]
+            key = keys.get(".".join(parents))
+            if key is not None and not key.is_group:
+                indent = "  " * depth
+                lines += textwrap.wrap(
+                    explanation(".".join(parents), key), _WIDTH,
+                    initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ",
+                    break_long_words=False, break_on_hyphens=False,
+                )  # fmt: skip
+        lines.append(line)
+    return "\n".join(lines) + "\n" * (not mark) + ("\n" if mark else "") + mark + hydra
+
+
+def written() -> dict[Path, str]:
+    """Each file that is made from the schema, with the text that it should have."""
+    found = {PAGE: page()}
+    for trainer, schema in SCHEMAS.items():
+        path = FOLDER / f"{trainer}.yaml"
+        found[path] = commented(path.read_text(encoding="utf-8"), keys_of(schema))
+    return found
+
+
+if __name__ == "__main__":
+    for path, text in written().items():
+        path.write_text(text, encoding="utf-8")

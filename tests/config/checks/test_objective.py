@@ -1,0 +1,39 @@
+"""What is trained on, and options without effect."""
+
+from RL2.config import validate
+
+
+def test_masked_importance_weights_need_a_band(message, composed):
+    text = message("spo", "actor.tis_type=mask")  # spo has none of it
+    assert text.startswith("actor.tis_type=mask: has no effect with actor.tis_coef=0.0; set ")
+    text = message("ppo", "actor.tis_type=mask", "actor.tis_coef=0.5")
+    assert text.startswith("actor.tis_type=mask: leaves no token with actor.tis_coef=0.5; set ")
+    validate(composed("ppo", "actor.tis_type=mask"), 1)
+
+
+def test_options_without_effect(message, composed):
+    assert "without actor.kl.type" in message("ppo", "actor.kl.coef=0.1")
+    assert "with actor.kl.coef=0" in message("ppo", "actor.kl.type=loss")
+    assert "has no effect with actor.kl.coef=0" in message("ppo", "ref_actor.model_name=Qwen/other")
+    text = message("spo", "actor.clip=0.2")
+    assert text.startswith("actor.clip=0.2: has no effect with actor.loss.name=max_target_kl")
+    for setting in ("adv.norm_var=true", "adv.global_norm=true", "adv.gamma=0.9", "adv.lamda=0.9"):
+        assert message("spo", setting).startswith(
+            f"{setting}: has no effect with adv.estimator=spo"
+        )
+    assert "without test_data.path" in message("spo", "trainer.test_freq=5")
+    assert "without trainer.test_freq" in message("spo", "test_data.path=test@openai/gsm8k:main")
+    text = message("ppo", "trainer.test_sampled=true")
+    assert text.startswith(
+        "trainer.test_sampled=true: has no effect without trainer.test_freq; set"
+    )
+    assert message("sft", "actor.avg_level=correct").startswith("actor.avg_level=correct: in sft")
+    for kind in ("loss", "reward", "advantage"):
+        overrides = (f"actor.kl.type={kind}", "actor.kl.coef=0.1", "ref_actor.model_name=a/b")
+        validate(composed("ppo", *overrides), 1)
+
+
+def test_update_per_rollout(message, composed):
+    text = message("ppo", "actor.update_per_rollout=3", "train_data.responses_per_prompt=2")
+    assert text.startswith("actor.update_per_rollout=3: must divide the 16 samples")
+    validate(composed("ppo", "actor.update_per_rollout=4"), 1)
