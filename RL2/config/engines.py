@@ -8,22 +8,22 @@ class EngineKind:
     """An engine that `rollout.engine` can name.
 
     Attributes:
-        module: of the engine; its `build(config, tokenizer, device)` makes one. `RL2.engines`
-            imports it when it is asked for, so that a machine without one engine's packages runs
-            the others.
-        server: whether it is a program of its own that the trainer talks to. Its package then has
-            the engine's name, as has the extra of RL2 that installs it.
+        made_by: module:name of what makes one, for `RL2.engines.registry`: of a server its dialect,
+            else a function (config, tokenizer, device) -> engine. It is imported when it is asked
+            for, so that a machine without one engine's packages runs the others.
+        server: whether it is a program of its own that the trainer talks to. Its package has the
+            engine's name then, as has the extra of RL2 that installs it.
     """
 
-    module: str
-    server: bool
+    made_by: str
+    server: bool = False
 
 
-# Servers stand in the order in which `auto` tries them.
+# `auto` tries the servers in this order.
 ENGINES: dict[str, EngineKind] = {
-    "transformers": EngineKind("RL2.engines.transformers.engine", server=False),
-    "sglang": EngineKind("RL2.engines.servers.sglang", server=True),
-    "vllm": EngineKind("RL2.engines.servers.vllm", server=True),
+    "transformers": EngineKind("RL2.engines.transformers.engine:transformers_engine"),
+    "sglang": EngineKind("RL2.engines.servers.sglang:SGLang", server=True),
+    "vllm": EngineKind("RL2.engines.servers.vllm:VLLM", server=True),
 }
 
 EMBEDDED = "transformers"

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 from transformers import (
     Cache,
@@ -44,6 +45,7 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from RL2.config.models import weight_options
 from RL2.datasets.end_of_turn import end_tokens
 from RL2.engines.protocol import Completion, SamplingParams, check_request
 from RL2.engines.transformers.noise import exponential_noise, signed
@@ -581,3 +583,18 @@ def _fail(requests: list[_Request], error: Exception) -> None:
     for request in requests:
         if not request.future.done():
             request.future.set_exception(error)
+
+
+def transformers_engine(
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> TransformersEngine:
+    """The engine of this process, as the config of a run wants it."""
+    return TransformersEngine(
+        config.rollout.model_name,
+        tokenizer=tokenizer,
+        dtype=config.rollout.dtype,
+        device=device,
+        max_batch_size=config.rollout.max_batch_size,
+        eager=config.rollout.partial_rollout,
+        options=weight_options(config.actor),
+    )
