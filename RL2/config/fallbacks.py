@@ -42,9 +42,9 @@ def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list
     warnings = _model_fallbacks(config, "actor", cuda, available)
     if "ref_actor" in config:
         warnings += _model_fallbacks(config, "ref_actor", cuda, available)
-    if "rollout" in config:
+    if (rollout := config.get("rollout")) is not None:
         warnings += _rollout_fallbacks(config, available)
-        warnings += _spelt_out_stops(config.rollout)
+        warnings += _spelt_out_stops(rollout)
     return warnings
 
 

@@ -17,7 +17,7 @@ from RL2.runtime.errors import ConfigError, RL2Error, TrainingError
 T = TypeVar("T")
 
 
-def together(
+def on_all_ranks(
     action: Callable[[], T],
     error: Callable[[str], RL2Error],
     group: dist.ProcessGroup | None = None,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from RL2.runtime import process_tree, watcher
 
@@ -38,8 +38,12 @@ def children_end(watch: bool) -> Iterator[None]:
 
 def runs_strangers(config: DictConfig) -> bool:
     """Whether somebody else's code runs in the trainer's own process."""
-    inside = "rollout" in config and config.rollout.env_workers == 0
-    return inside or config.actor.loss.import_path is not None or config.actor.trust_remote_code
+    return (
+        OmegaConf.select(config, "rollout.env_workers") == 0
+        or config.actor.loss.import_path is not None
+        or ":" in config.trainer.source
+        or config.actor.trust_remote_code
+    )
 
 
 def _watch(before: dict[int, int]) -> subprocess.Popen:

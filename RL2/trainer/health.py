@@ -5,12 +5,15 @@ run's state, which checkpoints hold: a resumed run counts on. Updates that are n
 counted where they happen (`trainer.max_bad_steps`).
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+
+logger = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
 State = dict[str, Any]  # as JSON has it
@@ -131,3 +134,26 @@ def observe(config: DictConfig, state: State, metrics: Metrics) -> tuple[State, 
                 + f"; {rule.advice}; null turns this rule off"
             )
     return {"in_a_row": counts, "first_lengths": lengths}, problem
+
+
+class LLMKLAlarm:
+    """Whether engine and trainer disagree too much (`rollout.llm_kl_alarm`), said once."""
+
+    def __init__(self, config: DictConfig):
+        self.bound = OmegaConf.select(config, "rollout.llm_kl_alarm")
+        self.on = False
+
+    def __call__(self, metrics: Metrics) -> Metrics:
+        """The alarm as a metric, for a step that has measured it."""
+        bound, kl = self.bound, metrics.get("rollout/llm_kl")
+        if bound is None or kl is None:
+            return {}
+        if kl > bound and not self.on:
+            logger.warning(
+                "rollout/llm_kl is %.3g, above rollout.llm_kl_alarm=%g: engine and trainer give "
+                "the sampled tokens different probabilities; look at rollout/staleness, at "
+                "rollout.dtype and actor.dtype, and whether rollout.train_sampling_params matches "
+                "actor.temperature; actor.tis_type=mask leaves such tokens out", kl, bound,
+            )  # fmt: skip
+        self.on = kl > bound
+        return {"rollout/llm_kl_alarm": float(self.on)}

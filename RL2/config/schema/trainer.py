@@ -78,6 +78,11 @@ class RLHealthConfig(HealthConfig):
 
 @dataclass
 class TrainerConfig:
+    source: str = by_trainer(
+        "what a step learns from: rollouts (of train_data) | rows (of data) | a class of your own, "
+        "file.py:Class or package.module:Class",
+        path=True,
+    )
     project: str = key("RL2", "project in wandb")
     experiment_name: str = key("default", "name of the run in wandb and of its folder")
     load_ckpt_from: str | None = key(

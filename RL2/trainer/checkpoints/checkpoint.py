@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from RL2.distributed import broadcast, rank, second_group, sum_over_ranks, world_size
-from RL2.distributed.agreement import of_all, together
+from RL2.distributed.agreement import of_all, on_all_ranks
 from RL2.runtime.errors import CheckpointError
 from RL2.runtime.event_loop import in_thread
 from RL2.runtime.folders import (
@@ -251,16 +251,20 @@ class Checkpoints:
                 "checkpoints are as they were"
             )
 
-        temporary = broadcast(together(lambda: self._begin(final, needed), failed, group), group)
+        temporary = broadcast(
+            on_all_ranks(lambda: self._begin(final, needed), failed, group), group
+        )
         try:
             # All positions in one file: the next run may have another number of ranks.
             others = of_all(None if rank() == 0 else position, group)
             own = {"rng": rng} | ({"source": [position, *others[1:]]} if rank() == 0 else {})
-            written = together(lambda: _write_part(temporary, tensors, own, group), failed, group)
+            written = on_all_ranks(
+                lambda: _write_part(temporary, tensors, own, group), failed, group
+            )
             files = of_all(written, group)
-            together(lambda: self._describe(temporary, files, state, step), failed, group)
-            together(lambda: self._look_at(temporary), unseen, group)
-            together(lambda: self._show(temporary, final), failed, group)
+            on_all_ranks(lambda: self._describe(temporary, files, state, step), failed, group)
+            on_all_ranks(lambda: self._look_at(temporary), unseen, group)
+            on_all_ranks(lambda: self._show(temporary, final), failed, group)
         except CheckpointError:
             if rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -466,7 +470,7 @@ def _write_part(
 def _set_apart(folder: Path) -> str:
     """Rename a damaged checkpoint, so that it is not tried again (a collective); its new name."""
     name = broadcast(free_name(folder, _DAMAGED))
-    together(
+    on_all_ranks(
         lambda: folder.rename(folder.with_name(name)) if rank() == 0 else None,
         lambda reason: CheckpointError(
             f"{folder} is damaged and cannot be renamed to {name} ({reason}); move it away"

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from RL2.distributed import broadcast, rank
-from RL2.distributed.agreement import together
+from RL2.distributed.agreement import on_all_ranks
 from RL2.models.loading import model_fingerprint
 from RL2.models.lora import has_adapters, merged, save_adapters
 from RL2.runtime.errors import CheckpointError, ConfigError, first_line
@@ -135,7 +135,7 @@ def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
         return CheckpointError(cannot_write(folder.parent, folder, reason, needed))
 
-    together(write if rank() == 0 else lambda: None, failed)
+    on_all_ranks(write if rank() == 0 else lambda: None, failed)
 
 
 def _check(folder: Path, weights: dict[str, torch.Tensor], trust_remote_code: bool) -> None:

@@ -19,6 +19,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import RL2
+from RL2.config.schema import SCHEMAS, schema_of
 from RL2.runtime.folders import exists
 from RL2.runtime.secrets import redact, redact_config
 
@@ -67,7 +68,7 @@ def write(folder: Path, config: DictConfig, n_ranks: int, resumed: int) -> None:
 
 def as_yaml(config: DictConfig) -> str:
     """A yaml file that `--config-dir` and `--config-name` take, of a config without its secrets."""
-    trainer = "ppo" if "rollout" in config else "sft"
+    trainer = next(name for name, schema in SCHEMAS.items() if schema is schema_of(config))
     plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     plain = {"defaults": [trainer, "_self_"]} | redact_config(plain)
     return (

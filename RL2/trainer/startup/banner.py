@@ -6,6 +6,8 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from RL2.trainer.sources import Source
+
 
 def banner(
     config: DictConfig,
@@ -13,13 +15,13 @@ def banner(
     n_ranks: int,
     parameters: Iterable[nn.Parameter],
     dtype: torch.dtype,
-    rows: dict[str, int],
+    source: Source,
     done: int,
     n_steps: int,
 ) -> list[str]:
     """Two lines: what trains on what, and which steps it will take.
 
-    rows: of the data sets, by name. done: the step after which it goes on.
+    done: the step after which it goes on.
     """
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
     n_all, n_trained = sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
@@ -29,14 +31,7 @@ def banner(
     if device.type == "cpu":
         n_threads = torch.get_num_threads()
         where += f" ({n_threads} thread{'s' * (n_threads != 1)})"
-    data = ", ".join(f"{n} {what}" for what, n in rows.items()) or "prompts by the environment"
-    if "rollout" in config:
-        per_step = (
-            f"{config.train_data.prompts_per_rollout} prompts x "
-            f"{config.train_data.responses_per_prompt} responses each"
-        )
-    else:
-        per_step = f"{config.data.batch_size} rows each"
+    data = ", ".join(f"{n} {what}" for what, n in source.rows.items())
     loss = config.actor.loss.import_path or config.actor.loss.name
     steps = f"steps {done + 1} to {n_steps}" if done < n_steps else f"all {n_steps} steps done"
     if config.trainer.max_steps is not None and config.trainer.max_steps > n_steps:
@@ -46,8 +41,9 @@ def banner(
         )
     return [
         f"{config.actor.model_name}: {short(n_trained)}{of} parameters trained by {loss} in "
-        f"{str(dtype).removeprefix('torch.')} on {where}; {data}",
-        f"{steps}, {per_step}; everything is written to {config.trainer.save_dir}",
+        f"{str(dtype).removeprefix('torch.')} on {where}; "
+        f"{data or 'prompts by the environment'}",
+        f"{steps}, {source.per_step}; everything is written to {config.trainer.save_dir}",
     ]
 
 

@@ -5,39 +5,26 @@ from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from RL2.datasets.end_of_turn import EndTokens
+from RL2.trainer.sources import Source
 
 logger = logging.getLogger(__name__)
 
 
 def missing_ends(
-    config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens, used: Iterable[int]
+    model_name: str, tokenizer: PreTrainedTokenizerBase, ends: EndTokens, source: Source
 ) -> tuple[int, ...]:
-    """The end tokens that this run learns or stops at (`used`) and the model's folder does not
-    name, so that others who generate from it would not stop; said in one line.
-
-    So is that a model has none, and every rollout would go on to its longest.
-    """
-    name = f"actor.model_name={config.actor.model_name}"
-    if "rollout" in config and not ends.ids and not config.rollout.train_sampling_params.stop:
-        logger.warning(
-            "%s: has no end token in generation_config.json, config.json, its tokenizer or its "
-            "chat template, so every response runs to rollout.train_sampling_params."
-            "max_new_tokens=%d; set eos_token in its tokenizer_config.json, or give "
-            "rollout.train_sampling_params.stop", name,
-            config.rollout.train_sampling_params.max_new_tokens,
-        )  # fmt: skip
-    missing = tuple(token for token in used if token not in ends.saved)
+    """The end tokens that this run learns or stops at and the model's folder does not name, so that
+    others who generate from it would not stop; said in one line."""
+    missing = tuple(token for token in source.end_ids if token not in ends.saved)
     if missing:
         logger.warning(
-            "%s: its generation config stops at %s; %s at %s as well, which final/ will name in "
-            "its generation_config.json", name, _texts(tokenizer, ends.saved) or "nothing",
-            "rollouts stop" if "rollout" in config else "turns are learned to end",
-            _texts(tokenizer, missing),
+            "actor.model_name=%s: its generation config stops at %s; %s at %s as well, which "
+            "final/ will name in its generation_config.json", model_name,
+            _texts(tokenizer, ends.saved) or "nothing", source.ends, _texts(tokenizer, missing),
         )  # fmt: skip
     return missing
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -32,12 +32,13 @@ def of_run(
     datasets: what was read, by the node that names it. models: nodes of those that will be loaded.
     """
     found = {}
-    if (import_path := config.actor.loss.import_path) is not None:
-        location = import_path.rpartition(":")[0]
-        file = location if location.endswith(".py") else sys.modules[location].__file__
-        found["actor.loss.import_path"] = source_fingerprint(file)
-    if "rollout" in config:
-        found["rollout.env_path"] = source_fingerprint(config.rollout.env_path)
+    for key in ("actor.loss.import_path", "trainer.source"):
+        location = (OmegaConf.select(config, key) or "").rpartition(":")[0]
+        if location:
+            file = location if location.endswith(".py") else sys.modules[location].__file__
+            found[key] = source_fingerprint(file)
+    if (env_path := OmegaConf.select(config, "rollout.env_path")) is not None:
+        found["rollout.env_path"] = source_fingerprint(env_path)
     if "test_data" in datasets:
         found["test_data.path"] = datasets["test_data"].fingerprint
     found |= {f"{name}.model_name": _of_model(config[name]) for name in models}

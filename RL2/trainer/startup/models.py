@@ -1,4 +1,6 @@
-"""What a run loads of its models: the actor's tokenizer, and the reference policy."""
+"""What a run loads of its models: the actor's tokenizer, and what computes fields of a batch."""
+
+from collections.abc import Callable, Collection
 
 import torch
 from omegaconf import DictConfig
@@ -7,8 +9,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from RL2.config.models import ask_hub, hub_options
 from RL2.datasets.end_of_turn import special_ids
 from RL2.distributed import Traffic
+from RL2.distributed.comm import Batch
 from RL2.runtime.errors import ConfigError, first_line
-from RL2.workers import ShardedModel
+from RL2.workers import Actor, ShardedModel
+
+Provider = Callable[[Batch | None, str], Batch | None]
+"""Adds a field, by its name, to rank 0's batch (a collective)."""
 
 
 def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
@@ -40,6 +46,18 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
             "trained with"
         )
     return tokenizer
+
+
+def load_providers(
+    config: DictConfig, needs: Collection[str], actor: Actor, device: torch.device, traffic: Traffic
+) -> dict[str, Provider]:
+    """What computes the fields that an algorithm needs, by their names."""
+    providers: dict[str, Provider] = {"old_logps": actor.annotate}
+    if "ref_logps" in needs:
+        reference = load_reference(config, device, traffic)
+        reference.offload()
+        providers["ref_logps"] = reference.annotate
+    return providers
 
 
 def load_reference(config: DictConfig, device: torch.device, traffic: Traffic) -> ShardedModel:

@@ -1,9 +1,8 @@
-"""What a step learns from: rollouts of the policy, or rows of a data set."""
+"""Rollouts of the policy."""
 
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,16 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
-from torch.utils.data import Dataset
-from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from RL2.config.engines import SERVERS
 from RL2.config.models import context_length
-from RL2.datasets import RLDataset, SFTDataset, collate, make_loader
-from RL2.datasets.end_of_turn import EndTokens, end_tokens
+from RL2.datasets import RLDataset, make_loader
+from RL2.datasets.end_of_turn import EndTokens
 from RL2.distributed import rank, second_group, world_size
-from RL2.distributed.comm import Batch
 from RL2.engines.registry import build_engine
 from RL2.environments.environment import load_environment
 from RL2.environments.worker import MAX_ANSWER
@@ -29,6 +25,8 @@ from RL2.ops.fp32 import without_switching
 from RL2.rollout import Collector
 from RL2.rollout.samples import staleness
 from RL2.runtime.event_loop import in_thread
+from RL2.trainer.sources.source import Result, Source
+from RL2.trainer.sources.stream import PromptStream
 from RL2.workers import Actor
 
 logger = logging.getLogger(__name__)
@@ -36,94 +34,20 @@ logger = logging.getLogger(__name__)
 # Seconds for what is generated ahead when a run is asked to stop; torchrun kills it after 30.
 _GRACE_AHEAD = 5.0
 
-Result = tuple[Batch | None, dict[str, float]]
 
-
-class PromptStream:
-    """The batches of a loader as one stream, epoch after epoch, from which any number is drawn.
-
-    Its state is exact wherever it stands: that of the loader before the batch that is being used
-    up, and how much of that is gone.
-    """
-
-    def __init__(self, dataset: Dataset, loader: StatefulDataLoader):
-        self.dataset, self.loader = dataset, loader
-        self._first: list[Any] = []  # what comes before all else
-        self._batches: Iterator[list[Any]] | None = None
-        self._batch: list[Any] = []
-        self._before: dict[str, Any] = {}  # the loader's state before `_batch`
-        self._used = 0  # of `_batch`
-
-    def draw(self, n: int) -> list[Any]:
-        """The next n items."""
-        drawn, self._first = self._first[:n], self._first[n:]
-        while len(drawn) < n:
-            self._need_batch()
-            more = self._batch[self._used :][: n - len(drawn)]
-            self._used += len(more)
-            drawn += more
-        return drawn
-
-    def draw_batch(self) -> list[Any]:
-        """What is left of a batch of the loader, or the next one: the last of an epoch may be
-        smaller than the others."""
-        self._need_batch()
-        return self.draw(len(self._batch) - self._used)
-
-    def _need_batch(self) -> None:
-        if self._used == len(self._batch):
-            self._before = self.loader.state_dict()
-            self._batch, self._used = self._next_batch(), 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands."""
-        within = self._used < len(self._batch)
-        return {
-            "loader": self._before if within else self.loader.state_dict(),
-            "used": self._used if within else 0,
-            "first": [item["index"] for item in self._first],
-        }
-
-    def load_state_dict(self, state: dict[str, Any], again: Iterable[Any] = ()) -> None:
-        """Continue where `state_dict` was called.
-
-        again: items to draw before all others.
-        """
-        self.loader.load_state_dict(state["loader"])
-        self._first, self._batches, self._batch, self._used = [], None, [], 0
-        self.draw(state["used"])
-        self._first = [*again, *(self.dataset[index] for index in state["first"])]
-
-    def _next_batch(self) -> list[Any]:
-        while True:
-            if self._batches is None:
-                self._batches = iter(self.loader)
-            for batch in self._batches:
-                return batch
-            self._batches = None
-
-
-class RolloutSource:
+class RolloutSource(Source):
     """Prompts, answered by an engine that serves the actor's weights, graded by an environment.
 
     With `rollout.staleness=1` the next step is generated while this one trains: `collect` hands
-    out what is ready and begins the next one, and `finish` waits for that.
-
-    Args:
-        config: the whole run's config.
-        tokenizer: of the actor.
-        ends: its end tokens; None: what the tokenizer alone says.
+    out what is ready and begins the next one, and `wait` waits for that.
     """
 
-    def __init__(
-        self,
-        config: DictConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        ends: EndTokens | None = None,
-    ):
+    groups = ("train_data", "test_data", "rollout")
+    ends = "rollouts stop"
+
+    def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens):
         self.config, self.tokenizer = config, tokenizer
-        self.ends = ends or end_tokens(tokenizer)
-        self.end_ids = self.ends.ids  # what a turn may end with
+        self.end_tokens, self.end_ids = ends, ends.ids
         self.environment = load_environment(
             config.rollout.env_path,
             timeout=config.rollout.env_timeout,
@@ -145,20 +69,46 @@ class RolloutSource:
                 max_prompt_length=config.test_data.max_prompt_length or longest,
             )  # fmt: skip
         self.n_prompts = config.train_data.prompts_per_rollout
-        self.loader = make_loader(self.train, self.n_prompts, seed=config.trainer.seed)
-        self.prompts = PromptStream(self.train, self.loader)
+        loader = make_loader(self.train, self.n_prompts, seed=config.trainer.seed)
+        self.steps_per_epoch = len(loader)
+        self.prompts = PromptStream(self.train, loader)
+        self.datasets, self.rows = {"train_data": self.train}, {}
+        if config.train_data.path is not None:
+            self.rows["training rows"] = len(self.train)
+        if self.test is not None:
+            self.datasets["test_data"], self.rows["test rows"] = self.test, len(self.test)
+        self.per_step = (
+            f"{self.n_prompts} prompts x {config.train_data.responses_per_prompt} responses each"
+        )
+        self._warn_of_no_end()
         self.ahead = config.rollout.staleness > 0
         # What is generated ahead: its result or error, and the state before it.
         self._pending: tuple[Future[Result], dict[str, Any]] | None = None
         self._while_open = ExitStack()
 
+    @classmethod
+    def brings(cls, config: DictConfig) -> tuple[str, ...]:
+        return ("rewards", "llm_logps", "correct")
+
+    def _warn_of_no_end(self) -> None:
+        sampling = self.config.rollout.train_sampling_params
+        if not self.end_ids and not sampling.stop:
+            logger.warning(
+                "actor.model_name=%s: has no end token in generation_config.json, config.json, its "
+                "tokenizer or its chat template, so every response runs to "
+                "rollout.train_sampling_params.max_new_tokens=%d; set eos_token in its "
+                "tokenizer_config.json, or give rollout.train_sampling_params.stop",
+                self.config.actor.model_name, sampling.max_new_tokens,
+            )  # fmt: skip
+
     @property
     def unwritten(self) -> tuple[Path, OSError] | None:
-        """Rank 0: the first rollouts that could not be written to the run's folder, and why."""
         return self.collector.unwritten
 
-    def start(self, device: torch.device) -> None:
+    def start(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load the engine, or start its servers. It serves the actor after `publish`."""
+        if self.config.rollout.dtype == "auto":  # on CUDA: one dtype for both
+            self.config.rollout.dtype = str(dtype).removeprefix("torch.")
         if self.ahead and self.config.rollout.engine not in SERVERS:
             self._while_open.enter_context(without_switching())
         drivers = self._drivers()
@@ -178,20 +128,10 @@ class RolloutSource:
             test_responses_per_prompt=self.config.test_data.responses_per_prompt,
             max_length=self.config.actor.max_length_per_device * self.config.actor.sp_size,
             device=device,
-            ends=self.ends,
+            ends=self.end_tokens,
             n_shown=self.config.trainer.show_samples,
         )
-
-    @property
-    def rows_of_data(self) -> dict[str, int]:
-        """How many rows there are, by what they are for."""
-        rows = {} if self.config.train_data.path is None else {"training rows": len(self.train)}
-        return rows | ({} if self.test is None else {"test rows": len(self.test)})
-
-    @property
-    def datasets(self) -> dict[str, Dataset]:
-        """What was read, by the config's node that names it."""
-        return {"train_data": self.train} | ({} if self.test is None else {"test_data": self.test})
+        self._while_open.callback(self.collector.close)
 
     def _drivers(self) -> tuple[int, ...]:
         """The ranks with an engine: all of them in process, with servers one on each machine, with
@@ -204,11 +144,7 @@ class RolloutSource:
         dist.all_gather_object(local_ranks, int(os.environ.get("LOCAL_RANK", "0")))
         return tuple(which for which, local in enumerate(local_ranks) if local == 0)
 
-    def collect(self, step: int, last: bool = False) -> Result:
-        """The batch of a step and its metrics, on rank 0 (a collective).
-
-        last: no step follows, so none is generated ahead.
-        """
+    def collect(self, step: int, last: bool) -> Result:
         if self._pending is None:
             result = self._generate(step)
         else:
@@ -222,17 +158,19 @@ class RolloutSource:
             metrics["rollout/staleness"] = staleness(batch, step - 1)
         return batch, metrics
 
-    def finish(self) -> None:
-        """Wait for what is generated ahead; raises its errors."""
+    def wait(self) -> None:
+        """Return when what is generated ahead is there; raises its errors."""
         if self._pending is not None:
             self._pending[0].result()
+
+    def evaluates(self, step: int) -> bool:
+        frequency = self.config.trainer.test_freq
+        return self.test is not None and frequency is not None and step % frequency == 0
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Greedy score on the whole test set, and with `trainer.test_sampled` the score of one
         sampled as in training (metrics on rank 0)."""
-        if self.test is None:
-            return {}
-        self.finish()
+        self.wait()
         self._wake()
         items = [self.test[i] for i in range(len(self.test))]
         metrics = self.collector.collect(items, step, train=False)[1]
@@ -257,9 +195,12 @@ class RolloutSource:
         timer.daemon = True
         timer.start()
 
+    def serves(self, step: int) -> bool:
+        return True
+
     def publish(self, actor: Actor, step: int) -> None:
         """Serve the actor's weights from now on (a collective)."""
-        self.finish()
+        self.wait()
         self._wake()
         self.collector.update_weights(actor.weights(), version=step)
 
@@ -314,72 +255,4 @@ class RolloutSource:
             self._pending = ahead, self._state()
 
     def close(self) -> None:
-        with self._while_open:
-            if hasattr(self, "collector"):
-                self.collector.close()
-
-
-class DatasetSource:
-    """Rows of a data set as they are, every response token an action of advantage 1. The last step
-    of an epoch takes what is left of the rows."""
-
-    unwritten = None  # nothing is dumped
-
-    def __init__(
-        self,
-        config: DictConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        ends: EndTokens | None = None,
-    ):
-        self.data = SFTDataset(config.data, tokenizer, key="data", ends=ends)
-        self.end_ids = self.data.end_ids
-        self.loader = make_loader(
-            self.data, config.data.batch_size, seed=config.trainer.seed, drop_last=False
-        )
-        self.rows = PromptStream(self.data, self.loader)
-
-    @property
-    def rows_of_data(self) -> dict[str, int]:
-        """How many rows there are, by what they are for."""
-        return {"training rows": len(self.data)}
-
-    @property
-    def datasets(self) -> dict[str, Dataset]:
-        """What was read, by the config's node that names it."""
-        return {"data": self.data}
-
-    def start(self, device: torch.device) -> None:
-        """Nothing to load."""
-
-    def collect(self, step: int, last: bool = False) -> Result:
-        """The next rows, on rank 0."""
-        items = self.rows.draw_batch()
-        if rank() != 0:
-            return None, {}
-        batch = collate(items)
-        ones = torch.ones(len(items), dtype=torch.bool)
-        batch |= {"advantages": batch["action_mask"].float(), "correct": ones}
-        return batch, {"train/avg_response_length": batch["action_mask"].sum().item() / len(items)}
-
-    def evaluate(self, step: int) -> dict[str, float]:
-        return {}
-
-    def finish(self) -> None:
-        """Nothing goes on beside the training."""
-
-    def interrupt(self) -> None:
-        """Nothing takes long."""
-
-    def publish(self, actor: Actor, step: int) -> None:
-        """Nobody else holds the weights."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position in the data."""
-        return self.rows.state_dict() if rank() == 0 else {}
-
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Continue where `state_dict` was called on all ranks of a run, of however many ranks."""
-        self.rows.load_state_dict(states[0])
-
-    def close(self) -> None:
-        """Nothing is open."""
+        self._while_open.close()

@@ -1,0 +1,323 @@
+"""A run's life: where it stands, what of it is saved, how it stops, goes on and ends."""
+
+import logging
+import math
+import resource
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple, NoReturn
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from RL2.distributed import Traffic, broadcast, rank, sum_over_ranks, world_size
+from RL2.distributed.agreement import all_or_none, on_all_ranks
+from RL2.runtime.errors import CheckpointError, HealthError, Interrupted, TrainingError
+from RL2.runtime.folders import cannot_write, in_the_way, lock, try_to_move
+from RL2.runtime.stop import StopRequest
+from RL2.trainer.checkpoints import record
+from RL2.trainer.checkpoints.checkpoint import Checkpoints, rng_state, set_rng_state
+from RL2.trainer.checkpoints.export import Kept, best_that_is_there, fingerprint_of, save_model
+from RL2.trainer.health import observe
+from RL2.trainer.sinks.metrics import Metrics, Timers
+from RL2.trainer.sources import Source
+from RL2.trainer.startup import machine
+from RL2.trainer.startup.fingerprints import readable
+from RL2.workers import Actor
+
+logger = logging.getLogger(__name__)
+
+
+class Position(NamedTuple):
+    """What decides the next step beside the weights: position in the data, random states."""
+
+    source: dict[str, Any]
+    rng: dict[str, Tensor]
+
+
+class Start(NamedTuple):
+    """Where a run begins.
+
+    step: the last one that was done. unfinished: its metrics, where a stop came between its update
+    and its row of metrics. run_id: of its trackers, None where they begin, too.
+    """
+
+    step: int
+    unfinished: dict[str, float] | None
+    run_id: str | None
+
+
+def claim_folder(
+    config: DictConfig, device: torch.device, fingerprints: Mapping[str, str]
+) -> tuple[Checkpoints, IO | None]:
+    """The checkpoints of the run's folder, and what locks it for as long as it is open.
+
+    Sets the number of threads. What may not differ from the run that this one resumes is refused
+    here, before a model loads.
+    """
+    trainer = config.trainer
+    checkpoints = Checkpoints(
+        trainer.save_dir, trainer.keep_last, config, background=trainer.async_save
+    )
+    about = checkpoints.about(trainer.load_ckpt_from)
+    checkpoints.threads = machine.use_threads(trainer.num_threads, about)
+    checkpoints.machines = machine.all_machines(device)
+    checkpoints.inputs = readable(fingerprints)
+    if trainer.load_ckpt_from is not None:
+        checkpoints.check(trainer.load_ckpt_from)
+    return checkpoints, all_or_none(lambda: lock(trainer.save_dir) if rank() == 0 else None)
+
+
+class Run:
+    """The folder of a run, and the state that goes on with it.
+
+    Args:
+        config: the whole run's. device: this rank's. stop: says whether to end early.
+        claimed: `claim_folder`.
+        files: what a saved model needs beside its weights (`export.keep_files`).
+    """
+
+    def __init__(
+        self,
+        config: DictConfig,
+        device: torch.device,
+        stop: StopRequest,
+        claimed: tuple[Checkpoints, IO | None],
+        source: Source,
+        actor: Actor,
+        files: Kept,
+        n_steps: int,
+        timers: Timers,
+        traffic: Traffic,
+    ):
+        self.config, self.device, self.stop = config, device, stop
+        self.checkpoints, self.lock = claimed
+        self.source, self.actor, self.files = source, actor, files
+        self.n_steps, self.timers, self.traffic = n_steps, timers, traffic
+        self.metrics: Metrics | None = None  # on rank 0
+        self.best: dict[str, Any] = {}
+        self.health: dict[str, Any] = {}
+        self.unwritten: str | None = None  # what there was no room for in the step
+        self.done = False
+
+    # -------------------------------------------------------------------- where a run begins
+
+    def resume(self) -> Start:
+        """Load the checkpoint that `trainer.load_ckpt_from` names, if any."""
+        which, state = self.config.trainer.load_ckpt_from, None
+        if which is not None:
+            state = self.checkpoints.load(which, self.actor, self.source)
+        state = {"step": 0, "unfinished": None, "run_id": None, "best": {}, "health": {}} | (
+            state or {}
+        )
+        self.best, self.health = state["best"], state["health"]
+        return Start(state["step"], state["unfinished"], state["run_id"])
+
+    def open_folder(self, start: Start) -> None:
+        """Leave in the folder what the run continues, and begin to log (a collective)."""
+        on_all_ranks(lambda: self._open_folder(start) if rank() == 0 else None, CheckpointError)
+        self.best = broadcast(self.best)
+
+    def _open_folder(self, start: Start) -> None:
+        logged = start.step - (start.unfinished is not None)
+        try:
+            self.checkpoints.set_aside(start.step)
+            self.checkpoints.tidy()  # a run that was killed may not have come to it
+            for name in ("final", "best"):
+                try_to_move(self.path(name))
+            if self.config.trainer.get("keep_best"):
+                self.best = best_that_is_there(self.best, self.path("best"))
+            self.metrics = Metrics(self.config, logged, start.run_id)
+            record.write(self.path(""), self.config, world_size(), start.step)
+        except OSError as error:
+            raise CheckpointError(in_the_way(self.path(""), error, self.path(""))) from error
+
+    # -------------------------------------------------------------------- what is saved
+
+    def position(self) -> Position:
+        return Position(self.source.state_dict(), rng_state(self.device))
+
+    def save(
+        self, step: int, source: dict[str, Any], unfinished: dict[str, float] | None = None
+    ) -> None:
+        """Write the checkpoint of `step`.
+
+        source: its state. unfinished: the step's metrics, where a run that resumes has to finish
+            it.
+        """
+        with self.timers("save"):
+            state = {
+                "best": self.best, "health": self.health, "unfinished": unfinished,
+                "run_id": self.metrics.run_id if self.metrics else None,
+            }  # fmt: skip
+            self.checkpoints.save(step, self.actor, source, state)
+
+    def save_unless_saved(
+        self, step: int, position: Position, unfinished: dict[str, float] | None = None
+    ) -> Path:
+        """Have what `step` has left on disk, as it was at `position`; where that is."""
+        folder = self.checkpoints.path(step)
+        self.checkpoints.wait()
+        if not broadcast(folder.exists()):
+            set_rng_state(position.rng, self.device)
+            self.save(step, position.source, unfinished)
+            self.checkpoints.wait()
+        return folder
+
+    def save_model(self, name: str) -> None:
+        """Write `final` or `best`."""
+        self.actor.load()
+        save_model(self.actor, self.files, self.path(name), str(self.config.trainer.save_dtype))
+        self.actor.offload()
+
+    def save_if_best(self, step: int, score: float | None) -> None:
+        """Write `best` where no evaluation before had as good a score (a collective)."""
+        score = broadcast(score)
+        if score is None or score <= self.best.get("test/score", -math.inf):
+            return
+        best = {"step": step, "test/score": score}
+        try:
+            if step > 0 and self.config.trainer.get("keep_best"):
+                with self.timers("save"):
+                    self.save_model("best")
+                    if rank() == 0:
+                        best["model"] = fingerprint_of(self.path("best"))
+            self.best = best
+        except CheckpointError as error:  # the step comes to its end first
+            self.unwritten = str(error)
+
+    # -------------------------------------------------------------------- how it stops
+
+    @contextmanager
+    def saved_where_stopped(
+        self,
+        step: int,
+        position: Position | None = None,
+        unfinished: dict[str, float] | None = None,
+    ) -> Iterator[None]:
+        """Where the body is interrupted, save what `step` has left, and say where.
+
+        position: the run's when `step` was done; None: that at which the body is interrupted.
+        unfinished: the step's metrics, if they are not logged yet.
+        """
+        try:
+            yield
+        except Interrupted:
+            if unfinished is not None:
+                unfinished = unfinished | self.traffic.pop()
+            self._save_and_stop(step, position or self.position(), unfinished)
+
+    def _save_and_stop(
+        self, step: int, position: Position, unfinished: dict[str, float] | None
+    ) -> NoReturn:
+        if step == 0:
+            raise Interrupted("asked to stop before anything was learned; nothing was saved")
+        saved = self.save_unless_saved(step, position, unfinished)
+        raise Interrupted(
+            f"asked to stop: step {step} is in {saved}; trainer.load_ckpt_from=latest goes on there"
+        )
+
+    @contextmanager
+    def saved_where_failed(self, step: int, position: Position) -> Iterator[None]:
+        """Where the update after `step` fails before it has changed anything, save what `step` has
+        left, as it was at `position`."""
+        updates = self.actor.scheduler.last_epoch
+        try:
+            yield
+        except TrainingError as error:
+            if step == 0 or self.actor.scheduler.last_epoch > updates:
+                raise  # nothing was learned, or half of a step
+            saved = self.save_unless_saved(step, position)
+            raise TrainingError(f"{error}; step {step} is in {saved}") from error
+
+    def raise_if_stopped(self) -> None:
+        """On all ranks, where one of them is asked to stop or has failed to write a checkpoint (a
+        collective)."""
+        flags = torch.tensor([self.stop.number is not None, self.checkpoints.failed]).int()
+        stop, failed = sum_over_ranks(flags).tolist()
+        if failed:
+            self.checkpoints.wait()
+        if stop:
+            raise Interrupted
+
+    def raise_if_unwell(self, step: int, logged: dict[str, float]) -> None:
+        """Stop a run that is dying or has no room to write, saved as it is (a collective).
+
+        logged: the step's metrics.
+        """
+        unwritten = problem = None
+        if rank() == 0:
+            unwritten = self.unwritten
+            if unwritten is None and self.source.unwritten is not None:
+                unwritten = self._cannot_write(*self.source.unwritten)
+            if unwritten is None:
+                self.health, problem = observe(self.config, self.health, logged)
+        unwritten, problem = broadcast((unwritten, problem))
+        if unwritten is None and problem is None:
+            return
+        # What there was no room for, the run that goes on writes, but for this step's answers: they
+        # are trained on, and gone.
+        unfinished = None if unwritten is None else logged
+        saved = self.save_unless_saved(step, self.position(), unfinished)
+        if unwritten is not None:
+            raise CheckpointError(f"{unwritten}; step {step} is in {saved}")
+        raise HealthError(f"{problem}; step {step} is in {saved}")
+
+    # -------------------------------------------------------------------- what it tells
+
+    def log(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Write the row of a step; returns it without timings and memory."""
+        metrics = metrics | self.traffic.pop()
+        row = metrics | self.timers.pop()
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        row["memory/peak_gib"] = peak / 2**30
+        if self.metrics:
+            try:
+                self.metrics.log(step, self.n_steps, row)
+            except OSError as error:
+                self.unwritten = self._cannot_write(self.metrics.path, error)
+        return metrics
+
+    def finish(self, step: int) -> None:
+        """Save the last step and the model, and say where they are."""
+        saved = self.save_unless_saved(step, self.position())
+        try:
+            self.save_model("final")
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; step {step} is in {saved}; trainer.load_ckpt_from=latest goes on there"
+            ) from error
+        logger.info("model: %s", self.path("final"))
+        if self.best:
+            logger.info("%s", self._best_line())
+        logger.info("metrics: %s", self.path("metrics.jsonl"))
+        self.done = True
+
+    def _best_line(self) -> str:
+        step, score = self.best["step"], self.best["test/score"]
+        if step == 0:
+            return f"no evaluation beat the start: test/score was {score:.4f} before training"
+        kept = "in best" if self.config.trainer.keep_best else "not kept: trainer.keep_best=false"
+        return f"best evaluation: test/score {score:.4f} at step {step} ({kept})"
+
+    def _cannot_write(self, path: Path, reason: OSError | str) -> str:
+        if isinstance(reason, OSError):
+            reason = reason.strerror or str(reason)
+        return cannot_write(self.path(""), path, reason)
+
+    def path(self, name: str) -> Path:
+        """Of something in the run's folder."""
+        return Path(self.config.trainer.save_dir) / name
+
+    def close(self) -> None:
+        """Close the checkpoints and the log, and give the folder free."""
+        self.checkpoints.close()
+        if self.metrics:
+            self.metrics.close(self.done)
+        if self.lock:
+            self.lock.close()

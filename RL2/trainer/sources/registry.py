@@ -1,0 +1,50 @@
+"""From the name or file of a source to its class."""
+
+import difflib
+
+from omegaconf import DictConfig
+
+from RL2.algorithms.token_loss import _import_function
+from RL2.runtime.errors import ConfigError
+from RL2.trainer.sources.rollouts import RolloutSource
+from RL2.trainer.sources.rows import RowSource
+from RL2.trainer.sources.source import Source
+
+SOURCES: dict[str, type[Source]] = {"rollouts": RolloutSource, "rows": RowSource}
+
+
+def resolve_source(config: DictConfig) -> type[Source]:
+    """The class that `trainer.source` names, from its file where it is no key of `SOURCES`.
+
+    Raises:
+        ConfigError: an unknown name, a missing file, module or class, one that is no `Source` or
+            lacks parts of it, or one that reads groups which this trainer's config does not have.
+    """
+    name = config.trainer.source
+    origin = f"trainer.source={name}"
+    if name in SOURCES:
+        source = SOURCES[name]
+    elif ":" in name:
+        source = _import_function(name, origin)
+        if not (isinstance(source, type) and issubclass(source, Source)):
+            raise ConfigError(
+                f"{origin}: is no source; derive it from RL2.trainer.sources.Source or RowSource"
+            )
+        if lacks := sorted(source.__abstractmethods__):
+            raise ConfigError(
+                f"{origin}: has no {', '.join(lacks)}; see RL2.trainer.sources.Source"
+            )
+    else:
+        close = difflib.get_close_matches(name, SOURCES, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(
+            f"{origin}: unknown; {hint}use {', '.join(SOURCES)}, or my_source.py:MySource for your "
+            "own"
+        )
+    if missing := [group for group in source.groups if group not in config]:
+        fit = [key for key, one in SOURCES.items() if set(one.groups) <= set(config)]
+        raise ConfigError(
+            f"{origin}: reads {', '.join(missing)}, which this trainer's config does not have; use "
+            f"{' or '.join(fit)}, or another trainer"
+        )
+    return source

@@ -1,0 +1,68 @@
+"""Rows of a data set as they are."""
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from RL2.datasets import SFTDataset, collate, make_loader
+from RL2.datasets.end_of_turn import EndTokens
+from RL2.distributed import rank
+from RL2.distributed.comm import Batch
+from RL2.trainer.sources.source import Result, Source
+from RL2.trainer.sources.stream import PromptStream
+
+
+class RowSource(Source):
+    """Rows of `data`, every response token an action of advantage 1. The last step of an epoch
+    takes what is left of the rows.
+
+    A class that is derived from it may `read` a data set of another kind and make a `batch` of its
+    items in its own way.
+    """
+
+    groups = ("data",)
+
+    def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens):
+        self.data = self.read(config.data, tokenizer, ends)
+        self.datasets, self.rows = {"data": self.data}, {"training rows": len(self.data)}
+        self.end_ids = self.data.end_ids
+        self.per_step = f"{config.data.batch_size} rows each"
+        loader = make_loader(
+            self.data, config.data.batch_size, seed=config.trainer.seed, drop_last=False
+        )
+        self.steps_per_epoch = len(loader)
+        self.stream = PromptStream(self.data, loader)
+
+    @classmethod
+    def brings(cls, config: DictConfig) -> tuple[str, ...]:
+        return ("advantages", "correct")
+
+    def read(
+        self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens
+    ) -> Dataset:
+        """What `data` names, item by item; it has the attributes that `make_loader` wants, and
+        `end_ids`."""
+        return SFTDataset(config, tokenizer, key="data", ends=ends)
+
+    def batch(self, items: list[Any]) -> Batch:
+        """The batch of some items."""
+        batch = collate(items)
+        ones = torch.ones(len(batch["states"]), dtype=torch.bool)
+        return batch | {"advantages": batch["action_mask"].float(), "correct": ones}
+
+    def collect(self, step: int, last: bool) -> Result:
+        items = self.stream.draw_batch()
+        if rank() != 0:
+            return None, {}
+        batch = self.batch(items)
+        n_actions = batch["action_mask"].sum().item()
+        return batch, {"train/avg_response_length": n_actions / len(batch["states"])}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict() if rank() == 0 else {}
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        self.stream.load_state_dict(states[0])

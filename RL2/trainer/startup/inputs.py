@@ -1,0 +1,47 @@
+"""What a run reads before a model loads."""
+
+from dataclasses import dataclass
+
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+
+from RL2.algorithms.algorithm import Algorithm, resolve_algorithm
+from RL2.config.models import ask_hub
+from RL2.datasets.end_of_turn import EndTokens, load_end_tokens
+from RL2.trainer.sources import Source, resolve_source
+from RL2.trainer.startup.ends import missing_ends
+from RL2.trainer.startup.fingerprints import of_run
+from RL2.trainer.startup.models import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """
+    Attributes:
+        ends: the model's end tokens. missing_ends: those of them that its folder does not name.
+        fingerprints: of what the run is made of (`fingerprints.of_run`).
+    """
+
+    algorithm: Algorithm
+    source: Source
+    tokenizer: PreTrainedTokenizerBase
+    ends: EndTokens
+    missing_ends: tuple[int, ...]
+    fingerprints: dict[str, str]
+
+
+def read_inputs(config: DictConfig) -> Inputs:
+    """Algorithm, tokenizer, environment and data, what is cheap to find wrong first. Nothing here
+    waits for other ranks."""
+    make_source = resolve_source(config)
+    algorithm = resolve_algorithm(config, make_source.brings(config))
+    tokenizer = load_tokenizer(config)
+    ends = load_end_tokens(config.actor, tokenizer)
+    source = make_source(config, tokenizer, ends)
+    missing = missing_ends(config.actor.model_name, tokenizer, ends, source)
+    models = ["actor"]
+    if "ref_logps" in algorithm.needs:
+        ask_hub(config.ref_actor, "ref_actor")
+        models.append("ref_actor")
+    fingerprints = of_run(config, tokenizer, ends, source.datasets, models)
+    return Inputs(algorithm, source, tokenizer, ends, missing, fingerprints)
