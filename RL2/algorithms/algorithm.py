@@ -72,7 +72,14 @@ def resolve_algorithm(config: DictConfig, brought: Collection[str]) -> Algorithm
     """
     loss = resolve_loss(config.actor.loss)
     check_loss(config, loss, brought)
-    advantage = None if "advantages" in brought else resolve_advantage(config.adv)
+    advantage = None
+    if "advantages" not in brought:
+        if "adv" not in config:
+            raise ConfigError(
+                f"trainer.source={config.trainer.source}: brings no advantages, and this trainer "
+                "has no adv that makes some; name them in its brings, and put them in its batches"
+            )
+        advantage = resolve_advantage(config.adv)
     needs = tuple(name for name in required_fields(config, loss) if name not in brought)
     return Algorithm(loss, advantage, needs, resolve_penalty(config))
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from RL2.algorithms import LOSSES, resolve_advantage, sample_returns
-from RL2.trainer.loop import add_advantages
+from RL2.algorithms.algorithm import Algorithm, resolve_penalty
 from tests.invariance.reference import plain_model
 
 TEMPERATURE = 0.9
@@ -194,7 +194,8 @@ class Case:
             kl = {"coef": 0.0, "type": None, "reward_estimator": "k1"} | self.changes.get("kl", {})
             config = OmegaConf.create({"actor": {"kl": kl}})
             estimator = resolve_advantage(ESTIMATORS[self.advantage])
-            batch = add_advantages(batch, config, estimator)
+            algorithm = Algorithm(None, estimator, penalty=resolve_penalty(config))
+            batch = algorithm.advantages(batch)
             batch = {name: x for name, x in batch.items() if name not in self.without}
         return SimpleNamespace(loss=LOSS_NODES[self.loss], changes=changes, batch=batch)
 

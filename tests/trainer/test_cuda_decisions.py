@@ -48,7 +48,7 @@ def test_a_run_computes_and_serves_and_saves_what_the_checkpoint_says(tmp_path, 
     run, lines = train_as_on_cuda(files, "ppo", save_dir, **changes, **OFFLOAD)
     assert [line.partition(":")[0] for line in lines] == ["rollout.engine=auto"]
     computed = torch.float32 if stored == "float32" else torch.bfloat16
-    assert {policy.dtypes.compute for policy in run.policies.values()} == {computed}
+    assert {each.__self__.dtypes.compute for each in run.providers.values()} == {computed}
     assert run.config.rollout.dtype == str(computed).removeprefix("torch.")
     rows = rows_of(save_dir)
     assert all(row["actor/grad_norm"] > 0 for row in rows)

@@ -9,7 +9,7 @@ from RL2.engines.transformers.engine import TransformersEngine
 from RL2.runtime.errors import HealthError, TrainingError
 from RL2.trainer.checkpoints.checkpoint import Checkpoints
 from RL2.trainer.checkpoints.integrity import damage
-from RL2.trainer.health import RULES, observe
+from RL2.trainer.health import RULES, LLMKLAlarm, observe
 from tests.config.support import quick_config
 from tests.faults.support import Run
 from tests.trainer.support import command, overrides, rows_of, train, write_env, write_files
@@ -237,3 +237,16 @@ def test_the_command_ends_with_one_line(files, tmp_path):
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "Error: " in line]
     assert line.startswith("HealthError: trainer.health.no_signal_steps=1: no update has changed")
+
+
+def test_the_alarm_goes_off_once_for_as_long_as_it_lasts(caplog):
+    alarm = LLMKLAlarm(OmegaConf.create({"rollout": {"llm_kl_alarm": 0.1}}))
+    found = [
+        alarm({"rollout/llm_kl": kl} if kl is not None else {})
+        for kl in (0.05, 0.2, 0.3, 0.1, None, 0.2)
+    ]
+    assert [one.get("rollout/llm_kl_alarm") for one in found] == [0.0, 1.0, 1.0, 0.0, None, 1.0]
+    lines = [line for line in caplog.messages if "rollout.llm_kl_alarm=0.1" in line]
+    assert len(lines) == 2 and all("\n" not in line and "look at" in line for line in lines)
+    for off in ({"rollout": {"llm_kl_alarm": None}}, {}):
+        assert LLMKLAlarm(OmegaConf.create(off))({"rollout/llm_kl": 9.0}) == {}

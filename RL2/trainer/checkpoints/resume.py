@@ -47,6 +47,7 @@ OTHER_INPUTS = {
     "is taken to them",
     "rollout.env_path": "the file, or a module that it imports, is not what it was",
     "actor.loss.import_path": "the file, or a module that it imports, is not what it was",
+    "trainer.source": "the file, or a module that it imports, is not what it was",
     "test_data.path": "its rows are not those of before, so scores of both do not compare",
 }
 """Fingerprints that are told where they differ. Those that are no key's belong to
@@ -69,6 +70,7 @@ NOTES = {
         _REPLANNED,
     ),
 }
+_SOURCES = {"rows": "rows of a data set"}
 _OF_RESUMING = {"trainer.load_ckpt_from"}  # which nobody needs to be told of
 _UNKNOWN = (
     "{} holds no fingerprints of models, tokenizer and sources, so whether those are what they "
@@ -109,11 +111,9 @@ def compare(
     path = folder / NAME
     if not exists(path):
         return [f"{folder.name} holds no config, so what was changed since is not known"]
-    before, after = (
-        dict(flat(tree)) for tree in (yaml.safe_load(path.read_text()), _plain(config))
-    )
-    if ("rollout.engine" in before) != ("rollout.engine" in after):
-        source = "rollouts" if "rollout.engine" in before else "rows of a data set"
+    before, after = (_flat(tree) for tree in (yaml.safe_load(path.read_text()), _plain(config)))
+    source, other_source = (_in_words(tree["trainer.source"]) for tree in (before, after))
+    if source != other_source:
         raise CheckpointError(
             f"trainer.load_ckpt_from: {folder.name} does not load here, as it is of a run on "
             f"{source}; to go on from its weights only, give actor.model_name=<its final folder> "
@@ -150,6 +150,15 @@ def compare(
         + _of_versions(about)
         + unknown
     )
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """With the source of its run, which the config of version 0.1 does not name."""
+    return {"trainer.source": "rollouts" if "rollout" in tree else "rows"} | dict(flat(tree))
+
+
+def _in_words(source: str) -> str:
+    return "a source of its own" if ":" in source else _SOURCES.get(source, source)
 
 
 def versions() -> dict[str, str | None]:

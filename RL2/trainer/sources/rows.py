@@ -43,8 +43,7 @@ class RowSource(Source):
     def read(
         self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens
     ) -> Dataset:
-        """What `data` names, item by item; it has the attributes that `make_loader` wants, and
-        `end_ids`."""
+        """What `data` names (`config`); `RL2.datasets.Items` makes a data set of a list."""
         return SFTDataset(config, tokenizer, key="data", ends=ends)
 
     def batch(self, items: list[Any]) -> Batch:

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from RL2.config import apply_fallbacks
 from RL2.datasets.end_of_turn import load_end_tokens
 from RL2.distributed.same_start import difference
-from RL2.trainer.loop import load_tokenizer
-from RL2.trainer.sources import DatasetSource, RolloutSource
+from RL2.trainer.sources import resolve_source
 from RL2.trainer.startup import started_with as module
 from RL2.trainer.startup.fingerprints import of_run
+from RL2.trainer.startup.models import load_tokenizer
 from RL2.trainer.startup.started_with import files_behind, started_with
 from tests.trainer.support import composed, overrides, write_files, write_rows
 
@@ -116,8 +116,8 @@ def behind(files, trainer="spo", models=("actor",), **changes):
     changes |= {"rollout__env_workers": 0} if trainer == "spo" else {}
     config = composed(trainer, overrides(files, trainer, "runs/x", **changes))
     tokenizer = load_tokenizer(config)
-    source = (RolloutSource if trainer == "spo" else DatasetSource)(config, tokenizer)
     ends = load_end_tokens(config.actor, tokenizer)
+    source = resolve_source(config)(config, tokenizer, ends)
     inputs = of_run(config, tokenizer, ends, source.datasets, models)
     return files_behind(config, inputs, source.datasets)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from RL2.trainer.sources import DatasetSource
+from RL2.datasets.end_of_turn import end_tokens
+from RL2.trainer.sources import RowSource
 from tests.faults.support import Run
 from tests.trainer.support import (
     rows_of,
@@ -18,16 +19,17 @@ from tests.trainer.support import (
 )
 
 
-def source(folder, n_rows: int, batch_size: int, tokenizer) -> DatasetSource:
+def source(folder, n_rows: int, batch_size: int, tokenizer) -> RowSource:
     rows = [{"prompt": "p", "response": chr(ord("A") + i)} for i in range(n_rows)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"path": str(folder / "rows.jsonl"), "batch_size": batch_size}
-    return DatasetSource(OmegaConf.create({"data": data, "trainer": {"seed": 3}}), tokenizer)
+    config = OmegaConf.create({"data": data, "trainer": {"seed": 3}})
+    return RowSource(config, tokenizer, end_tokens(tokenizer))
 
 
-def taken(source: DatasetSource, n_steps: int, tokenizer) -> list[str]:
+def taken(source: RowSource, n_steps: int, tokenizer) -> list[str]:
     """The responses of each step."""
-    batches = [source.collect(step)[0] for step in range(1, n_steps + 1)]
+    batches = [source.collect(step, last=False)[0] for step in range(1, n_steps + 1)]
     return [tokenizer.decode(batch["actions"][:, 0].tolist()) for batch in batches]
 
 
@@ -37,7 +39,7 @@ def taken(source: DatasetSource, n_steps: int, tokenizer) -> list[str]:
 )
 def test_every_row_counts_once_an_epoch(tmp_path, tiny_tokenizer, n_rows, batch_size, sizes):
     whole = source(tmp_path, n_rows, batch_size, tiny_tokenizer)
-    assert len(whole.loader) == len(sizes)
+    assert whole.steps_per_epoch == len(sizes)
     steps = taken(whole, 3 * len(sizes), tiny_tokenizer)
     assert [len(step) for step in steps] == 3 * sizes
     expected = "".join(chr(ord("A") + i) for i in range(n_rows))

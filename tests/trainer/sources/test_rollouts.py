@@ -13,12 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from RL2.datasets.end_of_turn import end_tokens
 from RL2.engines.protocol import Completion
 from RL2.ops import fp32
 from RL2.runtime.errors import EnvError
-from RL2.trainer import sources
-from RL2.trainer.loop import Trainer
-from RL2.trainer.sources import PromptStream, RolloutSource
+from RL2.trainer.sources import RolloutSource, rollouts
 from RL2.trainer.startup.models import load_tokenizer
 from RL2.workers import Actor
 from tests.faults.support import Run
@@ -272,67 +271,7 @@ def test_a_run_of_whole_rollouts_draws_what_was_begun_by_one_of_partial_ones(fil
     assert {done.count(text) for text in texts} == {2}
 
 
-class Loader:
-    """Batches of rows, in an order, with a state: what a stream asks of a loader."""
-
-    def __init__(self, n, size):
-        self.n, self.size, self.at, self.epoch = n, size, 0, 0
-
-    def __iter__(self):
-        while self.at + self.size <= self.n:
-            start, self.at = self.at, self.at + self.size
-            yield [{"index": (self.epoch, i)} for i in range(start, start + self.size)]
-        self.epoch, self.at = self.epoch + 1, 0
-
-    def state_dict(self):
-        return {"at": self.at, "epoch": self.epoch}
-
-    def load_state_dict(self, state):
-        self.at, self.epoch = state["at"], state["epoch"]
-
-
-def test_a_stream_resumes_wherever_it_stands():
-    def index(items):
-        return [item["index"] for item in items]
-
-    dataset = {(e, i): {"index": (e, i)} for e in range(9) for i in range(12)}
-    expected = index(PromptStream(dataset, Loader(12, 4)).draw(100))
-    assert len(set(expected)) == 100
-    for n in range(1, 30):
-        stream = PromptStream(dataset, Loader(12, 4))
-        first = index(stream.draw(n))
-        unfinished = [dataset[i] for i in first[:2]]
-        again = PromptStream(dataset, Loader(12, 4))
-        again.load_state_dict(stream.state_dict(), unfinished)
-        assert (
-            first + index(again.draw(20 + len(unfinished)))[len(unfinished) :]
-            == (expected[: n + 20])
-        )
-        again.load_state_dict(stream.state_dict(), unfinished)
-        assert index(again.draw(1)) == first[:1]
-        # What was not drawn yet is in the next state as well.
-        third = PromptStream(dataset, Loader(12, 4))
-        third.load_state_dict(again.state_dict())
-        assert index(third.draw(21)) == (first[1:2] + expected[n:])[:21]
-
-
 # ------------------------------------------------------------------------ alarm, sleep, drivers
-
-
-def test_the_alarm_goes_off_once_for_as_long_as_it_lasts(files, caplog):
-    trainer = SimpleNamespace(
-        config=composed("spo", overrides(files, "spo", "x", rollout__llm_kl_alarm=0.1)),
-        alarmed=False,
-    )
-    found = [
-        Trainer._compare(trainer, {"rollout/llm_kl": kl} if kl is not None else {})
-        for kl in (0.05, 0.2, 0.3, 0.1, None, 0.2)
-    ]
-    assert [one.get("rollout/llm_kl_alarm") for one in found] == [0.0, 1.0, 1.0, 0.0, None, 1.0]
-    lines = [line for line in caplog.messages if "rollout.llm_kl_alarm=0.1" in line]
-    assert len(lines) == 2 and all("\n" not in line and "look at" in line for line in lines)
-    trainer.config.rollout.llm_kl_alarm = None
-    assert Trainer._compare(trainer, {"rollout/llm_kl": 9.0}) == {}
 
 
 def test_a_run_with_stale_weights_sets_off_the_alarm(files, tmp_path, caplog):
@@ -356,17 +295,18 @@ class LoggedEngine(ScriptedEngine):
 @pytest.mark.parametrize("sleep", [True, False])
 def test_an_engine_sleeps_while_the_actor_trains(files, tmp_path, monkeypatch, sleep):
     engine = LoggedEngine(lambda *_: Completion([5], [-1.0], "stop", [0]))
-    monkeypatch.setattr(sources, "build_engine", lambda *_: engine)
+    monkeypatch.setattr(rollouts, "build_engine", lambda *_: engine)
     config = composed(
         "spo", overrides(files, "spo", tmp_path, test_data__path=files / "rows.jsonl")
     )
     config.rollout.sleep = sleep
-    source = RolloutSource(config, load_tokenizer(config))
-    source.start(torch.device("cpu"))
-    source.collect(1)
+    tokenizer = load_tokenizer(config)
+    source = RolloutSource(config, tokenizer, end_tokens(tokenizer))
+    source.start(torch.device("cpu"), torch.float32)
+    source.collect(1, last=False)
     source.publish(SimpleNamespace(weights=torch.nn.Linear(2, 2).named_parameters), 1)
     source.evaluate(1)
-    source.collect(2)
+    source.collect(2, last=True)
     source.close()
     expected = ["start", "wake", "generate", "sleep", "wake", "weights 1", "wake", "generate",
                 "wake", "generate", "sleep", "close"]  # fmt: skip

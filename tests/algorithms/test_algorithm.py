@@ -1,0 +1,204 @@
+"""What must be computed before an update, what a loss may ask for, and where the KL goes."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from RL2.algorithms.advantages import reinforce, spo
+from RL2.algorithms.algorithm import (
+    Algorithm,
+    check_loss,
+    required_fields,
+    resolve_algorithm,
+    resolve_penalty,
+)
+from RL2.algorithms.losses import LOSSES
+from RL2.algorithms.token_loss import TokenLoss, resolve_loss
+from RL2.runtime.errors import ConfigError
+
+KL_OFF = {"coef": 0.0, "type": None}
+
+
+def config(update_per_rollout=1, estimator="k1", tis_coef=0.0, **kl):
+    return OmegaConf.create(
+        {
+            "actor": {
+                "update_per_rollout": update_per_rollout,
+                "tis_coef": tis_coef,
+                "kl": KL_OFF | {"reward_estimator": estimator} | kl,
+            }
+        }
+    )
+
+
+def learned_from(given, config, estimator):
+    loss = resolve_loss({"name": "ppo"})
+    return Algorithm(loss, estimator, penalty=resolve_penalty(config)).advantages(given)
+
+
+def required(loss, **changes):
+    return required_fields(config(**changes), resolve_loss({"name": loss}))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_one_update_without_kl_needs_no_second_forward(loss):
+    assert required(loss) == ()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_old_logps_only_where_the_policy_moves_away_and_the_loss_looks_back(loss):
+    assert required(loss, update_per_rollout=2) == (("old_logps",) if loss == "ppo" else ())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_importance_weights_look_back_whatever_the_loss(loss):
+    assert required(loss, tis_coef=2.0) == ()
+    assert required(loss, tis_coef=2.0, update_per_rollout=2) == ("old_logps",)
+
+
+@pytest.mark.parametrize("kind", ["reward", "advantage"])
+def test_kl_on_rewards_needs_both_policies(kind):
+    assert required("max_target_kl", coef=0.1, type=kind) == ("old_logps", "ref_logps")
+
+
+def test_kl_in_the_loss_needs_the_reference_only():
+    assert required("max_target_kl", coef=0.1, type="loss") == ("ref_logps",)
+    both = required("ppo", coef=0.1, type="loss", update_per_rollout=2)
+    assert both == ("old_logps", "ref_logps")
+
+
+def test_a_loss_that_names_ref_logps_gets_them(tmp_path):
+    path = tmp_path / "loss.py"
+    path.write_text("def pull(logps, ref_logps):\n    return (logps - ref_logps) ** 2\n")
+    loss = resolve_loss({"name": "ppo", "import_path": f"{path}:pull"})
+    assert required_fields(config(), loss) == ("ref_logps",)
+
+
+def batch():
+    """Two samples of one prompt; the first has two rows, and the mask leaves a token out."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0], [0, 1, 1, 1]], dtype=torch.bool)
+    rewards = torch.tensor([[0.0, 0, 0.5, 0], [0, 0.5, 0, 0], [0, 0, 0, 0.25]])
+    return {
+        "action_mask": mask,
+        "rewards": rewards,
+        "old_logps": -torch.rand(3, 4, generator=generator),  # not masked: garbage beside actions
+        "ref_logps": -torch.rand(3, 4, generator=generator),
+        "sample_ids": torch.tensor([0, 0, 1]),
+        "group_ids": torch.tensor([0, 0, 0]),
+    }
+
+
+def divergence(given, estimator):
+    d = given["old_logps"] - given["ref_logps"]
+    return {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[estimator]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_as_advantage_is_taken_off_token_by_token(estimator):
+    given = batch()
+    out = learned_from(given, config(coef=0.3, type="advantage", estimator=estimator), spo)
+    mask = given["action_mask"]
+    expected = torch.tensor([[1.0], [1.0], [0.25]]) * mask
+    expected = expected - 0.3 * divergence(given, estimator) * mask
+    torch.testing.assert_close(out["advantages"], expected)
+    assert torch.equal(out["rewards"], given["rewards"])  # what the metrics report stays
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_as_reward_is_summed_over_the_sample_before_the_advantage(estimator):
+    given = batch()
+    out = learned_from(given, config(coef=0.3, type="reward", estimator=estimator), reinforce)
+    mask = given["action_mask"]
+    penalty = 0.3 * (divergence(given, estimator) * mask).sum(1)
+    first, second = 1.0 - penalty[0] - penalty[1], 0.25 - penalty[2]
+    half = (first - second) / 2
+    torch.testing.assert_close(out["advantages"], torch.stack([half, half, -half])[:, None] * mask)
+    assert torch.equal(out["rewards"], given["rewards"])
+
+
+def test_rewards_are_float64_up_to_the_advantages():
+    """0.1 + 0.2 against 0.3 in float32 differ by 7e-9; what a loss gets is float32 again."""
+    given = batch()
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    rewards = torch.tensor([[0.1, 0, 0.2, 1e6], [0, 0, 0, 1e6 + 1]], dtype=torch.float64)
+    given = {"action_mask": mask, "rewards": rewards} | {
+        name: given[name][1:] for name in ("sample_ids", "group_ids")
+    }
+    out = learned_from(given, config(), reinforce)
+    torch.testing.assert_close(
+        out["advantages"][:, 0], torch.tensor([-0.35, 0.35]), rtol=1e-6, atol=0
+    )
+    assert out["rewards"].dtype == out["advantages"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kl", [KL_OFF, {"coef": 0.3, "type": "loss"}])
+def test_kl_elsewhere_leaves_the_advantages_alone(kl):
+    given = batch()
+    del given["old_logps"]
+    estimator = partial(reinforce, norm_var=True)
+    out = learned_from(given, config(**kl), estimator)
+    plain = estimator(*(given[k] for k in ("rewards", "action_mask", "sample_ids", "group_ids")))
+    assert torch.equal(out["advantages"], plain)
+    assert "advantages" not in given
+
+
+def test_a_loss_over_fields_that_data_rows_lack_is_refused():
+    def off_policy(logps, llm_logps, rewards):
+        return -logps
+
+    loss = TokenLoss("off_policy", off_policy, ("logps", "llm_logps", "rewards"))
+    config = OmegaConf.create({"actor": {"avg_level": "token"}, "trainer": {"source": "rows"}})
+    rows = ("advantages", "correct")
+    said = "actor.loss: off_policy needs llm_logps, rewards, which trainer.source=rows does not"
+    with pytest.raises(ConfigError, match=said):
+        check_loss(config, loss, rows)
+    check_loss(config, loss, ("llm_logps", "rewards"))
+    check_loss(config, resolve_loss({"name": "nll"}), rows)
+    with pytest.raises(ConfigError, match="needs advantages, which"):
+        check_loss(config, resolve_loss({"name": "ppo"}), ())
+
+
+def test_what_a_source_brings_is_not_computed(tmp_path):
+    path = tmp_path / "loss.py"
+    path.write_text("def pull(logps, ref_logps):\n    return (logps - ref_logps) ** 2\n")
+    loss = {"name": "ppo", "import_path": f"{path}:pull"}
+    config = OmegaConf.create(
+        {
+            "actor": {"loss": loss, "avg_level": "token"}, "ref_actor": {},
+            "adv": {"estimator": "spo"}, "trainer": {"source": "x.py:X"},
+        }
+    )  # fmt: skip
+    assert resolve_algorithm(config, ("rewards",)).needs == ("ref_logps",)
+    algorithm = resolve_algorithm(config, ("advantages", "ref_logps"))
+    assert algorithm.needs == () and algorithm.advantage is None
+    given = batch()
+    assert algorithm.advantages(given) is given
+    assert resolve_algorithm(config, ()).advantages(None) is None
+    del config.adv
+    with pytest.raises(ConfigError, match="^trainer.source=x.py:X: brings no advantages, and this"):
+        resolve_algorithm(config, ("rewards",))
+
+
+def test_random_numbers_of_ranks_that_share_tokens_are_refused():
+    loss = replace(resolve_loss({"name": "nll"}), draws=True)
+    with pytest.raises(ConfigError, match="^actor.tp_size=2: the loss nll draws random numbers"):
+        check_loss(OmegaConf.create({"actor": {"tp_size": 2}}), loss, ())
+    check_loss(OmegaConf.create({"actor": {"tp_size": 1, "avg_level": "token"}}), loss, ())
+
+
+@pytest.mark.parametrize("kind", ["reward", "advantage"])
+def test_a_kl_that_the_loss_would_never_see_is_refused(kind):
+    def run(avg_level, kind):
+        kl = {"coef": 0.1, "type": kind}
+        return OmegaConf.create({"adv": {}, "actor": {"avg_level": avg_level, "kl": kl}})
+
+    blind, sees = resolve_loss({"name": "max_target_kl"}), resolve_loss({"name": "ppo"})
+    with pytest.raises(ConfigError, match=f"actor.kl.type={kind}: .*use actor.kl.type=loss"):
+        check_loss(run("correct", kind), blind, ())
+    check_loss(run("correct", "loss"), blind, ())
+    check_loss(run("sequence", kind), blind, ())
+    check_loss(run("correct", kind), sees, ())

@@ -1,0 +1,150 @@
+"""Sources by name, and from a file of one's own."""
+
+import json
+
+import pytest
+
+from RL2.config import validate
+from RL2.runtime.errors import CheckpointError, ConfigError
+from RL2.trainer.sources import SOURCES, Source, resolve_source
+from tests.trainer.support import composed, overrides, same_weights, train, weights, write_files
+
+# Pairs of answers to one prompt, of which the first is the better one.
+PAIRS = """
+import json
+from pathlib import Path
+
+import torch
+
+from RL2.datasets import Items, collate
+from RL2.trainer.sources import RowSource, Source
+
+
+class Pairs(RowSource):
+    def read(self, config, tokenizer, ends):
+        return Items([
+            [self.encoded(tokenizer, row["prompt"], row[name]) for name in ("chosen", "rejected")]
+            for row in map(json.loads, Path(config.path).open())
+        ])
+
+    @staticmethod
+    def encoded(tokenizer, prompt, answer):
+        prompt, answer = (tokenizer.encode(text) for text in (prompt, answer))
+        mask = [False] * len(prompt) + [True] * len(answer)
+        return {"token_ids": prompt + answer, "action_mask": mask}
+
+    def batch(self, items):
+        batch = collate([sequence for pair in items for sequence in pair])
+        better = torch.tensor([True, False]).repeat(len(items))
+        advantages = torch.where(better, 1.0, -1.0)[:, None] * batch["action_mask"]
+        return batch | {"advantages": advantages, "correct": better,
+                        "group_ids": torch.arange(len(items)).repeat_interleave(2)}
+
+
+class Half(Source):
+    def __init__(self, config, tokenizer, ends):
+        self.steps_per_epoch, self.per_step = 1, "nothing"
+
+    def collect(self, step, last):
+        return None, {}
+
+
+def no_class(config, tokenizer, ends):
+    return None
+
+
+class NoSource:
+    pass
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    files = write_files(tmp_path_factory.mktemp("files"))
+    (files / "pairs.py").write_text(PAIRS)
+    rows = [{"prompt": f"{i} = ", "chosen": f"{i}.", "rejected": f"{i + 1}!"} for i in range(8)]
+    (files / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return files
+
+
+def found(files, trainer, source):
+    return resolve_source(composed(trainer, overrides(files, trainer, "x", trainer__source=source)))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "source", "said"),
+    [
+        ("sft", "row", "unknown; did you mean rows? use rollouts, rows, or my_source.py:MySource"),
+        ("sft", "rollouts", "reads train_data, test_data, rollout, which this trainer's config "),
+        ("sft", "rollouts", "does not have; use rows, or another trainer"),
+        ("ppo", "rows", "reads data, which this trainer's config does not have; use rollouts, or"),
+        ("sft", "nowhere.py:Pairs", "there is no file "),
+        ("sft", "{files}/pairs.py:Paris", "Paris"),
+        ("sft", "{files}/pairs.py:no_class", "is no source; derive it from RL2.trainer.sources.So"),
+        ("sft", "{files}/pairs.py:NoSource", "is no source; derive it from RL2.trainer.sources.So"),
+        ("sft", "{files}/pairs.py:Half", "has no load_state_dict, state_dict; see RL2.trainer.sou"),
+        ("ppo", "{files}/pairs.py:Pairs", "reads data, which this trainer's config does not have"),
+    ],
+)
+def test_what_is_no_source_is_one_line(files, trainer, source, said):
+    source = source.format(files=files)
+    with pytest.raises(ConfigError) as caught:
+        found(files, trainer, source)
+    line = str(caught.value)
+    assert line.startswith(f"trainer.source={source}: ") and said in line and "\n" not in line
+
+
+@pytest.mark.parametrize(("trainer", "source"), [("spo", "rollouts"), ("sft", "rows")])
+def test_the_sources_of_the_trainers(files, trainer, source):
+    config = composed(trainer, overrides(files, trainer, "x"))
+    assert config.trainer.source == source
+    assert resolve_source(config) is SOURCES[source]
+
+
+def test_a_source_over_pairs_from_a_file(files, tmp_path):
+    """It trains, its steps and rows are its own, and a run that resumes goes on exactly."""
+    changes = {
+        "trainer__source": f"{files / 'pairs.py'}:Pairs", "data__path": files / "pairs.jsonl",
+        "data__batch_size": 3, "trainer__save_freq": 1, "trainer__n_epochs": 2,
+    }  # fmt: skip
+    validate(composed("sft", overrides(files, "sft", tmp_path / "run", **changes)), 1)
+    rows = train(files, "sft", tmp_path / "run", **changes)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(row["actor/grad_norm"] > 0 for row in rows)
+    checkpoint = tmp_path / "run/checkpoints/step000002"
+    again = train(files, "sft", tmp_path / "more", **changes, trainer__load_ckpt_from=checkpoint)
+    assert [row["actor/loss"] for row in again] == [row["actor/loss"] for row in rows[2:]]
+    assert same_weights(weights(tmp_path / "run/final"), weights(tmp_path / "more/final"))
+    with pytest.raises(CheckpointError, match="is of a run on a source of its own; to go on from"):
+        train(files, "sft", tmp_path / "more", trainer__load_ckpt_from=checkpoint)
+
+
+class Minimal(Source):
+    """What a source has to have at least, beside its batches."""
+
+    @classmethod
+    def brings(cls, config):
+        return ("advantages",)
+
+    def __init__(self, config, tokenizer, ends):
+        self.steps_per_epoch, self.per_step = 2, "nothing"
+
+    def collect(self, step, last):
+        return None, {}
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, states):
+        pass
+
+
+def test_the_least_source_takes_part_in_a_run(files, tmp_path):
+    """Nobody is given weights, nothing is evaluated, and nothing was learned."""
+    rows = train(
+        files, "sft", tmp_path / "run", trainer__source=f"{__name__}:Minimal",
+        actor__loss__name="nll",
+    )  # fmt: skip
+    assert [row["actor/skipped"] for row in rows] == [1.0, 1.0]
+    assert not any("timing/update_rollout" in row or "timing/evaluate" in row for row in rows)
+    assert same_weights(weights(files / "model"), weights(tmp_path / "run/final"))
