@@ -1,20 +1,23 @@
-"""From a command line to a run: how a process says what went wrong, and ends."""
+"""From a command line to a run: what is set before anything heavy is loaded."""
 
-import runpy
+import logging
 
-import pytest
-
-from RL2.runtime.errors import ConfigError
-from RL2.trainer.main import _fail, exit_of_others
+from RL2.trainer.main import prepare
+from tests.trainer.support import composed, overrides, write_files
 
 
-def test_the_exit_of_others_is_no_end_of_a_run(tmp_path):
-    (tmp_path / "theirs.py").write_text("def f():\n    exit(0)\n")
-    theirs = runpy.run_path(str(tmp_path / "theirs.py"))["f"]
-    with pytest.raises(SystemExit) as caught:
-        theirs()
-    said = str(exit_of_others(caught.value))
-    assert said.startswith(f"exit(0) was called at {tmp_path}/theirs.py:2 in the midst of the run")
-    with pytest.raises(SystemExit) as caught:
-        _fail(ConfigError("x"))
-    assert exit_of_others(caught.value) is None and caught.value.code == 1
+def test_other_ranks_tell_of_their_own_servers_and_of_nothing_else(tmp_path, monkeypatch):
+    rooms = ("engines", "environments", "rollout")
+    loggers = [logging.getLogger(name) for name in ("RL2", *(f"RL2.{room}" for room in rooms))]
+    levels = [one.level for one in loggers]
+    monkeypatch.setenv("RANK", "1")
+    files = write_files(tmp_path)
+    try:
+        prepare(composed("spo", overrides(files, "spo", tmp_path / "run")))
+        assert not logging.getLogger("RL2.trainer.loop").isEnabledFor(logging.WARNING)
+        for module in ("engines.servers.server", "environments.processes", "rollout.failures"):
+            assert logging.getLogger(f"RL2.{module}").isEnabledFor(logging.WARNING), module
+            assert not logging.getLogger(f"RL2.{module}").isEnabledFor(logging.INFO), module
+    finally:
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
