@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from RL2.runtime.errors import DataError
+
 
 class Items(Dataset):
     """Items in a list, with what a loader and a checkpoint ask of a data set.
@@ -18,6 +20,8 @@ class Items(Dataset):
     """
 
     def __init__(self, items: list[Any], key: str = "data", end_ids: Collection[int] = ()):
+        if not items:
+            raise DataError(f"{key}.path: no items; name a data set that has some")
         self.items, self.end_ids = items, end_ids
         self.key, self.batch_size_key = key, f"{key}.batch_size"
         self.fingerprint = sha256(json.dumps(items).encode()).hexdigest()

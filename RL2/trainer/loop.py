@@ -1,4 +1,8 @@
-"""The loop. Every trainer is this one, with another source, algorithm and learners by config."""
+"""The loop. Every trainer is this one, with another source, algorithm and learners by config.
+
+A step is `Trainer._learn` (collect a batch, compute the fields that it needs, give it advantages,
+update each learner) and `Trainer._serve` (the new weights to the engine, and an evaluation).
+"""
 
 import logging
 
@@ -67,7 +71,7 @@ class Trainer:
         self.providers = load_providers(config, self.algorithm.needs, actor, device, self.traffic)
         self.source.start(device, actor.dtypes.compute)
         self.run = Run(
-            config, device, self.stop, claimed, self.source, actor, files, self.n_steps,
+            config, device, self.stop, claimed, self.source, self.learners, files, self.n_steps,
             self.timers, self.traffic,
         )  # fmt: skip
 

@@ -25,7 +25,7 @@ from RL2.trainer.sinks.metrics import Metrics, Timers
 from RL2.trainer.sources import Source
 from RL2.trainer.startup import machine
 from RL2.trainer.startup.fingerprints import readable
-from RL2.workers import Actor
+from RL2.workers import Learner
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Run:
         stop: StopRequest,
         claimed: tuple[Checkpoints, IO | None],
         source: Source,
-        actor: Actor,
+        learners: Mapping[str, Learner],
         files: Kept,
         n_steps: int,
         timers: Timers,
@@ -94,7 +94,7 @@ class Run:
     ):
         self.config, self.device, self.stop = config, device, stop
         self.checkpoints, self.lock = claimed
-        self.source, self.actor, self.files = source, actor, files
+        self.source, self.learners, self.files = source, learners, files
         self.n_steps, self.timers, self.traffic = n_steps, timers, traffic
         self.metrics: Metrics | None = None  # on rank 0
         self.best: dict[str, Any] = {}
@@ -108,7 +108,7 @@ class Run:
         """Load the checkpoint that `trainer.load_ckpt_from` names, if any."""
         which, state = self.config.trainer.load_ckpt_from, None
         if which is not None:
-            state = self.checkpoints.load(which, self.actor, self.source)
+            state = self.checkpoints.load(which, self.learners["actor"], self.source)
         state = {"step": 0, "unfinished": None, "run_id": None, "best": {}, "health": {}} | (
             state or {}
         )
@@ -152,7 +152,7 @@ class Run:
                 "best": self.best, "health": self.health, "unfinished": unfinished,
                 "run_id": self.metrics.run_id if self.metrics else None,
             }  # fmt: skip
-            self.checkpoints.save(step, self.actor, source, state)
+            self.checkpoints.save(step, self.learners["actor"], source, state)
 
     def save_unless_saved(
         self, step: int, position: Position, unfinished: dict[str, float] | None = None
@@ -168,9 +168,10 @@ class Run:
 
     def save_model(self, name: str) -> None:
         """Write `final` or `best`."""
-        self.actor.load()
-        save_model(self.actor, self.files, self.path(name), str(self.config.trainer.save_dtype))
-        self.actor.offload()
+        actor = self.learners["actor"]
+        actor.load()
+        save_model(actor, self.files, self.path(name), str(self.config.trainer.save_dtype))
+        actor.offload()
 
     def save_if_best(self, step: int, score: float | None) -> None:
         """Write `best` where no evaluation before had as good a score (a collective)."""
@@ -223,14 +224,17 @@ class Run:
     def saved_where_failed(self, step: int, position: Position) -> Iterator[None]:
         """Where the update after `step` fails before it has changed anything, save what `step` has
         left, as it was at `position`."""
-        updates = self.actor.scheduler.last_epoch
+        updates = self._updates()
         try:
             yield
         except TrainingError as error:
-            if step == 0 or self.actor.scheduler.last_epoch > updates:
+            if step == 0 or self._updates() > updates:
                 raise  # nothing was learned, or half of a step
             saved = self.save_unless_saved(step, position)
             raise TrainingError(f"{error}; step {step} is in {saved}") from error
+
+    def _updates(self) -> int:
+        return sum(learner.scheduler.last_epoch for learner in self.learners.values())
 
     def raise_if_stopped(self) -> None:
         """On all ranks, where one of them is asked to stop or has failed to write a checkpoint (a

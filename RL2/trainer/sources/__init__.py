@@ -9,12 +9,13 @@
 lies in a file of its own and trains with `trainer.source=my_source.py:Backwards` of `sft`.
 """
 
-from RL2.trainer.sources.registry import SOURCES, resolve_source
+from RL2.trainer.sources.registry import SOURCES, open_source, resolve_source
 from RL2.trainer.sources.rollouts import RolloutSource
 from RL2.trainer.sources.rows import RowSource
 from RL2.trainer.sources.source import Result, Source
 from RL2.trainer.sources.stream import PromptStream
 
 __all__ = [
-    "SOURCES", "PromptStream", "Result", "RolloutSource", "RowSource", "Source", "resolve_source",
+    "SOURCES", "PromptStream", "Result", "RolloutSource", "RowSource", "Source", "open_source",
+    "resolve_source",
 ]  # fmt: skip

@@ -1,11 +1,15 @@
 """From the name or file of a source to its class."""
 
 import difflib
+import inspect
 
 from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
 
 from RL2.algorithms.token_loss import _import_function
-from RL2.runtime.errors import ConfigError
+from RL2.datasets.end_of_turn import EndTokens
+from RL2.runtime.errors import ConfigError, RL2Error, place
+from RL2.runtime.user_code import Unfit, undisturbed
 from RL2.trainer.sources.rollouts import RolloutSource
 from RL2.trainer.sources.rows import RowSource
 from RL2.trainer.sources.source import Source
@@ -48,3 +52,25 @@ def resolve_source(config: DictConfig) -> type[Source]:
             f"{' or '.join(fit)}, or another trainer"
         )
     return source
+
+
+def open_source(
+    make: type[Source], config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens
+) -> Source:
+    """The source itself; a ConfigError names the line of one's own that fails."""
+    if make in SOURCES.values():
+        return make(config, tokenizer, ends)
+    origin = f"trainer.source={config.trainer.source}"
+    try:
+        with undisturbed():
+            return make(config, tokenizer, ends)
+    except RL2Error:
+        raise
+    except Unfit as fault:
+        raise ConfigError(f"{origin}: {fault}") from fault
+    except Exception as error:  # of somebody else's code, anything
+        where = place(error, inspect.getfile(make))
+        raise ConfigError(
+            f"{origin}: making it raised {type(error).__name__}: {error}"
+            + (f" ({where})" if where else "")
+        ) from error

@@ -7,12 +7,17 @@ from omegaconf import DictConfig
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from RL2.datasets import SFTDataset, collate, make_loader
+from RL2.datasets import Items, SFTDataset, collate, make_loader
 from RL2.datasets.end_of_turn import EndTokens
 from RL2.distributed import rank
 from RL2.distributed.comm import Batch
+from RL2.runtime.errors import ConfigError
 from RL2.trainer.sources.source import Result, Source
 from RL2.trainer.sources.stream import PromptStream
+
+_ALWAYS = (
+    "states", "actions", "action_mask", "lengths", "sample_ids", "group_ids", "correct",
+)  # fmt: skip
 
 
 class RowSource(Source):
@@ -26,7 +31,8 @@ class RowSource(Source):
     groups = ("data",)
 
     def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens):
-        self.data = self.read(config.data, tokenizer, ends)
+        items = self.read(config.data, tokenizer, ends)
+        self.data = Items(items) if isinstance(items, list) else items
         self.datasets, self.rows = {"data": self.data}, {"training rows": len(self.data)}
         self.end_ids = self.data.end_ids
         self.per_step = f"{config.data.batch_size} rows each"
@@ -35,6 +41,11 @@ class RowSource(Source):
         )
         self.steps_per_epoch = len(loader)
         self.stream = PromptStream(self.data, loader)
+        wanted = {*_ALWAYS, *self.brings(config)}
+        if missing := sorted(wanted - self.batch([self.data[0]]).keys()):
+            raise ConfigError(
+                f"trainer.source={config.trainer.source}: its batches have no {', '.join(missing)}"
+            )
 
     @classmethod
     def brings(cls, config: DictConfig) -> tuple[str, ...]:
@@ -42,8 +53,8 @@ class RowSource(Source):
 
     def read(
         self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens
-    ) -> Dataset:
-        """What `data` names (`config`); `RL2.datasets.Items` makes a data set of a list."""
+    ) -> Dataset | list[Any]:
+        """What `data` (`config`) names, item by item; a list holds what JSON does."""
         return SFTDataset(config, tokenizer, key="data", ends=ends)
 
     def batch(self, items: list[Any]) -> Batch:

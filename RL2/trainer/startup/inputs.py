@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from RL2.algorithms.algorithm import Algorithm, resolve_algorithm
 from RL2.config.models import ask_hub
 from RL2.datasets.end_of_turn import EndTokens, load_end_tokens
-from RL2.trainer.sources import Source, resolve_source
+from RL2.trainer.sources import Source, open_source, resolve_source
 from RL2.trainer.startup.ends import missing_ends
 from RL2.trainer.startup.fingerprints import of_run
 from RL2.trainer.startup.models import load_tokenizer
@@ -37,7 +37,7 @@ def read_inputs(config: DictConfig) -> Inputs:
     algorithm = resolve_algorithm(config, make_source.brings(config))
     tokenizer = load_tokenizer(config)
     ends = load_end_tokens(config.actor, tokenizer)
-    source = make_source(config, tokenizer, ends)
+    source = open_source(make_source, config, tokenizer, ends)
     missing = missing_ends(config.actor.model_name, tokenizer, ends, source)
     models = ["actor"]
     if "ref_logps" in algorithm.needs:

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from RL2.config import validate
-from RL2.runtime.errors import CheckpointError, ConfigError
+from RL2.runtime.errors import CheckpointError, ConfigError, DataError
+from RL2.trainer import loop
 from RL2.trainer.sources import SOURCES, Source, resolve_source
 from tests.trainer.support import composed, overrides, same_weights, train, weights, write_files
 
@@ -16,16 +17,16 @@ from pathlib import Path
 
 import torch
 
-from RL2.datasets import Items, collate
+from RL2.datasets import collate
 from RL2.trainer.sources import RowSource, Source
 
 
 class Pairs(RowSource):
     def read(self, config, tokenizer, ends):
-        return Items([
+        return [
             [self.encoded(tokenizer, row["prompt"], row[name]) for name in ("chosen", "rejected")]
             for row in map(json.loads, Path(config.path).open())
-        ])
+        ]
 
     @staticmethod
     def encoded(tokenizer, prompt, answer):
@@ -39,6 +40,21 @@ class Pairs(RowSource):
         advantages = torch.where(better, 1.0, -1.0)[:, None] * batch["action_mask"]
         return batch | {"advantages": advantages, "correct": better,
                         "group_ids": torch.arange(len(items)).repeat_interleave(2)}
+
+
+class NoAdvantages(Pairs):
+    def batch(self, items):
+        return collate(items[0])
+
+
+class NoRows(Pairs):
+    def read(self, config, tokenizer, ends):
+        return []
+
+
+class Slip(Pairs):
+    def read(self, config, tokenizer, ends):
+        return 1 / 0
 
 
 class Half(Source):
@@ -92,6 +108,29 @@ def test_what_is_no_source_is_one_line(files, trainer, source, said):
         found(files, trainer, source)
     line = str(caught.value)
     assert line.startswith(f"trainer.source={source}: ") and said in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("NoAdvantages", "trainer.source={source}: its batches have no advantages, correct"),
+        ("NoRows", "data.path: no items; name a data set that has some"),
+        (
+            "Slip",
+            "trainer.source={source}: making it raised ZeroDivisionError: division by zero (p",
+        ),
+    ],
+)
+def test_a_source_that_fails_is_one_line_before_a_model_loads(
+    files, tmp_path, monkeypatch, name, said
+):
+    monkeypatch.setattr(loop, "Actor", None)
+    source = f"{files / 'pairs.py'}:{name}"
+    changes = {"trainer__source": source, "data__path": files / "pairs.jsonl"}
+    with pytest.raises((ConfigError, DataError)) as caught:
+        train(files, "sft", tmp_path / "run", **changes)
+    assert str(caught.value).startswith(said.format(source=source))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("trainer", "source"), [("spo", "rollouts"), ("sft", "rows")])
