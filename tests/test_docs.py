@@ -243,11 +243,13 @@ def test_the_glossary_names_what_the_code_writes_and_no_more():
 
 def test_every_phase_that_is_timed_is_named():
     (row,) = [line for line in METRICS.splitlines() if line.startswith("| `timing/*`")]
-    text = (ROOT / "RL2" / "trainer" / "loop.py").read_text(encoding="utf-8")
-    phases = set(re.findall(r'timers\(f?"([^"{]+)"\)', text))
-    assert phases and {f"compute_{field}" for field in ("old_logps", "ref_logps")} | phases == set(
-        re.findall(r"`(\w+)`", row)
-    )
+    files = [ROOT / "RL2" / "trainer" / name for name in ("loop.py", "run.py")]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    phases = set(re.findall(r'timers\("(\w+)"\)', text))
+    by_name = set(re.findall(r'timers\(f"(\w+)_{', text))
+    assert phases and by_name == {"compute", "update"}
+    phases |= {"compute_old_logps", "compute_ref_logps", "update_actor"}
+    assert phases == set(re.findall(r"`(\w+)`", row))
 
 
 # ------------------------------------------------------------------------------ tree, names, links

@@ -8,38 +8,12 @@ from RL2.config import validate
 from RL2.runtime.errors import CheckpointError, ConfigError, DataError
 from RL2.trainer import loop
 from RL2.trainer.sources import SOURCES, Source, resolve_source
+from tests.test_docs import example
 from tests.trainer.support import composed, overrides, same_weights, train, weights, write_files
 
-# Pairs of answers to one prompt, of which the first is the better one.
-PAIRS = """
-import json
-from pathlib import Path
-
-import torch
-
-from RL2.datasets import collate
-from RL2.trainer.sources import RowSource, Source
-
-
-class Pairs(RowSource):
-    def read(self, config, tokenizer, ends):
-        return [
-            [self.encoded(tokenizer, row["prompt"], row[name]) for name in ("chosen", "rejected")]
-            for row in map(json.loads, Path(config.path).open())
-        ]
-
-    @staticmethod
-    def encoded(tokenizer, prompt, answer):
-        prompt, answer = (tokenizer.encode(text) for text in (prompt, answer))
-        mask = [False] * len(prompt) + [True] * len(answer)
-        return {"token_ids": prompt + answer, "action_mask": mask}
-
-    def batch(self, items):
-        batch = collate([sequence for pair in items for sequence in pair])
-        better = torch.tensor([True, False]).repeat(len(items))
-        advantages = torch.where(better, 1.0, -1.0)[:, None] * batch["action_mask"]
-        return batch | {"advantages": advantages, "correct": better,
-                        "group_ids": torch.arange(len(items)).repeat_interleave(2)}
+# Beside the source of docs/data.md, some that go wrong.
+WRONG = """
+from RL2.trainer.sources import Source
 
 
 class NoAdvantages(Pairs):
@@ -77,7 +51,7 @@ class NoSource:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     files = write_files(tmp_path_factory.mktemp("files"))
-    (files / "pairs.py").write_text(PAIRS)
+    (files / "pairs.py").write_text(example("my_source.py") + WRONG)
     rows = [{"prompt": f"{i} = ", "chosen": f"{i}.", "rejected": f"{i + 1}!"} for i in range(8)]
     (files / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return files
