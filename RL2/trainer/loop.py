@@ -85,7 +85,7 @@ class Trainer:
         start, save_freq = self.run.resume(), self.config.trainer.save_freq
         # At the start, too: servers may hold anything, and weights that do not arrive stop the run
         # before the first rollout. (An unfinished step brings them there when it goes on.)
-        if start.unfinished is None and self.source.serves(start.step):
+        if start.unfinished is None:
             self._publish(start.step)
         if start.step > 0:
             self.traffic.pop()  # belongs to no step
@@ -146,17 +146,18 @@ class Trainer:
             with self.timers("rollout"):
                 self.source.wait()
             self.run.raise_if_stopped()
-            if self.source.serves(step):
-                with self.timers("update_rollout"):
-                    self._publish(step)
+            with self.timers("update_rollout"):
+                self._publish(step)
             return metrics | self._evaluate(step)
 
     def _publish(self, step: int) -> None:
-        """The actor's weights to who serves them, who from then on has the device's memory."""
+        """The actor's weights to who serves them, if anybody does; what was trained makes room."""
         actor = self.learners["actor"]
-        actor.load()
-        self.source.publish(actor, step)
-        actor.offload()
+        if self.source.serves(step):
+            actor.load()
+            self.source.publish(actor, step)
+        for learner in self.learners.values():
+            learner.offload()
 
     def _evaluate(self, step: int) -> dict[str, float]:
         if not self.source.evaluates(step):
