@@ -1,6 +1,5 @@
 """From the name or file of a source to its class."""
 
-import difflib
 import inspect
 
 from omegaconf import DictConfig
@@ -21,14 +20,14 @@ def resolve_source(config: DictConfig) -> type[Source]:
     """The class that `trainer.source` names, from its file where it is no key of `SOURCES`.
 
     Raises:
-        ConfigError: an unknown name, a missing file, module or class, one that is no `Source` or
+        ConfigError: a missing file, module or class, one that is no `Source` or
             lacks parts of it, or one that reads groups which this trainer's config does not have.
     """
     name = config.trainer.source
     origin = f"trainer.source={name}"
     if name in SOURCES:
         source = SOURCES[name]
-    elif ":" in name:
+    else:
         source = _import_function(name, origin)
         if not (isinstance(source, type) and issubclass(source, Source)):
             raise ConfigError(
@@ -38,13 +37,6 @@ def resolve_source(config: DictConfig) -> type[Source]:
             raise ConfigError(
                 f"{origin}: has no {', '.join(lacks)}; see RL2.trainer.sources.Source"
             )
-    else:
-        close = difflib.get_close_matches(name, SOURCES, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(
-            f"{origin}: unknown; {hint}use {', '.join(SOURCES)}, or my_source.py:MySource for your "
-            "own"
-        )
     if missing := [group for group in source.groups if group not in config]:
         fit = [key for key, one in SOURCES.items() if set(one.groups) <= set(config)]
         raise ConfigError(

@@ -21,10 +21,9 @@ _ALWAYS = (
 
 
 class RowSource(Source):
-    """Rows of `data`, every response token an action of advantage 1. The last step of an epoch
-    takes what is left of the rows.
+    """Rows of `data`, every response token an action of advantage 1.
 
-    A class that is derived from it may `read` a data set of another kind and make a `batch` of its
+    The last step of an epoch takes what is left of the rows. A class that is derived from it may `read` a data set of another kind and make a `batch` of its
     items in its own way.
     """
 

@@ -7,6 +7,7 @@ import pytest
 from RL2.config import validate
 from RL2.runtime.errors import CheckpointError, ConfigError, DataError
 from RL2.trainer import loop
+from RL2.trainer.main import launch
 from RL2.trainer.sources import SOURCES, Source, resolve_source
 from tests.test_docs import example
 from tests.trainer.support import composed, overrides, same_weights, train, weights, write_files
@@ -64,7 +65,6 @@ def found(files, trainer, source):
 @pytest.mark.parametrize(
     ("trainer", "source", "said"),
     [
-        ("sft", "row", "unknown; did you mean rows? use rollouts, rows, or my_source.py:MySource"),
         ("sft", "rollouts", "reads train_data, test_data, rollout, which this trainer's config "),
         ("sft", "rollouts", "does not have; use rows, or another trainer"),
         ("ppo", "rows", "reads data, which this trainer's config does not have; use rollouts, or"),
@@ -105,6 +105,13 @@ def test_a_source_that_fails_is_one_line_before_a_model_loads(
         train(files, "sft", tmp_path / "run", **changes)
     assert str(caught.value).startswith(said.format(source=source))
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_none_is_found_before_anything_loads(files):
+    with pytest.raises(
+        ConfigError, match="^trainer.source=row: not a source; use rollouts or rows"
+    ):
+        launch(composed("sft", overrides(files, "sft", "x", trainer__source="row")))
 
 
 @pytest.mark.parametrize(("trainer", "source"), [("spo", "rollouts"), ("sft", "rows")])
