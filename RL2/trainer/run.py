@@ -22,7 +22,7 @@ from RL2.trainer.checkpoints.checkpoint import Checkpoints, rng_state, set_rng_s
 from RL2.trainer.checkpoints.export import Kept, best_that_is_there, fingerprint_of, save_model
 from RL2.trainer.health import observe
 from RL2.trainer.sinks.metrics import Metrics, Timers
-from RL2.trainer.sources import Source
+from RL2.trainer.sources.source import Source
 from RL2.trainer.startup import machine
 from RL2.trainer.startup.fingerprints import readable
 from RL2.workers import Learner

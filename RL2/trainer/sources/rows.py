@@ -23,8 +23,8 @@ _ALWAYS = (
 class RowSource(Source):
     """Rows of `data`, every response token an action of advantage 1.
 
-    The last step of an epoch takes what is left of the rows. A class that is derived from it may `read` a data set of another kind and make a `batch` of its
-    items in its own way.
+    The last step of an epoch takes what is left of the rows. A class that is derived from this one
+    may `read` a data set of another kind, and make a `batch` of its items in its own way.
     """
 
     groups = ("data",)

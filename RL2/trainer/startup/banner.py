@@ -6,7 +6,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from RL2.trainer.sources import Source
+from RL2.trainer.sources.source import Source
 
 
 def banner(

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from RL2.datasets.end_of_turn import EndTokens
-from RL2.trainer.sources import Source
+from RL2.trainer.sources.source import Source
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 from RL2.algorithms.algorithm import Algorithm, resolve_algorithm
 from RL2.config.models import ask_hub
 from RL2.datasets.end_of_turn import EndTokens, load_end_tokens
-from RL2.trainer.sources import Source, open_source, resolve_source
+from RL2.trainer.sources.opening import open_source, resolve_source
+from RL2.trainer.sources.source import Source
 from RL2.trainer.startup.ends import missing_ends
 from RL2.trainer.startup.fingerprints import of_run
 from RL2.trainer.startup.models import load_tokenizer

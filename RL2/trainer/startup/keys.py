@@ -67,7 +67,7 @@ def explanation(name: str, key: Key) -> str:
 
 def _with_meaning(name: str, entry: Any) -> str:
     """A name with the first words of the docstring behind it."""
-    said = (entry and entry.__doc__) or ""
+    said = "" if entry is None or isinstance(entry, str) else entry.__doc__ or ""
     said = said.partition("\n")[0].partition(": ")[0].partition(" (")[0].rstrip(".,;")
     return (
         f"{name} ({said[:1].lower() + said[1:] if said[1:2].islower() else said})" if said else name

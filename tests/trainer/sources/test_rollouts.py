@@ -17,7 +17,8 @@ from RL2.datasets.end_of_turn import end_tokens
 from RL2.engines.protocol import Completion
 from RL2.ops import fp32
 from RL2.runtime.errors import EnvError
-from RL2.trainer.sources import RolloutSource, rollouts
+from RL2.trainer.sources import rollouts
+from RL2.trainer.sources.rollouts import RolloutSource
 from RL2.trainer.startup.models import load_tokenizer
 from RL2.workers import Actor
 from tests.faults.support import Run

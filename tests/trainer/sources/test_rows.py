@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from RL2.datasets.end_of_turn import end_tokens
-from RL2.trainer.sources import RowSource
+from RL2.trainer.sources.rows import RowSource
 from tests.faults.support import Run
 from tests.trainer.support import (
     rows_of,

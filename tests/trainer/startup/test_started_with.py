@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from RL2.config import apply_fallbacks
 from RL2.datasets.end_of_turn import load_end_tokens
 from RL2.distributed.same_start import difference
-from RL2.trainer.sources import resolve_source
+from RL2.trainer.sources.opening import resolve_source
 from RL2.trainer.startup import started_with as module
 from RL2.trainer.startup.fingerprints import of_run
 from RL2.trainer.startup.models import load_tokenizer

@@ -8,13 +8,16 @@ from RL2.config import validate
 from RL2.runtime.errors import CheckpointError, ConfigError, DataError
 from RL2.trainer import loop
 from RL2.trainer.main import launch
-from RL2.trainer.sources import SOURCES, Source, resolve_source
+from RL2.trainer.sources.opening import resolve_source
+from RL2.trainer.sources.rollouts import RolloutSource
+from RL2.trainer.sources.rows import RowSource
+from RL2.trainer.sources.source import Source
 from tests.test_docs import example
 from tests.trainer.support import composed, overrides, same_weights, train, weights, write_files
 
 # Beside the source of docs/data.md, some that go wrong.
 WRONG = """
-from RL2.trainer.sources import Source
+from RL2.trainer.sources.source import Source
 
 
 class NoAdvantages(Pairs):
@@ -66,12 +69,11 @@ def found(files, trainer, source):
     ("trainer", "source", "said"),
     [
         ("sft", "rollouts", "reads train_data, test_data, rollout, which this trainer's config "),
-        ("sft", "rollouts", "does not have; use rows, or another trainer"),
-        ("ppo", "rows", "reads data, which this trainer's config does not have; use rollouts, or"),
+        ("ppo", "rows", "reads data, which this trainer's config does not have; use another sour"),
         ("sft", "nowhere.py:Pairs", "there is no file "),
         ("sft", "{files}/pairs.py:Paris", "Paris"),
-        ("sft", "{files}/pairs.py:no_class", "is no source; derive it from RL2.trainer.sources.So"),
-        ("sft", "{files}/pairs.py:NoSource", "is no source; derive it from RL2.trainer.sources.So"),
+        ("sft", "{files}/pairs.py:no_class", "is no source; derive it from RL2.trainer.sources.so"),
+        ("sft", "{files}/pairs.py:NoSource", "is no source; derive it from RL2.trainer.sources.so"),
         ("sft", "{files}/pairs.py:Half", "has no load_state_dict, state_dict; see RL2.trainer.sou"),
         ("ppo", "{files}/pairs.py:Pairs", "reads data, which this trainer's config does not have"),
     ],
@@ -114,11 +116,9 @@ def test_a_name_that_is_none_is_found_before_anything_loads(files):
         launch(composed("sft", overrides(files, "sft", "x", trainer__source="row")))
 
 
-@pytest.mark.parametrize(("trainer", "source"), [("spo", "rollouts"), ("sft", "rows")])
+@pytest.mark.parametrize(("trainer", "source"), [("spo", RolloutSource), ("sft", RowSource)])
 def test_the_sources_of_the_trainers(files, trainer, source):
-    config = composed(trainer, overrides(files, trainer, "x"))
-    assert config.trainer.source == source
-    assert resolve_source(config) is SOURCES[source]
+    assert resolve_source(composed(trainer, overrides(files, trainer, "x"))) is source
 
 
 def test_a_source_over_pairs_from_a_file(files, tmp_path):
