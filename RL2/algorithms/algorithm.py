@@ -116,8 +116,7 @@ def check_loss(config: DictConfig, loss: TokenLoss, brought: Collection[str]) ->
             "ranks that share their tokens would draw others; use actor.tp_size=1, or a "
             "torch.Generator with a seed"
         )
-    there = {"old_logps", *brought}
-    there |= {name for name, group in _MADE_WITH.items() if group in config}
+    there = {"old_logps", "ref_logps", *brought} | ({"advantages"} if "adv" in config else set())
     if missing := sorted(set(loss.fields) - there):
         raise ConfigError(
             f"actor.loss: {loss.name} needs {', '.join(missing)}, which "
@@ -131,7 +130,3 @@ def check_loss(config: DictConfig, loss: TokenLoss, brought: Collection[str]) ->
             f"actor.kl.type={kl.type}: has no effect with actor.avg_level=correct and the loss "
             f"{loss.name}, which do not read the advantages; use actor.kl.type=loss"
         )
-
-
-# Fields that a run computes, and the group of its config that says by what.
-_MADE_WITH = {"advantages": "adv", "ref_logps": "ref_actor"}

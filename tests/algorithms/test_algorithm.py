@@ -157,6 +157,8 @@ def test_a_loss_over_fields_that_data_rows_lack_is_refused():
     with pytest.raises(ConfigError, match=said):
         check_loss(config, loss, rows)
     check_loss(config, loss, ("llm_logps", "rewards"))
+    pull = TokenLoss("pull", off_policy, ("logps", "ref_logps"))
+    check_loss(config, pull, rows)  # of the model that the run began with
     check_loss(config, resolve_loss({"name": "nll"}), rows)
     with pytest.raises(ConfigError, match="needs advantages, which"):
         check_loss(config, resolve_loss({"name": "ppo"}), ())

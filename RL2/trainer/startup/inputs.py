@@ -41,7 +41,7 @@ def read_inputs(config: DictConfig) -> Inputs:
     source = open_source(make_source, config, tokenizer, ends)
     missing = missing_ends(config.actor.model_name, tokenizer, ends, source)
     models = ["actor"]
-    if "ref_logps" in algorithm.needs:
+    if "ref_logps" in algorithm.needs and "ref_actor" in config:
         ask_hub(config.ref_actor, "ref_actor")
         models.append("ref_actor")
     fingerprints = of_run(config, tokenizer, ends, source.datasets, models)

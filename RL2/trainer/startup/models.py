@@ -3,10 +3,12 @@
 from collections.abc import Callable, Collection
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from RL2.config.models import ask_hub, hub_options
+from RL2.config.schema.keys import keys_of
+from RL2.config.schema.model import RefActorConfig
 from RL2.datasets.end_of_turn import special_ids
 from RL2.distributed import Traffic
 from RL2.distributed.comm import Batch
@@ -61,7 +63,13 @@ def load_providers(
 
 
 def load_reference(config: DictConfig, device: torch.device, traffic: Traffic) -> ShardedModel:
-    """The reference policy; a ConfigError names the keys of `ref_actor`, which workers do not."""
+    """The reference policy: `ref_actor`, or where a trainer has none, the actor's model as the run
+    begins. A ConfigError names the keys of `ref_actor`, which workers do not."""
+    if "ref_actor" not in config:
+        names = keys_of(RefActorConfig).keys() & config.actor.keys()
+        node = {name: config.actor[name] for name in names}
+        node["max_inference_length_per_device"] = config.actor.max_length_per_device
+        return ShardedModel(OmegaConf.create(node), device, traffic)
     try:
         return ShardedModel(config.ref_actor, device, traffic)
     except ConfigError as error:

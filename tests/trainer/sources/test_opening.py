@@ -89,7 +89,10 @@ def test_what_is_no_source_is_one_line(files, trainer, source, said):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("NoAdvantages", "trainer.source={source}: its batches have no advantages, correct"),
+        (
+            "NoAdvantages",
+            "trainer.source={source}: its batches have no advantages, chosen, correct, pair_ids",
+        ),
         ("NoRows", "data.path: no items; name a data set that has some"),
         (
             "Slip",
@@ -128,8 +131,15 @@ def test_a_source_over_pairs_from_a_file(files, tmp_path):
         "data__batch_size": 3, "trainer__save_freq": 1, "trainer__n_epochs": 2,
     }  # fmt: skip
     validate(composed("sft", overrides(files, "sft", tmp_path / "run", **changes)), 1)
+    (files / "loss.py").write_text(
+        "def apart(logps, ref_logps, advantages):\n"
+        "    return -advantages * logps, {'moved': (logps - ref_logps).abs()}\n"
+    )
+    changes["actor__loss__import_path"] = f"{files / 'loss.py'}:apart"
     rows = train(files, "sft", tmp_path / "run", **changes)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    # The reference is the model that the run began with.
+    assert rows[0]["actor/moved"] < 1e-6 < 1e-4 < rows[5]["actor/moved"]
     assert all(row["actor/grad_norm"] > 0 for row in rows)
     checkpoint = tmp_path / "run/checkpoints/step000002"
     again = train(files, "sft", tmp_path / "more", **changes, trainer__load_ckpt_from=checkpoint)
