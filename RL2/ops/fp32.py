@@ -1,14 +1,11 @@
 """Fast fp32 matrix products on CPUs.
 
 torch multiplies fp32 matrices with MKL, which reaches less than half of oneDNN's speed on AMD's
-CPUs (`benchmarks/RESULTS.md`). torch's switch to oneDNN concerns every product of the process, also
-the many tiny ones inside of attention, which it makes slow. So the backbone's linear layers ask for
-oneDNN by its operator, and only the head, which is large products alone, uses the switch.
+CPUs (`benchmarks/RESULTS.md`). torch's switch to oneDNN concerns every product of the process: the
+many tiny ones inside of attention, which it makes slow, and those of an engine that generates in
+another thread, whose last bits it changes. So nothing is switched: the backbone's linear layers and
+the head ask for oneDNN by its operator.
 """
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -17,24 +14,35 @@ from torch.autograd.function import once_differentiable
 
 # Products of fewer rows take longer to set up than to compute.
 _MIN_ROWS = 16
-# Multiplications that take a millisecond.
-_MANY = 2**26
+# Multiplications that take a millisecond, and so few that MKL is as fast.
+_MANY, _FEW = 2**26, 2**12
+# Of a sum that oneDNN adds up at a time where it multiplies a transposed matrix.
+_TERMS = 512
 
 
 def accelerate_linears(model: nn.Module) -> None:
     """Let the linear layers of a model multiply with oneDNN where they are in fp32 on a CPU.
 
-    Their class is replaced, in place; parameters, names and hooks stay. Not for layers that are
-    going to be compiled, as torch's compiler chooses the products itself.
+    Each is replaced by a layer that holds the same parameters and hooks under the same name. Not
+    for layers that are going to be compiled, as torch's compiler chooses the products itself.
     """
     if not torch.backends.mkldnn.is_available():
         return
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = _Linear
+    replaced: dict[nn.Module, _Linear] = {}  # one layer may stand in several places
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if type(child) is nn.Linear:
+                parent._modules[name] = replaced.setdefault(child, _Linear.like(child))
 
 
 class _Linear(nn.Linear):
+    @classmethod
+    def like(cls, linear: nn.Linear) -> "_Linear":
+        """Another layer with all that `linear` holds."""
+        layer = cls.__new__(cls)
+        layer.__dict__.update(linear.__dict__)
+        return layer
+
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         if not _suits(x, weight):
@@ -42,6 +50,38 @@ class _Linear(nn.Linear):
         if torch.is_grad_enabled():
             return _LinearFunction.apply(x, weight, bias)
         return _rows_of(_product(_padded(x), weight, bias), x)
+
+
+def worthwhile(device: torch.device, n_multiplications: int) -> bool:
+    """Whether so many multiplications win back the code that oneDNN makes, and keeps, for every
+    new size."""
+    return (
+        device.type == "cpu" and n_multiplications >= _MANY and torch.backends.mkldnn.is_available()
+    )
+
+
+def multiplies(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Whether `product` can compute `out = a @ b`, and is faster at it."""
+    return (
+        a.dtype == b.dtype == out.dtype == torch.float32
+        and a.shape[0] * a.shape[1] * b.shape[1] > _FEW
+    )
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` by oneDNN, of fp32 matrices on CPUs.
+
+    A transposed `a`, as in the gradient of a weight, would be copied. So the transposed product is
+    computed, which copies `b`, and its sums are those of oneDNN's own products of such matrices.
+    """
+    if a.stride(1) == 1:
+        return _product(a, b.T)
+    parts = zip(a.split(_TERMS, 1), b.split(_TERMS), strict=True)
+    products = (_product(rows.T, columns) for columns, rows in parts)
+    total = next(products)
+    for part in products:
+        total.add_(part)
+    return total.T
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
@@ -100,58 +140,3 @@ class _LinearFunction(torch.autograd.Function):
             _product(gradient.T, padded.T) if needs_weight else None,
             gradient.sum(0) if needs_bias else None,
         )
-
-
-# Bodies of `without_switching` that run. Of the process, as torch's switch is.
-_fixed: list[None] = []
-
-
-@contextmanager
-def without_switching() -> Iterator[None]:
-    """While the body runs, `fast_fp32` changes nothing.
-
-    For a process in which one thread generates while another trains: the switch would change the
-    last bits of what the other one computes, by who comes first.
-    """
-    _fixed.append(None)
-    try:
-        yield
-    finally:
-        _fixed.pop()
-
-
-@contextmanager
-def fast_fp32(device: torch.device, n_multiplications: int = _MANY) -> Iterator[None]:
-    """On CPU, all fp32 products through oneDNN where that keeps all of fp32 and there are enough
-    multiplications to win back the code that it makes, and keeps, for every new size.
-
-    torch's switch to oneDNN also allows it to round operands to bf16, which it only does on CPUs
-    with AMX; there nothing is switched.
-    """
-    few = n_multiplications < _MANY
-    if device.type != "cpu" or few or _fixed or not _onednn_keeps_fp32():
-        yield
-        return
-    with _onednn():
-        yield
-
-
-@contextmanager
-def _onednn() -> Iterator[None]:
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-@cache
-def _onednn_keeps_fp32() -> bool:
-    """Multiplies numbers that bf16 does not have by the identity."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    numbers = 1 + torch.arange(256 * 256, dtype=torch.float32).view(256, 256) / 2**20
-    with _onednn():
-        return torch.equal(numbers @ torch.eye(256), numbers)

@@ -7,35 +7,29 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from RL2.ops.fp32 import accelerate_linears, fast_fp32, rounded, without_switching
+from RL2.ops.fp32 import accelerate_linears, multiplies, product, rounded, worthwhile
 
 
-def test_products_stay_exact_and_the_switch_goes_back():
+@pytest.mark.parametrize("shape", [(300, 1300, 200), (1, 64, 200), (300, 64, 1), (2, 1, 3)])
+def test_products_are_products(shape):
+    n, inner, m = shape
     torch.manual_seed(0)
-    a, b = torch.randn(300, 200), torch.randn(200, 100)
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    with fast_fp32(torch.device("cpu")):
-        within = matmul.fp32_precision
-        with fast_fp32(torch.device("cpu")):
-            assert matmul.fp32_precision == within
-        assert matmul.fp32_precision == within
-        torch.testing.assert_close((a @ b).double(), a.double() @ b.double(), rtol=1e-5, atol=1e-4)
-    assert matmul.fp32_precision == before
+    a, b = torch.randn(n, inner), torch.randn(m, inner).T
+    expected = a.double() @ b.double()
+    torch.testing.assert_close(product(a, b).double(), expected, rtol=1e-5, atol=1e-4)
+    transposed = a.T.contiguous().T
+    torch.testing.assert_close(product(transposed, b).double(), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_other_devices_and_small_products_are_left_alone():
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    with fast_fp32(torch.device("cuda")):
-        assert torch.backends.mkldnn.matmul.fp32_precision == before
-    with fast_fp32(torch.device("cpu"), n_multiplications=1000):
-        assert torch.backends.mkldnn.matmul.fp32_precision == before
-
-
-def test_nothing_is_switched_while_another_thread_may_compute():
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    with without_switching(), fast_fp32(torch.device("cpu")):
-        assert torch.backends.mkldnn.matmul.fp32_precision == before
+def test_what_is_left_to_torch():
+    cpu, a, b = torch.device("cpu"), torch.ones(20, 20), torch.ones(20, 20)
+    assert worthwhile(cpu, 2**26) == torch.backends.mkldnn.is_available()
+    assert not worthwhile(cpu, 2**26 - 1)
+    assert not worthwhile(torch.device("cuda"), 2**30)
+    assert multiplies(a, b, a)
+    assert not multiplies(a[:1], b, a)
+    assert not multiplies(a.double(), b.double(), a.double())
+    assert not multiplies(a.bfloat16(), b.bfloat16(), a)
 
 
 def linear_pair(bias: bool = True, dtype=torch.float32) -> tuple[nn.Module, nn.Module]:
@@ -109,10 +103,20 @@ def test_names_and_hooks_stay_and_other_layers_too():
 
     model = nn.ModuleDict({"plain": nn.Linear(4, 4), "other": Other(4, 4)})
     calls = []
-    model["plain"].register_forward_hook(lambda *_: calls.append(1))
+    plain = model["plain"]
+    plain.register_forward_hook(lambda *_: calls.append(1))
     names = list(model.state_dict())
     accelerate_linears(model)
     assert list(model.state_dict()) == names
     assert isinstance(model["plain"], nn.Linear) and type(model["other"]) is Other
+    assert type(plain) is nn.Linear and model["plain"].weight is plain.weight
     model["plain"](torch.ones(20, 4))
     assert calls == [1]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_a_layer_that_stands_in_two_places_stays_one():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleList([shared, nn.Sequential(shared)])
+    accelerate_linears(model)
+    assert model[0] is model[1][0] is not shared

@@ -6,7 +6,10 @@ by a relative 2^-9 of its own, and sums over thousands of them by far less.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from RL2.ops import fp32
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -35,9 +38,16 @@ def rounds_to_half(hidden: Tensor, weight: Tensor) -> bool:
     return not hidden.is_cuda and gradient_dtype(hidden, weight, torch.float32) in _HALF
 
 
-def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b, accumulated in fp32 and stored in the type of `out`."""
-    if a.dtype == out.dtype:
+def product_into(out: Tensor, a: Tensor, b: Tensor, onednn: bool = False) -> None:
+    """out = a @ b, accumulated in fp32 and stored in the type of `out`.
+
+    onednn: multiply with it where it is faster (see `RL2.ops.fp32`). A row or column that is alone
+    is rounded as it would be among others.
+    """
+    if onednn and fp32.multiplies(a, b, out):
+        several = fp32.product(_at_least_two(a), _at_least_two(b.T).T)
+        out.copy_(several[: out.shape[0], : out.shape[1]])
+    elif a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif out.is_cuda:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
@@ -45,11 +55,20 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.copy_(torch.mm(a, b))
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, accumulated in the type of `out` (on CPU, see `rounds_to_half`)."""
-    if a.dtype == out.dtype:
+def add_product(out: Tensor, a: Tensor, b: Tensor, onednn: bool = False) -> None:
+    """out += a @ b, accumulated in the type of `out` (on CPU, see `rounds_to_half`).
+
+    onednn: see `product_into`.
+    """
+    if onednn and fp32.multiplies(a, b, out):
+        out.add_(fp32.product(a, b))
+    elif a.dtype == out.dtype:
         out.addmm_(a, b)
     elif out.is_cuda:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out.add_(torch.mm(a, b))
+
+
+def _at_least_two(rows: Tensor) -> Tensor:
+    return F.pad(rows, (0, 0, 0, 1)) if len(rows) == 1 else rows

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from RL2.ops.fp32 import fast_fp32
+from RL2.ops.fp32 import worthwhile
 from RL2.ops.token_stats import state as states
 from RL2.ops.token_stats.kernels import EAGER, Kernels
 from RL2.ops.token_stats.products import (
@@ -70,7 +70,8 @@ TILINGS: dict[str, Tiling] = {
 
 @dataclass(frozen=True)
 class _Head:
-    """One call's arguments: T tokens and the columns that this rank has."""
+    """One call's arguments: T tokens and the columns that this rank has. onednn: multiply with it;
+    so do parts of a call that has enough to multiply."""
 
     hidden: Tensor
     weight: Tensor
@@ -82,6 +83,7 @@ class _Head:
     kernels: Kernels
     tiling: Tiling
     shard: VocabularyShard | None
+    onednn: bool
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,11 +96,6 @@ class _Head:
     @property
     def n_columns(self) -> int:
         return len(self.weight) if self.shard is None else self.shard.columns
-
-    @property
-    def n_multiplications(self) -> int:
-        """Of the logits."""
-        return self.hidden.numel() * self.n_columns
 
     def tiles(self) -> Iterator[slice]:
         width = self.tiling.columns
@@ -124,7 +121,7 @@ class _Head:
 
     def logits(self, out: Tensor, hidden: Tensor, weight: Tensor, tile: slice) -> None:
         """Logits of a tile `[R, n]` from the operands of its rows and columns."""
-        product_into(out, hidden, weight.T)
+        product_into(out, hidden, weight.T, self.onednn)
         if self.bias is not None:
             out.add_(self.bias[tile])
 
@@ -191,8 +188,7 @@ def tiled_token_loss(
         trains and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     ]
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        with fast_fp32(hidden.device, head.n_multiplications):
-            loss, metrics, gradients = _loss_and_gradients(head, wanted, loss_fn, needs)
+        loss, metrics, gradients = _loss_and_gradients(head, wanted, loss_fn, needs)
     if not any(needs):
         return loss, metrics
     return _WithGradients.apply(loss, gradients, hidden, weight, bias), metrics
@@ -202,6 +198,7 @@ def _head(
     hidden, weight, actions, temperature, wanted, bias, top_k, kernels, tiling, shard
 ) -> _Head:
     check_head(hidden, weight, actions, temperature, wanted, top_k, shard)
+    n_columns = len(weight) if shard is None else shard.columns
     return _Head(
         hidden=hidden.detach(),
         weight=weight.detach(),
@@ -213,6 +210,7 @@ def _head(
         kernels=kernels,
         tiling=tiling or TILINGS.get(hidden.device.type, Tiling()),
         shard=shard,
+        onednn=worthwhile(hidden.device, hidden.numel() * n_columns),
     )
 
 
@@ -324,18 +322,17 @@ def _statistics(
     head: _Head, wanted: Sequence[str], kept: Sequence[Tensor] | None = None
 ) -> tuple[dict[str, Tensor], _Seen]:
     with torch.no_grad(), torch.autocast(head.hidden.device.type, enabled=False):
-        with fast_fp32(head.hidden.device, head.n_multiplications):
-            # Ranks and top_logps compare logits with each other, so all have to come from one
-            # kind of product.
-            fused = head.kernels.fused_state is not None and kept is None and not head.top_k
-            halves = half_operands(head.hidden, head.weight)
-            seen = _sweep(head, kept, fused and halves and "ranks" not in wanted)
-            values = states.statistics(seen.state, head.actions)
-            if "ranks" in wanted:
-                values["ranks"] = _ranks(head, seen.state, kept)
-            if "top_logps" in wanted:
-                top = seen.state[0].unsqueeze(-1)
-                values["top_logps"] = (seen.top_z - top) + values["max_logps"].unsqueeze(-1)
+        # Ranks and top_logps compare logits with each other, so all have to come from one
+        # kind of product.
+        fused = head.kernels.fused_state is not None and kept is None and not head.top_k
+        halves = half_operands(head.hidden, head.weight)
+        seen = _sweep(head, kept, fused and halves and "ranks" not in wanted)
+        values = states.statistics(seen.state, head.actions)
+        if "ranks" in wanted:
+            values["ranks"] = _ranks(head, seen.state, kept)
+        if "top_logps" in wanted:
+            top = seen.state[0].unsqueeze(-1)
+            values["top_logps"] = (seen.top_z - top) + values["max_logps"].unsqueeze(-1)
     return {name: values[name] for name in wanted}, seen
 
 
@@ -417,12 +414,12 @@ def _add_gradients(
                 added = torch.where(inside, some.top_gradients, 0.0).to(dtype)
                 out.scatter_add_(-1, column.clamp(0, width - 1), added)
             if into.hidden is not None:
-                add_product(into.hidden[rows], out, weight.to(dtype))
+                add_product(into.hidden[rows], out, weight.to(dtype), head.onednn)
         if into.weight is not None:
             if accumulate:
-                add_product(into.weight[tile], gradients.T, hidden)
+                add_product(into.weight[tile], gradients.T, hidden, head.onednn)
             else:
-                product_into(into.weight[tile], gradients.T, hidden)
+                product_into(into.weight[tile], gradients.T, hidden, head.onednn)
         if into.bias is not None:
             total = gradients.sum(0, dtype=head.dtype)
             into.bias[tile] = into.bias[tile] + total if accumulate else total
@@ -452,8 +449,7 @@ class _Statistics(torch.autograd.Function):
             if gradient is not None and name != "ranks"
         }
         needs = ctx.needs_input_grad[:3]
-        fast = fast_fp32(hidden.device, head.n_multiplications)
-        with torch.autocast(hidden.device.type, enabled=False), fast:
+        with torch.autocast(hidden.device.type, enabled=False):
             return *_gradients_of_statistics(head, _Seen(*seen), given, needs), None, None
 
 

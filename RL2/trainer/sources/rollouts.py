@@ -4,7 +4,6 @@ import logging
 import os
 import threading
 from concurrent.futures import Future
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from RL2.distributed import rank, second_group, world_size
 from RL2.engines.registry import build_engine
 from RL2.environments.environment import load_environment
 from RL2.environments.worker import MAX_ANSWER
-from RL2.ops.fp32 import without_switching
 from RL2.rollout import Collector
 from RL2.rollout.samples import staleness
 from RL2.runtime.event_loop import in_thread
@@ -81,10 +79,10 @@ class RolloutSource(Source):
             f"{self.n_prompts} prompts x {config.train_data.responses_per_prompt} responses each"
         )
         self._warn_of_no_end()
+        self.collector: Collector | None = None
         self.ahead = config.rollout.staleness > 0
         # What is generated ahead: its result or error, and the state before it.
         self._pending: tuple[Future[Result], dict[str, Any]] | None = None
-        self._while_open = ExitStack()
 
     @classmethod
     def brings(cls, config: DictConfig) -> tuple[str, ...]:
@@ -109,8 +107,6 @@ class RolloutSource(Source):
         """Load the engine, or start its servers. It serves the actor after `publish`."""
         if self.config.rollout.dtype == "auto":  # on CUDA: one dtype for both
             self.config.rollout.dtype = str(dtype).removeprefix("torch.")
-        if self.ahead and self.config.rollout.engine not in SERVERS:
-            self._while_open.enter_context(without_switching())
         drivers = self._drivers()
         engine = build_engine(self.config, self.tokenizer, device) if rank() in drivers else None
         dumps = Path(self.config.trainer.save_dir) / "rollouts"
@@ -131,11 +127,10 @@ class RolloutSource(Source):
             ends=self.end_tokens,
             n_shown=self.config.trainer.show_samples,
         )
-        self._while_open.callback(self.collector.close)
 
     def _drivers(self) -> tuple[int, ...]:
         """The ranks with an engine: all of them in process, with servers one on each machine, with
-        servers of somebody else's the first one."""
+        external servers the first one."""
         if self.config.rollout.engine not in SERVERS or world_size() == 1:
             return tuple(range(world_size()))
         if self.config.rollout.server_url is not None:
@@ -255,4 +250,5 @@ class RolloutSource(Source):
             self._pending = ahead, self._state()
 
     def close(self) -> None:
-        self._while_open.close()
+        if self.collector is not None:
+            self.collector.close()

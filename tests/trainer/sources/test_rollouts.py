@@ -15,7 +15,6 @@ import torch
 
 from RL2.datasets.end_of_turn import end_tokens
 from RL2.engines.protocol import Completion
-from RL2.ops import fp32
 from RL2.runtime.errors import EnvError
 from RL2.trainer.sources import rollouts
 from RL2.trainer.sources.rollouts import RolloutSource
@@ -77,30 +76,6 @@ def test_the_next_step_is_generated_with_the_weights_before(files, tmp_path):
     assert (tmp_path / "fresh" / dump).read_text() != (frozen / dump).read_text()
     assert max(row["rollout/llm_kl"] for row in fresh if "rollout/llm_kl" in row) < 1e-8
     assert max(row["rollout/llm_kl"] for row in stale if "rollout/llm_kl" in row) > 1e-4
-
-
-SWITCH = """
-import torch
-
-seen = set()
-
-
-def loss(logps):
-    seen.add(torch.backends.mkldnn.matmul.fp32_precision)
-    return -logps, {"switched": torch.full_like(logps, float(len(seen) > 1 or "none" not in seen))}
-"""
-
-
-@pytest.mark.skipif(not fp32._onednn_keeps_fp32(), reason="oneDNN rounds fp32 on this CPU")
-@pytest.mark.parametrize("staleness", [0, 1])
-def test_the_head_switches_no_products_of_an_engine_that_works_beside_it(
-    files, tmp_path, monkeypatch, staleness
-):
-    monkeypatch.setattr(fp32, "_MANY", 0)  # or so small a head switches nothing anyway
-    path = write_env(tmp_path / "switch.py", SWITCH)
-    rows = train(files, "spo", tmp_path / "run", actor__loss__import_path=f"{path}:loss",
-                 rollout__staleness=staleness)  # fmt: skip
-    assert {row["actor/switched"] for row in rows} == {1.0 - staleness}
 
 
 SLOW = """
