@@ -56,8 +56,8 @@ def padded(folder: str, eos_ids: list[int], max_new_tokens: int) -> Callable:
         all_special_ids=[], added_tokens_decoder={}, chat_template=None,
     )  # fmt: skip
     engine = TransformersEngine(folder, tokenizer=tokenizer)
-    engine.eos_ids = tuple(eos_ids)
-    engine.model.generation_config.eos_token_id = eos_ids or None
+    engine.decoder.eos_ids = tuple(eos_ids)
+    engine.decoder.model.generation_config.eos_token_id = eos_ids or None
     sampling = SamplingParams(1.0, max_new_tokens)
 
     async def complete(prompts: list[list[int]], seed: int) -> int:

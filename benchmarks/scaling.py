@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.processes import Process  # noqa: E402
 from benchmarks.step import median_of, our_lines, parser, start_ours, write_files  # noqa: E402
-from RL2.engines.servers.server import free_port  # noqa: E402
+from RL2.engines.servers.addresses import free_port  # noqa: E402
 
 COLUMNS = ("step", "rollout", "update_actor", "update_rollout")
 

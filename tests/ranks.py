@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing as mp
 
 from RL2.distributed import process_group
-from RL2.engines.servers.server import free_port
+from RL2.engines.servers.addresses import free_port
 
 # gloo keeps a thread for each group that there ever was, which never sleeps for long.
 _MOST_THREADS = 50

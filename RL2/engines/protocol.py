@@ -6,6 +6,7 @@ engines by name: `RL2.engines.registry`.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -115,8 +116,12 @@ class Engine(Protocol):
     context_length: int | None
     weight_version: int
 
-    async def start(self) -> None:
-        """Get ready to generate. Called once, on the event loop that all other calls come from."""
+    async def start(self, settled: asyncio.Event | None = None) -> None:
+        """Get ready to generate. Called once, on the event loop that all other calls come from.
+
+        settled: set while no sample is between two requests; an engine that batches can wait for
+            it, so that its batches do not depend on how fast an environment is.
+        """
         ...
 
     async def generate(

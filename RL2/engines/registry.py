@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from RL2.config.engines import ENGINES
 from RL2.engines.protocol import Engine
-from RL2.engines.servers.engine import server_engine
+from RL2.engines.servers.build import server_engine
 
 
 def build_engine(

@@ -8,6 +8,7 @@ of the prompts, that teach something. (`rollout.partial_rollout` alone goes by w
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable
@@ -182,8 +183,10 @@ class Collector:
         if engine is None:
             self.run(self.environment.close())  # nobody calls it here
             return
+        settled = asyncio.Event()
+        settled.set()
         try:
-            self.run(engine.start())
+            self.run(engine.start(settled))
         except BaseException:
             self.close()
             raise
@@ -197,9 +200,8 @@ class Collector:
             max_length=min(limits, default=None),
             ends=ends,
             truncated=self.truncated,
+            settled=settled,
         )
-        if hasattr(engine, "settled"):  # its batches wait for the environments
-            engine.settled = self._player.settled
 
     @property
     def driver(self) -> int | None:

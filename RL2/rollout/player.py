@@ -93,8 +93,8 @@ class Player:
         ends: end tokens of the policy; None: what the tokenizer alone says.
         truncated: what becomes of samples with a turn that was cut off at its longest: "keep",
             "mask" (left out of the batch) or "zero" (their reward is 0).
-
-    settled: set while no sample is between two requests, with its environment or its tokenizer.
+        settled: is kept set while no sample is between two requests, with its environment or its
+            tokenizer.
     """
 
     def __init__(
@@ -108,6 +108,7 @@ class Player:
         max_length: int | None,
         ends: EndTokens | None = None,
         truncated: str = "keep",
+        settled: asyncio.Event | None = None,
     ):
         self.engine = engine
         self.environment = environment
@@ -119,8 +120,8 @@ class Player:
         self._encode_behind = lambda text: continuations([text])[0]
         self.ends = ends or end_tokens(tokenizer)
         self.truncated = truncated
-        self.settled = asyncio.Event()
-        self.settled.set()
+        self._settled = settled or asyncio.Event()
+        self._settled.set()
         self._n_between = 0
 
     async def play(
@@ -247,13 +248,13 @@ class Player:
     @contextmanager
     def _between_requests(self) -> Iterator[None]:
         self._n_between += 1
-        self.settled.clear()
+        self._settled.clear()
         try:
             yield
         finally:
             self._n_between -= 1
             if not self._n_between:
-                self.settled.set()
+                self._settled.set()
 
     async def _action(
         self, sample: Sample, sampling: SamplingParams, seed: tuple[int, ...], gate: Gate

@@ -12,7 +12,7 @@ import pytest
 import RL2
 from RL2.config import validate
 from RL2.config.models import ask_hub, context_length, hub_options, weight_options
-from RL2.engines.servers.server import free_port
+from RL2.engines.servers.addresses import free_port
 from RL2.runtime.errors import ConfigError
 from tests.config.support import write_model_files
 from tests.hub import hub_at, hub_without

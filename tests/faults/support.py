@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from RL2.engines.servers.server import free_port
+from RL2.engines.servers.addresses import free_port
 from RL2.runtime.errors import RL2Error
 from RL2.trainer.checkpoints.checkpoint import Checkpoints
 from RL2.trainer.checkpoints.integrity import damage

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from RL2.engines.servers.server import free_port
+from RL2.engines.servers.addresses import free_port
 from tests.faults.support import LONG, Run
 from tests.trainer.support import environ, overrides, rows_of, write_files, write_rows
 

@@ -15,14 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from RL2.config import apply_fallbacks, validate
 from RL2.engines.protocol import Completion
+from RL2.engines.servers.addresses import HOST
 from RL2.engines.servers.dialect import Dialect
-from RL2.engines.servers.server import (
-    HOST,
-    Server,
-    ServerOptions,
-    ServerProcess,
-    wait_until_healthy,
-)
+from RL2.engines.servers.http import Server
+from RL2.engines.servers.process import ServerOptions, ServerProcess, wait_until_healthy
 from RL2.runtime.event_loop import EventLoopThread
 from tests.rollout.support import EOS, PAD, VOCAB, make_tokenizer
 from tests.trainer.support import ENVIRONMENT, composed

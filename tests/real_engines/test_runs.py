@@ -17,10 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from RL2.distributed import process_group
 from RL2.engines.protocol import SamplingParams
-from RL2.engines.servers.server import (
-    ServerOptions,
-    free_port,
-)
+from RL2.engines.servers.addresses import free_port
+from RL2.engines.servers.process import ServerOptions
 from RL2.engines.servers.sglang import SGLang
 from RL2.engines.servers.vllm import VLLM
 from RL2.runtime.process_tree import descendants

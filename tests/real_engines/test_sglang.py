@@ -20,13 +20,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from RL2.engines.protocol import SamplingParams
-from RL2.engines.servers.server import (
-    Server,
-    ServerOptions,
-    ServerProcess,
-    ServerRefused,
-    free_port,
-)
+from RL2.engines.servers.addresses import free_port
+from RL2.engines.servers.http import Server, ServerRefused
+from RL2.engines.servers.process import ServerOptions, ServerProcess
 from RL2.engines.servers.sglang import SGLang
 from RL2.engines.servers.weights import HostWeights
 from RL2.runtime.errors import EngineError

@@ -19,13 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from RL2.engines.protocol import SamplingParams
-from RL2.engines.servers.server import (
-    Server,
-    ServerOptions,
-    ServerProcess,
-    ServerRefused,
-    free_port,
-)
+from RL2.engines.servers.addresses import free_port
+from RL2.engines.servers.http import Server, ServerRefused
+from RL2.engines.servers.process import ServerOptions, ServerProcess
 from RL2.engines.servers.vllm import VLLM
 from RL2.engines.servers.weights import HostWeights
 from RL2.runtime.event_loop import EventLoopThread

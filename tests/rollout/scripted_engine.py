@@ -27,7 +27,7 @@ class ScriptedEngine:
         self.aborting = asyncio.Event()
         self.log = []
 
-    async def start(self):
+    async def start(self, settled=None):
         self.log.append("start")
 
     async def generate(self, token_ids, sampling, *, seed):

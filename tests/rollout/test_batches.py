@@ -600,7 +600,7 @@ def test_close_ends_everything_at_any_time(make, byte_tokenizer):
 
 def test_an_engine_that_does_not_start_is_closed(make):
     class Broken(ScriptedEngine):
-        async def start(self):
+        async def start(self, settled=None):
             raise EngineError("no GPU")
 
     engine = Broken(letter)

@@ -257,13 +257,13 @@ def test_which_requests_share_a_batch_does_not_depend_on_the_environments_speed(
     results = []
     for source, n in ((TURNS, 0), (slow, workers)):
         collector = make(source, {"max_turns": 3, "env_workers": n})
-        complete, batches = collector.engine._complete, []
+        complete, batches = collector.engine.decoder.complete, []
 
         def recorded(batch, so_far, complete=complete, batches=batches):
             batches.append([request.token_ids for request in batch])
             return complete(batch, so_far)
 
-        collector.engine._complete = recorded
+        collector.engine.decoder.complete = recorded
         items = [item | {"prompt": None} for item in make_items(3)]
         batch, _ = collector.collect(items, step=1, train=True)
         results.append((batches, batch))
@@ -406,7 +406,7 @@ class ScriptedEngine:
     def metrics(self):
         return {}
 
-    async def start(self):
+    async def start(self, settled=None):
         pass
 
     async def generate(self, token_ids, sampling, *, seed):

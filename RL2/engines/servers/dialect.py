@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from RL2.engines.protocol import Completion, MalformedReply, SamplingParams
-from RL2.engines.servers.server import Server, ServerOptions
+from RL2.engines.servers.http import Server
+from RL2.engines.servers.process import ServerOptions
 from RL2.engines.servers.weights import HostWeights
 
 
@@ -100,11 +99,3 @@ def token_versions(name: str, spans: list[dict[str, Any]], count: int, version: 
     if len(versions) != count:
         raise MalformedReply(f"{name}: weight versions {spans!r:.200}, {count} tokens")
     return versions
-
-
-def address_towards(url: str) -> str:
-    """The address of this machine from which it reaches a server: loopback for one beside us."""
-    parts = urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname, parts.port or 80))  # sends nothing, but takes a route
-        return probe.getsockname()[0]

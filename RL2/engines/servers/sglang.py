@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from RL2.engines.protocol import Completion, MalformedReply, SamplingParams
-from RL2.engines.servers.dialect import address_towards, token_versions
-from RL2.engines.servers.server import HOST, Server, ServerOptions, ServerRefused, free_port
+from RL2.engines.servers.addresses import HOST, address_towards, free_port
+from RL2.engines.servers.dialect import token_versions
+from RL2.engines.servers.http import Server, ServerRefused
+from RL2.engines.servers.process import ServerOptions
 from RL2.engines.servers.weight_group import WeightGroup
 from RL2.engines.servers.weights import HostWeights, checksum
 from RL2.runtime.errors import EngineError

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from RL2.engines.protocol import Completion, MalformedReply, SamplingParams
-from RL2.engines.servers.dialect import address_towards, token_versions
-from RL2.engines.servers.server import HOST, Server, ServerOptions, free_port
+from RL2.engines.servers.addresses import HOST, address_towards, free_port
+from RL2.engines.servers.dialect import token_versions
+from RL2.engines.servers.http import Server
+from RL2.engines.servers.process import ServerOptions
 from RL2.engines.servers.weight_group import WeightGroup
 from RL2.engines.servers.weights import HostWeights
 from RL2.runtime.errors import ConfigError, EngineError

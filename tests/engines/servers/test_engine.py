@@ -14,15 +14,12 @@ import torch
 from transformers import GPT2Config
 
 from RL2.engines.protocol import Completion, MalformedReply, SamplingParams
-from RL2.engines.servers import engine as server_engine
-from RL2.engines.servers.engine import Limits, ServerEngine
-from RL2.engines.servers.server import (
-    Server,
-    ServerOptions,
-    ServerRefused,
-    ServerUnreachable,
-    free_port,
-)
+from RL2.engines.servers import pool
+from RL2.engines.servers.addresses import free_port
+from RL2.engines.servers.engine import ServerEngine, weight_method
+from RL2.engines.servers.http import Server, ServerRefused, ServerUnreachable
+from RL2.engines.servers.pool import Limits
+from RL2.engines.servers.process import ServerOptions
 from RL2.engines.servers.weights import HostWeights
 from RL2.runtime.errors import EngineError
 
@@ -90,8 +87,8 @@ class ScriptedDialect:
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
-    monkeypatch.setattr(server_engine, "_WATCH_EVERY", 0.1)
-    monkeypatch.setattr(server_engine, "_LOST_FOR", 2.0)
+    monkeypatch.setattr(pool, "_WATCH_EVERY", 0.1)
+    monkeypatch.setattr(pool, "_LOST_FOR", 2.0)
 
 
 @pytest.fixture
@@ -143,7 +140,7 @@ def asked(*folders):
 def pids(engine):
     """Process ids of the servers themselves."""
     found = []
-    for member in engine._members:
+    for member in engine._pool.members:
         children = Path(f"/proc/{member.process.pid}/task/{member.process.pid}/children")
         found += [int(pid) for pid in children.read_text().split()]
     return found
@@ -163,7 +160,7 @@ def test_requests_are_spread_and_answered(run):
 
 def test_the_key_is_asked_for(run):
     async def play(engine, folder):
-        stranger = Server(engine._members[0].server.url)
+        stranger = Server(engine._pool.members[0].server.url)
         with pytest.raises(ServerRefused, match="401"):
             await stranger.get("/held")
         await stranger.close()
@@ -226,10 +223,10 @@ def test_a_server_that_dies_comes_back_with_the_current_weights(run):
         answers = await asyncio.gather(*(ask(engine, seed) for seed in range(32)))
         assert [a.token_ids for a in answers] == [expected(seed) for seed in range(32)]
         assert all(a.logps == [-1.5] * 4 for a in answers)
-        while engine.restarts < 1 or any(m.state != "serving" for m in engine._members):
+        while engine.restarts < 1 or any(m.state != "serving" for m in engine._pool.members):
             await asyncio.sleep(0.05)
         # Both hold the weights now: the new one, too.
-        for member in engine._members:
+        for member in engine._pool.members:
             assert await member.server.get("/held") == {"weights": 1.5, "version": 4}
 
     run(play, n_servers=2)
@@ -253,7 +250,7 @@ def test_a_server_that_starts_anew_reads_the_runs_own_copy(tmp_path):
             await engine.start()
             await engine.update_weights(weights(1.5), 4)
             os.kill(pids(engine)[0], signal.SIGKILL)
-            while engine.restarts < 1 or engine._members[0].state != "serving":
+            while engine.restarts < 1 or engine._pool.members[0].state != "serving":
                 await asyncio.sleep(0.05)
             assert (await ask(engine, 5)).logps == [-1.5] * 4
             return str(engine.weights.folder)
@@ -328,7 +325,7 @@ def test_weights_wait_for_a_server_that_is_starting(run):
         os.kill(pids(engine)[1], signal.SIGKILL)
         await asyncio.sleep(0.3)
         await engine.update_weights(weights(3), 2)
-        for member in engine._members:
+        for member in engine._pool.members:
             assert await member.server.get("/held") == {"weights": 3.0, "version": 2}
 
     run(play, n_servers=2)
@@ -378,7 +375,7 @@ def test_weights_change_while_paused(run):
 
 def test_servers_sleep_and_wake_as_they_were(run):
     async def states(engine):
-        return [await member.server.get("/state") for member in engine._members]
+        return [await member.server.get("/state") for member in engine._pool.members]
 
     async def play(engine, *folders):
         await engine.sleep()
@@ -397,7 +394,7 @@ def test_servers_sleep_and_wake_as_they_were(run):
         assert (await ask(engine, 1)).token_ids == expected(1)
 
     async def both_serve(engine):
-        return all(member.state == "serving" for member in engine._members)
+        return all(member.state == "serving" for member in engine._pool.members)
 
     run(play, n_servers=2)
 
@@ -459,8 +456,8 @@ def test_an_unknown_way_of_sending_weights_is_named(run):
 def test_weights_go_by_a_group_where_a_server_is_elsewhere(urls, method):
     dialect = ScriptedDialect()
     dialect.weight_methods = ("disk", "distributed")
-    assert server_engine._weight_method("auto", dialect, urls) == method
-    assert server_engine._weight_method("disk", dialect, urls) == "disk"
+    assert weight_method("auto", dialect, urls) == method
+    assert weight_method("disk", dialect, urls) == "disk"
 
 
 def test_a_server_that_cannot_start_stops_the_run(run, tmp_path):
@@ -490,7 +487,7 @@ async def connect(url):
     )  # fmt: skip
     for _ in range(100):
         try:
-            await engine._members[0].server.get("/health")
+            await engine._pool.members[0].server.get("/health")
             break
         except ServerUnreachable:
             await asyncio.sleep(0.05)

@@ -12,15 +12,9 @@ from pathlib import Path
 import pytest
 
 from RL2.engines.protocol import MalformedReply
-from RL2.engines.servers.server import (
-    Server,
-    ServerProcess,
-    ServerRefused,
-    ServerUnreachable,
-    _first_of_connections,
-    free_port,
-    wait_until_healthy,
-)
+from RL2.engines.servers.addresses import _first_of_connections, free_port
+from RL2.engines.servers.http import Server, ServerRefused, ServerUnreachable
+from RL2.engines.servers.process import ServerProcess, wait_until_healthy
 from RL2.runtime.errors import EngineError
 
 SCRIPTED = str(Path(__file__).with_name("scripted_server.py"))
@@ -39,7 +33,7 @@ time.sleep(600)
 TRAINER = """
 import os, signal, sys, time
 from pathlib import Path
-from RL2.engines.servers.server import ServerProcess
+from RL2.engines.servers.process import ServerProcess
 from RL2.engines.servers.weights import HostWeights
 import torch
 weights = HostWeights()

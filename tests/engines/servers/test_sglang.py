@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from RL2.engines.protocol import MalformedReply, SamplingParams
-from RL2.engines.servers.server import ServerOptions, ServerRefused
+from RL2.engines.servers.http import ServerRefused
+from RL2.engines.servers.process import ServerOptions
 from RL2.engines.servers.sglang import KEY_VARIABLE, SERVER_SIDE, SGLang, difference
 from RL2.engines.servers.weights import HostWeights, checksum
 from RL2.runtime.errors import EngineError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from RL2.engines.protocol import MalformedReply, SamplingParams
-from RL2.engines.servers.server import ServerOptions
+from RL2.engines.servers.process import ServerOptions
 from RL2.engines.servers.vllm import VLLM, first_difference
 from RL2.runtime.errors import ConfigError
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from RL2.engines.servers.server import free_port
+from RL2.engines.servers.addresses import free_port
 from RL2.engines.servers.weight_group import WeightGroup
 from RL2.runtime.errors import EngineError
 

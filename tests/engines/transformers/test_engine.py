@@ -137,7 +137,7 @@ def test_a_group_reads_its_prompt_once(byte_model, byte_tokenizer):
     prompts, sampling = [[40 + i for i in range(30)], [50], [60, 61, 62]], SamplingParams(1.0, 6)
     alone = [complete(engine, [prompt] * 4, sampling, range(4)) for prompt in prompts]
     read = []
-    hook = engine.model.get_input_embeddings().register_forward_hook(
+    hook = engine.decoder.model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: read.append(inputs[0].shape)
     )
     together = complete(engine, [p for p in prompts for _ in range(4)], sampling, [*range(4)] * 3)
@@ -296,7 +296,7 @@ async def until(condition):
 def watch(engine):
     """Counts the model's forward passes, so that tests can act in the middle of a batch."""
     passes = []
-    engine.model.register_forward_hook(lambda *_: passes.append(engine.weight_version))
+    engine.decoder.model.register_forward_hook(lambda *_: passes.append(engine.weight_version))
     return passes
 
 
@@ -307,8 +307,8 @@ LONG = SamplingParams(1.0, 200, stop=("no such text",))
 def endless(tmp_path, byte_tokenizer):
     """An engine whose model has no end token."""
     engine = TransformersEngine(make_model(tmp_path), tokenizer=byte_tokenizer, max_batch_size=4)
-    engine.eos_ids = ()
-    engine.model.generation_config.eos_token_id = None
+    engine.decoder.eos_ids = ()
+    engine.decoder.model.generation_config.eos_token_id = None
     yield engine
     asyncio.run(engine.close())
 
@@ -478,17 +478,17 @@ def test_close_fails_what_waits_and_refuses_more(byte_model, byte_tokenizer):
             await engine.generate([5], SamplingParams(1.0, 4), seed=0)
 
     asyncio.run(close_early())
-    assert engine.model is None
-    assert PAD == engine.tokenizer.pad_token_id
+    assert engine.decoder.model is None
+    assert PAD == engine.decoder.tokenizer.pad_token_id
 
 
 @pytest.mark.parametrize(("dtype", "kept"), [("auto", "float32"), ("bfloat16", "bfloat16")])
 def test_dtype(byte_model, byte_tokenizer, dtype, kept):
     engine = TransformersEngine(byte_model, tokenizer=byte_tokenizer, dtype=dtype)
-    assert engine.model.dtype == getattr(torch, kept)
+    assert engine.decoder.model.dtype == getattr(torch, kept)
     asyncio.run(engine.update_weights(weights_of(byte_model).items(), 1))  # cast on the way
     [completion] = complete(engine, [[5, 6]], SamplingParams(1.0, 4))
-    assert engine.model.dtype == getattr(torch, kept)
+    assert engine.decoder.model.dtype == getattr(torch, kept)
     assert all(math.isfinite(logp) for logp in completion.logps)
 
 
@@ -496,7 +496,7 @@ def test_a_pad_token_that_the_model_has_no_row_for(byte_model, byte_tokenizer):
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.add_special_tokens({"pad_token": "<|beyond|>"})
     engine = TransformersEngine(byte_model, tokenizer=tokenizer)
-    assert tokenizer.pad_token_id >= engine.model.get_input_embeddings().num_embeddings
+    assert tokenizer.pad_token_id >= engine.decoder.model.get_input_embeddings().num_embeddings
     sampling = SamplingParams(1.0, 4)
     completions = complete(engine, UNEQUAL_PROMPTS, sampling)
     usual = TransformersEngine(byte_model, tokenizer=byte_tokenizer)
@@ -508,5 +508,5 @@ def test_it_needs_the_models_files_no_more(tmp_path, byte_tokenizer):
     """They may be truncated or overwritten while it generates."""
     path = make_model(tmp_path)
     engine = TransformersEngine(path, tokenizer=byte_tokenizer)
-    assert engine.model.lm_head.weight.any()
+    assert engine.decoder.model.lm_head.weight.any()
     assert str(path) not in Path("/proc/self/maps").read_text()

@@ -1,48 +1,28 @@
-"""One inference server: talking to it over HTTP, and running it as a process of ours."""
+"""An inference server as a process of ours."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
-import secrets
-import socket
 import subprocess
 import sys
 import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import aiohttp
 
 from RL2.engines.protocol import MalformedReply
+from RL2.engines.servers.http import Server, ServerRefused, ServerUnreachable
 from RL2.runtime import guard
 from RL2.runtime.errors import EngineError
 from RL2.runtime.secrets import redact
 
 logger = logging.getLogger(__name__)
 
-HOST = "127.0.0.1"
 _LOG_LINES = 12
 _STOP_GRACE = 15.0  # seconds for the guard, which kills after three of its own
 _PROGRESS_EVERY = 10.0
-_PORTS_OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_PORTS = 16384  # how many below those are tried
-
-
-class ServerUnreachable(EngineError):
-    """No answer: refused, reset, or too late."""
-
-
-class ServerRefused(EngineError):
-    """An answer that is an HTTP error. status: its code. text: what the server said."""
-
-    def __init__(self, message: str, status: int, text: str):
-        super().__init__(message)
-        self.status, self.text = status, text
 
 
 @dataclass(frozen=True)
@@ -71,68 +51,6 @@ class ServerOptions:
     python: str = sys.executable
     extra_args: tuple[str, ...] = ()
     gpus: tuple[int, ...] = ()
-
-
-class Server:
-    """HTTP access to one server, ours or somebody else's. Use it on one event loop.
-
-    url: such as http://127.0.0.1:30000. headers: sent with each request (the key, say).
-    """
-
-    def __init__(self, url: str, headers: dict[str, str] | None = None):
-        self.url = url.rstrip("/")
-        self._headers = headers or {}
-        self._session: aiohttp.ClientSession | None = None
-        self._closed = False
-
-    async def get(self, path: str, *, timeout: float = 30.0) -> Any:
-        """Parsed JSON of the answer, None for an empty one.
-
-        Raises ServerUnreachable, ServerRefused (HTTP status of 400 or more), and MalformedReply
-        for an answer that is neither empty nor JSON.
-        """
-        return await self._request("GET", path, None, timeout)
-
-    async def post(
-        self, path: str, body: dict[str, Any] | None = None, *, timeout: float = 60.0
-    ) -> Any:
-        """As `get`; `body` is sent as JSON."""
-        return await self._request("POST", path, body, timeout)
-
-    async def close(self) -> None:
-        """Later requests raise ServerUnreachable."""
-        self._closed = True
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
-
-    async def _request(self, method: str, path: str, body: Any, timeout: float) -> Any:
-        if self._closed:
-            raise ServerUnreachable(f"{self.url}{path}: closed")
-        if self._session is None:
-            # The engine bounds how many requests there are; a second bound could only deadlock.
-            # Idle connections go before a server drops them (uvicorn: after 5 s) under a request.
-            self._session = aiohttp.ClientSession(
-                headers=self._headers,
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
-                trust_env=False,
-            )
-        try:
-            async with self._session.request(
-                method, self.url + path, json=body, timeout=aiohttp.ClientTimeout(total=timeout)
-            ) as response:
-                raw = await response.read()
-                status = response.status
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            what = f"no answer in {timeout:g} s" if isinstance(error, TimeoutError) else str(error)
-            raise ServerUnreachable(f"{self.url}{path}: {what or type(error).__name__}") from error
-        if status >= 400:
-            text = raw.decode("utf-8", "replace").strip()
-            raise ServerRefused(f"{self.url}{path}: HTTP {status}: {text:.500}", status, text)
-        try:
-            return json.loads(raw) if raw.strip() else None
-        except ValueError as error:
-            raise MalformedReply(f"{self.url}{path}: not JSON: {raw[:200]!r}") from error
 
 
 class ServerProcess:
@@ -229,31 +147,6 @@ async def wait_until_healthy(
             said = now
             logger.info("%s: starting, %.0f s; log: %s", name, now - start, process.log)
         await asyncio.sleep(0.25)
-
-
-def free_port() -> int:
-    """A port on loopback that nobody listens on now.
-
-    Not one of those that the kernel gives to outgoing connections, where there are others: until a
-    server listens, seconds later, one of them could have it.
-    """
-    first = _first_of_connections()
-    candidates = (max(1024, first - _PORTS) + secrets.randbelow(_PORTS) for _ in range(100))
-    for port in (*candidates, 0):
-        with socket.socket() as probe:
-            try:
-                probe.bind((HOST, port))
-            except OSError:
-                continue
-            return probe.getsockname()[1]
-    raise EngineError(f"{HOST} has no free port; end some of what listens there")
-
-
-def _first_of_connections() -> int:
-    try:
-        return int(_PORTS_OF_CONNECTIONS.read_text().split()[0])
-    except (OSError, ValueError):
-        return 32768
 
 
 def _of_torchrun(variable: str) -> bool:
