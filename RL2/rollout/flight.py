@@ -13,7 +13,7 @@ from RL2.rollout.samples import Group, Sample
 Play = Callable[[Sample, dict[str, Any], Gate], Coroutine[Any, Any, None]]
 
 
-class Flight:
+class GroupsInFlight:
     """The groups that one driver answers. All of its methods run on one event loop.
 
     play: plays one sample to its end. engine: what the samples' requests go to.
@@ -38,20 +38,20 @@ class Flight:
         """All that it holds, by position."""
         return sorted(self._complete + self._open, key=lambda group: group.position)
 
-    async def fly(
+    async def answer(
         self,
         groups: Iterable[Group],
         wanted: int,
         *,
-        cut: bool = False,
+        carries: bool = False,
         refill: Callable[[], Group | None] = lambda: None,
         progress: Callable[[], object] = lambda: None,
     ) -> list[Group]:
         """Answer groups, new ones and those that were carried here; returns what the step gets.
 
-        wanted: groups that shall teach something. Without `cut` all groups are finished.
-        cut: stop as soon as `wanted` is reached. The rest stays here: samples in the engine are
-            aborted and wait, with what is written, for the next `fly`; those in an environment
+        wanted: groups that shall teach something. Without `carries` all groups are finished.
+        carries: stop as soon as `wanted` is reached. The rest stays here: samples in the engine are
+            aborted and wait, with what is written, for the next `answer`; those in an environment
             go on there.
         refill: asked for another group, until it has none, as soon as `wanted` is out of reach
             because groups came out that teach nothing.
@@ -63,7 +63,7 @@ class Flight:
         try:
             self.gate.open()  # first, so that what was carried here comes first
             for group in groups:
-                self._begin(group)
+                self._start(group)
             n_seen = n_teach = 0
             while True:
                 self._raise_failure()
@@ -71,52 +71,52 @@ class Flight:
                 n_seen += len(fresh)
                 n_teach += sum(group.teaches(self.filtering) for group in fresh)
                 while n_teach + len(self._open) < wanted and (more := refill()) is not None:
-                    self._begin(more)
-                if not self._open or (cut and n_teach >= wanted):
+                    self._start(more)
+                if not self._open or (carries and n_teach >= wanted):
                     break
                 self._ended.clear()
                 await self._ended.wait()
             if self._open:
-                await self.gate.shut(self.engine)
+                await self.gate.drain(self.engine)
                 self._raise_failure()
         except BaseException:
-            await self.abandon()
+            await self.cancel()
             raise
         finally:
             self._progress = lambda: None
-        return self._take(wanted if cut else None)
+        return self._take_complete(wanted if carries else None)
 
-    async def resume(self, groups: Iterable[Group]) -> None:
-        """Take groups that were carried by another flight, for the next `fly`."""
+    async def take_over(self, groups: Iterable[Group]) -> None:
+        """Take groups that were carried elsewhere, for the next `answer`."""
         self.gate.close()
         for group in groups:
-            self._begin(group)
+            self._start(group)
 
     async def state_dict(self) -> list[dict[str, Any]]:
         """Of all that it holds, by position."""
         return [group.state_dict() for group in self.groups]
 
-    async def abandon(self) -> None:
-        """Cancel what is in flight and forget it."""
+    async def cancel(self) -> None:
+        """Stop all samples and forget the groups."""
         tasks, self._tasks = list(self._tasks), {}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._complete, self._open, self._failure = [], [], None
 
-    def _begin(self, group: Group) -> None:
+    def _start(self, group: Group) -> None:
         left = [sample for sample in group.samples if not sample.ended]
         (self._open if left else self._complete).append(group)
         for sample in left:
             task = asyncio.create_task(self.play(sample, group.item, self.gate))
             self._tasks[task] = group
             group.unfinished += 1
-            task.add_done_callback(self._end)
+            task.add_done_callback(self._sample_ended)
 
-    def _end(self, task: asyncio.Task) -> None:
+    def _sample_ended(self, task: asyncio.Task) -> None:
         group = self._tasks.pop(task, None)
         if group is None or task.cancelled():
-            return  # abandoned
+            return  # cancelled with all others
         if task.exception() is not None:
             self._failure = self._failure or task.exception()
             self._ended.set()
@@ -132,7 +132,7 @@ class Flight:
         if self._failure is not None:
             raise self._failure
 
-    def _take(self, wanted: int | None) -> list[Group]:
+    def _take_complete(self, wanted: int | None) -> list[Group]:
         """Remove what is complete: all of it, or the first `wanted` that teach something and
         what teaches nothing."""
         taken, kept, n_teach = [], [], 0

@@ -71,10 +71,10 @@ class Gate:
         self._opened.set()
 
     def close(self) -> None:
-        """Let nothing in any more; `shut` ends what is inside as well."""
+        """Let nothing in any more."""
         self._opened.clear()
 
-    async def shut(self, engine: Engine) -> None:
+    async def drain(self, engine: Engine) -> None:
         """Close the gate and abort what is inside; returns when nothing is."""
         self.close()
         if self._inside:

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from RL2.engines.protocol import Completion, MalformedReply
 from RL2.engines.transformers.engine import TransformersEngine
 from RL2.rollout import Collector
-from RL2.rollout.collector import shares, spread
 from RL2.rollout.player import end_at_stop
 from RL2.rollout.samples import Sample, staleness
+from RL2.rollout.shares import shares, spread
 from RL2.runtime.errors import EngineError
 from tests.ranks import run_on_ranks
 from tests.rollout.scripted_engine import ScriptedEngine, Typist

@@ -232,7 +232,7 @@ async def play(conversation, tokenizer):
         if task.done():
             break
         if event == "cut":
-            await gate.shut(engine)
+            await gate.drain(engine)
         if event == "abort":  # nobody asked for it
             await engine.abort()
         if event == "move" or rng.random() < 0.3:

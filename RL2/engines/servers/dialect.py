@@ -1,10 +1,10 @@
-"""What differs between kinds of servers, and what their dialects have in common."""
+"""What differs between kinds of servers."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-from RL2.engines.protocol import Completion, MalformedReply, SamplingParams
+from RL2.engines.protocol import Completion, SamplingParams
 from RL2.engines.servers.http import Server
 from RL2.engines.servers.process import ServerOptions
 from RL2.engines.servers.weights import HostWeights
@@ -75,27 +75,3 @@ class Dialect(Protocol):
     async def mismatch(self, server: Server, weights: HostWeights) -> str | None:
         """None where the server holds `weights` exactly, else a line that names a parameter."""
         ...
-
-
-def token_versions(name: str, spans: list[dict[str, Any]], count: int, version: int) -> list[int]:
-    """Version of the weights of each of `count` tokens, from spans that follow one another.
-
-    name: of the kind of server. spans: {"version", "start", "end"} each, as SGLang and vLLM tell
-    them; the version "default" of a server that was never told one stands for `version`. A span
-    may be empty: SGLang sends one with a request that is aborted before its first token.
-
-    Raises MalformedReply for spans that leave a gap, overlap, or cover another number of tokens.
-    """
-    versions: list[int] = []
-    try:
-        for span in spans:
-            start, end = span["start"], span["end"]
-            if start != len(versions) or not start <= end <= count:
-                raise ValueError("no span of these tokens")
-            number = version if span["version"] == "default" else int(span["version"])
-            versions += [number] * (end - start)
-    except (KeyError, TypeError, ValueError) as error:
-        raise MalformedReply(f"{name}: weight versions {spans!r:.200}, {count} tokens") from error
-    if len(versions) != count:
-        raise MalformedReply(f"{name}: weight versions {spans!r:.200}, {count} tokens")
-    return versions

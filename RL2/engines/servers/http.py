@@ -23,6 +23,11 @@ class ServerRefused(EngineError):
         self.status, self.text = status, text
 
 
+def bearer(key: str) -> dict[str, str]:
+    """Headers that carry a key, where there is one."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 class Server:
     """HTTP access to one server, our own or an external one. Use it on one event loop.
 

@@ -25,6 +25,10 @@ _STOP_GRACE = 15.0  # seconds for the guard, which kills after three of its own
 _PROGRESS_EVERY = 10.0
 
 
+# The folder of the modules that run inside of servers.
+SERVER_SIDE = Path(__file__).parents[1] / "server_side"
+
+
 @dataclass(frozen=True)
 class ServerOptions:
     """What a server is started with.
@@ -51,6 +55,15 @@ class ServerOptions:
     python: str = sys.executable
     extra_args: tuple[str, ...] = ()
     gpus: tuple[int, ...] = ()
+
+
+def variables_of(options: ServerOptions) -> dict[str, str]:
+    """Of any kind of server's process: our modules on its path, and its GPUs."""
+    path = [str(SERVER_SIDE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {"PYTHONPATH": os.pathsep.join(path)}
+    if options.device == "cuda":
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, options.gpus))
+    return variables
 
 
 class ServerProcess:

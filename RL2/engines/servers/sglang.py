@@ -13,9 +13,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import math
 import os
-import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -25,23 +23,21 @@ import torch
 from torch import Tensor
 
 from RL2.engines.protocol import Completion, MalformedReply, SamplingParams
-from RL2.engines.servers.addresses import HOST, address_towards, free_port
-from RL2.engines.servers.dialect import token_versions
-from RL2.engines.servers.http import Server, ServerRefused
-from RL2.engines.servers.process import ServerOptions
-from RL2.engines.servers.weight_group import WeightGroup
+from RL2.engines.servers.addresses import HOST
+from RL2.engines.servers.http import Server, ServerRefused, bearer
+from RL2.engines.servers.process import SERVER_SIDE, ServerOptions, variables_of
+from RL2.engines.servers.replies import completion_of
+from RL2.engines.servers.weight_group import WeightGroup, group_with
 from RL2.engines.servers.weights import HostWeights, checksum
 from RL2.runtime.errors import EngineError
 
 T = TypeVar("T")
 
 KEY_VARIABLE = "RL2_SERVER_KEY"
-SERVER_SIDE = Path(__file__).parents[1] / "server_side"
 _BUCKET_BYTES = 512 * 2**20
 _UPDATE_TIMEOUT = 600.0  # seconds for one request of a weight update, or for waking up
 _JOIN_TIMEOUT = 120.0
 _CPU_TOKENS = 32768  # of the key-value cache; SGLang would take most of the machine's memory
-_ROUNDING = 1e-4  # a log-probability may be above 0 by so much
 # A fused parameter and its parts, in order.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -98,10 +94,8 @@ class SGLang:
         return command + list(options.extra_args)
 
     def environment(self, options: ServerOptions, key: str) -> dict[str, str]:
-        path = [str(SERVER_SIDE), *filter(None, [os.environ.get("PYTHONPATH")])]
-        variables = {
+        variables = variables_of(options) | {
             KEY_VARIABLE: key,
-            "PYTHONPATH": os.pathsep.join(path),
             # Health is then whether the server answers; a completion would wait for a pause.
             "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
             # A server that closes a connection as a request is on its way on it looks like one
@@ -113,12 +107,10 @@ class SGLang:
         if options.device == "cpu":
             # Compiling wants a C++ compiler, for one small function.
             variables |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
-        elif options.gpus:
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, options.gpus))
         return variables
 
     def headers(self, key: str) -> dict[str, str]:
-        return {"Authorization": f"Bearer {key}"}
+        return bearer(key)
 
     async def context_length(self, server: Server) -> int | None:
         # The longest prompt that SGLang takes is one shorter. Prompt and completion may have a
@@ -156,29 +148,23 @@ class SGLang:
 
     def completion(self, reply: Any, sampling: SamplingParams, version: int) -> Completion:
         meta = _field(reply, "meta_info", dict)
-        reason = _field(_field(meta, "finish_reason", dict), "type", str)
-        token_ids = _field(reply, "output_ids", list)
-        entries = meta.get("output_token_logprobs") or []
-        if not all(type(token) is int and token >= 0 for token in token_ids):
-            raise MalformedReply(f"sglang: output_ids are no token ids: {token_ids!r:.200}")
-        if not isinstance(entries, list) or len(entries) != len(token_ids):
+        finish, token_ids = _field(meta, "finish_reason", dict), _field(reply, "output_ids", list)
+        reason, entries = finish.get("type"), meta.get("output_token_logprobs") or []
+        if reason == "abort" and finish.get("status_code") is not None:
+            raise MalformedReply(f"sglang: aborted: {finish!r:.200}")
+        if reason == "length" and len(token_ids) != sampling.max_new_tokens:
             raise MalformedReply(
-                f"sglang: {len(token_ids)} tokens, log-probabilities: {entries!r:.200}"
+                f"sglang: {len(token_ids)} tokens, finish_reason='length', not "
+                f"{sampling.max_new_tokens}"
             )
-        logps = [_logp(entry, token) for entry, token in zip(entries, token_ids, strict=True)]
-        count, most = len(token_ids), sampling.max_new_tokens
-        if reason == "abort":
-            if meta["finish_reason"].get("status_code") is not None:
-                raise MalformedReply(f"sglang: aborted: {meta['finish_reason']!r:.200}")
-        elif reason not in ("stop", "length"):
-            raise MalformedReply(f"sglang: finish_reason={reason!r}")
-        elif count == 0:
-            raise MalformedReply(f"sglang: a completion without tokens, finish_reason={reason!r}")
-        elif reason == "length" and count != most:
-            raise MalformedReply(f"sglang: {count} tokens, finish_reason='length', not {most}")
-        if count > most:
-            raise MalformedReply(f"sglang: {count} tokens where max_new_tokens={most}")
-        return Completion(token_ids, logps, reason, _versions(meta, count, version))
+        try:  # each is [log-probability, token id, text]
+            told = [(entry[1], entry[0]) for entry in entries]
+        except (IndexError, KeyError, TypeError) as error:
+            raise MalformedReply(f"sglang: log-probabilities: {entries!r:.200}") from error
+        spans = meta.get("weight_versions") or []
+        if not spans and token_ids:  # without an update in between there may be none
+            spans = [{"version": meta.get("weight_version"), "start": 0, "end": len(token_ids)}]
+        return completion_of("sglang", token_ids, told, reason, spans, version)
 
     # ------------------------------------------------------------------ control
 
@@ -256,24 +242,6 @@ def _field(reply: Any, name: str, kind: type[T]) -> T:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise MalformedReply(f"sglang: {name} of type {kind.__name__} is not in {reply!r:.200}")
     return value
-
-
-def _logp(entry: Any, token: int) -> float:
-    """Of one `[log-probability, token id, text]`."""
-    if not isinstance(entry, list) or len(entry) < 2 or entry[1] != token:
-        raise MalformedReply(f"sglang: no log-probability of token {token}: {entry!r:.100}")
-    logp = entry[0]
-    if type(logp) not in (int, float) or not math.isfinite(logp) or logp > _ROUNDING:
-        raise MalformedReply(f"sglang: log-probability {logp!r} of token {token}")
-    return min(float(logp), 0.0)
-
-
-def _versions(meta: dict[str, Any], count: int, version: int) -> list[int]:
-    spans = meta.get("weight_versions")
-    if not spans and count:
-        # Without an update in between there may be no spans.
-        spans = [{"version": meta.get("weight_version"), "start": 0, "end": count}]
-    return token_versions("sglang", spans or [], count, version)
 
 
 # ---------------------------------------------------------------------- comparing weights
@@ -383,22 +351,18 @@ async def _send_by_memory(
 @asynccontextmanager
 async def _group(server: Server, ranks: int, device: str) -> AsyncIterator[tuple[WeightGroup, str]]:
     """A process group with the server's ranks, and its name there."""
-    name = f"rl2-{uuid.uuid4().hex}"
-    address, port = address_towards(server.url), free_port()
-    backend = "nccl" if device == "cuda" else "gloo"
+    plan = group_with(server.url, ranks, device)
     join = {
-        "master_address": address, "master_port": port, "rank_offset": 1,
-        "world_size": 1 + ranks, "group_name": name, "backend": backend,
+        "master_address": plan["address"], "master_port": plan["port"], "rank_offset": 1,
+        "world_size": plan["world_size"], "group_name": plan["name"], "backend": plan["backend"],
     }  # fmt: skip
     group = await _beside(
         server.post("/init_weights_update_group", join, timeout=_JOIN_TIMEOUT),
-        asyncio.to_thread(
-            WeightGroup, address, port, 1 + ranks, name, backend, timeout=_JOIN_TIMEOUT
-        ),
+        asyncio.to_thread(WeightGroup, **plan, timeout=_JOIN_TIMEOUT),
     )
     try:
-        yield group, name
-        await server.post("/destroy_weights_update_group", {"group_name": name})
+        yield group, plan["name"]
+        await server.post("/destroy_weights_update_group", {"group_name": plan["name"]})
     finally:
         group.close()
 

@@ -10,29 +10,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
-import uuid
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from RL2.engines.protocol import Completion, MalformedReply, SamplingParams
-from RL2.engines.servers.addresses import HOST, address_towards, free_port
-from RL2.engines.servers.dialect import token_versions
-from RL2.engines.servers.http import Server
-from RL2.engines.servers.process import ServerOptions
-from RL2.engines.servers.weight_group import WeightGroup
+from RL2.engines.servers.addresses import HOST
+from RL2.engines.servers.http import Server, bearer
+from RL2.engines.servers.process import ServerOptions, variables_of
+from RL2.engines.servers.replies import completion_of
+from RL2.engines.servers.weight_group import WeightGroup, group_with
 from RL2.engines.servers.weights import HostWeights
 from RL2.runtime.errors import ConfigError, EngineError
 
-_SERVER_SIDE = Path(__file__).parents[1] / "server_side"
 _WEIGHTS_TIMEOUT = 1800.0  # seconds for one step of a weight update
 _GROUP_TIMEOUT = 120.0  # for joining the process group, and for each tensor
 _MIN_TEMPERATURE = 0.01  # vLLM silently raises lower ones
 _NO_LOGP = -9999.0  # what vLLM writes for a log-probability that is no number
-_FINISH_REASONS = ("stop", "length", "abort")
 _CPU_CACHE_BYTES = 2**30
 _MOST_SEQUENCES = {"cpu": 256, "cuda": 1024}  # more in one step is slower or does not fit
 
@@ -89,9 +85,7 @@ class VLLM:
 
     def environment(self, options: ServerOptions, key: str) -> dict[str, str]:
         """See `Dialect.environment`."""
-        path = os.environ.get("PYTHONPATH")
-        variables = {
-            "PYTHONPATH": str(_SERVER_SIDE) + (os.pathsep + path if path else ""),
+        variables = variables_of(options) | {
             "VLLM_API_KEY": key,
             "VLLM_SERVER_DEV_MODE": "1",  # pause, abort, collective_rpc
             "VLLM_USE_V2_MODEL_RUNNER": "0",  # rl2_vllm.py knows the sampler of the first
@@ -112,13 +106,11 @@ class VLLM:
             variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
             if options.tp_size == 1:
                 variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # allows the backend `uni`
-        else:
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, options.gpus))
         return variables
 
     def headers(self, key: str) -> dict[str, str]:
         """See `Dialect.headers`."""
-        return {"Authorization": f"Bearer {key}"} if key else {}
+        return bearer(key)
 
     async def context_length(self, server: Server) -> int | None:
         """See `Dialect.context_length`."""
@@ -168,24 +160,9 @@ class VLLM:
                 {"version": version, "start": 0, "end": len(token_ids)}
             ]
         except (KeyError, TypeError, ValueError) as error:
-            raise _odd(f"no completion in {str(reply)[:200]}") from error
-        if reason not in _FINISH_REASONS:
-            raise _odd(f"finish reason {reason!r}, not one of {', '.join(_FINISH_REASONS)}")
-        if not isinstance(token_ids, list) or not all(_is_count(i) for i in token_ids):
-            raise _odd(f"token ids {str(token_ids)[:200]}")
-        if not token_ids and reason != "abort":
-            raise _odd(f"no token, finish reason {reason!r}")
-        if [token for token, _ in told] != token_ids:
-            raise _odd(f"{len(told)} log-probabilities that are not of the {len(token_ids)} tokens")
-        for position, (_, logp) in enumerate(told):
-            if type(logp) not in (float, int) or not _NO_LOGP < logp < 1e-5:
-                raise _odd(f"log-probability {logp} of token {position}")
-        return Completion(
-            token_ids,
-            [min(float(logp), 0.0) for _, logp in told],
-            reason,
-            token_versions(self.name, spans if token_ids else [], len(token_ids), version),
-        )
+            raise MalformedReply(f"{self.name}: no completion in {str(reply)[:200]}") from error
+        spans = spans if token_ids else []
+        return completion_of(self.name, token_ids, told, reason, spans, version, _NO_LOGP)
 
     # ------------------------------------------------------------------ control
 
@@ -247,15 +224,8 @@ class VLLM:
     async def _broadcast(self, server: Server, weights: HostWeights) -> None:
         """Send all weights through a process group of this server's own."""
         [device, *_] = await _call(server, "rl2_device")
-        world_size = 1 + (await server.get("/get_world_size?include_dp=false"))["world_size"]
-        plan = {
-            "address": address_towards(server.url),
-            "port": free_port(),
-            "world_size": world_size,
-            "name": f"rl2-{uuid.uuid4().hex}",
-            "backend": "nccl" if device == "cuda" else "gloo",
-            "timeout": _GROUP_TIMEOUT,
-        }
+        n_ranks = (await server.get("/get_world_size?include_dp=false"))["world_size"]
+        plan = group_with(server.url, n_ranks, device) | {"timeout": _GROUP_TIMEOUT}
         tensors = [(name, str(t.dtype).removeprefix("torch."), [*t.shape]) for name, t in weights]
         received, sent = await asyncio.gather(
             _call(server, "rl2_receive", json.dumps(plan | {"tensors": tensors})),
@@ -329,11 +299,3 @@ async def _call(server: Server, method: str, *args: str) -> list[Any]:
     body = {"method": method, "args": list(args)}
     reply = await server.post("/collective_rpc", body, timeout=_WEIGHTS_TIMEOUT)
     return reply["results"]
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _odd(what: str) -> MalformedReply:
-    return MalformedReply(f"vllm server: {what}")

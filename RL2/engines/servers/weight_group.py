@@ -9,12 +9,15 @@ so that nothing listens on any address but the one that is given.
 from __future__ import annotations
 
 import socket
+import uuid
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from RL2.engines.servers.addresses import address_towards, free_port
 from RL2.runtime.errors import EngineError
 
 # The device whose backend a group of one backend registers first; a part of its keys in the store.
@@ -96,6 +99,17 @@ class WeightGroup:
         if group is not None and self._backend == "nccl":
             group.abort()  # does not wait for ranks that are gone
         self._store = None
+
+
+def group_with(url: str, n_ranks: int, device: str) -> dict[str, Any]:
+    """Arguments of a new `WeightGroup` with a server that has n_ranks on its kind of `device`."""
+    return {
+        "address": address_towards(url),
+        "port": free_port(),
+        "world_size": 1 + n_ranks,
+        "name": f"rl2-{uuid.uuid4().hex}",
+        "backend": "nccl" if device == "cuda" else "gloo",
+    }
 
 
 def _store(address: str, port: int, world_size: int, limit: timedelta) -> dist.TCPStore:

@@ -9,8 +9,8 @@ import torch
 
 from RL2.engines.protocol import MalformedReply, SamplingParams
 from RL2.engines.servers.http import ServerRefused
-from RL2.engines.servers.process import ServerOptions
-from RL2.engines.servers.sglang import KEY_VARIABLE, SERVER_SIDE, SGLang, difference
+from RL2.engines.servers.process import SERVER_SIDE, ServerOptions
+from RL2.engines.servers.sglang import KEY_VARIABLE, SGLang, difference
 from RL2.engines.servers.weights import HostWeights, checksum
 from RL2.runtime.errors import EngineError
 
@@ -170,10 +170,6 @@ BAD = {
     "unknown finish reason": reply(finish_reason={"type": "tired"}),
     "short for length": reply(finish_reason={"type": "length", "length": 2}),
     "aborted by an error": reply(finish_reason={"type": "abort", "status_code": 500}),
-    "too long": reply(
-        output_ids=[11] * 4, output_token_logprobs=[[-1.0, 11]] * 4,
-        weight_versions=[{"version": "4", "start": 0, "end": 4}],
-    ),
     "version a name": reply(weight_versions=[{"version": "x", "start": 0, "end": 2}]),
     "versions with a gap": reply(weight_versions=[{"version": "4", "start": 1, "end": 2}]),
     "versions too short": reply(weight_versions=[{"version": "4", "start": 0, "end": 1}]),

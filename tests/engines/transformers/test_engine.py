@@ -368,7 +368,7 @@ def test_weights_that_come_in_a_pause_write_the_rest(endless, tmp_path):
     other = make_model(tmp_path / "other", seed=1)
     models = [
         AutoModelForCausalLM.from_pretrained(folder).eval()
-        for folder in (endless.model.name_or_path, other)
+        for folder in (endless.decoder.model.name_or_path, other)
     ]
     passes = watch(endless)
     prompts = [[5, 6], [7], [8, 9, 10]]

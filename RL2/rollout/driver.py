@@ -1,0 +1,58 @@
+"""What a rank with an engine does: it has samples played, and keeps the groups that go on."""
+
+from __future__ import annotations
+
+from RL2.engines.protocol import SamplingParams
+from RL2.rollout.failures import Failure, FailureCount
+from RL2.rollout.flight import GroupsInFlight
+from RL2.rollout.player import Gate, Player
+from RL2.rollout.samples import Sample
+from RL2.rollout.step import Item, Step
+
+
+class TooManyFailures(Exception):
+    """Environments failed more often in this step than `rollout.max_env_errors` allows. failed: the
+    samples of this round."""
+
+    def __init__(self, failed: list[Failure]):
+        super().__init__(failed)
+        self.failed = failed
+
+
+class Driver:
+    """Has one engine's samples played.
+
+    player: plays them. max_in_flight: most requests at a time. failures: those counted so far.
+    carried: the groups that go on from step to step; None before there are any.
+    """
+
+    def __init__(self, player: Player, max_in_flight: int, failures: FailureCount):
+        self.player = player
+        self.max_in_flight = max_in_flight
+        self.failures = failures
+        self.carried: GroupsInFlight | None = None
+
+    def groups_of(self, step: Step) -> GroupsInFlight:
+        """Where a step's groups are played, with those that were carried to it."""
+        if not step.carries:
+            return self.new_groups(step.train, step.sampling, step.filtering)
+        if self.carried is None:
+            self.carried = self.new_groups(True, step.sampling, step.filtering)
+        return self.carried
+
+    def new_groups(self, train: bool, sampling: SamplingParams, filtering: bool) -> GroupsInFlight:
+        async def play(sample: Sample, item: Item, gate: Gate) -> None:
+            await self.player.play(sample, item, sampling, gate, train=train)
+            if sample.cause == "env":
+                self._stop_if_too_many(groups)
+
+        groups = GroupsInFlight(play, self.player.engine, self.max_in_flight, filtering)
+        return groups
+
+    def _stop_if_too_many(self, groups: GroupsInFlight) -> None:
+        """Raise TooManyFailures as soon as that is sure: if every call of an environment takes
+        until its time limit, the end of the round may be hours away."""
+        samples = [sample for group in groups.groups for sample in group.samples]
+        failed = [Failure.of(sample) for sample in samples if sample.cause == "env"]
+        if self.failures.exceeded("env", len(failed)):
+            raise TooManyFailures(failed)
