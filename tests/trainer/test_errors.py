@@ -143,7 +143,7 @@ LOADED = {
         "rollout.env_path=.*e.py: step returns 1.0, not a dict with reward, score, done in line 1",
     ),
     "loss of another library": (
-        "spo", lambda t: {"actor__loss__name": "grpo"}, "=grpo: unknown; its clipped loss is ppo"
+        "spo", lambda t: {"actor__loss__name": "grpo"}, "=grpo: its clipped loss is ppo"
     ),
     "blank lines only": (
         "spo", lambda t: {"train_data__path": text(t / "b.jsonl", "\n\n")}, "b.jsonl.*(no|empty)"
@@ -163,7 +163,7 @@ LOADED = {
     ),
     "unknown loss": (
         "spo", lambda t: {"actor__loss__name": "max_target"},
-        "actor.loss.name=max_target: unknown; did you mean max_target_kl",
+        "actor.loss.name=max_target: not a loss; use ppo, .* .did you mean max_target_kl",
     ),
     "option of another loss": (
         "spo", lambda t: {"actor__loss__target": 0.3}, "actor.loss.target=0.3: no option of"
