@@ -5,6 +5,8 @@ from collections.abc import Set
 from omegaconf import DictConfig, OmegaConf
 
 from RL2.config.engines import EMBEDDED, ENGINES, SERVERS
+from RL2.config.flat import as_text
+from RL2.config.groups import call_each
 from RL2.config.schema.choices import Device, Dtype
 from RL2.runtime.errors import ConfigError
 
@@ -31,21 +33,37 @@ def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list
             without CUDA or triton; `actor.lora` without peft; `rollout.engine=sglang` or `vllm`
             where it is neither installed nor pointed to; `rollout.tp_size` above 1 without servers.
     """
-    rank = config.actor.lora.rank
+    lines = call_each(
+        (_without_peft, _saved_dtype, _actor, _ref_actor, _rollout, _spelt_out_stops),
+        config,
+        cuda=cuda,
+        available=available,
+    )
+    return [line for some in lines for line in some]
+
+
+def _without_peft(actor: DictConfig, available: Set[str]) -> list[str]:
+    rank = actor.lora.rank
     if rank is not None and "peft" not in available:
         raise ConfigError(
             f"actor.lora.rank={rank}: needs peft, which is not installed; install it "
             "(pip install RL2[lora]), or leave it out"
         )
-    if config.trainer.save_dtype == Dtype.auto and config.actor.dtype != Dtype.auto:
-        config.trainer.save_dtype = config.actor.dtype
-    warnings = _model_fallbacks(config, "actor", cuda, available)
-    if "ref_actor" in config:
-        warnings += _model_fallbacks(config, "ref_actor", cuda, available)
-    if (rollout := config.get("rollout")) is not None:
-        warnings += _rollout_fallbacks(config, available)
-        warnings += _spelt_out_stops(rollout)
-    return warnings
+    return []
+
+
+def _saved_dtype(trainer: DictConfig, actor: DictConfig) -> list[str]:
+    if trainer.save_dtype == Dtype.auto and actor.dtype != Dtype.auto:
+        trainer.save_dtype = actor.dtype
+    return []
+
+
+def _actor(actor: DictConfig, cuda: bool, available: Set[str]) -> list[str]:
+    return _model(actor, "actor", cuda, available)
+
+
+def _ref_actor(ref_actor: DictConfig, cuda: bool, available: Set[str]) -> list[str]:
+    return _model(ref_actor, "ref_actor", cuda, available)
 
 
 def _spelt_out_stops(rollout: DictConfig) -> list[str]:
@@ -62,22 +80,22 @@ def _spelt_out_stops(rollout: DictConfig) -> list[str]:
                 quoted = ",".join('"{}"'.format(text.replace("'", "\\'")) for text in texts)
                 quoted = quoted if isinstance(stop, str) else f"[{quoted}]"
                 warnings.append(
-                    f"rollout.{name}.stop={_text(stop)}: holds a backslash and the letter "
+                    f"rollout.{name}.stop={as_text(stop)}: holds a backslash and the letter "
                     f"{letter}, which a model hardly ever writes; for a {what} write "
                     f"rollout.{name}.stop=$'{quoted}' in bash, or \"\\{letter}\" in YAML"
                 )
     return warnings
 
 
-def _model_fallbacks(config: DictConfig, group: str, cuda: bool, available: Set[str]) -> list[str]:
-    node, warnings = config[group], []
+def _model(node: DictConfig, group: str, cuda: bool, available: Set[str]) -> list[str]:
+    warnings = []
 
     def own(key: str) -> bool:
         # What follows another key was resolved, and warned about, there.
         return not OmegaConf.is_interpolation(node, key)
 
     def fall_back(key: str, value: object, why: str) -> None:
-        warnings.append(f"{group}.{key}={_text(node[key])}: {why}")
+        warnings.append(f"{group}.{key}={as_text(node[key])}: {why}")
         node[key] = value
 
     if own("device"):
@@ -127,19 +145,18 @@ def _model_fallbacks(config: DictConfig, group: str, cuda: bool, available: Set[
     return warnings
 
 
-def _rollout_fallbacks(config: DictConfig, available: Set[str]) -> list[str]:
-    rollout, warnings = config.rollout, []
-    on_cuda = config.actor.device == Device.cuda
+def _rollout(rollout: DictConfig, actor: DictConfig, available: Set[str]) -> list[str]:
+    warnings, on_cuda = [], actor.device == Device.cuda
     if rollout.engine == "auto":
         installed = [name for name in SERVERS if name in available]
         rollout.engine = installed[0] if on_cuda and installed else EMBEDDED
         if on_cuda and not installed:
             warnings.append(
-                "rollout.engine=auto: neither sglang nor vllm is installed; using transformers, "
-                "which is slow for long responses of large models"
+                f"rollout.engine=auto: neither {' nor '.join(SERVERS)} is installed; using "
+                f"{EMBEDDED}, which is slow for long responses of large models"
             )
     if rollout.dtype == Dtype.auto:
-        rollout.dtype = config.actor.dtype if on_cuda else Dtype.float32
+        rollout.dtype = actor.dtype if on_cuda else Dtype.float32
     elif rollout.dtype == Dtype.bfloat16 and not on_cuda:
         warnings.append("rollout.dtype=bfloat16: needs CUDA; using float32")
         rollout.dtype = Dtype.float32
@@ -171,11 +188,12 @@ def _without_servers(rollout: DictConfig, on_cuda: bool) -> list[str]:
     if rollout.tp_size > 1:
         raise ConfigError(
             f"rollout.tp_size={rollout.tp_size}: belongs to server engines, and rollout.engine is "
-            "transformers; use 1"
+            f"{rollout.engine}; use 1"
         )
     warnings = []
     if rollout.gpu_memory_utilization is not None:
-        why = "the transformers engine takes memory as it needs it" if on_cuda else "needs CUDA"
+        takes = f"the {rollout.engine} engine takes memory as it needs it"
+        why = takes if on_cuda else "needs CUDA"
         warnings.append(
             f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization}: {why}; ignored"
         )
@@ -183,8 +201,8 @@ def _without_servers(rollout: DictConfig, on_cuda: bool) -> list[str]:
     for key, off in _OF_SERVERS.items():
         if rollout[key] not in (None, off):
             warnings.append(
-                f"rollout.{key}={_text(rollout[key])}: the transformers engine starts no server; "
-                "ignored"
+                f"rollout.{key}={as_text(rollout[key])}: the {rollout.engine} engine starts no "
+                "server; ignored"
             )
         rollout[key] = off
     return warnings
@@ -199,7 +217,3 @@ _OF_SERVERS = {
     "weights_dir": None,
     "sleep": False,
 }
-
-
-def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -5,13 +5,12 @@ for the configs that have all of them: one that names `rollout` does not concern
 is the number of processes.
 """
 
-import inspect
 from collections.abc import Callable
-from typing import Any
 
 from omegaconf import DictConfig
 
 from RL2.config.checks import actor, data, form, lengths, mesh, objective, rollout, trainer
+from RL2.config.groups import call_each
 from RL2.config.numbers import check_numbers
 from RL2.config.schema import schema_of
 
@@ -69,8 +68,5 @@ def validate(config: DictConfig, world_size: int) -> None:
     form.check_interpolations(config)
     form.check_ranges(config, schema)
     check_numbers(config, schema)
-    given: dict[str, Any] = {group: config[group] for group in config} | {"world_size": world_size}
-    for check in CHECKS:
-        wanted = inspect.signature(check).parameters.keys()
-        if wanted <= given.keys():
-            check(**{name: given[name] for name in wanted})
+    for _ in call_each(CHECKS, config, world_size=world_size):
+        pass  # a check raises

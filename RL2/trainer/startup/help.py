@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 
 from RL2.config.schema import SCHEMAS, keys_of
-from RL2.trainer.startup.keys import defaults, explanation, header, yaml_files
+from RL2.trainer.startup.keys import defaults, explanation, header, listed_names, yaml_files
 
 _WIDEST = 100
 
@@ -22,7 +22,7 @@ def help_text(trainer: str, argv: Sequence[str] = ()) -> str:
     """
     words = [word.lower() for word in argv if not word.startswith("-") and "=" not in word]
     width = min(_WIDEST, shutil.get_terminal_size((_WIDEST, 24)).columns)
-    values = defaults(trainer)
+    values, names = defaults(trainer), listed_names()
     lines = [
         f"python -m RL2.trainer.{trainer} key=value ...",
         f"torchrun --nproc_per_node=N -m RL2.trainer.{trainer} key=value ...",
@@ -35,7 +35,7 @@ def help_text(trainer: str, argv: Sequence[str] = ()) -> str:
     for name, key in keys_of(SCHEMAS[trainer]).items():
         if key.is_group:
             continue
-        said = explanation(name, key)
+        said = explanation(name, key, names)
         if words and not any(word in f"{name} {said}".lower() for word in words):
             continue
         if name.partition(".")[0] != group:

@@ -12,10 +12,13 @@ from omegaconf import OmegaConf
 import RL2
 from RL2.config.flat import as_text
 from RL2.config.schema import SCHEMAS, Key, keys_of, structured
-from RL2.trainer.registries import registry_of
 
 FOLDER = Path(RL2.__file__).parent / "trainer" / "config"
 
+Names = Mapping[str, Mapping[str, str]]
+"""By key: the names of its registry, each with what it means."""
+
+NAMES = Path(__file__).with_name("names.yaml")
 _WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 
 
@@ -31,6 +34,12 @@ def header(path: Path) -> str:
     lines = path.read_text(encoding="utf-8").splitlines()
     n = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     return "\n".join(line.removeprefix("#").strip() for line in lines[:n])
+
+
+def listed_names() -> Names:
+    """As `reference` has written them: the registries themselves import torch, which takes
+    seconds."""
+    return OmegaConf.to_container(OmegaConf.load(NAMES))
 
 
 def defaults(trainer: str) -> dict[str, str]:
@@ -57,32 +66,23 @@ def _written(value: Any) -> str:
     return as_text(value).replace("e-0", "e-") or "''"  # 1e-6
 
 
-def explanation(name: str, key: Key) -> str:
-    """What a key means, and what the names are that it may have."""
-    registry = registry_of(name)
-    if registry is None or "${" in str(key.default):
+def explanation(name: str, key: Key, names: Names) -> str:
+    """What a key means, and the names that it takes."""
+    if name not in names or "${" in str(key.default):
         return key.help
-    return f"{key.help}: {' | '.join(_with_meaning(*one) for one in registry.items())}"
+    said = (f"{one} ({meaning})" if meaning else one for one, meaning in names[name].items())
+    return f"{key.help}: {' | '.join(said)}"
 
 
-def _with_meaning(name: str, entry: Any) -> str:
-    """A name with the first words of the docstring behind it."""
-    said = "" if entry is None or isinstance(entry, str) else entry.__doc__ or ""
-    said = said.partition("\n")[0].partition(": ")[0].partition(" (")[0].rstrip(".,;")
-    return (
-        f"{name} ({said[:1].lower() + said[1:] if said[1:2].islower() else said})" if said else name
-    )
-
-
-def type_in_words(name: str, key: Key) -> str:
+def type_in_words(name: str, key: Key, names: Names) -> str:
     """The values that a key takes, in words."""
     if key.takes is not None:
         return key.takes
     members = typing.get_args(key.kind) if isinstance(key.kind, types.UnionType) else (key.kind,)
     null = " or null" if type(None) in members else ""
     (member,) = [one for one in members if one is not type(None)]
-    if (names := registry_of(name)) is not None:
-        return " | ".join(names) + null
+    if name in names:
+        return " | ".join(names[name]) + null
     if isinstance(member, type) and issubclass(member, Enum):
         return " | ".join(one.value for one in member) + null
     if typing.get_origin(member) is list:

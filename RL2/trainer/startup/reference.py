@@ -1,4 +1,4 @@
-"""docs/config.md and the comments of the yaml files, made from the schema.
+"""docs/config.md, names.yaml and the comments of the yaml files, made from schema and registries.
 
     python -m RL2.trainer.startup.reference
 
@@ -8,10 +8,22 @@ writes them anew, in a checkout. A test compares them with the schema.
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 import RL2
 from RL2.config.schema import SCHEMAS, Key, keys_of
-from RL2.trainer.startup.keys import FOLDER, defaults, explanation, header, type_in_words
+from RL2.trainer.registries import REGISTRIES, registry_of
+from RL2.trainer.startup.keys import (
+    FOLDER,
+    NAMES,
+    Names,
+    defaults,
+    explanation,
+    header,
+    type_in_words,
+)
 
 PAGE = Path(RL2.__file__).parents[1] / "docs" / "config.md"
 _WIDTH = 100
@@ -33,7 +45,21 @@ This page is written by `python -m RL2.trainer.startup.reference`.
 """
 
 
-def page() -> str:
+def registered_names() -> Names:
+    """The names of all registries, each with the first words of the docstring behind it."""
+    return {
+        key: {name: _meaning(entry) for name, entry in registry_of(key).items()}
+        for key in REGISTRIES
+    }
+
+
+def _meaning(entry: Any) -> str:
+    said = ((entry and entry.__doc__) or "").partition("\n")[0]
+    said = re.split(r"\. |: | \(", said)[0].rstrip(".,;")
+    return said[:1].lower() + said[1:] if said[1:2].islower() else said
+
+
+def page(names: Names) -> str:
     """The text of docs/config.md."""
     by_trainer = {trainer: defaults(trainer) for trainer in SCHEMAS}
     keys: dict[str, Key] = {}
@@ -50,7 +76,12 @@ def page() -> str:
             if key.is_group:
                 continue
             found = {one: values.get(name) for one, values in by_trainer.items()}
-            cells = (f"`{name}`", _values(name, key), _default(found), explanation(name, key))
+            cells = (
+                f"`{name}`",
+                _values(name, key, names),
+                _default(found),
+                explanation(name, key, names),
+            )
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -65,8 +96,8 @@ def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def _values(name: str, key: Key) -> str:
-    said = type_in_words(name, key)
+def _values(name: str, key: Key, names: Names) -> str:
+    said = type_in_words(name, key, names)
     return said if key.within is None else f"{said}; {re.sub('^(be|lie) ', '', key.within.must)}"
 
 
@@ -81,7 +112,7 @@ def _default(found: dict[str, str | None]) -> str:
     return "; ".join([f"`{first}`", *others])
 
 
-def commented(text: str, keys: dict[str, Key]) -> str:
+def commented(text: str, keys: dict[str, Key], names: Names) -> str:
     """The text of a yaml file, with the explanation of each key above it."""
     body, mark, hydra = text.partition("\nhydra:")
     lines, parents = [], []
@@ -97,7 +128,7 @@ def commented(text: str, keys: dict[str, Key]) -> str:
             if key is not None and not key.is_group:
                 indent = "  " * depth
                 lines += textwrap.wrap(
-                    explanation(".".join(parents), key), _WIDTH,
+                    explanation(".".join(parents), key, names), _WIDTH,
                     initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ",
                     break_long_words=False, break_on_hyphens=False,
                 )  # fmt: skip
@@ -107,10 +138,12 @@ def commented(text: str, keys: dict[str, Key]) -> str:
 
 def written() -> dict[Path, str]:
     """Each file that is made from the schema, with the text that it should have."""
-    found = {PAGE: page()}
+    names = registered_names()
+    head = "# What keys may name, with what it means. Written by RL2.trainer.startup.reference.\n"
+    found = {PAGE: page(names), NAMES: head + OmegaConf.to_yaml(OmegaConf.create(names))}
     for trainer, schema in SCHEMAS.items():
         path = FOLDER / f"{trainer}.yaml"
-        found[path] = commented(path.read_text(encoding="utf-8"), keys_of(schema))
+        found[path] = commented(path.read_text(encoding="utf-8"), keys_of(schema), names)
     return found
 
 

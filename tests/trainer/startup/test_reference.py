@@ -3,7 +3,7 @@
 import pytest
 
 from RL2.config.schema import SCHEMAS, keys_of
-from RL2.trainer.startup.keys import type_in_words
+from RL2.trainer.startup.keys import listed_names, type_in_words
 from RL2.trainer.startup.reference import PAGE, commented, written
 
 AGAIN = "run `python -m RL2.trainer.startup.reference` to write it anew"
@@ -24,9 +24,9 @@ def test_the_page_has_every_key_of_every_trainer(trainer):
 def test_comments_are_made_anew():
     keys = keys_of(SCHEMAS["sft"])
     text = "# head\ndefaults: [x]\nactor:\n  # old\n  lr: 1\n\nhydra:\n  # kept\n  a: 1\n"
-    once = commented(text, keys)
+    once = commented(text, keys, {})
     assert once == text.replace("# old", "# peak learning rate of AdamW")
-    assert commented(once, keys) == once
+    assert commented(once, keys, {}) == once
 
 
 def test_types_in_words():
@@ -40,4 +40,4 @@ def test_types_in_words():
         "rollout.server_args": "list of texts",
         "actor.use_liger_kernel": "auto, true or false",
     }.items():
-        assert type_in_words(name, keys[name]) == said
+        assert type_in_words(name, keys[name], listed_names()) == said
