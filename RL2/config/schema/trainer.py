@@ -79,8 +79,7 @@ class RLHealthConfig(HealthConfig):
 @dataclass
 class TrainerConfig:
     source: str = by_trainer(
-        "what a step learns from, rollouts of train_data, rows of data, or a class of your own "
-        "(file.py:Class or package.module:Class)",
+        "what a step learns from, also a class of your own (file.py:Class or package.module:Class)",
         path=True,
     )
     project: str = key("RL2", "project in wandb")
