@@ -53,10 +53,18 @@ class ScatterPlan:
 
     @classmethod
     def make(
-        cls, lengths: Tensor, max_length: int, layout: Layout, quadratic: float = 0.0
+        cls,
+        lengths: Tensor,
+        max_length: int,
+        layout: Layout,
+        quadratic: float = 0.0,
+        units: Tensor | None = None,
     ) -> "ScatterPlan":
         """See `plan_packs`, which also says what it raises; `max_length` is per device."""
-        packs = plan_packs(lengths.tolist(), max_length * layout.sp_size, layout.dp_size, quadratic)
+        whole = None if units is None else units.tolist()
+        packs = plan_packs(
+            lengths.tolist(), max_length * layout.sp_size, layout.dp_size, quadratic, whole
+        )
         rows = torch.tensor([row for pack in packs for row in pack], dtype=torch.int64)
         return cls(lengths, rows, torch.tensor([len(pack) for pack in packs]), layout)
 
@@ -145,6 +153,8 @@ def scatter(
     layout: Layout | None = None,
     quadratic: float = 0.0,
     traffic: Traffic | None = None,
+    row_fields: tuple[str, ...] = (),
+    units: Tensor | None = None,
 ) -> tuple[list[Batch], ScatterPlan]:
     """Spread rank 0's batch over all ranks as micro-batches of at most `max_length` tokens.
 
@@ -154,15 +164,21 @@ def scatter(
         max_length: tokens of a micro-batch on a rank; a pack holds `sp_size` times as many.
         layout: None is data parallelism over all ranks.
         quadratic: of `plan_packs`. traffic: counts the bytes, as `scatter`.
+        row_fields: names of `[B]` int64 or bool fields that travel to every rank.
+        units: `[B]` on rank 0, rows of one number share a pack. None: each row for itself.
 
     Returns:
         This rank's micro-batches in CPU memory (the same number on every rank), and the plan that
         `gather` needs. Each holds flat `[n]` tensors of `fields`, this rank's slice of a pack;
-        `lengths`, those of the whole pack's sequences, filler included; and the int `start`, the
-        first token of the slice in the pack.
+        `lengths`, those of the whole pack's sequences, filler included; the int `start`, the
+        first token of the slice in the pack; and int64 `[rows]` of `row_fields`, of the whole
+        pack's rows.
     """
     layout = layout or Layout(world_size=world_size())
-    plan, dtypes = _share_plan(batch, fields, max_length, layout, quadratic, traffic)
+    plan = None
+    if rank() == 0:
+        plan = ScatterPlan.make(batch["lengths"].cpu(), max_length, layout, quadratic, units)
+    plan, dtypes, of_rows = _share_plan(batch, fields, plan, layout, traffic, row_fields)
     # Bytes of each field one after the other, wide ones first, so that all are aligned.
     n_bytes = [
         size * sum(wire.itemsize for _, wire in dtypes.values()) for size in plan.share_sizes
@@ -185,25 +201,48 @@ def scatter(
         n = sum(sizes) * wire.itemsize
         split[name] = received[offset : offset + n].view(wire).to(dtype).split(sizes)
         offset += n
+    place, _, _ = layout.coordinates(rank())
+    own_rows = plan.rows.split(plan.counts.tolist())[place :: layout.dp_size]
     return [
-        {name: split[name][i] for name in fields} | {"lengths": lengths, "start": start}
-        for i, (_, lengths, start) in enumerate(slices)
+        {name: split[name][i] for name in fields}
+        | {"lengths": lengths, "start": start}
+        | {name: field[rows] for name, field in of_rows.items()}
+        for i, ((_, lengths, start), rows) in enumerate(zip(slices, own_rows, strict=True))
     ], plan
+
+
+def whole_packs(
+    micro_batches: list[Batch], fields: tuple[str, ...], group: dist.ProcessGroup | None
+) -> list[Batch]:
+    """The `fields` of each micro-batch's whole pack, where its slices are on the ranks of a
+    sequence-parallel group (a collective); of the micro-batch itself without a group."""
+    if group is None:
+        return [{name: one[name] for name in fields} for one in micro_batches]
+    whole: list[Batch] = [{} for _ in micro_batches]
+    for name in fields:
+        own = torch.cat([one[name] for one in micro_batches])
+        slices = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather([x.view(torch.uint8) for x in slices], own.view(torch.uint8), group=group)
+        cut = [x.split([len(one[name]) for one in micro_batches]) for x in slices]
+        for target, of_ranks in zip(whole, zip(*cut, strict=True), strict=True):
+            target[name] = torch.cat(of_ranks)
+    return whole
 
 
 def _share_plan(
     batch: Batch | None,
     fields: tuple[str, ...],
-    max_length: int,
+    plan: ScatterPlan | None,
     layout: Layout,
-    quadratic: float,
     traffic: Traffic | None,
-) -> tuple[ScatterPlan, dict[str, tuple[torch.dtype, torch.dtype]]]:
-    """Rank 0's plan on every rank, and `{field: (dtype, dtype in which it travels)}`, the widest
-    first."""
+    row_fields: tuple[str, ...],
+) -> tuple[ScatterPlan, dict[str, tuple[torch.dtype, torch.dtype]], Batch]:
+    """Rank 0's plan on every rank, `{field: (dtype, dtype in which it travels)}`, the widest
+    first, and the `row_fields`."""
     header = torch.zeros(2 + 2 * len(fields), dtype=torch.int64)
+    of_rows = {}
     if rank() == 0:
-        plan = ScatterPlan.make(batch["lengths"].cpu(), max_length, layout, quadratic)
+        of_rows = {name: batch[name].to("cpu", torch.int64) for name in row_fields}
         own = [batch[name].dtype for name in fields]
         wire = [_wire_dtype(batch[name]) for name in fields]
         codes = [_DTYPES.index(dtype) for dtype in own + wire]
@@ -211,18 +250,21 @@ def _share_plan(
     if layout.world_size > 1:
         dist.broadcast(header, src=0)
         n_rows, n_packs = header[:2].tolist()
-        tables = torch.empty(2 * n_rows + n_packs, dtype=torch.int64)
+        sizes = [n_rows, n_rows, n_packs, *[n_rows] * len(row_fields)]
+        tables = torch.empty(sum(sizes), dtype=torch.int64)
         if rank() == 0:
-            torch.cat([plan.lengths, plan.rows, plan.counts], out=tables)
+            torch.cat([plan.lengths, plan.rows, plan.counts, *of_rows.values()], out=tables)
         dist.broadcast(tables, src=0)
-        plan = ScatterPlan(*tables.split([n_rows, n_rows, n_packs]), layout)
+        lengths, rows, counts, *rest = tables.split(sizes)
+        plan = ScatterPlan(lengths, rows, counts, layout)
+        of_rows = dict(zip(row_fields, rest, strict=True))
         if traffic is not None:
             traffic.add("scatter", 8 * (len(header) + len(tables)) * (layout.world_size - 1))
     codes = header[2:].view(2, -1).T.tolist()
     dtypes = {
         name: (_DTYPES[own], _DTYPES[wire]) for name, (own, wire) in zip(fields, codes, strict=True)
     }
-    return plan, dict(sorted(dtypes.items(), key=lambda item: -item[1][1].itemsize))
+    return plan, dict(sorted(dtypes.items(), key=lambda item: -item[1][1].itemsize)), of_rows
 
 
 def _wire_dtype(values: Tensor) -> torch.dtype:

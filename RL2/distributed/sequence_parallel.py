@@ -94,6 +94,32 @@ def kv_repeats(heads: int, kv_heads: int, size: int) -> int:
     )
 
 
+class _OfAllSlices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, own: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.which = sizes, dist.get_rank(group)
+        padded = own.new_zeros(max(sizes), *own.shape[1:])
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient.split(ctx.sizes)[ctx.which], None, None
+
+
+def of_all_slices(own: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """The rows of every rank's slice, one after the other, on all ranks of a group (a collective).
+
+    Its gradient is this rank's part of what follows, without another collective: all ranks have to
+    go on in the same way, and one of them has to count the result.
+
+    sizes: how many rows each rank has.
+    """
+    return _OfAllSlices.apply(own, sizes, group) if any(sizes) else own
+
+
 def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
     """`parts [size, …]`, the i-th for rank i; returns what came from rank i as the i-th."""
     flat = all_to_all_single_autograd(parts.contiguous(), None, None, group)

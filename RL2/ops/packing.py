@@ -9,7 +9,11 @@ Bins = list[list[int]]
 
 
 def plan_packs(
-    lengths: Sequence[int], max_length: int, multiple_of: int = 1, quadratic: float = 0.0
+    lengths: Sequence[int],
+    max_length: int,
+    multiple_of: int = 1,
+    quadratic: float = 0.0,
+    units: Sequence[int] | None = None,
 ) -> Bins:
     """Distribute rows over bins of at most `max_length` tokens, at costs as even as possible.
 
@@ -23,6 +27,7 @@ def plan_packs(
             every rank runs equally many micro-batches); bins may be empty.
         quadratic: cost of attention per token pair, as a multiple of the cost of one token in
             all the rest of the model.
+        units: a number for each row; rows of the same one share a bin. None: each row for itself.
 
     Returns:
         For each bin its row indices in ascending order; every row lies in exactly one bin. Bin b
@@ -42,7 +47,7 @@ def plan_packs(
     bin is the cheapest, and among equals the one that waits least, all turns together.
 
     Raises:
-        ValueError: a row that is longer than `max_length` (named by its index), a negative
+        ValueError: a row (named by its index) or unit that is longer than `max_length`, a negative
             length, `multiple_of` < 1, `quadratic` < 0.
     """
     lengths = [int(length) for length in lengths]
@@ -59,11 +64,18 @@ def plan_packs(
         return []
 
     costs = [length + quadratic * length**2 for length in lengths]
-    task = _Task(lengths, costs, max_length, multiple_of)
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    n_turns = -(-len(_best_fit(lengths, order, max_length)) // multiple_of)
-    plans = [_spread(task, order, n_turns), _paced(task, order, n_turns)]
-    return _in_places(costs, min(plans, key=lambda turns: _waits(costs, turns)))
+    if units is None:
+        return _plan(_Task(lengths, costs, max_length, multiple_of))
+    members: dict[int, list[int]] = {}
+    for row, unit in enumerate(units):
+        members.setdefault(int(unit), []).append(row)
+    whole = [*members.values()]
+    sizes = _sums(lengths, whole)
+    for unit, size in zip(members, sizes, strict=True):
+        if size > max_length:
+            raise ValueError(f"unit {unit} has {size} tokens, more than max_length={max_length}")
+    plan = _plan(_Task(sizes, _sums(costs, whole), max_length, multiple_of))
+    return [sorted(row for unit in bin_ for row in whole[unit]) for bin_ in plan]
 
 
 class _Task(NamedTuple):
@@ -73,6 +85,14 @@ class _Task(NamedTuple):
     costs: list[float]
     max_length: int
     n_places: int
+
+
+def _plan(task: _Task) -> Bins:
+    lengths, costs, max_length, n_places = task
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    n_turns = -(-len(_best_fit(lengths, order, max_length)) // n_places)
+    plans = [_spread(task, order, n_turns), _paced(task, order, n_turns)]
+    return _in_places(costs, min(plans, key=lambda turns: _waits(costs, turns)))
 
 
 def _paced(task: _Task, order: list[int], n_turns: int) -> list[Bins]:
