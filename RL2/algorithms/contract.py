@@ -1,4 +1,4 @@
-"""What a token loss has to keep to, looked at in every call without waiting for the device.
+"""What a loss has to keep to, looked at in every call without waiting for the device.
 
 A trial shows what a loss does on made-up tokens; what it does after a thousand steps, only that
 call shows.
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from RL2.algorithms.segments import KINDS, Pairs, Segments, kinds_of
 from RL2.runtime.errors import place
 from RL2.runtime.user_code import Unfit, file_of, settings_kept
 
@@ -21,16 +22,18 @@ RESERVED = (
 
 
 def call(
-    function: Callable[..., Any], tensors: Mapping[str, Tensor]
+    function: Callable[..., Any], tensors: Mapping[str, Tensor | Segments | Pairs], kind: str | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses `[N]` and metrics `{name: [N]}`, these without gradient, of a loss called with
-    `tensors` in their order.
+    """Losses and metrics `{name: metric}`, these without gradient, of a loss called with `tensors`
+    in their order: one value each of the `kind`, a key of `RL2.algorithms.segments.KINDS`; of any
+    kind that there is in `tensors` if None.
 
     Raises:
         Unfit: it raises, changes what it was given or what the whole process uses, or returns
             something else.
     """
-    versions = {name: tensor._version for name, tensor in tensors.items()}
+    given = {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
+    versions = {name: tensor._version for name, tensor in given.items()}
     try:
         with settings_kept():
             result = function(*tensors.values())
@@ -44,17 +47,22 @@ def call(
         where = place(error, file_of(function))
         at = f" ({where})" if where else ""
         raise Unfit(f"it raised {type(error).__name__}{said and f': {said:.300}'}{at}") from error
-    for name, tensor in tensors.items():
+    for name, tensor in given.items():
         if tensor._version != versions[name]:
             raise Unfit(
                 f"it changed {name} in place, which others read; use {name}.clone() or operations "
                 "without a trailing underscore"
             )
-    per_token = next(iter(tensors.values()))
-    return _checked(result, len(per_token), per_token.device)
+    per_token = next(iter(given.values()))
+    kinds = kinds_of(len(per_token), tensors)
+    kinds = kinds if kind is None else {kind: kinds[kind]}
+    return _checked(result, kinds, per_token.device)
 
 
-def _checked(result: Any, n: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+def _checked(
+    result: Any, kinds: Mapping[str, int], device: torch.device
+) -> tuple[Tensor, dict[str, Tensor]]:
+    many = _or([f"{n} {name}" for name, n in kinds.items()])
     if isinstance(result, tuple):
         if len(result) != 2 or not isinstance(result[1], Mapping):
             got = ", ".join(type(one).__name__ for one in result)
@@ -62,11 +70,12 @@ def _checked(result: Any, n: int, device: torch.device) -> tuple[Tensor, dict[st
         losses, metrics = result
     else:
         losses, metrics = result, {}
-    if (fault := _fault(losses, n, device)) is not None:
-        raise Unfit(f"losses {fault}")
+    if (fault := _fault(losses, kinds, device)) is not None:
+        raise Unfit(f"losses of {many} {fault}")
+    kinds = {name: n for name, n in kinds.items() if n == len(losses)}  # the metrics' as well
     if losses.dtype not in (torch.float32, torch.float64):
         raise Unfit(
-            f"losses of {n} tokens came back as {_name(losses.dtype)}, expected float32; compute "
+            f"losses of {many} came back as {_name(losses.dtype)}, expected float32; compute "
             "them from what the loss is given without rounding"
         )
     for name, values in metrics.items():
@@ -77,29 +86,35 @@ def _checked(result: Any, n: int, device: torch.device) -> tuple[Tensor, dict[st
                 f"its metric {name} has the name of one that every update writes (actor/{name}); "
                 f"use another than {', '.join(RESERVED)}"
             )
-        if (fault := _fault(values, n, device)) is not None:
-            raise Unfit(f"{name} {fault}")
+        many = _or([f"{n} {kind}" for kind, n in kinds.items()])
+        if (fault := _fault(values, kinds, device)) is not None:
+            raise Unfit(f"{name} of {many} {fault}")
         if values.is_complex():
-            raise Unfit(f"{name} of {n} tokens came back as {_name(values.dtype)}; use float32")
+            raise Unfit(f"{name} of {many} came back as {_name(values.dtype)}; use float32")
     return losses, {name: _number(values.detach()) for name, values in metrics.items()}
 
 
-def _fault(values: Any, n: int, device: torch.device) -> str | None:
-    """What is wrong with what should be one value per token."""
-    if not isinstance(values, Tensor) or values.shape != (n,):
+def _fault(values: Any, kinds: Mapping[str, int], device: torch.device) -> str | None:
+    """What is wrong with what should be one value per token, or of another kind."""
+    if not isinstance(values, Tensor) or values.shape not in [(n,) for n in kinds.values()]:
         got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        shapes, elements = _or([f"[{n}]" for n in kinds.values()]), _or([KINDS[k] for k in kinds])
         return (
-            f"of {n} tokens came back as {got}, expected a tensor [{n}]; return one value per "
-            "token, without averaging"
+            f"came back as {got}, expected a tensor {shapes}; return one value per {elements}, "
+            "without averaging"
         )
     if values.device != device:
         return (
-            f"of {n} tokens came back on {values.device}, expected {device}; make tensors with "
+            f"came back on {values.device}, expected {device}; make tensors with "
             "torch.zeros_like(logps) and the like"
         )
     if values.layout != torch.strided:
-        return f"of {n} tokens came back as a sparse tensor; return a dense one"
+        return "came back as a sparse tensor; return a dense one"
     return None
+
+
+def _or(words: list[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _number(values: Tensor) -> Tensor:

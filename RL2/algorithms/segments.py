@@ -33,6 +33,7 @@ The fields of a batch that say what belongs together, one entry a row (`[B]`):
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,9 @@ SEGMENTS: dict[str, tuple[str, ...]] = {
     "groups": ("group_ids",),
     "pairs": ("pair_ids", "chosen"),
 }
+
+# What a loss may return one value of, each of N, S, G or P.
+KINDS: dict[str, str] = {"tokens": "token"} | {name: name.removesuffix("s") for name in SEGMENTS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +126,26 @@ class Pairs:
     def _sum(self, x: Tensor, which: Tensor, name: str) -> Tensor:
         _check(x, len(self.index), f"pairs.{name}", "sequence")
         return Segments(self.index[which], self.n, "pairs", "sequence").sum(x[which])
+
+
+def kinds_of(n_tokens: int, tensors: Mapping[str, Any]) -> dict[str, int]:
+    """How many values a loss may return that is given `tensors`, by kind."""
+    return {"tokens": n_tokens} | {name: len(tensors[name]) for name in SEGMENTS if name in tensors}
+
+
+def add_up(x: Tensor, kind: str, segments: Mapping[str, Segments | Pairs]) -> Tensor:
+    """Sums of one value a token, `[N]`, of each token, sequence, group or pair."""
+    if kind == "tokens":
+        return x
+    sums = segments["sequences"].sum(x)
+    return sums if kind == "sequences" else segments[kind].sum(sums)
+
+
+def count(batch: Mapping[str, Tensor], kind: str) -> int:
+    """How many there are of a kind in a batch, of those with action tokens."""
+    if kind == "tokens":
+        return int(batch["action_mask"].sum())
+    return len(batch[SEGMENTS[kind][0]][batch["action_mask"].any(-1)].unique())
 
 
 def segments_of(

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from RL2.algorithms import contract
 from RL2.algorithms.losses import LOSSES
-from RL2.algorithms.trial import try_out
+from RL2.algorithms.segments import SEGMENTS, Pairs, Segments
+from RL2.algorithms.trial import kind_of, try_out
 from RL2.config.elsewhere import value_here
 from RL2.ops.token_stats import STATISTICS
 from RL2.runtime.errors import ConfigError, first_line, place
@@ -32,12 +33,12 @@ FIELDS: tuple[str, ...] = ("advantages", "old_logps", "ref_logps", "llm_logps", 
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """A token loss with its options bound, and what it has to be given.
+    """A loss with its options bound, and what it has to be given.
 
     `inputs` are the names of its tensors in the order in which the function takes them. `top_k` is
     how many columns of `top_logps` it wants, which its option `max_rank` says; 0 without them.
     `origin` is the key and value that chose it. `draws`: whether it was seen to draw random
-    numbers.
+    numbers. `kind`: what it returns one value of, a key of `RL2.algorithms.segments.KINDS`.
     """
 
     name: str
@@ -46,6 +47,7 @@ class TokenLoss:
     top_k: int = 0
     origin: str = "actor.loss"
     draws: bool = False
+    kind: str | None = "tokens"
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -58,18 +60,34 @@ class TokenLoss:
         return tuple(name for name in self.inputs if name in FIELDS)
 
     @property
+    def segments(self) -> tuple[str, ...]:
+        """Those of `sequences`, `groups` and `pairs` that must not be cut; none for a loss of
+        tokens each by itself."""
+        named = tuple(name for name in self.inputs if name in SEGMENTS)
+        return named and tuple(dict.fromkeys(("sequences", *named)))
+
+    @property
     def uses_advantages(self) -> bool:
-        """Whether the loss takes the advantages; one that does not is multiplied by them."""
+        """Whether the loss takes the advantages."""
         return "advantages" in self.inputs
 
-    def __call__(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses `[N]` and metrics `{name: [N]}` from (at least) the `inputs` by name, each `[N]`
-        but `top_logps`, which is `[N, top_k]`.
+    @property
+    def is_multiplied(self) -> bool:
+        """Whether the advantages multiply the loss: where it does not take them itself. A group or
+        a pair has none of its own."""
+        return not self.uses_advantages and self.kind in ("tokens", "sequences")
+
+    def __call__(
+        self, tensors: Mapping[str, Tensor | Segments | Pairs]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses and metrics `{name: metric}`, one value each of the `kind`, from (at least) the
+        `inputs` by name, each `[N]` but `top_logps`, which is `[N, top_k]`, and the `segments`.
 
         Raises:
             Unfit: see `RL2.algorithms.contract.call`.
         """
-        return contract.call(self.function, {name: tensors[name] for name in self.inputs})
+        given = {name: tensors[name] for name in self.inputs}
+        return contract.call(self.function, given, self.kind)
 
 
 def resolve_loss(
@@ -92,7 +110,8 @@ def resolve_loss(
         ConfigError: unknown name, missing file, module or function, a parameter that is neither
             statistic nor field, an option that the function does not take, an option without
             value, `top_logps` without a `max_rank` of 1 or more, or a trial that raises, does not
-            return `[N]`, has no gradient, or gives numbers that are not finite.
+            return one value a token (or sequence, group, pair), has no gradient, or gives numbers
+            that are not finite.
     """
     if OmegaConf.is_config(loss_config):
         loss_config = OmegaConf.to_container(loss_config, resolve=True)
@@ -139,6 +158,9 @@ def resolve_loss(
             )
     top_k = _columns(defaults | bound, origin) if "top_logps" in inputs else 0
     loss = TokenLoss(name, partial(function, **bound), inputs, top_k, origin)
+    if loss.segments:
+        of_any = replace(loss, kind=None)
+        loss = replace(loss, kind=kind_of(of_any, inputs, loss.statistics, top_k, origin))
     draws = try_out(loss, function, inputs, loss.statistics, top_k, origin)
     return replace(loss, draws=draws)
 
@@ -207,7 +229,7 @@ def _load_file(location: str) -> ModuleType:
 def _signature(function: Callable[..., Any], origin: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Names of the tensors that a loss takes, and its options with their defaults."""
     inputs, options = [], {}
-    known = STATISTICS + FIELDS
+    known = (*STATISTICS, *FIELDS, *SEGMENTS)
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as error:

@@ -18,13 +18,24 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from RL2.algorithms.segments import KINDS, SEGMENTS, kept_together, kinds_of, segments_of
 from RL2.runtime.errors import ConfigError
 from RL2.runtime.user_code import Unfit, file_of
 
 logger = logging.getLogger(__name__)
 
-_N = 3  # tokens of a trial
-Loss = Callable[[Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+Values = dict[str, Any]
+Loss = Callable[[Mapping[str, Any]], tuple[Tensor, dict[str, Tensor]]]
+
+# Of a trial with sequences: the row of each token, and what the rows belong to. Seven tokens are
+# four sequences, three groups and two pairs, so that a loss shows by its shape what it is of.
+_ROW = torch.tensor([0, 0, 0, 1, 1, 2, 3])
+_ROWS = {
+    "sample_ids": torch.tensor([0, 1, 2, 3]),
+    "group_ids": torch.tensor([0, 0, 1, 2]),
+    "pair_ids": torch.tensor([0, 0, 1, 1]),
+    "chosen": torch.tensor([1, 0, 1, 0]),
+}
 
 
 def tokens(top_k: int) -> dict[str, Tensor]:
@@ -51,22 +62,36 @@ def tokens(top_k: int) -> dict[str, Tensor]:
     }
 
 
-def _of_one_policy(values: dict[str, Tensor]) -> dict[str, Tensor]:
+def _ordinary(inputs: tuple[str, ...], top_k: int) -> Values:
+    """The same for a loss that takes `inputs`: seven tokens, and their sequences, if it is of
+    sequences."""
+    values = tokens(top_k)
+    if not {*inputs} & SEGMENTS.keys():
+        return values
+    values = {name: value[_cycle(len(_ROW))] for name, value in values.items()}
+    return values | segments_of(_ROW, _ROWS, SEGMENTS, "cpu")
+
+
+def _cycle(n: int) -> Tensor:
+    return torch.arange(n) % 3
+
+
+def _of_one_policy(values: Values) -> Values:
     """The first update after a rollout: all policies are the one that is trained."""
     return values | {name: values["logps"] for name in ("old_logps", "ref_logps", "llm_logps")}
 
 
-def _without_reward(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return values | {name: torch.zeros(_N) for name in ("advantages", "rewards")}
+def _without_reward(values: Values) -> Values:
+    return values | {name: torch.zeros_like(values[name]) for name in ("advantages", "rewards")}
 
 
-def _peaked(values: dict[str, Tensor]) -> dict[str, Tensor]:
+def _peaked(values: Values) -> Values:
     """One token of the vocabulary has all but `rest` of the probability. It was sampled, but for
     the second row, where that was one of probability 1e-12."""
     rest = torch.tensor([1e-6, 1e-6, 0.0])
     sampled = torch.tensor([True, False, True])
     most, log_rest = (-rest).log1p(), rest.log()
-    top = (rest / 1e5).log()[:, None].expand_as(values["top_logps"]).clone()
+    top = (rest / 1e5).log()[:, None].expand_as(values["top_logps"][:3]).clone()
     top[:, :1] = most[:, None]
     changed = {
         "logps": most.where(sampled, torch.tensor(1e-12).log()),
@@ -77,13 +102,14 @@ def _peaked(values: dict[str, Tensor]) -> dict[str, Tensor]:
         "ranks": torch.tensor([1.0, 1000.0, 1.0]),
         "top_logps": top,
     }
-    return _of_one_policy(values | changed)
+    rows = _cycle(len(values["logps"]))
+    return _of_one_policy(values | {name: value[rows] for name, value in changed.items()})
 
 
 # What every run meets, and what the tokens of a kind are.
-_SURE: tuple[tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]], ...] = (
-    ("three ordinary tokens", lambda values: values),
-    ("three ordinary tokens of a policy that was not updated since", _of_one_policy),
+_SURE: tuple[tuple[str, Callable[[Values], Values]], ...] = (
+    ("ordinary tokens", lambda values: values),
+    ("ordinary tokens of a policy that was not updated since", _of_one_policy),
 )
 # What many runs meet, and may do without.
 _POSSIBLE = (
@@ -100,7 +126,8 @@ def try_out(
     top_k: int,
     origin: str,
 ) -> bool:
-    """Call a loss on three tokens each of several kinds, as far as it can tell them apart.
+    """Call a loss on three tokens each of several kinds, as far as it can tell them apart; on seven
+    of four sequences if it is of sequences.
 
     Args:
         function: whose file and lines are named. inputs: names of what the loss takes. statistics:
@@ -115,7 +142,7 @@ def try_out(
             without. About others there is a warning, and about a loss that is another for a token
             alone.
     """
-    ordinary = tokens(top_k)
+    ordinary = _ordinary(inputs, top_k)
     with torch.random.fork_rng(devices=[]):
         with _Collectives() as seen:
             _try_kinds(loss, function, inputs, statistics, ordinary, origin)
@@ -127,16 +154,42 @@ def try_out(
         try:
             draws = _draws(loss, ordinary, statistics, origin)
             if not draws:
-                _try_alone(loss, ordinary, statistics, origin)
+                _try_alone(loss, ordinary, inputs, statistics, origin)
             _try_memory(loss, ordinary, statistics, origin)
         except Unfit as fault:  # not in its first call
-            raise ConfigError(f"{origin}: on three ordinary tokens, {fault}") from fault.__cause__
+            raise _error(origin, ordinary, "ordinary tokens", fault) from fault.__cause__
     return draws
 
 
-def _given(values: dict[str, Tensor], statistics: tuple[str, ...]) -> dict[str, Tensor]:
+def kind_of(
+    loss: Loss, inputs: tuple[str, ...], statistics: tuple[str, ...], top_k: int, origin: str
+) -> str:
+    """What a loss returns one value of that may be of sequences: a key of `KINDS`.
+
+    Raises:
+        ConfigError: it raises, or returns anything else.
+    """
+    values = _ordinary(inputs, top_k)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            losses, _ = loss(_given(values, statistics))
+    except Unfit as fault:
+        raise _error(origin, values, "ordinary tokens", fault) from fault.__cause__
+    sizes = kinds_of(len(values["logps"]), values)
+    return next(kind for kind, n in sizes.items() if n == len(losses))
+
+
+def _error(origin: str, values: Values, what: str, fault: Unfit) -> ConfigError:
+    n = "three" if len(values["logps"]) == 3 else "seven"
+    return ConfigError(f"{origin}: on {n} {what}, {fault}")
+
+
+def _given(values: Values, statistics: tuple[str, ...]) -> Values:
     """A copy of `values` as an update has them: what the model computes takes a gradient."""
-    copies = {name: value.clone() for name, value in values.items()}
+    copies = {
+        name: value.clone() if isinstance(value, Tensor) else value
+        for name, value in values.items()
+    }
     for name in statistics:
         copies[name].requires_grad_(name != "ranks")
     return copies
@@ -147,7 +200,7 @@ def _try_kinds(
     function: Callable[..., Any],
     inputs: tuple[str, ...],
     statistics: tuple[str, ...],
-    ordinary: dict[str, Tensor],
+    ordinary: Values,
     origin: str,
 ) -> None:
     for kinds in (_SURE, _POSSIBLE):
@@ -159,7 +212,7 @@ def _try_kinds(
                 _check(loss, function, values, statistics, kinds is _SURE)
             except Unfit as fault:
                 if kinds is _SURE:
-                    raise ConfigError(f"{origin}: on {what}, {fault}") from fault.__cause__
+                    raise _error(origin, values, what, fault) from fault.__cause__
                 logger.warning(
                     "%s: on %s, %s; an update that meets one is left out (actor/nonfinite), or "
                     "stops the run",
@@ -167,7 +220,7 @@ def _try_kinds(
                 )  # fmt: skip
 
 
-def _draws(loss: Loss, values: dict[str, Tensor], statistics: tuple[str, ...], origin: str) -> bool:
+def _draws(loss: Loss, values: Values, statistics: tuple[str, ...], origin: str) -> bool:
     """Whether a call moves torch's random generator; ConfigError where it seeds it."""
     before, after = [], []
     for seed in (0, 1):
@@ -198,27 +251,45 @@ def _draws(loss: Loss, values: dict[str, Tensor], statistics: tuple[str, ...], o
 
 
 def _try_alone(
-    loss: Loss, values: dict[str, Tensor], statistics: tuple[str, ...], origin: str
+    loss: Loss,
+    values: Values,
+    inputs: tuple[str, ...],
+    statistics: tuple[str, ...],
+    origin: str,
 ) -> None:
-    """Warn of a loss that is not each token's own."""
+    """Warn of a loss that is not each token's own, or each sequence's, group's or pair's."""
     together, _ = loss(_given(values, statistics))
-    parts = [{name: tensor[[i]] for name, tensor in values.items()} for i in range(_N)]
+    what, parts = _parts(values, inputs)
     try:
         alone = [loss(_given(part, statistics))[0] for part in parts]
     except Unfit as fault:
-        logger.warning("%s: on one token alone, %s", origin, fault)
+        logger.warning("%s: on one %s alone, %s", origin, what, fault)
         return
     if not torch.allclose(together, torch.cat(alone), 1e-4, 1e-5, equal_nan=True):
         logger.warning(
-            "%s: the loss of a token depends on the others that it is called with, which are some "
+            "%s: the loss of a %s depends on the others that it is called with, which are some "
             "of a batch; results depend on actor.max_length_per_device and the number of ranks",
-            origin,
+            origin, what,
         )  # fmt: skip
 
 
-def _try_memory(
-    loss: Loss, values: dict[str, Tensor], statistics: tuple[str, ...], origin: str
-) -> None:
+def _parts(values: Values, inputs: tuple[str, ...]) -> tuple[str, list[Values]]:
+    """The smallest parts that a loss may be called with, and what each of them is."""
+    named = [name for name in SEGMENTS if name in inputs]
+    fields = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    if not named:
+        n = len(fields["logps"])
+        return "token", [{name: x[[i]] for name, x in fields.items()} for i in range(n)]
+    unit, parts = kept_together(_ROWS, named), []
+    for one in unit.unique():
+        token, row = unit[_ROW] == one, unit == one
+        rows = {name: x[row] for name, x in _ROWS.items()}
+        own = segments_of(_ROW[token] - int(row.nonzero()[0]), rows, SEGMENTS, "cpu")
+        parts.append({name: x[token] for name, x in fields.items()} | own)
+    return KINDS[named[-1]], parts
+
+
+def _try_memory(loss: Loss, values: Values, statistics: tuple[str, ...], origin: str) -> None:
     """Warn of a loss that holds what it was given, call after call."""
     first: list[weakref.ref[Tensor]] = []
     for _ in range(4):  # the one before is no leak
@@ -238,7 +309,7 @@ def _try_memory(
 def _check(
     loss: Loss,
     function: Callable[..., Any],
-    values: dict[str, Tensor],
+    values: Values,
     statistics: tuple[str, ...],
     learns: bool,
 ) -> None:
@@ -263,7 +334,7 @@ def _check(
             raise Unfit(f"its gradient for {name} is {numbers}{_begin(loss, function, values)}")
 
 
-def _begin(loss: Loss, function: Callable[..., Any], values: dict[str, Tensor]) -> str:
+def _begin(loss: Loss, function: Callable[..., Any], values: Values) -> str:
     """Where a loss has the first number that is not finite, or begins itself."""
     file = file_of(function)
     if file is None:
