@@ -106,14 +106,15 @@ class _OfAllSlices(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        return gradient.split(ctx.sizes)[ctx.which], None, None
+        return len(ctx.sizes) * gradient.split(ctx.sizes)[ctx.which], None, None
 
 
 def of_all_slices(own: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
     """The rows of every rank's slice, one after the other, on all ranks of a group (a collective).
 
-    Its gradient is this rank's part of what follows, without another collective: all ranks have to
-    go on in the same way, and one of them has to count the result.
+    All ranks have to go on in the same way, and each to count its share of what comes of it, 1 by
+    the number of ranks. The gradient needs no collective then: what the others would send, this
+    rank knows.
 
     sizes: how many rows each rank has.
     """

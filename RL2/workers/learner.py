@@ -12,6 +12,7 @@ from transformers import get_scheduler
 
 from RL2.algorithms.contract import RESERVED
 from RL2.algorithms.reductions import token_weights
+from RL2.algorithms.segments import fault_of, kept_together
 from RL2.distributed import Traffic, broadcast, clip_gradients, rank, sum_over_ranks, world_size
 from RL2.distributed.agreement import all_names, first_reason
 from RL2.distributed.comm import Batch
@@ -22,12 +23,13 @@ from RL2.workers.sharded_model import ALWAYS, ShardedModel
 logger = logging.getLogger(__name__)
 
 
-def split_batch(batch: Batch, n_parts: int) -> list[Batch]:
-    """Cut a batch into `n_parts` optimizer batches, never through a multi-turn sample."""
-    samples = batch["sample_ids"].unique_consecutive(return_counts=True)[1]
-    rows_per_part = [int(counts.sum()) for counts in samples.tensor_split(n_parts)]
-    split = {name: field.split(rows_per_part) for name, field in batch.items()}
-    return [{name: parts[i] for name, parts in split.items()} for i in range(n_parts)]
+def split_batch(batch: Batch, n_parts: int, segments: tuple[str, ...] = ()) -> list[Batch]:
+    """Cut a batch into `n_parts` optimizer batches, never through a multi-turn sample, nor through
+    a group or pair if those are among `segments`."""
+    unit = kept_together(batch, segments)
+    parts = torch.arange(int(unit.max()) + 1).tensor_split(n_parts)
+    own = [torch.isin(unit, part) for part in parts]
+    return [{name: field[rows] for name, field in batch.items()} for rows in own]
 
 
 class Learner(ShardedModel):
@@ -78,6 +80,12 @@ class Learner(ShardedModel):
         return self.name
 
     @property
+    def segments(self) -> tuple[str, ...]:
+        """Of `RL2.algorithms.segments.SEGMENTS`, what must not be cut; none where each token is a
+        loss by itself."""
+        return ()
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """Of a batch, those that `losses` reads where they are there."""
         return ()
@@ -85,6 +93,10 @@ class Learner(ShardedModel):
     def learns(self, batch: Batch) -> bool:
         """Rank 0: whether a batch with actions can change the weights."""
         return True
+
+    def scatter_update(self, batch: Batch | None, fields: tuple[str, ...]) -> list[Batch]:
+        """This rank's micro-batches of rank 0's optimizer batch, for `to_device` and `losses`."""
+        return self.scatter(batch, fields, self.config.max_length_per_device)[0]
 
     def losses(self, micro_batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of the batch loss, with its gradient, and of the sums over
@@ -137,7 +149,9 @@ class Learner(ShardedModel):
         if step <= self.config.freeze_steps:
             return {}
         n_parts = self.updates_per_rollout
-        parts = [None] * n_parts if batch is None else split_batch(batch, n_parts)
+        if self.segments:
+            self._check_segments(batch)
+        parts = [None] * n_parts if batch is None else split_batch(batch, n_parts, self.segments)
         self.load(optimizer=True)
         start_updates(self.model, self.config.dropout)
         rate = self.scheduler.get_last_lr()[0]
@@ -157,7 +171,7 @@ class Learner(ShardedModel):
             return {f"{self.name}/skipped": 1.0}
         n_actions, fields = order
 
-        micro_batches, _ = self.scatter(batch, fields, self.config.max_length_per_device)
+        micro_batches = self.scatter_update(batch, fields)
         sums: dict[str, Tensor] = {}
         for number, micro_batch in enumerate(micro_batches, start=1):
             # Over the replicas (HSDP) once an update; within one after every micro-batch, so that
@@ -188,7 +202,7 @@ class Learner(ShardedModel):
             n_bad, norm = sum_over_ranks((~large.isfinite()).to(large)).item(), large.item()
         if n_bad and math.isfinite(norm):
             norm = math.nan
-        bad_losses = int(totals.pop("bad_losses", 0))
+        bad_losses = round(totals.pop("bad_losses", 0))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return self._reject(loss, norm, bad_losses)
         self.bad_steps = 0
@@ -198,6 +212,15 @@ class Learner(ShardedModel):
         means = {name: total / n_actions for name, total in totals.items()}
         own = {"loss": loss, "grad_norm": norm, "skipped": 0.0, "nonfinite": 0.0}
         return self._finite(means | {f"{self.name}/{name}": own[name] for name in own})
+
+    def _check_segments(self, batch: Batch | None) -> None:
+        """TrainingError on every rank where rank 0's batch has not what must not be cut."""
+        reason = None
+        if batch is not None:
+            max_length = self.config.max_length_per_device * self.layout.sp_size
+            reason = fault_of(batch, self.segments, max_length)
+        if reason := broadcast(reason):
+            raise TrainingError(f"{self.origin}: {reason}")
 
     def _is_too_large_alone(self, loss: float) -> bool:
         """Whether a norm that is not finite may be one whose squares float32 does not hold, and

@@ -39,6 +39,8 @@ from RL2.ops.token_stats import LossFunction
 ALWAYS = ("states", "actions", "action_mask")
 """Fields of a batch that every forward takes."""
 
+_OF_THE_PACK = {"lengths", "start", "pack"}
+
 
 class ShardedModel:
     """A model spread over all ranks, frozen where it is no `RL2.workers.learner.Learner`.
@@ -132,7 +134,7 @@ class ShardedModel:
     def to_device(self, micro_batch: Batch) -> Batch:
         """Keep what the statistics need of a micro-batch and put it on the device.
 
-        Every field but `states`, `lengths` and `start` shrinks from all `[N]` tokens to the `[A]`
+        Every field but `states` and those of the pack shrinks from all `[N]` tokens to the `[A]`
         action tokens; `positions [A]` says where those stand.
         """
         positions = micro_batch["action_mask"].nonzero().squeeze(-1)
@@ -140,13 +142,13 @@ class ShardedModel:
         chosen = {
             name: field[positions]
             for name, field in micro_batch.items()
-            if name not in ("states", "lengths", "start", "action_mask")
+            if name not in ("states", "action_mask", *_OF_THE_PACK)
         }
         moved = {
             name: field.to(self.device, non_blocking=True)
             for name, field in (whole | chosen).items()
         }
-        return moved | {name: micro_batch[name] for name in ("lengths", "start")}
+        return moved | {name: micro_batch[name] for name in _OF_THE_PACK & micro_batch.keys()}
 
     def forward(
         self,

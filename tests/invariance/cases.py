@@ -92,12 +92,23 @@ def _rows(*rewards: float) -> Rows:
     return Rows(_SIZES, _SAMPLES, rewards)
 
 
+# Groups and pairs of at most 24 tokens; the last sample has no action.
+_PAIRS = ((3, 5), (2, 2), (2, 8), (1, 1), (4, 6), (2, 5), (3, 3), (9, 7), (2, 6), (4, 0))
+
+
+def _pairs(*rewards: float) -> Rows:
+    return Rows(_PAIRS, (0, 0, 1, 2, 3, 3, 4, 5, 6, 7), rewards)
+
+
 BATCHES: dict[str, Rows | None] = {
     "mixed": _rows(1, 0, 0.5, 0, 1, 0, 0, 2),
     "none_correct": _rows(0, 0, 0, 0, 0, 0, 0, 0),
     "below_zero": _rows(-1, 0, 0, -1, 0, -2, -1, 0),  # none correct, and some better than others
     "one_correct": _rows(0, 0, 0, 0, 1, 0, 0, 0),
     "three_rows_correct": _rows(0, 0, 0, 1, 0, 0, 0, 0),
+    "pairs": _pairs(1, 0, 0.5, 0, 1, 0, 0, 2),
+    "pairs_none_correct": _pairs(0, 0, 0, 0, 0, 0, 0, 0),
+    "pairs_one_correct": _pairs(0, 0, 0, 1, 0, 0, 0, 0),
     "one_row": Rows(((4, 9),), (0,), (1,)),
     "three_rows": Rows(((4, 9), (2, 3), (5, 20)), (0, 1, 2), (1, 0, 1)),
     "rows_of_one_token": Rows(((1, 1),) * 5, (0, 1, 2, 3, 4), (1, 0, 0, 1, 0)),
@@ -152,6 +163,8 @@ def make_batch(model: str, name: str) -> dict[str, Tensor] | None:
         "ref_logps": near(0.3),
         "sample_ids": samples,
         "group_ids": samples // 2,
+        "pair_ids": 2 * (samples // 4) + samples % 2,  # no neighbours
+        "chosen": samples % 4 < 2,
         "correct": sample_returns(rewards, samples) > 0,
     }
     return batch
@@ -162,6 +175,10 @@ LOSS_NODES = {name: {"name": name} for name in LOSSES} | {
     "rank_jsd": {"name": "rank_jsd", "max_rank": 3},
     "margin": {"import_path": f"{_HERE / 'losses.py'}:margin"},
     "above": {"import_path": "tests.invariance.losses:above"},
+}
+OF_SEGMENTS = ("gspo", "gspo_token", "likelihood", "best_of_group", "dpo")
+LOSS_NODES_OF_SEGMENTS = {
+    name: {"import_path": f"tests.invariance.losses:{name}"} for name in OF_SEGMENTS
 }
 ESTIMATORS = {
     "reinforce": {"estimator": "reinforce", "global_norm": False, "norm_var": False},
@@ -197,7 +214,8 @@ class Case:
             algorithm = Algorithm(None, estimator, penalty=resolve_penalty(config))
             batch = algorithm.advantages(batch)
             batch = {name: x for name, x in batch.items() if name not in self.without}
-        return SimpleNamespace(loss=LOSS_NODES[self.loss], changes=changes, batch=batch)
+        node = (LOSS_NODES | LOSS_NODES_OF_SEGMENTS)[self.loss]
+        return SimpleNamespace(loss=node, changes=changes, batch=batch)
 
 
 LEVELS = ("token", "sequence", "correct")
@@ -269,6 +287,33 @@ CASES["three_updates-tis"] = Case(
     "nll", "sequence", changes={"update_per_rollout": 3, "tis_coef": 1.2, "max_grad_norm": 1.0}
 )
 
+CASES |= {
+    f"{loss}-{level}": Case(loss, level, batch="pairs")
+    for loss in OF_SEGMENTS
+    for level in LEVELS
+    if (loss, level) != ("dpo", "correct")
+}
+CASES |= {
+    "gspo-tis-mask": Case("gspo", "sequence", batch="pairs",
+                          changes={"tis_coef": 1.2, "tis_type": "mask"}),
+    "likelihood-tis": Case("likelihood", "token", batch="pairs", changes={"tis_coef": 1.1}),
+    "gspo_token-tis": Case("gspo_token", "sequence", batch="pairs", changes={"tis_coef": 1.1}),
+    "gspo-entropy-kl": Case(
+        "gspo", "token", batch="pairs", changes=_ENTROPY | {"kl": _KL | {"type": "loss"}}
+    ),
+    "gspo-no-other-policy": Case("gspo", "sequence", batch="pairs", without=_NO_POLICIES),
+    "gspo-one_row": Case("gspo", "sequence", "spo", "one_row"),
+    "gspo-one_correct": Case("gspo", "correct", "spo", "pairs_one_correct"),
+    "likelihood-none_correct": Case("likelihood", "token", "spo", "pairs_none_correct"),
+    "best_of_group-none_correct": Case("best_of_group", "token", "spo", "pairs_none_correct"),
+    "gspo-rows_of_one_token": Case("gspo", "token", "spo", "rows_of_one_token"),
+    "three_updates-gspo": Case("gspo", "sequence", "spo", "pairs", {"update_per_rollout": 3}),
+    "three_updates-best_of_group": Case(
+        "best_of_group", "token", "spo", "pairs", {"update_per_rollout": 3}
+    ),
+    "three_updates-dpo": Case("dpo", "token", "spo", "pairs", {"update_per_rollout": 3}),
+}  # fmt: skip
+
 # What families and shapes of models are tried with.
 FAMILY_CASES = {
     name: CASES[name]
@@ -289,6 +334,7 @@ SOME_CASES = FAMILY_CASES | {
         "three_rows_correct-rank_jsd-sequence", "one_row-fixed_target_kl",
         "rows_of_one_token-ppo", "rows_as_long_as_allowed-ppo", "rows_without_actions-ppo",
         "nothing_but_prompts-ppo", "all_filtered-ppo", "three_updates-nll-three_rows_correct",
-        "three_updates-margin-one_row",
+        "three_updates-margin-one_row", "gspo-token", "gspo_token-sequence",
+        "best_of_group-sequence", "dpo-token", "three_updates-dpo",
     )
 }  # fmt: skip

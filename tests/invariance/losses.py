@@ -1,6 +1,7 @@
 """Losses of a user's own, named by `actor.loss.import_path`."""
 
 import torch
+import torch.nn.functional as F
 
 
 def margin(logps, log1mps, max_log1mps, entropy, advantages, llm_logps, *, bound=1.5):
@@ -19,3 +20,39 @@ def above(logps, ranks, top_logps, ref_logps, rewards, *, max_rank=2):
     best = top_logps[:, :max_rank].exp().sum(-1)
     losses = (best - logps.exp()) * ranks.clamp(max=5) + 0.1 * (logps - ref_logps).square()
     return losses, {"rank": ranks, "reward": rewards + 0 * losses.detach()}
+
+
+def gspo(logps, old_logps, advantages, sequences, *, clip=0.1):
+    """Zheng et al. 2025, "Group Sequence Policy Optimization": the ratio of a sequence is the
+    geometric mean of its tokens'."""
+    ratio = sequences.mean(logps - old_logps).exp()
+    a = sequences.mean(advantages)
+    losses = -torch.minimum(a * ratio, a * ratio.clamp(1 - clip, 1 + clip))
+    return losses, {"clipped": (ratio - 1).abs() > clip, "ratio": ratio}
+
+
+def gspo_token(logps, old_logps, advantages, sequences):
+    """One value a token, in the size of its sequence's ratio."""
+    ratio = sequences.spread(sequences.mean(logps - old_logps))
+    return -advantages * (ratio.detach() + logps - logps.detach()).exp() + 0.1 * ratio.square()
+
+
+def likelihood(log1mps, sequences):
+    """One value a sequence without advantages, so that those multiply it."""
+    return sequences.sum(log1mps) / sequences.sizes.sqrt()
+
+
+def best_of_group(logps, top_logps, rewards, sequences, groups, *, max_rank=2):
+    """One value a group: cross-entropy of a softmax over its sequences to their rewards."""
+    scores = sequences.mean(logps + 0.1 * top_logps.sum(-1))
+    wanted = sequences.sum(rewards).exp()
+    wanted = wanted / groups.spread(groups.sum(wanted))
+    norm = groups.sum(scores.exp()).log()
+    losses = norm - groups.sum(wanted * scores) + 0.01 * groups.mean(scores.square())
+    return losses, {"best": norm - groups.mean(scores)}
+
+
+def dpo(logps, ref_logps, sequences, pairs, *, beta=0.1):
+    """Rafailov et al. 2023, "Direct Preference Optimization"."""
+    margin = pairs.difference(sequences.sum(logps - ref_logps))
+    return -F.logsigmoid(beta * margin), {"margin": margin, "right": margin > 0}

@@ -46,6 +46,85 @@ def row_weight(batch, row, level):
     return 1 / (n_actions[own] * len(correct)) if own in correct else 0.0
 
 
+class Sums:
+    """`sequences` or `groups`, one by one."""
+
+    def __init__(self, ids):
+        self.ids, self.own = ids, sorted(set(ids))
+
+    def __len__(self):
+        return len(self.own)
+
+    def members(self, one):
+        return [place for place, other in enumerate(self.ids) if other == one]
+
+    @property
+    def sizes(self):
+        return torch.tensor([len(self.members(one)) for one in self.own])
+
+    def sum(self, x):
+        return torch.stack([x[self.members(one)].double().sum() for one in self.own])
+
+    def mean(self, x):
+        return torch.stack([x[self.members(one)].double().mean() for one in self.own])
+
+    def spread(self, x):
+        return torch.stack([x[self.own.index(one)] for one in self.ids])
+
+
+class Pairs(Sums):
+    def __init__(self, ids, chosen):
+        super().__init__(ids)
+        self.chosen = chosen
+
+    def difference(self, x):
+        signed = [value if chosen else -value for value, chosen in zip(x, self.chosen, strict=True)]
+        return self.sum(torch.stack(signed))
+
+
+def segments_of(batch, rows):
+    """Of the tokens, whose rows are given."""
+    samples = batch["sample_ids"].tolist()
+    sequences = Sums([samples[row] for row in rows])
+    first = [samples.index(one) for one in sequences.own]
+    groups = Sums(batch["group_ids"][first].tolist())
+    pairs = Pairs(
+        [int(batch["pair_ids"][row]) for row in first],
+        [bool(batch["chosen"][row]) for row in first],
+    )
+    return {"sequences": sequences, "groups": groups, "pairs": pairs}
+
+
+def segment_loss(loss, config, batch, tokens, rows):
+    """Loss, and metrics, of a loss of sequences, groups or pairs; entropy and KL are no part of it.
+
+    tokens: of the whole batch, one row after the other.
+    """
+    level, segments = config.avg_level, segments_of(batch, rows)
+    losses, extra = loss(tokens | segments)
+    weights = torch.tensor([row_weight(batch, row, level) for row in rows]).double()
+    mean = lambda x: x  # noqa: E731
+    if loss.kind != "tokens":
+        weights = segments["sequences"].sum(weights)
+    if loss.kind == "sequences":
+        mean = segments["sequences"].mean
+    elif loss.kind != "tokens":
+        weights = segments[loss.kind].sum(weights)
+    if loss.kind in ("tokens", "sequences"):
+        if not loss.uses_advantages and level != "correct":
+            losses = losses * mean(tokens["advantages"])
+        if config.tis_coef > 0:
+            ratio = mean(tokens["old_logps"] - tokens["llm_logps"]).exp()
+            outside = (ratio > config.tis_coef) | (ratio < 1 / config.tis_coef)
+            if config.tis_type == "mask":
+                extra = extra | {"tis_masked": outside.double()}
+                losses = torch.where(outside, 0.0, losses * ratio)
+            else:
+                losses = losses * ratio.clamp(max=config.tis_coef)
+    metrics = {f"actor/{name}": x.double().mean().item() for name, x in extra.items()}
+    return (losses * weights).sum(), metrics
+
+
 def batch_loss(hf, loss, config, batch):
     """Loss, and metrics, of one optimizer batch; None where there is nothing to learn from."""
     n_all = int(batch["action_mask"].sum()) if batch is not None else 0
@@ -54,10 +133,11 @@ def batch_loss(hf, loss, config, batch):
     if config.avg_level == "correct":
         learns = batch["correct"].any()
     else:
-        learns = loss.uses_advantages or batch["advantages"].any()
+        of_one = loss.kind in ("tokens", "sequences")
+        learns = loss.uses_advantages or not of_one or batch["advantages"].any()
     if not learns:
         return None
-    total, sums = 0.0, {}
+    total, sums, all_tokens, rows = 0.0, {}, [], []
     for row, length in enumerate(batch["lengths"].tolist()):
         mask = batch["action_mask"][row, :length]
         if not mask.any():
@@ -67,7 +147,12 @@ def batch_loss(hf, loss, config, batch):
         names = ("old_logps", "ref_logps", "llm_logps", "advantages", "rewards")
         fields = {name: batch[name][row, :length][mask].double() for name in names if name in batch}
         tokens |= {"old_logps": tokens["logps"].detach()} | fields
-        losses, extra = loss(tokens)
+        if loss.segments:
+            all_tokens.append(tokens)
+            rows += len(tokens["logps"]) * [row]
+            losses, extra = torch.zeros_like(tokens["logps"]), {}
+        else:
+            losses, extra = loss(tokens)
         if not loss.uses_advantages and config.avg_level != "correct":
             losses = losses * tokens["advantages"]
         metrics = {f"actor/{name}": values for name, values in extra.items()}
@@ -77,7 +162,7 @@ def batch_loss(hf, loss, config, batch):
             ratio = (tokens["old_logps"] - tokens["llm_logps"]).exp()
             if config.tis_coef > 0 and config.tis_type == "truncate":
                 losses = losses * ratio.clamp(max=config.tis_coef)
-            elif config.tis_coef > 0:
+            elif config.tis_coef > 0 and not loss.segments:
                 outside = (ratio > config.tis_coef) | (ratio < 1 / config.tis_coef)
                 losses = torch.where(outside, 0.0, losses * ratio)
                 metrics["actor/tis_masked"] = outside.double()
@@ -93,14 +178,19 @@ def batch_loss(hf, loss, config, batch):
         total = total + losses.sum() * row_weight(batch, row, config.avg_level)
         for name, values in metrics.items():
             sums[name] = sums.get(name, 0.0) + values.sum().item() / n_all
+    if loss.segments:
+        whole = {name: torch.cat([one[name] for one in all_tokens]) for name in all_tokens[0]}
+        more, metrics = segment_loss(loss, config, batch, whole, rows)
+        total, sums = total + more, sums | metrics
     return total, sums
 
 
-def parts_of(batch, n_parts):
-    """The batch's samples in `n_parts` equal parts, the first ones one larger."""
+def parts_of(batch, n_parts, segments):
+    """The batch's samples, groups or pairs in `n_parts` equal parts, the first ones one larger."""
     if batch is None:
         return [None] * n_parts
-    ids = batch["sample_ids"].tolist()
+    smallest = {"groups": "group_ids", "pairs": "pair_ids"}
+    ids = batch[next((smallest[s] for s in segments if s in smallest), "sample_ids")].tolist()
     samples = sorted(set(ids))
     size, more = divmod(len(samples), n_parts)
     parts, start = [], 0
@@ -126,7 +216,7 @@ def update(hf, config, loss_node, batch, eps):
     )
     loss = resolve_loss(loss_node)
     logged, gradients = {}, []
-    for part in parts_of(batch, config.update_per_rollout):
+    for part in parts_of(batch, config.update_per_rollout, loss.segments):
         result = batch_loss(hf, loss, config, part)
         if result is None:
             metrics = {"actor/skipped": 1.0}

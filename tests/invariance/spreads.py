@@ -67,9 +67,11 @@ SPREADS = {
 }
 
 
-def each_row_alone(lengths, max_length, multiple_of=1, quadratic=0.0):
-    n_bins = -(-len(lengths) // multiple_of) * multiple_of
-    return [[row] if row < len(lengths) else [] for row in range(n_bins)]
+def each_row_alone(lengths, max_length, multiple_of=1, quadratic=0.0, units=None):
+    """Or the rows of each unit."""
+    units = range(len(lengths)) if units is None else units
+    bins = [[row for row, of in enumerate(units) if of == unit] for unit in dict.fromkeys(units)]
+    return bins + [[] for _ in range(-len(bins) % multiple_of)]
 
 
 def spread_config(model, spread, **changes):
