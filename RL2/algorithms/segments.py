@@ -31,12 +31,14 @@ The fields of a batch that say what belongs together, one entry a row (`[B]`):
     pairs: pair_ids  int64, and chosen  bool, true for all rows of the sample that was preferred
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from RL2.runtime.errors import ConfigError
 
 # What a loss may name -> the fields of the batch, one entry a row, that it is made of. The first
 # says which rows belong together.
@@ -215,6 +217,53 @@ def fault_of(batch: Mapping[str, Tensor], names: Iterable[str], max_length: int)
         f"tokens and a micro-batch {max_length}; raise actor.max_length_per_device or "
         "actor.sp_size, whose product that is"
     )
+
+
+def check_segments(config: Mapping[str, Any], loss: Any, brought: Collection[str]) -> None:
+    """ConfigError where a run cannot give a loss the segments that it names, or would ignore a key.
+
+    loss: a `TokenLoss`. brought: the fields that the source of the run brings.
+    """
+    if not loss.segments:
+        return
+    actor, element = config["actor"], KINDS[loss.kind]
+    for name in {"pairs"} & {*loss.segments}:
+        if missing := [field for field in SEGMENTS[name] if field not in brought]:
+            raise ConfigError(
+                f"actor.loss: {loss.name} names {name}, which trainer.source="
+                f"{config['trainer']['source']} does not bring ({', '.join(missing)}); use a "
+                f"source of {name}, or a loss without"
+            )
+    if loss.draws and actor.get("sp_size", 1) > 1:
+        raise ConfigError(
+            f"actor.sp_size={actor['sp_size']}: the loss {loss.name} draws random numbers, and "
+            "ranks that share their sequences would draw others; use actor.sp_size=1, or a "
+            "torch.Generator with a seed"
+        )
+    if loss.kind in ("groups", "pairs"):
+        if actor.get("tis_coef", 0.0) > 0:
+            raise ConfigError(
+                f"actor.tis_coef={actor['tis_coef']}: has no effect with the loss {loss.name}, "
+                f"which returns one value a {element}; set it to 0"
+            )
+        kl = actor.get("kl")
+        if kl is not None and kl["coef"] > 0 and kl["type"] != "loss" and not loss.uses_advantages:
+            raise ConfigError(
+                f"actor.kl.type={kl['type']}: has no effect with the loss {loss.name}, which "
+                f"returns one value a {element} and does not read the advantages; use "
+                "actor.kl.type=loss"
+            )
+    if "groups" in loss.segments and "rollout" in config:
+        n = config["train_data"]["responses_per_prompt"]
+        longest = config["rollout"]["train_sampling_params"]["max_new_tokens"]
+        room = actor["max_length_per_device"] * actor.get("sp_size", 1)
+        if n * longest > room:
+            raise ConfigError(
+                f"actor.max_length_per_device={actor['max_length_per_device']}: the loss "
+                f"{loss.name} takes groups whole, and {n} answers (train_data.responses_per_prompt)"
+                f" of up to {longest} tokens are more than {room}; raise it, raise actor.sp_size, "
+                "or lower rollout.train_sampling_params.max_new_tokens"
+            )
 
 
 def _fault_of_pairs(batch: Mapping[str, Tensor]) -> str | None:

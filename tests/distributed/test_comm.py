@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from RL2.distributed import Layout, ScatterPlan, broadcast, gather, rank, scatter, sum_over_ranks
-from RL2.distributed.comm import concatenate_on_rank_0
+from RL2.distributed.comm import concatenate_on_rank_0, whole_packs
+from RL2.distributed.mesh import sequence_parallel_mesh
 from RL2.distributed.traffic import Traffic
 from RL2.ops import plan_packs
 from tests.ranks import run_on_ranks
@@ -121,6 +122,46 @@ def test_bytes_are_counted(shape):
         }
         for cases in by_rank:
             assert cases[i][2] == expected
+
+
+def units_and_rows(shape):
+    lengths, layout = [5, 3, 9, 1, 7], layout_of(shape)
+    batch, units = None, None
+    if rank() == 0:
+        batch = make_batch(lengths) | {"row": torch.arange(5), "odd": torch.arange(5) % 2 == 1}
+        units = torch.tensor([4, 0, 4, 0, 0])
+    micro_batches, _ = scatter(batch, FIELDS, 14, layout, row_fields=("row", "odd"), units=units)
+    group = None
+    if layout.sp_size > 1:
+        group = sequence_parallel_mesh("cpu", layout).get_group()
+    return micro_batches, whole_packs(micro_batches, ("values", "action_mask"), group)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 3, 1), (1, 1, 2), (2, 2, 1)]
+)
+def test_rows_of_a_unit_share_a_pack_whose_rows_and_tokens_all_its_ranks_have(shape):
+    layout, batch = layout_of(shape), make_batch([5, 3, 9, 1, 7])
+    seen = []
+    for which, (micro_batches, whole) in enumerate(
+        run_on_ranks(layout.world_size, units_and_rows, shape)
+    ):
+        _, sp, tp = layout.coordinates(which)
+        for micro_batch, pack in zip(micro_batches, whole, strict=True):
+            rows = micro_batch["row"].tolist()
+            assert rows in ([0, 2], [1, 3, 4], [0, 1, 2, 3, 4], [])
+            assert micro_batch["odd"].tolist() == [row % 2 for row in rows]
+            n = int(micro_batch["lengths"][: len(rows)].sum())
+            for name, values in pack.items():
+                flat = [
+                    x for row in rows for x in batch[name][row, : batch["lengths"][row]].tolist()
+                ]
+                assert values.dtype == batch[name].dtype
+                assert values.tolist() == flat + [0] * (len(values) - n)
+                size = len(micro_batch[name])
+                assert torch.equal(values[sp * size :][:size], micro_batch[name])
+            seen += rows if sp == tp == 0 else []
+    assert sorted(seen) == [0, 1, 2, 3, 4]
 
 
 def test_a_batch_may_be_wider_than_its_rows():

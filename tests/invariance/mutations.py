@@ -205,6 +205,73 @@ MUTATIONS: dict[str, Mutation] = {
     ),
 }
 
+# (g) what belongs together is cut, or not brought together
+SEGMENTS, PACKS = "RL2/algorithms/segments.py", "RL2/workers/packs.py"
+SLICES = "RL2/distributed/sequence_parallel.py"
+MUTATIONS |= {
+    "g-sums-of-one-slice": Mutation(
+        PACKS,
+        "        table = of_all_slices(torch.cat(columns, -1), self.sizes, self.group)\n",
+        "        from RL2.distributed import sequence_parallel as sp\n"
+        "        own, which = torch.cat(columns, -1), sp.dist.get_rank(self.group)\n"
+        "        table = own.new_zeros(sum(self.sizes), own.shape[1])\n"
+        "        start = sum(self.sizes[:which])\n"
+        "        table[start : start + len(own)] = own\n",
+        f"{UPDATE}[qwen3-sp2-gspo-sequence]",
+    ),
+    "g-sums-without-the-gradient-of-others": Mutation(
+        SLICES,
+        "return len(ctx.sizes) * gradient.split",
+        "return gradient.split",
+        f"{UPDATE}[qwen3-sp2-gspo-sequence]",
+    ),
+    "g-sequences-counted-by-each-slice": Mutation(
+        "RL2/workers/actor.py",
+        "loss = weighted_sum(losses, weights) / len(pack.sizes)",
+        "loss = weighted_sum(losses, weights)",
+        f"{UPDATE}[qwen3-sp2-dpo-token]",
+    ),
+    "g-pair-cut-by-a-pack": Mutation(
+        PACKS,
+        "kept_together(batch, names)",
+        'kept_together(batch, ("sequences",))',
+        f"{UPDATE}[qwen3-small-dpo-token]",
+    ),
+    "g-group-cut-by-a-rank": Mutation(
+        PACKS,
+        "kept_together(batch, names)",
+        'kept_together(batch, ("sequences",))',
+        f"{UPDATE}[qwen3-fsdp2-best_of_group-sequence]",
+    ),
+    "g-sample-cut-by-a-rank": Mutation(
+        PACKS, "row_fields, units,", "row_fields, None,", f"{UPDATE}[qwen3-fsdp4-gspo-sequence]"
+    ),
+    "g-pair-cut-by-an-update": Mutation(
+        LEARNER,
+        "split_batch(batch, n_parts, self.segments)",
+        "split_batch(batch, n_parts)",
+        f"{UPDATE}[qwen3-packed-three_updates-dpo]",
+    ),
+    "g-mean-divided-by-padding": Mutation(
+        SEGMENTS,
+        "return self.sum(x) / self.sizes",
+        "return self.sum(x) / self.sizes.max().clamp(min=1)",
+        f"{UPDATE}[qwen3-packed-gspo-sequence]",
+    ),
+    "g-mean-of-rows": Mutation(
+        SEGMENTS,
+        'samples, of_row = rows["sample_ids"].unique(return_inverse=True)',
+        'samples = of_row = torch.arange(len(rows["sample_ids"]))',
+        f"{UPDATE}[qwen3-packed-gspo-sequence]",
+    ),
+    "g-metric-by-tokens": Mutation(
+        PACKS,
+        'count(batch, "tokens") / count(batch, kind)',
+        "1.0",
+        f"{UPDATE}[qwen3-packed-gspo-sequence]",
+    ),
+}
+
 
 def is_red(mutation: Mutation) -> tuple[bool, str]:
     """Whether the test fails on a mutated copy, and how."""

@@ -55,6 +55,32 @@ def test_hand_made():
     assert plan_packs([6, 3, 3, 3, 3], 12, 2, quadratic=1.0) == [[1, 2, 3, 4], [0]]
 
 
+@pytest.mark.parametrize("quadratic", [0.0, 0.001])
+@pytest.mark.parametrize("multiple_of", [1, 2, 3])
+@pytest.mark.parametrize("n_rows", [0, 1, 7, 100])
+def test_rows_of_a_unit_share_a_bin(n_rows, multiple_of, quadratic):
+    generator = random.Random(n_rows)
+    lengths = [generator.randint(1, 40) for _ in range(n_rows)]
+    units = [generator.randrange(-(-n_rows // 3)) for _ in range(n_rows)]
+    sizes = {unit: sum(n for n, of in zip(lengths, units, strict=True) if of == unit)
+             for unit in units}  # fmt: skip
+    max_length = max(sizes.values(), default=1) + 10
+    bins = plan_packs(lengths, max_length, multiple_of, quadratic, units)
+    assert sorted(row for rows in bins for row in rows) == list(range(n_rows))
+    assert len(bins) % multiple_of == 0 and all(rows == sorted(rows) for rows in bins)
+    assert max(loads(lengths, bins), default=0) <= max_length
+    places = {unit: {i for i, rows in enumerate(bins) for row in rows if units[row] == unit}
+              for unit in units}  # fmt: skip
+    assert all(len(where) == 1 for where in places.values())
+    alone = plan_packs(lengths, max_length, multiple_of, quadratic)
+    assert plan_packs(lengths, max_length, multiple_of, quadratic, range(n_rows)) == alone
+
+
+def test_a_unit_that_does_not_fit_is_named():
+    with pytest.raises(ValueError, match="unit 7 has 9 tokens, more than max_length=8"):
+        plan_packs([4, 3, 5], 8, units=[7, 2, 7])
+
+
 @pytest.mark.parametrize("quadratic", [0.0, 0.001, 1.0])
 @pytest.mark.parametrize("multiple_of", [1, 2, 3, 8])
 @pytest.mark.parametrize("n_rows", [0, 1, 2, 7, 100])
