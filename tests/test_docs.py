@@ -159,11 +159,19 @@ def test_loss_example_works(readme_folder):
     assert metrics["disagrees"].tolist() == [0.0, 1.0, 1.0]
 
 
+def test_the_losses_of_sequences_work(tmp_path, caplog):
+    (tmp_path / "my_sequences.py").write_text(example("my_sequences.py"), encoding="utf-8")
+    for name, kind in (("gspo", "sequences"), ("simpo", "pairs")):
+        loss = resolve_loss({"import_path": f"{tmp_path / 'my_sequences.py'}:{name}"})
+        assert loss.kind == kind and caplog.messages == []
+
+
 def test_loss_inputs_are_all_named():
     from RL2.algorithms import FIELDS
+    from RL2.algorithms.segments import SEGMENTS
     from RL2.ops.token_stats import STATISTICS
 
-    for name in STATISTICS + FIELDS:
+    for name in (*STATISTICS, *FIELDS, *SEGMENTS):
         assert f"`{name}`" in TEXT["losses"], name
 
 

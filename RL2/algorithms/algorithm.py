@@ -9,6 +9,7 @@ from torch import Tensor
 from RL2.algorithms.advantages import resolve_advantage
 from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.rewards import in_float32
+from RL2.algorithms.segments import check_segments
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
 from RL2.runtime.errors import ConfigError
 
@@ -123,6 +124,7 @@ def check_loss(config: DictConfig, loss: TokenLoss, brought: Collection[str]) ->
             f"trainer.source={config.trainer.source} does not bring; use a loss over token "
             "statistics, or a trainer with rollouts"
         )
+    check_segments(config, loss, brought)
     kl = actor.get("kl")
     blind = actor.avg_level == "correct" and not loss.uses_advantages
     if blind and kl is not None and kl.coef > 0 and kl.type != "loss":

@@ -51,7 +51,8 @@ def corrected(
         # k3 on the engine's own samples: KL(engine || trainer), zero if both are one policy
         metrics["rollout/llm_kl"] = approx_kl(llm_logps, old_logps, "k3").sum()
         losses, masked = reweighted(losses, old_logps, llm_logps, corrections)
-        metrics |= {f"actor/{name}": values.sum() for name, values in masked.items()}
+        if masked is not None:
+            metrics["actor/tis_masked"] = masked.sum()
     if corrections.entropy_coef != 0:  # else entropy is a metric, and costs no gradient
         losses = losses - corrections.entropy_coef * entropy
     if "ref_logps" in tokens:
@@ -64,13 +65,13 @@ def corrected(
 
 def reweighted(
     losses: Tensor, old_logps: Tensor, llm_logps: Tensor, corrections: Corrections
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses times their importance weights; and `tis_masked`, 1 where that is 0, if weights may
-    be. All `[n]`: of tokens, or of sequences with the means of their tokens' log-probabilities, so
-    that a sequence's ratio is the geometric mean of its tokens'."""
+) -> tuple[Tensor, Tensor | None]:
+    """Losses times their importance weights; and 1 where a weight is 0, if weights may be. All
+    `[n]`: of tokens, or of sequences with the means of their tokens' log-probabilities, so that a
+    sequence's ratio is the geometric mean of its tokens'."""
     if corrections.tis_coef <= 0:
-        return losses, {}
+        return losses, None
     kind = corrections.tis_type
     weights = importance_weights(old_logps, llm_logps, corrections.tis_coef, kind)
     losses = losses.masked_fill(weights == 0, 0.0) * weights
-    return losses, {"tis_masked": (weights == 0).to(weights)} if kind == "mask" else {}
+    return losses, (weights == 0).to(weights) if kind == "mask" else None

@@ -232,7 +232,7 @@ def check_segments(config: Mapping[str, Any], loss: Any, brought: Collection[str
             raise ConfigError(
                 f"actor.loss: {loss.name} names {name}, which trainer.source="
                 f"{config['trainer']['source']} does not bring ({', '.join(missing)}); use a "
-                f"source of {name}, or a loss without"
+                f"source whose batches have them, or a loss without {name}"
             )
     if loss.draws and actor.get("sp_size", 1) > 1:
         raise ConfigError(

@@ -113,7 +113,7 @@ class Actor(Learner):
         if kind in ("tokens", "sequences") and "llm_logps" in tokens:
             old, llm = each(tokens["old_logps"]), each(tokens["llm_logps"])
             losses, masked = reweighted(losses, old, llm, corrections)
-            extra = extra | masked
+            extra = extra if masked is None else extra | {"tis_masked": masked}
         loss = weighted_sum(losses, weights) / len(pack.sizes)
 
         objective, metrics = self._corrected(

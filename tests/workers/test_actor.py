@@ -1,6 +1,7 @@
 """The update: what enters it, and when it is skipped. That it is the same however it is spread is
 held by `tests/invariance`."""
 
+import re
 import shutil
 from copy import deepcopy
 
@@ -41,6 +42,8 @@ LOSSES = {
     "spo": {"name": "max_target_kl"},
     "spo_0p5": {"name": "fixed_target_kl"},
     "rank_jsd": {"name": "rank_jsd", "max_rank": 3},
+    "gspo": {"import_path": "tests.invariance.losses:gspo"},
+    "dpo": {"import_path": "tests.invariance.losses:dpo"},
 }
 LEVELS = ("token", "sequence", "correct")
 
@@ -223,9 +226,9 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def largest_tensor_of_an_update(model, batch, implementation):
+def largest_tensor_of_an_update(model, batch, implementation, loss):
     actor = make_actor(
-        model, "spo", token_stats=implementation, max_length_per_device=4096,
+        model, loss, token_stats=implementation, max_length_per_device=4096,
         max_inference_length_per_device=4096,
     )  # fmt: skip
     n_actions = int(batch["action_mask"].sum())
@@ -244,8 +247,10 @@ def test_an_update_never_holds_the_logits(tmp_path, tied):
     config.tie_word_embeddings, config.hidden_size = tied, 8
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     batch = as_spo(make_batch(n_rows=64))
-    for implementation, holds in (("naive", True), ("tiled", False)):
-        arguments = (largest_tensor_of_an_update, str(tmp_path), batch, implementation)
+    for implementation, loss, holds in (
+        ("naive", "spo", True), ("tiled", "spo", False), ("tiled", "gspo", False),
+    ):  # fmt: skip
+        arguments = (largest_tensor_of_an_update, str(tmp_path), batch, implementation, loss)
         ((numel, n_actions),) = run_on_ranks(1, *arguments)
         assert n_actions * 8 > 64 * 64  # enough tokens for the bound to mean something
         assert (numel >= n_actions * n_columns) == holds
@@ -367,6 +372,36 @@ def test_split_batch_keeps_samples_whole():
     assert [part["sample_ids"].tolist() for part in parts] == [[0, 0, 1], [2, 2, 2]]
     assert torch.equal(torch.cat([part["states"] for part in parts]), batch["states"])
     assert [len(part["states"]) for part in split_batch(batch, 5)] == [2, 1, 3, 0, 0]
+
+
+def test_split_batch_keeps_pairs_whole():
+    batch = make_batch(n_rows=6) | {"pair_ids": torch.tensor([3, 1, 3, 2, 2, 1])}
+    parts = split_batch(batch, 2, ("sequences", "pairs"))
+    assert [part["sample_ids"].tolist() for part in parts] == [[0, 1, 2, 5], [3, 4]]
+
+
+PAIRS = {"pair_ids": torch.tensor([0, 0, 1, 1]), "chosen": torch.tensor([1, 0, 0, 1]).bool()}
+CANNOT = [
+    ({}, {}, "names pairs, but this run's batches have no pair_ids and chosen; use a source that"),
+    (PAIRS, {"max_length_per_device": 20}, r"takes pairs whole, but the pair 0 has \d+ tokens and"),
+]
+
+
+def refused(model, batch, changes):
+    with pytest.raises(TrainingError) as caught:
+        one_update(model, "dpo", changes, batch)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("fields", "changes", "said"), CANNOT)
+def test_a_batch_that_a_loss_of_pairs_cannot_take_is_one_line_on_all_ranks(
+    tmp_path, fields, changes, said
+):
+    batch = make_batch(n_rows=4) | fields
+    batch["ref_logps"] = batch["old_logps"]
+    for line in run_on_ranks(2, refused, make_model(tmp_path), batch, changes):
+        assert re.match(f"actor.loss.import_path=tests.invariance.losses:dpo: {said}", line)
+        assert "\n" not in line
 
 
 def kl_update(model, batch, kl):

@@ -149,6 +149,21 @@ def test_a_source_over_pairs_from_a_file(files, tmp_path):
         train(files, "sft", tmp_path / "more", trainer__load_ckpt_from=checkpoint)
 
 
+def test_a_loss_of_pairs_learns_from_them(files, tmp_path):
+    (files / "simpo.py").write_text(example("my_sequences.py"))
+    changes = {
+        "trainer__source": f"{files / 'pairs.py'}:Pairs", "data__path": files / "pairs.jsonl",
+        "actor__loss__import_path": f"{files / 'simpo.py'}:simpo", "data__batch_size": 8,
+        "trainer__n_epochs": 3, "actor__lr": 1e-2,
+    }  # fmt: skip
+    first, *_, last = train(files, "sft", tmp_path / "run", **changes)
+    assert last["actor/margin"] > first["actor/margin"] + 0.1
+    assert last["actor/loss"] < first["actor/loss"]
+    changes["trainer__source"] = "rows"
+    with pytest.raises(ConfigError, match="simpo names pairs, which trainer.source=rows does not"):
+        train(files, "sft", tmp_path / "more", **changes, trainer__save_dir=tmp_path / "more")
+
+
 class Minimal(Source):
     """What a source has to have at least, beside its batches."""
 
