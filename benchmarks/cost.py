@@ -24,7 +24,7 @@ from transformers import PretrainedConfig, Qwen3Config, Qwen3MoeConfig  # noqa: 
 
 from RL2.distributed.mesh import Layout  # noqa: E402
 from RL2.distributed.sequence_parallel import kv_repeats  # noqa: E402
-from RL2.ops.token_stats.tiled import TILINGS  # noqa: E402
+from RL2.ops.token_stats.tiling import TILINGS  # noqa: E402
 
 FP32, BF16 = 4, 2
 GIB = 2**30

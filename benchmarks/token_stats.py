@@ -55,7 +55,7 @@ from torch.utils.checkpoint import checkpoint
 from RL2.algorithms.losses import max_target_kl
 from RL2.ops.token_stats import STATISTICS, TokenStats, linear_token_loss, linear_token_stats
 from RL2.ops.token_stats.products import rounds_to_half
-from RL2.ops.token_stats.tiled import TILINGS
+from RL2.ops.token_stats.tiling import TILINGS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 VOCAB = 151936  # Qwen3's; the goals are for this one

@@ -40,7 +40,7 @@ class Mutation:
 
 LEARNER, FSDP = "RL2/workers/learner.py", "RL2/distributed/fsdp.py"
 CORRECTIONS = "RL2/algorithms/corrections.py"
-COMM, TILED = "RL2/distributed/comm.py", "RL2/ops/token_stats/tiled.py"
+COMM, SWEEP = "RL2/distributed/comm.py", "RL2/ops/token_stats/sweep.py"
 
 _BACKWARD = """            loss.backward()
 """
@@ -112,7 +112,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     # (d) a vocabulary shard as if it were the vocabulary
     "d-argmax-on-a-shard": Mutation(
-        TILED,
+        SWEEP,
         "        state = states.merge_all(head.shard.all_gather(state).unbind())\n",
         "        own = state\n"
         "        state = states.merge_all(head.shard.all_gather(state).unbind())\n"
@@ -120,19 +120,19 @@ MUTATIONS: dict[str, Mutation] = {
         f"{UPDATE}[qwen3-tp2-max_target_kl-correct-spo]",
     ),
     "d-columns-count-from-the-shard": Mutation(
-        TILED,
+        "RL2/ops/token_stats/tiling.py",
         "return 0 if self.shard is None else self.shard.start",
         "return 0",
         f"{UPDATE}[qwen3-tp2-max_target_kl-correct-spo]",
     ),
     "d-ranks-on-a-shard": Mutation(
-        TILED,
+        SWEEP,
         "        head.shard.all_reduce(above)\n",
         "        pass\n",
         f"{UPDATE}[qwen3-tp2-above-token-spo]",
     ),
     "d-top-k-on-a-shard": Mutation(
-        TILED,
+        SWEEP,
         "all_z = head.shard.all_gather(top_z).transpose(0, 1).flatten(1)",
         "all_z = top_z.repeat(1, len(head.shard.all_gather(top_z)))",
         f"{UPDATE}[qwen3-tp2-rank_jsd-sequence-spo]",

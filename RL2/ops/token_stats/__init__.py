@@ -7,9 +7,13 @@
     naive     full logits and autograd: the oracle
     state     six numbers per token: how they merge, what follows from them
     kernels   the element-wise part on one tile, eager and compiled
-    triton_kernels   the same on CUDA
+    triton_kernels, triton_fused   the same on CUDA, and the forward pass as one kernel
     products  the matrix products
-    tiled     sweeps over the tiles, the backward pass, gradients in the forward pass
+    tiling    how a head is cut into tiles, and the logits of a tile
+    sweep     the values: one pass over the tiles
+    gradients from gradients of the statistics to those of hidden states, weight and bias
+    recompute   statistics whose backward pass computes the logits again
+    in_forward  a loss whose gradients are formed in the forward pass
     linear    the entries, and which implementation answers
 """
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from RL2.ops.token_stats.in_forward import tiled_token_loss
 from RL2.ops.token_stats.kernels import COMPILED, EAGER, Kernels
 from RL2.ops.token_stats.naive import naive_token_stats
-from RL2.ops.token_stats.stats import LossFunction, TokenStats, VocabularyShard, check_head, loss_of
-from RL2.ops.token_stats.tiled import tiled_token_loss, tiled_token_stats
+from RL2.ops.token_stats.recompute import tiled_token_stats
+from RL2.ops.token_stats.stats import LossFunction, TokenStats, VocabularyShard, loss_of
 
 # Vocabularies from which on, on CPU, a compiler's first half minute pays.
 _COMPILED_FROM = 2**15
@@ -56,7 +57,6 @@ def linear_token_stats(
             that is not positive, `top_logps` with `top_k` below 1, `naive` with a shard.
         ImportError: `triton` where there is no triton.
     """
-    check_head(hidden, weight, actions, temperature, wanted, top_k, shard)
     kernels = _kernels(implementation, weight, shard)
     if kernels is None:
         return naive_token_stats(hidden, weight, actions, temperature, wanted, bias, top_k=top_k)
@@ -94,7 +94,6 @@ def linear_token_loss(
     Returns:
         The loss, whose `backward` may be called once, and the metrics, without gradients.
     """
-    check_head(hidden, weight, actions, temperature, wanted, top_k, shard)
     kernels = _kernels(implementation, weight, shard)
     if kernels is None:
         stats = naive_token_stats(hidden, weight, actions, temperature, wanted, bias, top_k=top_k)
@@ -126,7 +125,8 @@ def _triton() -> Kernels:
 
 def _triton_fused() -> Kernels:
     """As triton, without a tile where there is no gradient."""
-    from RL2.ops.token_stats.triton_kernels import fused_state, logit_gradients, update_state
+    from RL2.ops.token_stats.triton_fused import fused_state
+    from RL2.ops.token_stats.triton_kernels import logit_gradients, update_state
 
     return Kernels(update_state, logit_gradients, fused_state)
 

@@ -11,9 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 from RL2.algorithms import FIELDS, resolve_loss
 from RL2.ops.token_stats import STATISTICS, TokenStats
+from RL2.ops.token_stats.in_forward import tiled_token_loss
 from RL2.ops.token_stats.linear import IMPLEMENTATIONS
 from RL2.ops.token_stats.naive import naive_token_stats
-from RL2.ops.token_stats.tiled import Tiling, tiled_token_loss, tiled_token_stats
+from RL2.ops.token_stats.recompute import tiled_token_stats
+from RL2.ops.token_stats.tiling import Tiling
 
 NEG_INF = float("-inf")
 DIFFERENTIABLE = tuple(name for name in STATISTICS if name != "ranks")

@@ -42,15 +42,17 @@ def device(request):
 
 @pytest.fixture
 def kernels(device):
-    from RL2.ops.token_stats import triton_kernels
+    from RL2.ops.token_stats.linear import IMPLEMENTATIONS
 
-    return triton_kernels
+    return IMPLEMENTATIONS["triton_fused"]()
 
 
 @pytest.fixture
-def small_blocks(kernels, monkeypatch):
+def small_blocks(device, monkeypatch):
     """So that a tile of 53 columns has four."""
-    monkeypatch.setattr(kernels, "BLOCK", 16)
+    from RL2.ops.token_stats import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "BLOCK", 16)
 
 
 def run(*command, **variables):
@@ -554,7 +556,9 @@ def compile_for_sm90():
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
-    from RL2.ops.token_stats import triton_kernels
+    from RL2.ops.token_stats.linear import IMPLEMENTATIONS
+
+    kernels = IMPLEMENTATIONS["triton_fused"]()
 
     class Driver:
         def get_current_target(self):
@@ -586,12 +590,12 @@ def compile_for_sm90():
         coefficients = torch.zeros(7, 2, dtype=dtype)
         for entropy in (True, False):
             state = empty_state(2, dtype)
-            triton_kernels.update_state(state, logits, actions, 0, 0.5, entropy)
-            triton_kernels.logit_gradients(out, logits, coefficients, actions, 0, 0.5, entropy)
+            kernels.update_state(state, logits, actions, 0, 0.5, entropy)
+            kernels.logit_gradients(out, logits, coefficients, actions, 0, 0.5, entropy)
             report(f"{dtype}, n={n}, entropy={entropy}")
     for dtype in (torch.bfloat16, torch.float32):
         hidden, weight, bias, actions = make_head(3, 64, 2048, dtype, "cpu")
-        triton_kernels.fused_state(hidden, weight, bias, actions, 0, 0.5, True)
+        kernels.fused_state(hidden, weight, bias, actions, 0, 0.5, True)
         report(f"{dtype}")
 
 
