@@ -6,6 +6,7 @@ never a neighbour of its own layer, and no two files import each other.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,18 @@ CONFINED = {
 }
 # A package -> what it may not import at all.
 FORBIDDEN = {"config": "torch", "ops": "torch.distributed"}
+
+LONGEST = 450  # lines of a file whose docstring holds no sentence that begins with "Long because"
+# Files that are to be parted along their topics, each with what is in it; strike out what was.
+TO_BE_PARTED = {
+    "RL2/config/validate.py": "checks of every group of keys",
+    "RL2/engines/servers/engine.py": "servers, their health and the requests to them",
+    "RL2/engines/transformers/engine.py": "decoding, and the thread that does it",
+    "RL2/environments/worker.py": "calls of an environment, and its process",
+    "RL2/rollout/collector.py": "groups in flight, and what a step takes of them",
+    "RL2/trainer/checkpoints/checkpoint.py": "writing, reading and keeping checkpoints",
+    "RL2/trainer/loop.py": "a step, and saving, stopping and resuming",
+}
 
 
 def within(module: str, package: str) -> bool:
@@ -135,6 +148,18 @@ def circle(root: Path) -> list[str]:
     return []
 
 
+def too_long(root: Path) -> list[str]:
+    """Files of root/RL2 with too many lines, and no word at their top about why."""
+    found = []
+    for path, file in {f.relative_to(root).as_posix(): f for f in modules(root).values()}.items():
+        source = file.read_text(encoding="utf-8")
+        said = " ".join((ast.get_docstring(ast.parse(source)) or "").split())
+        reason = re.search(r"(^|[.:] )Long because ", said)
+        if source.count("\n") > LONGEST and not reason:
+            found.append(path)
+    return found
+
+
 def write_tree(root: Path, files: dict[str, str]) -> Path:
     for path, source in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +173,21 @@ def test_the_repository_keeps_its_layers():
 
 def test_no_two_files_import_each_other():
     assert circle(ROOT) == []
+
+
+def test_no_file_is_long_without_a_reason():
+    assert set(too_long(ROOT)) <= TO_BE_PARTED.keys()
+
+
+def test_a_long_file_is_found(tmp_path):
+    lines = "x = 1\n" * LONGEST
+    tree = {
+        "RL2/short.py": lines,
+        "RL2/ops/long.py": lines + "x = 1\n",
+        "RL2/told.py": f'"""Laws.\n\nLong because each law\nis one line.\n"""\n{lines}',
+        "RL2/untold.py": f'"""Not long because of laws."""\n{lines}',
+    }
+    assert too_long(write_tree(tmp_path, tree)) == ["RL2/ops/long.py", "RL2/untold.py"]
 
 
 @pytest.mark.parametrize(
