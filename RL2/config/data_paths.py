@@ -1,5 +1,9 @@
 """What `train_data.path` names: the syntax, and the files behind it. Nothing is read here.
 
+This is the one place that says why a path names no rows: configs are checked by it before a run,
+and readers ask it for the files. (`datasets` finds the splits of a folder as well, but its import
+costs a second, and it takes a file that names no split for a part of train.)
+
 rows.jsonl   train@rows.jsonl   train[:100]@rows.jsonl        a file
 shards/      train@shards/      train@shards/*.jsonl          many files, read as one
 train@openai/gsm8k:main                                       a data set of the hub
@@ -7,11 +11,12 @@ train@openai/gsm8k:main                                       a data set of the 
 
 import os
 import re
+from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
 
 from RL2.config.paths import not_there
-from RL2.runtime.errors import ConfigError, DataError
+from RL2.runtime.errors import ConfigError
 
 TEXT_EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv")  # each may be gzipped: .jsonl.gz
 EXTENSIONS = (*TEXT_EXTENSIONS, ".parquet", ".arrow")
@@ -39,6 +44,55 @@ _ABOUT = {
     "state.json",
 }
 _CARD = re.compile(r"\A---\n.*?^(configs|dataset_info):.*?^---$", re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class DataPath:
+    """What a path stands for.
+
+    files: in the order in which they are read; none where `datasets` is to load `split@name`.
+    """
+
+    split: str | None
+    name: str
+    files: list[str]
+
+
+def find_data(group: str, path: str) -> DataPath:
+    """The files that `{group}.path` names; a data set of the hub is not asked for.
+
+    Raises:
+        ConfigError: it can name no rows.
+    """
+    key = f"{group}.path={path}"
+    try:
+        split, name = split_data_path(path)
+        if is_described(name):
+            if split is None:
+                raise ConfigError(f"{key}: is a folder of several splits; say which: train@{path}")
+            return DataPath(split, name, [])
+        files = data_files(split, name, key)
+    except OSError as error:  # a folder that may not be read
+        raise ConfigError(
+            f"{key}: cannot be looked for ({error.strerror}); give a file or folder that can be "
+            "read"
+        ) from error
+    for file in files:
+        if not os.path.isfile(file):
+            raise ConfigError(f"{key}: is a pipe or a device; write the rows to a file")
+        if not is_data_file(file):
+            raise ConfigError(f"{key}: {file} is of an unknown file type; use {FILES}")
+    if files:
+        if not any(os.path.getsize(file) for file in files):
+            raise ConfigError(f"{key}: the file is empty; give one with rows")
+    elif is_data_file(name) or name.startswith((".", os.sep)) or has_magic(name):
+        raise ConfigError(f"{key}: {not_there(name)}; give an existing file")
+    elif not is_hub_name(split, name):
+        raise ConfigError(
+            f"{key}: neither a file or folder ({FILES}) nor split@name:config such as "
+            f"train@openai/gsm8k:main{_with_split(group, path)}"
+        )
+    return DataPath(split, name, files)
 
 
 def split_data_path(path: str) -> tuple[str | None, str]:
@@ -89,7 +143,7 @@ def data_files(split: str | None, name: str, key: str) -> list[str]:
         [] where there is nothing of that name.
 
     Raises:
-        DataError: a folder that does not say which of its files are meant.
+        ConfigError: a folder that does not say which of its files are meant.
     """
     if os.path.isdir(name):
         return _files_of_folder(split, name, key)
@@ -111,7 +165,7 @@ def _files_of_folder(split: str | None, folder: str, key: str) -> list[str]:
         and not re.fullmatch(r"(cache|tmp).*\.arrow", path.name)
     )
     if not files:
-        raise DataError(
+        raise ConfigError(
             f"{key}: {folder} is a folder, not a file, and holds no data files ({FILES}); give one "
             "that does"
         )
@@ -119,7 +173,7 @@ def _files_of_folder(split: str | None, folder: str, key: str) -> list[str]:
     if split is not None:
         wanted, *others = {name.lower() for name in re.findall(r"(?:^|\+)(\w+)", split)}
         if others:
-            raise DataError(
+            raise ConfigError(
                 f"{key}: one split of a folder at a time; or a pattern, such as *.jsonl"
             )
         chosen = [file for file in files if wanted in _split_names(file)]
@@ -128,19 +182,19 @@ def _files_of_folder(split: str | None, folder: str, key: str) -> list[str]:
             if _SPLIT_WORDS.get(wanted) in {_SPLIT_WORDS[word] for word in _words(file)}
         ]  # fmt: skip
         if not chosen and names:
-            raise DataError(
+            raise ConfigError(
                 f"{key}: no file in the folder is of the split {wanted}; by their names there are "
                 f"{', '.join(names)}"
             )
         files = chosen or files  # a folder that names no split holds one, as a file does
     elif len(names) > 1:
-        raise DataError(
+        raise ConfigError(
             f"{key}: the folder holds the splits {', '.join(names)}; say which one: "
             f"{names[-1]}@{folder}"
         )
     kinds = sorted({extension_of(file.name) for file in files})
     if len(kinds) > 1:
-        raise DataError(
+        raise ConfigError(
             f"{key}: the folder holds {' and '.join(kinds)} files, maybe of the same rows; say "
             f"which are meant: {os.path.join(folder, f'*{kinds[0]}')}"
         )
@@ -156,43 +210,6 @@ def _split_names(file: Path) -> set[str]:
 def _words(file: Path) -> set[str]:
     """The words in a file's name and folders that tell a split."""
     return _SPLIT_WORDS.keys() & set(re.split(r"[^a-z]+", str(file).lower()))
-
-
-def check_data_path(group: str, path: str | None) -> None:
-    """ConfigError where `{group}.path` can name no rows; a data set of the hub is not asked for."""
-    if path is None:
-        return
-    key = f"{group}.path={path}"
-    try:
-        split, name = split_data_path(path)
-        described = is_described(name)
-        files = [] if described else data_files(split, name, key)
-    except DataError as error:
-        raise ConfigError(str(error)) from error
-    except OSError as error:  # a folder that may not be read
-        raise ConfigError(
-            f"{key}: cannot be looked for ({error.strerror}); give a file or folder that can be "
-            "read"
-        ) from error
-    if described:
-        if split is None:
-            raise ConfigError(f"{key}: is a folder of several splits; say which: train@{path}")
-        return
-    for file in files:
-        if not os.path.isfile(file):
-            raise ConfigError(f"{key}: is a pipe or a device; write the rows to a file")
-        if not is_data_file(file):
-            raise ConfigError(f"{key}: {file} is of an unknown file type; use {FILES}")
-    if files:
-        if not any(os.path.getsize(file) for file in files):
-            raise ConfigError(f"{key}: the file is empty; give one with rows")
-    elif is_data_file(name) or name.startswith((".", os.sep)) or has_magic(name):
-        raise ConfigError(f"{key}: {not_there(name)}; give an existing file")
-    elif not is_hub_name(split, name):
-        raise ConfigError(
-            f"{key}: neither a file or folder ({FILES}) nor split@name:config such as "
-            f"train@openai/gsm8k:main{_with_split(group, path)}"
-        )
 
 
 def _with_split(group: str, path: str) -> str:

@@ -5,22 +5,13 @@ from __future__ import annotations
 import os
 import re
 
-from RL2.config.data_paths import (
-    FILES,
-    data_files,
-    extension_of,
-    is_data_file,
-    is_described,
-    is_hub_name,
-    split_data_path,
-)
+from RL2.config.data_paths import extension_of, find_data
 from RL2.config.paths import expand_home
 from RL2.datasets.rows import Rows, one_line, without_nested_nulls
 from RL2.datasets.table_files import read_arrow, read_parquet
 from RL2.datasets.text_files import read_csv, read_json, read_jsonl
 from RL2.runtime.errors import DataError
 
-_SYNTAX = f"a file or folder ({FILES}), split@file, or split@name:config of a hub data set"
 _HUB_TIMEOUT = 5.0  # seconds for the one request that finds out whether the hub answers
 
 
@@ -37,18 +28,16 @@ def load_rows(path: str, key: str) -> Rows:
         key: config group (`train_data`, `test_data`, `data`), for messages.
 
     Raises:
+        ConfigError: the path can name no rows.
         DataError: nothing there, nothing in it, or not readable; names key, file and line.
     """
     path = expand_home(str(path), f"{key}.path")
-    split, name = split_data_path(path)
-    if split is not None and is_described(name):
-        rows = _read_hub(name, split, key)
-    elif files := data_files(split, name, f"{key}.path={path}"):
-        rows = _slice(Rows.joined(_read_file(file, key) for file in files), split, path, key)
-    elif is_hub_name(split, name):
-        rows = _read_hub(name, split, key)
+    found = find_data(key, path)
+    if found.files:
+        rows = Rows.joined(_read_file(file, key) for file in found.files)
+        rows = _slice(rows, found.split, path, key)
     else:
-        raise DataError(f"{key}.path={path}: {name} does not exist; give {_SYNTAX}")
+        rows = _read_hub(found.name, found.split, key)
     if len(rows) == 0:
         raise DataError(f"{key}.path={path}: the data set is empty; give one with at least one row")
     return rows
@@ -74,20 +63,19 @@ def _slice(rows: Rows, split: str | None, path: str, key: str) -> Rows:
 # ------------------------------------------------------------------------------ files
 
 
+_READERS = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+}
+
+
 def _read_file(name: str, key: str) -> Rows:
-    extension = extension_of(name)
-    readers = {
-        ".jsonl": read_jsonl,
-        ".json": read_json,
-        ".csv": read_csv,
-        ".tsv": read_csv,
-        ".parquet": read_parquet,
-        ".arrow": read_arrow,
-    }
-    if not is_data_file(name):
-        raise DataError(f"{key}.path={name}: unknown extension {extension!r}; use {FILES}")
     try:
-        return readers[extension.removesuffix(".gz")](name, key)
+        return _READERS[extension_of(name).removesuffix(".gz")](name, key)
     except OSError as error:
         reason = error.strerror or one_line(error)
         raise DataError(

@@ -23,6 +23,9 @@ from RL2.runtime.errors import DataError
 _GZIP = b"\x1f\x8b"  # how a compressed file begins, whatever its name
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _HEADER = 2**20  # characters; a header is looked for no further
+_SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
+_BEGIN = re.compile(r"[ \t\r\n]*\[[ \t\r\n]*(\])?[ \t\r\n]*")  # group 1: the list ends here
+_NEXT = re.compile(r"(?:,|(\]))[ \t\r\n]*")
 
 
 def _read_text(name: str, key: str) -> str:
@@ -60,19 +63,14 @@ def _parse_jsonl(text: str, name: str, key: str) -> Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=_no_key_twice)
+            rows.append(json.loads(line, object_pairs_hook=_no_key_twice))
         except (ValueError, RecursionError) as error:
-            decoding = isinstance(error, json.JSONDecodeError)
-            column = f":{len(line[: error.pos].encode()) + 1}" if decoding else ""
-            reason = error.msg if decoding else one_line(error)
             raise DataError(
-                f"{key}.path: {name}:{number}{column}: not JSON ({reason}); "
-                "each line holds one object, for example "
-                '{"question": "...", "answer": "... #### 42"}'
+                f"{key}.path: {_place(name, number, error)}; each line holds one object, for "
+                'example {"question": "...", "answer": "... #### 42"}'
             ) from error
-        rows.append(_require_object(row, f"{name}:{number}", key))
         lines.append(number)
-    return Rows.of_lines(rows, name, lines)
+    return _objects(rows, lines, name, key)
 
 
 def read_json(name: str, key: str) -> Rows:
@@ -81,44 +79,39 @@ def read_json(name: str, key: str) -> Rows:
     Elements are decoded one by one, because only so their positions are known.
     """
     text = _read_text(name, key)
-    start = _skip(text, 0)
-    if text[start : start + 1] != "[":
+    begin = _BEGIN.match(text)
+    if begin is None:
         return _parse_jsonl_or_object(text, name, key)
     decoder = json.JSONDecoder(object_pairs_hook=_no_key_twice)
     rows, lines = [], []
-    line, counted = 1, 0
-    position = _skip(text, start + 1)
-    if text[position : position + 1] == "]":
-        _require_end(text, position + 1, name, key)
-        return Rows.of_lines([], name, [])
-    while True:
-        line += text.count("\n", counted, position)
-        counted = position
-        try:
+    position, is_last, line, counted = begin.end(), begin[1], 1, 0
+    try:
+        while not is_last:
+            line, counted = line + text.count("\n", counted, position), position
             row, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            at = error.pos if isinstance(error, json.JSONDecodeError) else position
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
-            raise _json_error(text, at, reason, name, key) from error
-        rows.append(_require_object(row, f"{name}:{line}", key))
-        lines.append(line)
-        position = _skip(text, position)
-        mark = text[position : position + 1]
-        if mark == "]":
-            _require_end(text, position + 1, name, key)
-            return Rows.of_lines(rows, name, lines)
-        if mark != ",":
-            raise _json_error(text, position, "expected ',' or ']'", name, key)
-        position = _skip(text, position + 1)
+            rows.append(row)
+            lines.append(line)
+            position = _SPACE.match(text, position).end()
+            following = _NEXT.match(text, position)
+            if following is None:
+                raise json.JSONDecodeError("expected ',' or ']'", text, position)
+            position, is_last = following.end(), following[1]
+        if position < len(text):
+            raise json.JSONDecodeError("text after the closing ']'", text, position)
+    except (ValueError, RecursionError) as error:
+        if not isinstance(error, json.JSONDecodeError):
+            error = json.JSONDecodeError(one_line(error), text, position)
+        raise DataError(
+            f"{key}.path: {_place(name, error.lineno, error)}; the file holds one list of objects"
+        ) from error
+    return _objects(rows, lines, name, key)
 
 
 def _parse_jsonl_or_object(text: str, name: str, key: str) -> Rows:
     try:
-        whole = json.loads(text) if text.strip() else []
+        whole = json.loads(text)
     except (ValueError, RecursionError):
         return _parse_jsonl(text, name, key)
-    if isinstance(whole, list):  # only the empty file comes here
-        return Rows.of_lines([], name, [])
     if isinstance(whole, dict) and "\n" not in text.strip():
         return _parse_jsonl(text, name, key)
     found = f"an object with keys {sorted(whole)[:8]}" if isinstance(whole, dict) else repr(whole)
@@ -128,25 +121,12 @@ def _parse_jsonl_or_object(text: str, name: str, key: str) -> Rows:
     )
 
 
-def _skip(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-def _require_end(text: str, position: int, name: str, key: str) -> None:
-    position = _skip(text, position)
-    if position != len(text):
-        raise _json_error(text, position, "text after the closing ']'", name, key)
-
-
-def _json_error(text: str, position: int, reason: str, name: str, key: str) -> DataError:
-    line = text.count("\n", 0, position) + 1
-    column = len(text[text.rfind("\n", 0, position) + 1 : position].encode()) + 1  # bytes
-    return DataError(
-        f"{key}.path: {name}:{line}:{column}: not JSON ({reason}); the file holds one list of "
-        "objects"
-    )
+def _place(name: str, line: int, error: Exception) -> str:
+    """`file:line:column: not JSON (reason)`, the column in bytes, where it is known."""
+    if not isinstance(error, json.JSONDecodeError):
+        return f"{name}:{line}: not JSON ({one_line(error)})"
+    before = error.doc[error.doc.rfind("\n", 0, error.pos) + 1 : error.pos]
+    return f"{name}:{line}:{len(before.encode()) + 1}: not JSON ({error.msg})"
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -159,10 +139,12 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _require_object(row: Any, where: str, key: str) -> dict[str, Any]:
-    if isinstance(row, dict):
-        return row
-    raise DataError(f"{key}.path: {where}: a row is an object, this is {type_name(row)}")
+def _objects(rows: list[Any], lines: list[int], name: str, key: str) -> Rows:
+    for row, line in zip(rows, lines, strict=True):
+        if not isinstance(row, dict):
+            problem = f"a row is an object, this is {type_name(row)}"
+            raise DataError(f"{key}.path: {name}:{line}: {problem}")
+    return Rows.of_lines(rows, name, lines)
 
 
 def read_csv(name: str, key: str) -> Rows:
@@ -192,31 +174,31 @@ def _parse_csv(text: str, name: str, key: str) -> Rows:
     header: list[str] | None = None
     rows, lines = [], []
     line = reader.line_num + 1
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            raise DataError(
-                f"{key}.path: {name}:{line}: not CSV ({error}); quote cells that hold "
-                f"{what}, quotes or line breaks, or use .jsonl"
-            ) from error
-        if cells is None:
-            return Rows.of_lines(rows, name, lines)
-        begin, line = line, reader.line_num + 1
-        if not cells or cells == [""]:
-            continue
-        if header is None:
-            header = [cell.strip() for cell in cells]
-            if len(set(header)) != len(header):
-                raise DataError(f"{key}.path: {name}:{begin}: a column name occurs twice: {header}")
-        elif len(cells) != len(header):
-            raise DataError(
-                f"{key}.path: {name}:{begin}: {len(cells)} cells where the header names "
-                f"{len(header)} columns; quote cells that hold {what}"
-            )
-        else:
+    try:
+        for cells in reader:
+            begin, line = line, reader.line_num + 1
+            if not cells or cells == [""]:
+                continue
+            if header is None:
+                header = [cell.strip() for cell in cells]
+                if len(set(header)) != len(header):
+                    raise DataError(
+                        f"{key}.path: {name}:{begin}: a column name occurs twice: {header}"
+                    )
+                continue
+            if len(cells) != len(header):
+                raise DataError(
+                    f"{key}.path: {name}:{begin}: {len(cells)} cells where the header names "
+                    f"{len(header)} columns; quote cells that hold {what}"
+                )
             rows.append(dict(zip(header, cells, strict=True)))
             lines.append(begin)
+    except csv.Error as error:
+        raise DataError(
+            f"{key}.path: {name}:{line}: not CSV ({error}); quote cells that hold {what}, quotes "
+            "or line breaks, or use .jsonl"
+        ) from error
+    return Rows.of_lines(rows, name, lines)
 
 
 def _delimiter(text: str) -> str:

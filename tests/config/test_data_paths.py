@@ -3,14 +3,14 @@ import os
 
 import pytest
 
-from RL2.config.data_paths import check_data_path, extension_of, is_data_file, split_data_path
+from RL2.config.data_paths import extension_of, find_data, is_data_file, split_data_path
 from RL2.runtime.errors import ConfigError
 
 
 def check(path: str) -> str | None:
     """What is wrong with it."""
     try:
-        check_data_path("train_data", path)
+        find_data("train_data", path)
     except ConfigError as error:
         assert "\n" not in str(error)
         assert str(error).startswith(f"train_data.path={path}: ")

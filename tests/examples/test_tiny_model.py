@@ -154,7 +154,7 @@ def test_data_takes_a_slice(build, built, tmp_path, rows_file):
         (["--vocab=100"], "--vocab 100: bytes and special tokens alone are 261"),
         (["--width=30"], "--width 30: must be a multiple of 8"),
         (["--layers=0"], "--layers 0: must be at least 1"),
-        (["--data=nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["--data=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     ],
 )
 def test_bad_options_are_named(build, rows_file, tmp_path, capsys, options, message):

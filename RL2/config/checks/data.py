@@ -4,17 +4,18 @@ import re
 
 from omegaconf import DictConfig
 
-from RL2.config.data_paths import check_data_path
+from RL2.config.data_paths import find_data
 from RL2.runtime.errors import ConfigError
 
 
 def check_prompts(train_data: DictConfig, test_data: DictConfig) -> None:
-    check_data_path("train_data", train_data.path)
-    check_data_path("test_data", test_data.path)
+    for group, node in (("train_data", train_data), ("test_data", test_data)):
+        if node.path is not None:
+            find_data(group, node.path)
 
 
 def check_rows(data: DictConfig) -> None:
-    check_data_path("data", data.path)
+    find_data("data", data.path)
 
 
 def check_separator(data: DictConfig) -> None:
