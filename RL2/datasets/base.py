@@ -47,11 +47,7 @@ def load_limited_rows(config: DictConfig, key: str) -> Rows:
     """Rows of `{key}.path`, the first `{key}.max_examples` of them where that is set."""
     rows = load_rows(config.path, key)
     limit = option(config, "max_examples")
-    if limit is None:
-        return rows
-    if limit < 1:
-        raise DataError(f"{key}.max_examples={limit}: must be at least 1, or null for all rows")
-    return rows.select([(0, min(limit, len(rows)))])
+    return rows if limit is None else rows.select([(0, min(limit, len(rows)))])
 
 
 def keep_within(
@@ -68,8 +64,6 @@ def keep_within(
         DataError: a row is longer and policy is `error`, or every row is.
     """
     key, _, name = limit_key.rpartition(".")
-    if policy not in ("error", "drop"):
-        raise DataError(f"{key}.overlong={policy}: must be error or drop")
     if limit is None:
         return list(range(len(lengths)))
     overlong = [i for i, length in enumerate(lengths) if length > limit]
@@ -266,11 +260,9 @@ def make_loader(
         An iterable of lists of items.
 
     Raises:
-        DataError: batch_size below 1, or fewer rows than one batch with drop_last.
+        DataError: fewer rows than one batch with drop_last.
     """
     setting = f"{dataset.batch_size_key}={batch_size}"
-    if batch_size < 1:
-        raise DataError(f"{setting}: must be at least 1")
     if drop_last and len(dataset) < batch_size:
         raise DataError(
             f"{setting}: data set has only {len(dataset)} rows; lower it to at most "

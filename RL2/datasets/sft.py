@@ -91,8 +91,6 @@ class SFTDataset(Dataset):
         ends = ends or end_tokens(tokenizer)
         self.key = key
         self.batch_size_key = f"{key}.batch_size"
-        if option(config, "path") is None:
-            raise DataError(f"{key}.path=null: name the data to train on")
         rows = load_limited_rows(config, key)
         parse = _Parser(tokenizer, ends, key, option(config, "separator", ""))
         parsed = [parse(row, rows.where(i)) for i, row in enumerate(rows)]

@@ -7,8 +7,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
 from RL2.datasets import collate, make_loader
-from RL2.datasets.base import keep_within, option
-from RL2.datasets.readers import Rows
+from RL2.datasets.base import option
 from RL2.runtime.errors import DataError
 
 
@@ -249,18 +248,7 @@ def test_smaller_than_a_batch():
     assert len(list(make_loader(Numbers(100), 512, seed=0, drop_last=False))) == 1
 
 
-def test_batch_size_of_zero():
-    with pytest.raises(DataError, match="prompts_per_rollout=0: must be at least 1"):
-        make_loader(Numbers(100), 0, seed=0)
-
-
 # ------------------------------------------------------------------------------ the rest
-
-
-def test_keep_within_refuses_an_unknown_policy():
-    rows = Rows.without_lines([{}], "x")
-    with pytest.raises(DataError, match="data.overlong=cut: must be error or drop"):
-        keep_within([1], 5, "cut", rows, what="rows", limit_key="data.max_length")
 
 
 def test_option_takes_absent_and_null():

@@ -289,11 +289,6 @@ def test_bad_row_is_named(tiny_tokenizer, row, problem):
     assert message.startswith("data.path: rows.jsonl:3: ") and problem in message
 
 
-def test_no_path(tiny_tokenizer):
-    with pytest.raises(DataError, match="data.path=null: name the data"):
-        SFTDataset(OmegaConf.create({"path": None}), tiny_tokenizer)
-
-
 def test_tokenizer_without_end(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.eos_token = None
