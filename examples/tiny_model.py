@@ -12,7 +12,9 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -24,8 +26,9 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from RL2.datasets.prompts import question_prompt, row_error, text_of
-from RL2.datasets.readers import Rows, load_rows
+from RL2.datasets import Rows, load_rows
+from RL2.datasets.prompts import question_prompt, text_of
+from RL2.datasets.rows import BadRow
 from RL2.runtime.errors import RL2Error
 
 PAD, END = "<|pad|>", "<|end|>"
@@ -49,13 +52,14 @@ def training_texts(rows: Rows) -> Iterator[str]:
     """Prompts as RL2 renders them, cut at special tokens (which are never merged), and answers."""
     untrained = wrap(Tokenizer(models.BPE()))
     special = re.compile("|".join(map(re.escape, SPECIAL)))
-    for i, row in enumerate(rows):
-        where = rows.where(i)
+
+    def texts_of(row: dict[str, Any]) -> list[str]:
         if lacking := {"question", "answer"} - row.keys():
-            raise row_error("data", where, f"row without {' and '.join(sorted(lacking))}")
-        question = text_of(row, "question", where, "data")
-        yield from special.split(question_prompt(untrained, question, where, "data"))
-        yield text_of(row, "answer", where, "data")
+            raise BadRow(f"row without {' and '.join(sorted(lacking))}")
+        prompt = question_prompt(untrained, text_of(row, "question"))
+        return [*special.split(prompt), text_of(row, "answer")]
+
+    return chain.from_iterable(rows.parsed(texts_of, "data"))
 
 
 def build_tokenizer(rows: Rows, vocab_size: int) -> PreTrainedTokenizerFast:

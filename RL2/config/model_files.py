@@ -15,7 +15,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from RL2.runtime.errors import ConfigError
+from RL2.runtime.errors import ConfigError, one_line
+from RL2.runtime.json_objects import no_key_twice
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _ADAPTER = "adapter_config.json"
@@ -219,7 +220,7 @@ def _check_safetensors(path: Path, held: set[str], key: str) -> None:
         raise _unreadable(path, key, error) from error
     except SafetensorError as error:
         raise ConfigError(
-            f"{key}: {path} is not a whole safetensors file ({_reason(error)}); copy or "
+            f"{key}: {path} is not a whole safetensors file ({one_line(error)}); copy or "
             "download it again"
         ) from error
     if missing:
@@ -251,7 +252,7 @@ def _read(path: Path, key: str) -> bytes:
 
 def _unreadable(path: Path, key: str, error: OSError) -> ConfigError:
     return ConfigError(
-        f"{key}: {path} cannot be read ({error.strerror or _reason(error)}); let this user read "
+        f"{key}: {path} cannot be read ({error.strerror or one_line(error)}); let this user read "
         "it, or copy the model to where it can be"
     )
 
@@ -260,33 +261,20 @@ def _check_text(data: bytes, path: Path, key: str) -> None:
     try:
         data.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{key}: {path}: not UTF-8 ({_reason(error)}); {_AGAIN}") from error
+        raise ConfigError(f"{key}: {path}: not UTF-8 ({one_line(error)}); {_AGAIN}") from error
 
 
 def _object(data: bytes, path: Path, key: str) -> dict[str, Any]:
     try:
-        content = json.loads(data.decode(), object_pairs_hook=_once)
+        content = json.loads(data.decode(), object_pairs_hook=no_key_twice)
     except json.JSONDecodeError as error:
         place, reason = f"{path}:{error.lineno}:{error.colno}", error.msg
     except RecursionError:
         place, reason = str(path), "lists or objects in each other, too deep"
     except ValueError as error:
-        place, reason = str(path), _reason(error)
+        place, reason = str(path), one_line(error)
     else:
         if isinstance(content, dict):
             return content
         place, reason = str(path), "not an object"
     raise ConfigError(f"{key}: {place}: not JSON ({reason}); {_AGAIN}")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in content if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r:.80} occurs twice in one object")
-    return content
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

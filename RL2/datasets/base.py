@@ -19,16 +19,6 @@ from RL2.datasets.readers import load_rows
 from RL2.datasets.rows import Rows
 from RL2.runtime.errors import DataError
 
-__all__ = [
-    "Rows",
-    "StatefulBatchSampler",
-    "collate",
-    "keep_within",
-    "load_rows",
-    "make_loader",
-    "option",
-]
-
 logger = logging.getLogger(__name__)
 
 # One tokenised sample: `token_ids` (n ints), `action_mask` (n bools, on token_ids positions: True
@@ -173,7 +163,6 @@ class StatefulBatchSampler(Sampler[list[int]]):
         batch_size: int,
         seed: int,
         *,
-        shuffle: bool,
         drop_last: bool,
         key: str,
         fingerprint: str,
@@ -182,7 +171,6 @@ class StatefulBatchSampler(Sampler[list[int]]):
         self.fingerprint = fingerprint  # of the rows' content
         self.batch_size = batch_size
         self.seed = seed
-        self.shuffle = shuffle
         self.drop_last = drop_last
         self.key = key
         self.epoch = 0  # epochs completed
@@ -214,10 +202,9 @@ class StatefulBatchSampler(Sampler[list[int]]):
     def order(self, epoch: int) -> list[int]:
         """Row indices in the order of `epoch`."""
         order = list(range(self.size))
-        if self.shuffle:
-            # A string seed goes through SHA-512: (seed, epoch) and (epoch, seed) share nothing.
-            # (torch's CPU generator keeps only the lower 32 bits of a seed.)
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        # A string seed goes through SHA-512: (seed, epoch) and (epoch, seed) share nothing.
+        # (torch's CPU generator keeps only the lower 32 bits of a seed.)
+        random.Random(f"{self.seed}/{epoch}").shuffle(order)
         return order
 
     def state_dict(self) -> dict[str, Any]:
@@ -245,7 +232,7 @@ class StatefulBatchSampler(Sampler[list[int]]):
 
 
 def make_loader(
-    dataset: Dataset, batch_size: int, seed: int, shuffle: bool = True, drop_last: bool = True
+    dataset: Dataset, batch_size: int, seed: int, drop_last: bool = True
 ) -> StatefulDataLoader:
     """Loader over `dataset`, whose `state_dict` resumes exactly, inside an epoch and between two.
 
@@ -271,7 +258,7 @@ def make_loader(
     if said := _remainder(len(dataset), batch_size, drop_last):
         logger.info("%s: %s", setting, said)
     sampler = StatefulBatchSampler(
-        len(dataset), batch_size, seed, shuffle=shuffle, drop_last=drop_last, key=dataset.key,
+        len(dataset), batch_size, seed, drop_last=drop_last, key=dataset.key,
         fingerprint=dataset.fingerprint,
     )  # fmt: skip
     # Each new iterator of a loader draws a number; from its own generator it leaves the global
@@ -291,7 +278,7 @@ def _remainder(n_rows: int, batch_size: int, drop_last: bool) -> str | None:
     if not left:
         return None
     if drop_last:
-        return f"each epoch leaves out {left} of {n_rows} rows, others each time where it shuffles"
+        return f"each epoch leaves out {left} of {n_rows} rows, others each time"
     if n_rows < batch_size:
         return f"the data set has only {n_rows} rows, which each step takes"
     return f"the last step of each epoch takes the {left} rows that are left of {n_rows}"

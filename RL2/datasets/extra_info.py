@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Iterable
 from typing import Any
 
-from RL2.datasets.rows import one_line
+from RL2.runtime.errors import one_line
 
 # Levels of lists and objects in each other. Copies recurse, and Python ends a recursion at 1,000.
 _DEEPEST = 200

@@ -19,47 +19,40 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from RL2.datasets.rows import type_name
-from RL2.runtime.errors import DataError
+from RL2.datasets.rows import BadRow, type_name
+from RL2.runtime.errors import one_line
 
 GSM8K_INSTRUCTION = "Let's think step by step and end with `#### answer`."
 RL_FORMATS = '{"messages", "extra_info"}, {"prompt", "extra_info"} or {"question", "answer"}'
 SFT_FORMATS = '{"messages"}, {"prompt", "response"} or {"question", "answer"}'
 
 
-def row_error(key: str, where: str, problem: str) -> DataError:
-    """DataError of one row: `train_data.path: file:line: problem`."""
-    return DataError(f"{key}.path: {where}: {problem}")
-
-
-def text_of(row: dict[str, Any], name: str, where: str, key: str) -> str:
+def text_of(row: dict[str, Any], name: str) -> str:
     """`row[name]`, checked by `require_text`."""
-    return require_text(row[name], name, where, key)
+    return require_text(row[name], name)
 
 
-def require_text(value: Any, name: str, where: str, key: str) -> str:
-    """The string itself; null, NaN, another type, blank or not encodable text is a DataError."""
+def require_text(value: Any, name: str) -> str:
+    """The string itself; null, NaN, another type, blank or not encodable text is a BadRow."""
     if not isinstance(value, str):
         advice = "it must be a non-empty string"
         if name in ("prompt", "question", "response") and isinstance(value, list):
             advice += '; a conversation [{"role", "content"}, ...] belongs under messages'
-        raise row_error(key, where, f"{name} is {type_name(value)}; {advice}")
+        raise BadRow(f"{name} is {type_name(value)}; {advice}")
     if not value or value.isspace():
-        raise row_error(key, where, f"{name} is empty; fill it or remove the row")
+        raise BadRow(f"{name} is empty; fill it or remove the row")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise row_error(
-                key,
-                where,
+            raise BadRow(
                 f"{name} holds half a surrogate pair (character {error.start}); "
                 "write the character itself or remove it",
             ) from error
     return value
 
 
-def missing_keys(row: dict[str, Any], formats: str, where: str, key: str) -> DataError:
+def missing_keys(row: dict[str, Any], formats: str) -> BadRow:
     """The error of a row that fits none of `formats`, naming the keys that it has."""
     lacking = "question"
     if "question" in row:
@@ -67,36 +60,32 @@ def missing_keys(row: dict[str, Any], formats: str, where: str, key: str) -> Dat
     elif "prompt" in row:
         lacking = "response"
     found = ", ".join(sorted(map(str, row))) or "none"
-    return row_error(
-        key, where, f"row without {lacking}: it has the keys {found}; a row is {formats}"
-    )
+    return BadRow(f"row without {lacking}: it has the keys {found}; a row is {formats}")
 
 
-def extra_info_of(row: dict[str, Any], where: str, key: str) -> dict[str, Any]:
+def extra_info_of(row: dict[str, Any]) -> dict[str, Any]:
     """`row["extra_info"]` (absent or null: empty) with the `answer` column, if any, in it."""
     value = row.get("extra_info")
     if isinstance(value, str):
-        value = from_json(value, "extra_info", where, key) if value.strip() else None
+        value = from_json(value, "extra_info") if value.strip() else None
     if value is None:
         value = {}
     if not isinstance(value, dict):
-        raise row_error(
-            key,
-            where,
+        raise BadRow(
             f'extra_info is {type_name(value)}; it must be an object such as {{"answer": "42"}}',
         )
     if "answer" in row and "answer" not in value:
         value = {**value, "answer": row["answer"]}
     if "answer" in value:
-        _require_answer(value["answer"], where, key)
+        _require_answer(value["answer"])
     return value
 
 
-def _require_answer(answer: Any, where: str, key: str) -> None:
+def _require_answer(answer: Any) -> None:
     """Something that a response can be compared with, down to the items of a list."""
     if isinstance(answer, (list, dict)) and answer:
         for item in answer.values() if isinstance(answer, dict) else answer:
-            _require_answer(item, where, key)
+            _require_answer(item)
         return
     found = None
     if answer is None or isinstance(answer, float) and not math.isfinite(answer):
@@ -106,40 +95,36 @@ def _require_answer(answer: Any, where: str, key: str) -> None:
     elif isinstance(answer, str):
         # What numpy and data frames write for a number that is missing.
         found = "NaN" if answer.strip().lower() == "nan" else None
-        require_text(answer, "answer", where, key)
+        require_text(answer, "answer")
     if found is not None:
-        raise row_error(key, where, f"answer is {found}; fill it or remove the row")
+        raise BadRow(f"answer is {found}; fill it or remove the row")
 
 
-def gold_answer(answer: str, where: str, key: str) -> str:
+def gold_answer(answer: str) -> str:
     """What stands behind the last `####` of a GSM8K answer."""
     _, mark, gold = answer.rpartition("####")
     gold = gold.strip()
     if not mark or not gold:
         problem = "answer has nothing after its last '####'" if mark else "answer without '####'"
-        raise row_error(
-            key,
-            where,
+        raise BadRow(
             f"{problem}; a GSM8K answer ends with '#### 42' (rows of another kind: "
             '{"prompt": "...", "extra_info": {"answer": "42"}})',
         )
-    _require_answer(gold, where, key)
+    _require_answer(gold)
     return gold
 
 
-def question_prompt(tokenizer: PreTrainedTokenizerBase, question: str, where: str, key: str) -> str:
+def question_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """Prompt text of a GSM8K question: by the chat template, or plain where there is none."""
     if tokenizer.chat_template is None:
         return f"{question}\n{GSM8K_INSTRUCTION}\n"
     message = {"role": "user", "content": f"{question} {GSM8K_INSTRUCTION}"}
-    return render(tokenizer, [message], where, key, add_generation_prompt=True)
+    return render(tokenizer, [message], add_generation_prompt=True)
 
 
 def messages_prompt(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
-    where: str,
-    key: str,
     tools: list[Any] | None = None,
 ) -> str:
     """Prompt text of a conversation that the policy continues.
@@ -147,31 +132,25 @@ def messages_prompt(
     Without a chat template, the content of a single user message and a newline.
     """
     if messages[-1]["role"] == "assistant":
-        raise row_error(
-            key,
-            where,
+        raise BadRow(
             "messages end with an assistant turn; a prompt ends before it "
             "(move the reference answer into extra_info)",
         )
     if tokenizer.chat_template is None and len(messages) == 1 and messages[0]["role"] == "user":
         return messages[0]["content"] + "\n"
-    return render(tokenizer, messages, where, key, add_generation_prompt=True, tools=tools)
+    return render(tokenizer, messages, add_generation_prompt=True, tools=tools)
 
 
 def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
-    where: str,
-    key: str,
     *,
     add_generation_prompt: bool,
     tools: list[Any] | None = None,
 ) -> str:
     """The chat template's text of `messages`; what the template refuses is the row's error."""
     if tokenizer.chat_template is None:
-        raise row_error(
-            key,
-            where,
+        raise BadRow(
             "messages need a tokenizer with a chat template and this one has none; "
             'use an instruction-tuned model, or {"prompt": "..."} rows',
         )
@@ -184,18 +163,16 @@ def render(
         text.encode()  # half a surrogate pair, which no tokenizer takes
         return text
     except Exception as error:  # a template is a program: it may divide by zero
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise row_error(key, where, f"the chat template refuses the messages: {reason}") from error
+        raise BadRow(f"the chat template refuses the messages: {one_line(error)}") from error
 
 
-def from_json(value: Any, name: str, where: str, key: str) -> Any:
+def from_json(value: Any, name: str) -> Any:
     """What a JSON text says; every other value is what it is already."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise row_error(
-            key, where, f"{name} is a string that is not JSON ({reason}); write it as JSON"
+        raise BadRow(
+            f"{name} is a string that is not JSON ({one_line(error)}); write it as JSON"
         ) from error

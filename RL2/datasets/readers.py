@@ -7,10 +7,10 @@ import re
 
 from RL2.config.data_paths import extension_of, find_data
 from RL2.config.paths import expand_home
-from RL2.datasets.rows import Rows, one_line, without_nested_nulls
+from RL2.datasets.rows import Rows, without_nested_nulls
 from RL2.datasets.table_files import read_arrow, read_parquet
 from RL2.datasets.text_files import read_csv, read_json, read_jsonl
-from RL2.runtime.errors import DataError
+from RL2.runtime.errors import DataError, one_line
 
 _HUB_TIMEOUT = 5.0  # seconds for the one request that finds out whether the hub answers
 

@@ -21,10 +21,9 @@ from RL2.datasets.prompts import (
     messages_prompt,
     missing_keys,
     question_prompt,
-    row_error,
     text_of,
 )
-from RL2.datasets.rows import Rows
+from RL2.datasets.rows import BadRow, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -71,17 +70,14 @@ class RLDataset(Dataset):
             max_prompt_length = option(config, "max_prompt_length")
         rows = load_limited_rows(config, key)
         unread = Unread(key, tokenizer)
-        items = [_parse(row, tokenizer, rows.where(i), key, unread) for i, row in enumerate(rows)]
-        for i, item in enumerate(items):
-            if (fault := fault_of(item["extra_info"], max_extra_info)) is not None:
-                raise row_error(key, rows.where(i), fault)
+        items = rows.parsed(lambda row: _item(row, tokenizer, unread, max_extra_info), key)
         unread.report()
         _warn_of_missing_answers(items, rows, key)
         prompts = [item["prompt"] for item in items]
         prompt_ids = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
         for i, ids in enumerate(prompt_ids):
             if not ids:
-                raise row_error(key, rows.where(i), "the tokenizer makes no token of the prompt")
+                raise rows.error(i, key, "the tokenizer makes no token of the prompt")
             items[i]["prompt_ids"] = ids
         kept = keep_within(
             [len(ids) for ids in prompt_ids],
@@ -113,34 +109,30 @@ def _warn_of_missing_answers(items: list[dict[str, Any]], rows: Rows, key: str) 
         )  # fmt: skip
 
 
-def _parse(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str, key: str, unread: Unread
+def _item(
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    unread: Unread,
+    max_extra_info: int | None,
 ) -> dict[str, Any]:
     """Prompt text and extra_info of one row."""
-    try:
-        return _parsed(row, tokenizer, where, key, unread)
-    except RecursionError as error:
-        raise row_error(key, where, "is nested too deeply to be read; make it flatter") from error
-
-
-def _parsed(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str, key: str, unread: Unread
-) -> dict[str, Any]:
     kind = format_of(row, RL_ROWS)
     if kind is None:
-        raise missing_keys(row, RL_FORMATS, where, key)
+        raise missing_keys(row, RL_FORMATS)
     unread.add_row(row, kind)
     if "messages" in kind.needs:
-        messages, tools = messages_of(row, where, key), tools_of(row, where, key)
+        messages, tools = messages_of(row), tools_of(row)
         unread.add_messages(messages, tools)
-        prompt = messages_prompt(tokenizer, messages, where, key, tools)
-        extra_info = extra_info_of(row, where, key)
+        prompt = messages_prompt(tokenizer, messages, tools)
+        extra_info = extra_info_of(row)
     elif "prompt" in kind.needs:
-        prompt = text_of(row, "prompt", where, key)
-        extra_info = extra_info_of(row, where, key)
+        prompt = text_of(row, "prompt")
+        extra_info = extra_info_of(row)
     else:
-        question = text_of(row, "question", where, key)
-        gold = gold_answer(text_of(row, "answer", where, key), where, key)
-        prompt = question_prompt(tokenizer, question, where, key)
-        extra_info = {**extra_info_of(row, where, key), "answer": gold}
+        question = text_of(row, "question")
+        gold = gold_answer(text_of(row, "answer"))
+        prompt = question_prompt(tokenizer, question)
+        extra_info = {**extra_info_of(row), "answer": gold}
+    if (fault := fault_of(extra_info, max_extra_info)) is not None:
+        raise BadRow(fault)
     return {"prompt": prompt, "extra_info": extra_info}

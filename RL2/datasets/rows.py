@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeVar
+
+from RL2.runtime.errors import DataError
+
+T = TypeVar("T")
+
+
+class BadRow(ValueError):
+    """What is wrong with a row, and the way out. `Rows.parsed` adds where the row stands."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,27 @@ class Rows:
         """`file:line`, or `file: row n` where the format has no lines."""
         return f"{self.places[index]}{self.numbers[index]}"
 
+    def error(self, index: int, key: str, problem: object) -> DataError:
+        """`{key}.path: file:line: problem`."""
+        return DataError(f"{key}.path: {self.where(index)}: {problem}")
+
+    def parsed(self, parse: Callable[[dict[str, Any]], T], key: str) -> list[T]:
+        """What `parse` makes of each row.
+
+        Raises:
+            DataError: it raised BadRow.
+        """
+        found = []
+        for index, row in enumerate(self.rows):
+            try:
+                found.append(parse(row))
+            except BadRow as error:
+                raise self.error(index, key, error) from error
+            except RecursionError as error:
+                problem = "is nested too deeply to be read; make it flatter"
+                raise self.error(index, key, problem) from error
+        return found
+
     def fingerprint(self, indices: Iterable[int]) -> str:
         """SHA-256 over the content of these rows, wherever they were read from. What JSON does not
         have (a date, an image) counts by its type alone."""
@@ -102,8 +131,3 @@ def type_name(value: Any) -> str:
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
     names |= {list: "a list", dict: "an object"}
     return names.get(type(value), f"a {type(value).__name__}")
-
-
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 240 else text[:240] + "..."

@@ -22,9 +22,9 @@ from RL2.datasets.prompts import (
     missing_keys,
     question_prompt,
     render,
-    row_error,
     text_of,
 )
+from RL2.datasets.rows import BadRow
 from RL2.runtime.errors import DataError
 
 
@@ -93,16 +93,15 @@ class SFTDataset(Dataset):
         self.batch_size_key = f"{key}.batch_size"
         rows = load_limited_rows(config, key)
         parse = _Parser(tokenizer, ends, key, option(config, "separator", ""))
-        parsed = [parse(row, rows.where(i)) for i, row in enumerate(rows)]
+        parsed = rows.parsed(parse, key)
         parse.unread.report()
         sequences: list[Sequence] = [{} for _ in parsed]
         _fill_pairs(sequences, parsed, tokenizer, ends)
         _fill_conversations(sequences, parsed, tokenizer, key)
         for i, sequence in enumerate(sequences):
             if not any(sequence["action_mask"][1:]):
-                raise row_error(
-                    key, rows.where(i), "no token to learn (a first token has none before it)"
-                )
+                problem = "no token to learn (a first token has none before it)"
+                raise rows.error(i, key, problem)
         kept = keep_within(
             [len(sequence["token_ids"]) for sequence in sequences],
             option(config, "max_length"),
@@ -135,28 +134,26 @@ class _Parser:
         self.stops = _texts(tokenizer, whole.intersection(ends.ids))
         self.special = _texts(tokenizer, ends.special)
 
-    def __call__(self, row: dict[str, Any], where: str) -> _Pair | _Conversation:
-        tokenizer, ends, key = self.tokenizer, self.ends, self.key
+    def __call__(self, row: dict[str, Any]) -> _Pair | _Conversation:
         kind = format_of(row, SFT_ROWS)
         if kind is None:
-            raise missing_keys(row, SFT_FORMATS, where, key)
+            raise missing_keys(row, SFT_FORMATS)
         self.unread.add_row(row, kind)
         if "messages" in kind.needs:
-            messages, tools = messages_of(row, where, key), tools_of(row, where, key)
+            messages, tools = messages_of(row), tools_of(row)
             self.unread.add_messages(messages, tools)
-            return self._conversation(messages, tools, where)
+            return self._conversation(messages, tools)
         if "prompt" in kind.needs:
-            prompt, response = (text_of(row, name, where, key) for name in kind.needs)
+            prompt, response = (text_of(row, name) for name in kind.needs)
             return _Pair(prompt, self.separator + response, self._last())
-        question = text_of(row, "question", where, key)
-        answer = text_of(row, "answer", where, key)
-        prompt = question_prompt(tokenizer, question, where, key)
+        question, answer = text_of(row, "question"), text_of(row, "answer")
+        prompt = question_prompt(self.tokenizer, question)
         # The prompt is the chat template's, where there is one, and so is the end.
-        last = self._last()
-        return _Pair(prompt, answer, last if ends.turn is None else ends.turn)
+        last, turn = self._last(), self.ends.turn
+        return _Pair(prompt, answer, last if turn is None else turn)
 
     def _conversation(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, where: str
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
     ) -> _Conversation:
         """Find each assistant turn that is learned in the rendered text.
 
@@ -164,13 +161,12 @@ class _Parser:
         the rendering up to it. Both must be prefixes of the whole, the second as far as the end of
         the turn, or the positions would be wrong.
         """
-        tokenizer, key = self.tokenizer, self.key
-        shown = partial(render, tokenizer, where=where, key=key, tools=tools)
+        tokenizer = self.tokenizer
+        shown = partial(render, tokenizer, tools=tools)
         text = shown(messages, add_generation_prompt=False)
-        turns = learned_turns(messages, where, key)
+        turns = learned_turns(messages)
         if turns[0] == 0:
-            problem = "messages begin with an assistant turn; put a user turn before"
-            raise row_error(key, where, problem)
+            raise BadRow("messages begin with an assistant turn; put a user turn before")
         pieces, spans, done, n_written = [], [], 0, 0
         for i in turns:
             before = shown(messages[:i], add_generation_prompt=True)
@@ -179,9 +175,7 @@ class _Parser:
             words, is_closed = self._end(turn, messages[i].get("content") or "")
             end = len(before) + words
             if not (upto.startswith(before) and text.startswith(upto[:end])):
-                raise row_error(
-                    key,
-                    where,
+                raise BadRow(
                     f"the chat template renders messages[{i}] differently when turns follow it or "
                     "when it is generated, so what the assistant wrote cannot be located; make one "
                     "row of each assistant turn, or use another chat template",

@@ -6,8 +6,8 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from RL2.datasets.rows import Rows, one_line, without_nested_nulls
-from RL2.runtime.errors import DataError
+from RL2.datasets.rows import Rows, without_nested_nulls
+from RL2.runtime.errors import DataError, one_line
 
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of the Arrow IPC format
 

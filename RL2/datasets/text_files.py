@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from RL2.datasets.rows import Rows, one_line, type_name
-from RL2.runtime.errors import DataError
+from RL2.datasets.rows import Rows, type_name
+from RL2.runtime.errors import DataError, one_line
+from RL2.runtime.json_objects import no_key_twice
 
 _GZIP = b"\x1f\x8b"  # how a compressed file begins, whatever its name
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -63,7 +64,7 @@ def _parse_jsonl(text: str, name: str, key: str) -> Rows:
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line, object_pairs_hook=_no_key_twice))
+            rows.append(json.loads(line, object_pairs_hook=no_key_twice))
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{key}.path: {_place(name, number, error)}; each line holds one object, for "
@@ -82,7 +83,7 @@ def read_json(name: str, key: str) -> Rows:
     begin = _BEGIN.match(text)
     if begin is None:
         return _parse_jsonl_or_object(text, name, key)
-    decoder = json.JSONDecoder(object_pairs_hook=_no_key_twice)
+    decoder = json.JSONDecoder(object_pairs_hook=no_key_twice)
     rows, lines = [], []
     position, is_last, line, counted = begin.end(), begin[1], 1, 0
     try:
@@ -127,16 +128,6 @@ def _place(name: str, line: int, error: Exception) -> str:
         return f"{name}:{line}: not JSON ({one_line(error)})"
     before = error.doc[error.doc.rfind("\n", 0, error.pos) + 1 : error.pos]
     return f"{name}:{line}:{len(before.encode()) + 1}: not JSON ({error.msg})"
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs; json would keep the last of two in silence."""
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in row if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} occurs twice in one object")
-    return row
 
 
 def _objects(rows: list[Any], lines: list[int], name: str, key: str) -> Rows:

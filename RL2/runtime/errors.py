@@ -46,6 +46,13 @@ class HealthError(TrainingError):
     """A run that could go on, but has stopped to learn (`trainer.health`)."""
 
 
+def one_line(error: BaseException) -> str:
+    """The text of an error without line breaks, cut after 240 characters; its type where it says
+    nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else text[:240] + "..."
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, or its type where it says nothing, in one line."""
     lines = str(error).strip().splitlines()

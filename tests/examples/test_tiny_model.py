@@ -93,7 +93,7 @@ def test_any_text_comes_back(tokenizer, text):
 
 
 def test_prompt_text_costs_few_tokens(tokenizer):
-    prompt = question_prompt(tokenizer, "Ann has 7 eggs.", "", "data")
+    prompt = question_prompt(tokenizer, "Ann has 7 eggs.")
     assert prompt == f"<|user|>Ann has 7 eggs. {GSM8K_INSTRUCTION}<|end|><|assistant|>"
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == prompt

@@ -1,0 +1,14 @@
+"""JSON objects that say each thing once."""
+
+from typing import Any
+
+
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook`: the object of these pairs. json alone would keep the last of two
+    values in silence."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in content if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r:.80} occurs twice in one object")
+    return content
