@@ -153,8 +153,8 @@ class StatefulBatchSampler(Sampler[list[int]]):
     at the boundary goes on with a new epoch and does not see an empty one first. (torchdata's
     RandomSampler keeps the state of a generator instead and leaves that empty epoch.)
 
-    The position belongs to the sampler, not to an iterator: an iteration that was broken off is
-    continued by the next one, so no row is seen twice in an epoch.
+    The position belongs to the sampler, not to an iterator: the next iteration continues one that
+    was broken off, so no row is seen twice in an epoch.
     """
 
     def __init__(
@@ -265,7 +265,7 @@ def make_loader(
     # one alone, so that a resumed run, which makes one iterator more, samples the same.
     generator = torch.Generator().manual_seed(0)
     with warnings.catch_warnings():
-        # torchdata 0.11 calls what torch 2.13 deprecates; nothing that a user could act upon.
+        # torchdata 0.11 calls what torch 2.13 deprecates; users can do nothing about it.
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
         return StatefulDataLoader(
             dataset, batch_sampler=sampler, collate_fn=list, generator=generator

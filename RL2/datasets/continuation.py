@@ -1,4 +1,4 @@
-"""Tokens of a text that goes on from another one.
+"""Tokens of a text that continues another one.
 
 A tokenizer of the sentencepiece kind (Llama 2, Mistral 7B, T5) puts a space before every text, and
 so do byte-level ones with `add_prefix_space`. The response to `2+2=` would begin with a space that
@@ -12,23 +12,23 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-# What a text is put behind to see its tokens as they are inside of one. The tokens of one of these
-# and of the text must not merge, so there are several; Llama 2 has a byte token for the first.
+# Texts to put before another one, to see its tokens as they are inside a text. There are several,
+# because the tokens of the two must not merge. Llama 2 has a byte token for the first.
 _BEFORE = ("\n", "=", "0", "a", ".", ")")
 
 
 def continuation_encoder(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Callable[[list[str]], list[list[int]]]:
-    """A function that gives the token ids of texts as what follows other ones, without special
-    tokens; `puts_something_before` is asked once."""
+    """A function from texts to their token ids where each continues another text, without special
+    tokens. `puts_something_before` is called once."""
     if not puts_something_before(tokenizer):
         return partial(_ids, tokenizer)
     return lambda texts: [_behind_another(tokenizer, text) for text in texts]
 
 
 def puts_something_before(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text at the beginning has other tokens than inside of another one."""
+    """Whether a text has other tokens at the beginning than inside another text."""
     return any(_behind_another(tokenizer, text) != _ids(tokenizer, [text])[0] for text in "a1")
 
 

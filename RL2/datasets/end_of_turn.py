@@ -3,7 +3,7 @@
 A model's files name them in several places, which need not agree: the generation config, the
 config, the tokenizer, and the chat template, which closes an assistant turn with a token that may
 be the tokenizer's `eos_token` (ChatML), another special one (Llama 3, Gemma, Phi), or the marker of
-the next role (GLM). `end_tokens` reads them all, and everybody else asks it.
+the next role (GLM). `end_tokens` reads them all, and all other code calls it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ class EndTokens:
     """The end tokens of a model with its tokenizer.
 
     ids: a completion ends with any of these.
-    saved: those of them at which whoever generates from the model's folder stops: its generation
-        config's, or its config's where it has none.
+    saved: those that the model's folder names, so that other programs stop there too: those of its
+        generation config, or of its config where there is no generation config.
     special: all tokens of the tokenizer that neither are text nor stand for some.
-    turn: with which the chat template closes an assistant turn; None where there is no template, or
-        where it closes none and the next role's marker, one of `ids`, ends a turn.
-    last: what ends a text that nothing ends: `eos_token`, or else what the model's configs name.
+    turn: the token with which the chat template closes an assistant turn. None where there is no
+        template, or where the template closes no turn and the marker of the next role, one of
+        `ids`, ends it.
+    last: the token to put after a text without an end: `eos_token`, or else one of the configs.
     """
 
     ids: tuple[int, ...]
@@ -96,8 +97,8 @@ def load_end_tokens(node: DictConfig, tokenizer: PreTrainedTokenizerBase) -> End
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """All tokens that are no text: `all_special_ids` leaves out added ones that are marked special
-    and play no role that the tokenizer has a name for."""
+    """All tokens that are no text. `all_special_ids` leaves out added ones that are marked special
+    and have no named role in the tokenizer."""
     added = tokenizer.added_tokens_decoder.items()
     return {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
 
@@ -129,8 +130,8 @@ def _template_ends(
         """The special tokens that come first, up to the next text."""
         return list(takewhile(marks.__contains__, dropwhile(lambda i: i not in marks, ids)))
 
-    # Some templates put something else at the very end (Phi: eos_token after the end of the turn),
-    # some end the last turn in another way than those before it.
+    # Some templates add something at the very end (Phi: eos_token after the end of the turn), and
+    # some end the last turn differently from those before it.
     same = takewhile(lambda pair: pair[0] == pair[1], zip(last, middle, strict=False))
     closing = first_run([token for token, _ in same]) or first_run(last)
     if closing:
@@ -143,8 +144,8 @@ def _template_ends(
 
 
 def _after_answer(tokenizer: PreTrainedTokenizerBase, *following: dict[str, str]) -> list[int]:
-    """The tokens behind the assistant's words in the chat template's text; none where it has no
-    place for such a conversation."""
+    """The tokens after the assistant's words in the chat template's text; none where the template
+    refuses such a conversation."""
     messages = [
         {"role": "user", "content": _QUESTION},
         {"role": "assistant", "content": _ANSWER},

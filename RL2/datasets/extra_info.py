@@ -1,4 +1,4 @@
-"""Whether what a row tells the environment can go there: found out before the run begins."""
+"""Whether the extra_info of a row can be sent to the environment, checked before the run begins."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from RL2.runtime.errors import one_line
 
-# Levels of lists and objects in each other. Copies recurse, and Python ends a recursion at 1,000.
+# Levels of nested lists and objects. Copies recurse, and Python ends a recursion at 1,000.
 _DEEPEST = 200
 
 
 def fault_of(extra_info: dict[str, Any], limit: int | None) -> str | None:
-    """Why an environment cannot be given it, with the way out; None if it can.
+    """Why it cannot be sent to an environment, with the way out; None if it can.
 
-    limit: bytes, pickled, that a process of the environment takes at most; None if there is none.
+    limit: the most bytes, pickled, that a process of the environment takes; None for no limit.
     """
     try:
         data = pickle.dumps(extra_info, pickle.HIGHEST_PROTOCOL)
@@ -28,7 +28,7 @@ def fault_of(extra_info: dict[str, Any], limit: int | None) -> str | None:
             f"extra_info cannot go to another process ({one_line(error)}); put plain data there, "
             "or use rollout.env_workers=0"
         )
-    # Each list and each dict has its mark there, which texts may hold as well.
+    # The pickle has one mark for each list and dict. Texts may hold the same bytes, so look closer.
     if data is None or (
         data.count(b"]") + data.count(b"}") > _DEEPEST and _is_deeper(extra_info, _DEEPEST)
     ):

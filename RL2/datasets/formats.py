@@ -1,4 +1,4 @@
-"""By which columns a row is read, and what is said about those that are not."""
+"""Which columns of a row are read, and a warning about those that are not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN = 12  # names in one line
 
 @dataclass(frozen=True)
 class Format:
-    """Columns that a row must have to be of this kind, and further ones that are read then."""
+    """Columns that a row of this kind must have, and others that are read as well."""
 
     needs: tuple[str, ...]
     takes: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ def format_of(row: dict[str, Any], formats: tuple[Format, ...]) -> Format | None
 
 
 class Unread:
-    """Counts what rows hold that nobody reads, to say it once in a line."""
+    """Counts what rows hold and nothing reads, for one warning at the end."""
 
     def __init__(self, key: str, tokenizer: PreTrainedTokenizerBase):
         self.key = key
@@ -61,7 +61,7 @@ class Unread:
         self.columns.update(k for k, value in row.items() if value is not None and k not in read)
 
     def add_messages(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> None:
-        """What a template shows stands in its text by its name."""
+        """A template's text names the fields that it shows."""
         names = {name for message in messages for name in message}
         names -= {"role", "content", "weight"}
         found = {f"{name} (of messages)" for name in names if name not in self.template}

@@ -1,9 +1,8 @@
 """Conversations with their tools, in the form in which chat templates expect them.
 
-What several kinds of files write in different ways is the same here: a field that is null is
-absent, and the arguments of a call are an object. (A null deeper inside, in the arguments of a call
-of a JSON file, is what the model is to write, and stays. A columnar file has none: see
-`RL2.datasets.rows.without_nested_nulls`.)
+Files write the same thing in different ways. Here a field that is null is absent, and the arguments
+of a call are an object. (A null inside the arguments of a call stays: the model is to write it. A
+columnar file has none, see `RL2.datasets.rows.without_nested_nulls`.)
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
         if not calls:
             require_text(message.get("content"), f"{name}.content")
         _check_weight(message, name)
-        # Some templates take a null, or calls of which there are none, for one that is there.
+        # Some templates treat a null, or an empty list of calls, as one that is there.
         message = {k: v for k, v in message.items() if v is not None and k != "tool_calls"}
         checked.append(message | ({"tool_calls": calls} if calls else {}))
     return checked

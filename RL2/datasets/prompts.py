@@ -101,7 +101,7 @@ def _require_answer(answer: Any) -> None:
 
 
 def gold_answer(answer: str) -> str:
-    """What stands behind the last `####` of a GSM8K answer."""
+    """The text after the last `####` of a GSM8K answer."""
     _, mark, gold = answer.rpartition("####")
     gold = gold.strip()
     if not mark or not gold:
@@ -154,7 +154,7 @@ def render(
             "messages need a tokenizer with a chat template and this one has none; "
             'use an instruction-tuned model, or {"prompt": "..."} rows',
         )
-    # A weight is told to us, not to the model.
+    # A weight is for the trainer, not for the model.
     shown = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
     try:
         text = tokenizer.apply_chat_template(
@@ -167,7 +167,7 @@ def render(
 
 
 def from_json(value: Any, name: str) -> Any:
-    """What a JSON text says; every other value is what it is already."""
+    """The value of a JSON text; a value that is no text is returned as it is."""
     if not isinstance(value, str):
         return value
     try:

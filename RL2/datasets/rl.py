@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class RLDataset(Dataset):
-    """Tokenised prompts and what the environment is told about each.
+    """Tokenised prompts, and the extra_info that the environment gets with each.
 
     All rows are read, checked and tokenised in the constructor, so that a bad row stops the run
     before a model is loaded. Prompts are tokenised without special tokens: what the chat template
@@ -94,13 +94,13 @@ class RLDataset(Dataset):
         return len(self._items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # A copy: environments may write into extra_info, and must not find that next epoch.
+        # A copy: environments may write into extra_info, and the next epoch must not see that.
         item = self._items[index]
         return {**item, "extra_info": copy.deepcopy(item["extra_info"]), "index": index}
 
 
 def _warn_of_missing_answers(items: list[dict[str, Any]], rows: Rows, key: str) -> None:
-    """Some rows with and some without may be meant; a hole in the data looks the same."""
+    """Some rows with an answer and some without may be meant, or be a hole in the data."""
     without = [i for i, item in enumerate(items) if "answer" not in item["extra_info"]]
     if 0 < len(without) < len(items):
         logger.warning(

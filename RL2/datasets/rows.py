@@ -24,7 +24,7 @@ class Rows:
 
     Attributes:
         rows: one dict per row.
-        places: for each row what stands before its number in messages, `file:` or `file: row `.
+        places: for each row the text before its number in messages, `file:` or `file: row `.
         numbers: for each row the physical line on which it begins, or its place among the rows
             where there are no lines (parquet, arrow, hub); both from 1.
     """
@@ -107,11 +107,11 @@ class Rows:
 
 
 def without_nested_nulls(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of a columnar file without the nulls inside of their values.
+    """Rows of a columnar file without the nulls inside their values.
 
-    All rows of such a file have the same fields, so that null stands for what a row does not have:
-    the arguments of other calls, the fields of other messages. (A null that was meant cannot be
-    told from it; a JSON file keeps those.) Columns stay, and nulls that are items of a list.
+    All rows of such a file have the same fields. A null stands for a field that the row does not
+    have: the arguments of other calls, the fields of other messages. (A null that was meant looks
+    the same; a JSON file keeps those.) Columns stay, and so do nulls that are items of a list.
     """
     return [{column: _without_nulls(value) for column, value in row.items()} for row in rows]
 
@@ -123,7 +123,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def type_name(value: Any) -> str:
-    """What a value is, in the words of a data file."""
+    """The kind of a value, in the words of a data file."""
     if value is None:
         return "null"
     if isinstance(value, float) and not math.isfinite(value):

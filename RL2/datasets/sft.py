@@ -33,8 +33,8 @@ class _Pair:
     """Prompt and response, tokenised apart as in a rollout, where the policy begins after the
     prompt's last token; the token `end` follows.
 
-    What the tokenizer puts before every text (a space) does not come between the two. Where it
-    would merge the prompt's end with the response's beginning, they stay apart.
+    A space that the tokenizer puts before every text does not come between the two. Tokens that
+    would merge the end of the prompt with the beginning of the response stay apart.
     """
 
     prompt: str
@@ -60,13 +60,13 @@ class SFTDataset(Dataset):
 
     What is learned ends as a rollout does, up to and including an end token: the one with which the
     chat template closes the turn, or the marker of the next role where that is an end token (GLM).
-    Where a text has neither, `eos_token` is put there: behind the response of the first two kinds
-    of rows unless it ends with an end token already, and behind an assistant turn that the template
+    Where a text has neither, `eos_token` is added: after the response of the first two kinds of
+    rows unless it ends with an end token already, and after an assistant turn that the template
     leaves open.
 
     With {"messages"}, `tools` is shown to the chat template, and a turn with `weight` 0 is not
-    learned. `separator` stands between prompt and response of {"prompt", "response"}, as the first
-    of what is learned: the prompt is that of a rollout.
+    learned. `separator` stands between prompt and response of {"prompt", "response"}, and is
+    learned: the prompt alone is that of a rollout.
 
     end_ids: the tokens that end what is learned.
 
@@ -206,8 +206,8 @@ class _Parser:
     def _end(self, turn: str, content: str) -> tuple[int, bool]:
         """Where what is learned of a turn ends, and whether an end token closes it.
 
-        Templates put a newline, or more, behind the token that ends a turn; the policy stops at
-        that token.
+        Templates put a newline, or more, after the token that ends a turn; the policy stops at that
+        token.
         """
         words = content.strip()
         found = turn.rfind(words) if words else -1

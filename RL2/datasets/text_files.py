@@ -75,9 +75,9 @@ def _parse_jsonl(text: str, name: str, key: str) -> Rows:
 
 
 def read_json(name: str, key: str) -> Rows:
-    """A list of objects; objects one after another (JSON lines in a .json file) are read as well.
+    """A list of objects, or objects one after another (JSON lines in a .json file).
 
-    Elements are decoded one by one, because only so their positions are known.
+    Elements are decoded one by one, which is the only way to know their positions.
     """
     text = _read_text(name, key)
     begin = _BEGIN.match(text)
@@ -146,7 +146,7 @@ def read_csv(name: str, key: str) -> Rows:
 
 @contextmanager
 def _cells_of_any_size(text: str) -> Iterator[None]:
-    """The csv module refuses cells above 128 KiB, by a limit of the whole process."""
+    """The csv module refuses cells above 128 KiB, a limit of the whole process."""
     before = csv.field_size_limit(max(len(text), csv.field_size_limit()))
     try:
         yield
@@ -193,8 +193,8 @@ def _parse_csv(text: str, name: str, key: str) -> Rows:
 
 
 def _delimiter(text: str) -> str:
-    """What cuts the header into most columns: a comma, a semicolon (spreadsheets in countries with
-    a decimal comma) or a tab."""
+    """The one of comma, semicolon (spreadsheets in countries with a decimal comma) and tab that
+    cuts the header into most columns."""
 
     def n_columns(delimiter: str) -> int:
         reader = csv.reader(io.StringIO(text[:_HEADER], newline=""), delimiter=delimiter)

@@ -68,7 +68,7 @@ def reason_of(problem: BaseException) -> str:
 
 
 def first_reason(reason: str | None, group: dist.ProcessGroup | None = None) -> str | None:
-    """The first rank's reason that there is, on every rank (a collective)."""
+    """The reason of the first rank that has one, on every rank (a collective)."""
     if not sum_over_ranks(torch.tensor(int(reason is not None)), group):
         return None
     return next(reason for reason in of_all(reason, group) if reason is not None)
@@ -86,8 +86,8 @@ def of_all(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 def all_names(own: Iterable[str], group: dist.ProcessGroup | None = None) -> list[str]:
     """The names that any rank has, sorted, on every rank (a collective).
 
-    Who sums numbers by name needs them first: tensors of other names, or of another size, would be
-    summed as they stand. The names cross only where ranks differ.
+    A sum of numbers by name needs them first: tensors of other names, or of another size, would be
+    summed position by position. The names are sent only where ranks differ.
     """
     own = sorted(own)
     if world_size() == 1:

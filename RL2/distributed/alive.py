@@ -1,9 +1,9 @@
 """Signs of life between the ranks of a run.
 
 A rank waits in a collective for as long as others generate, which may take hours, so a collective
-has no useful time limit. What has one is the silence of a rank: each says every few seconds that it
-lives, from a thread that neither a rollout nor an update holds up. Where a machine, a link or a
-process is gone, those who are left end, and name it.
+has no useful time limit. The silence of a rank has one: each says every few seconds that it lives,
+from a thread that neither a rollout nor an update holds up. Where a machine, a link or a process is
+gone, the remaining ranks end, and name it.
 """
 
 import logging
@@ -45,7 +45,7 @@ def watching(
     """While the body runs, say that this rank lives, and end where another has not for `limit`
     seconds. Rank 0 listens to all, the others to rank 0, which tells them who is lost.
 
-    store: a connection of its own. end: called with the reason; None ends this process.
+    store: a connection that nothing else uses. end: called with the reason; None ends this process.
     """
     done = threading.Event()
     others = [rank for rank in range(len(ranks)) if rank != own] if own == 0 else [0]
@@ -167,7 +167,7 @@ def _tell(store: dist.Store, reason: str) -> None:
 
 
 def _leave(store: dist.Store, own: int, done: threading.Event) -> None:
-    """Nobody need wait for this rank any more. Waits for nobody."""
+    """Tell the others not to wait for this rank any more. Does not wait itself."""
     done.set()
 
     def say() -> None:

@@ -34,10 +34,10 @@ _DTYPES = (
 class ScatterPlan:
     """Which rows form which micro-batch, and on which ranks.
 
-    A *pack* is some rows, one after the other, and filler tokens that owe nothing, as many as
-    make it divisible by `sp_size` and not empty: every rank must run the same number of forwards
-    and backwards. Pack p is the (p // dp_size)-th micro-batch of data-parallel place p % dp_size,
-    whose sequence-parallel ranks hold consecutive slices of it, of one size.
+    A *pack* is some rows, one after the other, and filler tokens without a part in the loss, as
+    many as make it divisible by `sp_size` and not empty: every rank must run the same number of
+    forwards and backwards. Pack p is the (p // dp_size)-th micro-batch of data-parallel place
+    p % dp_size, whose sequence-parallel ranks hold consecutive slices of it, of one size.
 
     Attributes:
         lengths: `[B]` tokens of each row of the batch.

@@ -35,7 +35,7 @@ _RUNS = itertools.count()
 
 @dataclass(frozen=True)
 class Rank:
-    """What the others are told of a rank. host: its machine's name. node: torchrun's number of the
+    """What a rank tells the others. host: its machine's name. node: torchrun's number of the
     machine, empty without torchrun. problem: why the others cannot reach it, None if they can.
     facts: fingerprint of what it was started with. process: its number on its machine."""
 
@@ -119,8 +119,8 @@ def meet(
 
 
 def give_up(reason: str) -> None:
-    """Tell the ranks that wait in `meet` why this one does not come. Where they do not hear it in
-    some seconds, they will have to find out themselves."""
+    """Tell the ranks that wait in `meet` why this one does not come. It tries for some seconds;
+    ranks that come later run into their own time limit."""
     own, n_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with suppress(ConfigError, dist.DistError):
         store = dist.PrefixStore(next_prefix(), find_store(2 * _GIVE_UP))
@@ -130,7 +130,7 @@ def give_up(reason: str) -> None:
 
 @contextmanager
 def _ending_together(store: dist.Store, own: int, n_ranks: int, host: str) -> Iterator[None]:
-    """Where this rank ends, the others hear why before the store goes, maybe with this process."""
+    """Where this rank ends, tell the others why before the store goes, maybe with this process."""
     try:
         yield
     except ConfigError as error:
@@ -220,7 +220,7 @@ def _ranks(numbers: list[int]) -> str:
 
 
 def _wait_for_port(address: str, port: int, wait: float) -> None:
-    """Return when somebody listens there; torch would say each failed try at length."""
+    """Return when a process listens there; torch would log each failed try at length."""
     start, said = time.monotonic(), False
     while True:
         try:

@@ -35,12 +35,12 @@ Facts = Mapping[str, Fact]
 
 
 def packed(facts: Facts) -> str:
-    """As text, which travels."""
+    """As text, to be sent to other ranks."""
     return json.dumps({key: [fact.value, fact.way_out, fact.digest] for key, fact in facts.items()})
 
 
 def unpacked(text: str) -> dict[str, Fact]:
-    """What `packed` has made a text of."""
+    """The inverse of `packed`."""
     return {key: Fact(*fields) for key, fields in json.loads(text).items()}
 
 
@@ -50,7 +50,7 @@ def fingerprint(text: str) -> str:
 
 
 def difference(all_facts: Sequence[Facts], hosts: Sequence[str]) -> str | None:
-    """What the first rank that differs from rank 0 has otherwise, in one line; None if nothing.
+    """What differs on the first rank that is not like rank 0, in one line; None if nothing does.
 
     hosts: the ranks' machines.
     """

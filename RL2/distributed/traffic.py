@@ -4,8 +4,8 @@
 class Traffic:
     """Bytes by what they were for, as `comm/<name>_bytes`.
 
-    Counted is what leaves rank 0 for others or reaches it from them, padding included and its own
-    share excluded, so a run of one rank counts 0.
+    It counts what rank 0 sends to others or receives from them, padding included and its own share
+    excluded, so a run of one rank counts 0.
     """
 
     def __init__(self):

@@ -119,7 +119,7 @@ def _by_the_formula(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """What the fused kernel has no word for; takes memory for all logits of attention."""
+    """For what the fused kernel cannot do; takes memory for all logits of attention."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
     logits = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)

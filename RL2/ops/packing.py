@@ -40,11 +40,11 @@ def plan_packs(
     practice the optimum), rounded up. Over that many bins rows are spread by LPT (dearest row to
     the cheapest bin with room), by Karmarkar and Karp's differencing (1982), which is best for
     few bins of many rows, and by MULTIFIT on tokens (the smallest capacity at which best-fit
-    decreasing still gets by with that many bins: Coffman, Garey and Johnson 1978), which is best
-    for many bins of few rows. Where a single row costs more than an even share, it sets the pace
-    of its turn anyway; so the same is done once more after the other bins of such turns have been
-    filled up to that, which makes the turns after them shorter. Taken is the plan whose dearest
-    bin is the cheapest, and among equals the one that waits least, all turns together.
+    decreasing still needs no more bins: Coffman, Garey and Johnson 1978), which is best for many
+    bins of few rows. A single row that costs more than an even share decides how long its turn
+    takes. So a second plan first fills the other bins of such turns up to that cost, which makes
+    the turns after them shorter. The plan with the lowest highest cost of a bin is used; among
+    equals, the one whose turns take the least time in sum.
 
     Raises:
         ValueError: a row (named by its index) or unit that is longer than `max_length`, a negative

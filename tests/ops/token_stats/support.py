@@ -229,7 +229,7 @@ class RegisteredLoss:
 
 
 # which of T tokens receive a gradient
-OWED = {
+TRAINED = {
     "all": lambda T: torch.ones(T, dtype=torch.bool),
     "none": lambda T: torch.zeros(T, dtype=torch.bool),
     "a fifth": lambda T: torch.arange(T) % 5 == 2,

@@ -12,9 +12,9 @@ from tests.ops.token_stats.support import (
     ALL,
     DIFFERENTIABLE,
     NEG_INF,
-    OWED,
     QUICK,
     SMALL,
+    TRAINED,
     AllocationRecorder,
     ProductCounter,
     RegisteredLoss,
@@ -407,14 +407,14 @@ def test_backward_twice(implementation):
     torch.testing.assert_close(separate[0] + separate[1], first[1], rtol=1e-12, atol=1e-12)
 
 
-# ---------------------------------------------------------------- rows that owe nothing
+# ---------------------------------------------------------------- rows without a gradient
 
 
 @quick_tiled
-@pytest.mark.parametrize("owed", OWED)
-def test_rows_that_owe_nothing(implementation, owed):
+@pytest.mark.parametrize("which", TRAINED)
+def test_rows_without_a_gradient(implementation, which):
     *inputs, actions = random_case(T=21)
-    weights = OWED[owed](21) * torch.rand(21, dtype=torch.float64)
+    weights = TRAINED[which](21) * torch.rand(21, dtype=torch.float64)
     results = []
     for one in (implementation, "naive"):
         hidden, weight, bias = leaves(*inputs)
@@ -432,17 +432,17 @@ def _backward_products(value, inputs):
 
 
 @pytest.mark.parametrize("trained, products", [((1, 1), 3), ((1, 0), 2), ((0, 1), 2)])
-def test_backward_products_see_only_rows_that_owe(trained, products):
+def test_backward_products_see_only_rows_with_a_gradient(trained, products):
     T, H, V = 200, 8, 60
     hidden, weight, _, actions = random_case(T=T, H=H, V=V, dtype=torch.float32)
     hidden, weight = (
         hidden.requires_grad_(bool(trained[0])),
         weight.requires_grad_(bool(trained[1])),
     )
-    for n_owed in (0, 40, 200):
-        upstream = (torch.arange(T) < n_owed).float()[torch.randperm(T)]
+    for n_trained in (0, 40, 200):
+        upstream = (torch.arange(T) < n_trained).float()[torch.randperm(T)]
         value = unseen(stats_of("tiled", hidden, weight, actions, tiling=Tiling(16, 64))) * upstream
-        assert _backward_products(value, [hidden, weight]) == products * n_owed * H * V
+        assert _backward_products(value, [hidden, weight]) == products * n_trained * H * V
 
 
 def test_greedy_tokens_of_the_max_target_kl_cost_nothing():

@@ -7,8 +7,8 @@ from RL2.algorithms import LOSSES
 from RL2.ops.token_stats import kernels, linear_token_loss
 from tests.ops.token_stats.support import (
     ALL,
-    OWED,
     QUICK,
+    TRAINED,
     AllocationRecorder,
     ProductCounter,
     RegisteredLoss,
@@ -63,13 +63,13 @@ def same(found, expected, **tolerance):
 
 
 @tiled
-@pytest.mark.parametrize("owed", OWED)
+@pytest.mark.parametrize("which", TRAINED)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_equals_the_loss_on_full_logits(implementation, owed, dtype):
+def test_equals_the_loss_on_full_logits(implementation, which, dtype):
     T = 33
     hidden, weight, bias, actions = random_case(T=T, dtype=dtype)
     bias = bias.float() if dtype == torch.bfloat16 else bias
-    weights = OWED[owed](T) * torch.randn(T).to(torch.promote_types(dtype, torch.float32))
+    weights = TRAINED[which](T) * torch.randn(T).to(torch.promote_types(dtype, torch.float32))
     for head_trains, one_bias, factor in (
         (True, bias, 1.0),
         (True, None, -3.0),
@@ -127,7 +127,7 @@ def test_few_tokens_and_columns(implementation, T, V):
 @quick_tiled
 @pytest.mark.parametrize("trains", [False, True])
 def test_chunks_are_consecutive_slices_of_all_tokens(implementation, trains):
-    """Also where few tokens owe, and the others give their place to the next chunk."""
+    """Also where few tokens get a gradient, and the others leave their place to the next chunk."""
     T = 40
     hidden, weight, bias, actions = random_case(T=T)
     weights = (torch.arange(T) % 7 == 0).double()
@@ -205,17 +205,17 @@ def test_inside_a_larger_graph(implementation):
 
 
 @pytest.mark.parametrize("head_trains", [True, False])
-@pytest.mark.parametrize("n_owed", [0, 40, 200])
-def test_products(head_trains, n_owed):
-    """One for the logits of all tokens, and for those that owe one each for hidden and weight."""
+@pytest.mark.parametrize("n_trained", [0, 40, 200])
+def test_products(head_trains, n_trained):
+    """One for the logits of all tokens; for those with a gradient two more, hidden and weight."""
     T, H, V = 200, 8, 60
     *inputs, actions = random_case(T=T, H=H, V=V, dtype=torch.float32)
     hidden, weight, _ = leaves(*inputs)
     weight.requires_grad_(head_trains)
-    owes = (torch.arange(T) < n_owed)[torch.randperm(T)].float()
+    trained = (torch.arange(T) < n_trained)[torch.randperm(T)].float()
 
     def loss_fn(stats, rows):
-        return ((stats.logps + stats.entropy) * owes[rows]).sum(), {}
+        return ((stats.logps + stats.entropy) * trained[rows]).sum(), {}
 
     with ProductCounter() as counter:
         loss, _ = loss_of(
@@ -223,7 +223,7 @@ def test_products(head_trains, n_owed):
             tiling=Tiling(columns=16, rows=8, kept=10, fewest=1),
         )  # fmt: skip
         loss.backward()
-    assert counter.total == (T + (1 + head_trains) * n_owed) * H * V
+    assert counter.total == (T + (1 + head_trains) * n_trained) * H * V
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
