@@ -83,7 +83,7 @@ def of_all(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return values
 
 
-def all_names(own: Iterable[str], group: dist.ProcessGroup | None = None) -> list[str]:
+def all_names(own: Iterable[str]) -> list[str]:
     """The names that any rank has, sorted, on every rank (a collective).
 
     A sum of numbers by name needs them first: tensors of other names, or of another size, would be
@@ -95,7 +95,7 @@ def all_names(own: Iterable[str], group: dist.ProcessGroup | None = None) -> lis
     text = "\0".join(own).encode(errors="surrogatepass")
     digest = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
     extremes = torch.tensor([digest, -digest])
-    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
     if extremes[0] == -extremes[1]:
         return own
-    return sorted({name for names in of_all(own, group) for name in names})
+    return sorted({name for names in of_all(own) for name in names})

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from RL2.algorithms.rewards import are_equal, total
-from RL2.datasets.end_of_turn import EndTokens, end_tokens
+from RL2.datasets.end_of_turn import EndTokens
 from RL2.engines.protocol import Completion, SamplingParams
 
 _MASK_64 = (1 << 64) - 1
@@ -34,16 +34,6 @@ def stable_seed(*parts: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK_64
         state ^= state >> 31
     return state >> 1
-
-
-def action_text(
-    completion: Completion,
-    sampling: SamplingParams,
-    tokenizer: PreTrainedTokenizerBase,
-    ends: EndTokens | None = None,
-) -> str:
-    """The text of a completion that an environment judges; see `action_parts`."""
-    return action_parts(completion, sampling, tokenizer, ends or end_tokens(tokenizer))[0]
 
 
 def action_parts(

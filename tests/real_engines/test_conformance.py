@@ -15,10 +15,9 @@ from transformers import TopPLogitsWarper
 
 from RL2.datasets.end_of_turn import EndTokens
 from RL2.engines.protocol import SamplingParams
-from RL2.rollout.samples import action_text
 from RL2.runtime.errors import EngineError
 from tests.real_engines.support import TOLERANCE, in_the_middle, side_of_abort, side_of_update
-from tests.rollout.support import make_tokenizer, reference_logps
+from tests.rollout.support import action_text, make_tokenizer, reference_logps
 
 
 def sampling(temperature=1.0, max_new_tokens=24, **options):

@@ -17,6 +17,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from RL2.datasets.end_of_turn import end_tokens
+from RL2.rollout.samples import action_parts
+
 PAD, EOS, THINK_END = 0, 1, 2
 VOCAB = 3 + 256
 
@@ -92,3 +95,8 @@ def wait_until(true: Callable[[], object], seconds: float = 60.0) -> None:
     while not true():
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.02)
+
+
+def action_text(completion, sampling, tokenizer, ends=None):
+    """The text that an environment judges; ends: None is what the tokenizer alone says."""
+    return action_parts(completion, sampling, tokenizer, ends or end_tokens(tokenizer))[0]

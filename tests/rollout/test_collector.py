@@ -9,10 +9,10 @@ from RL2.algorithms.advantages import resolve_advantage
 from RL2.engines.protocol import Completion, SamplingParams
 from RL2.engines.transformers.engine import TransformersEngine
 from RL2.rollout import Collector
-from RL2.rollout.samples import action_text, stable_seed
+from RL2.rollout.samples import stable_seed
 from RL2.runtime.errors import EngineError, EnvError
 from tests.ranks import run_on_ranks
-from tests.rollout.support import EOS, THINK_END, make_tokenizer, reference_logps
+from tests.rollout.support import EOS, THINK_END, action_text, make_tokenizer, reference_logps
 
 # Right when the action has an odd number of characters.
 ODD = """

@@ -22,7 +22,6 @@ from RL2.rollout.samples import (
     NOT_THE_POLICY,
     Sample,
     Turn,
-    action_text,
     stable_seed,
 )
 from RL2.runtime.errors import EnvError
@@ -30,7 +29,7 @@ from tests.chat_templates import FAMILIES, KINDS, tokenizer_of
 from tests.faults.support import points
 from tests.prefix_tokenizers import PREFIX_TOKENIZERS
 from tests.rollout.scripted_engine import ScriptedEngine
-from tests.rollout.support import EOS, PAD, THINK_END
+from tests.rollout.support import EOS, PAD, THINK_END, action_text
 
 PER_CHUNK = 1000  # conversations; 100 chunks with RL2_FAULTS=long
 TEXTS = [

@@ -4,8 +4,8 @@ import pytest
 from tokenizers import decoders
 
 from RL2.engines.protocol import Completion, SamplingParams
-from RL2.rollout.samples import action_text
 from tests.prefix_tokenizers import SPACE, llama_2, metaspace
+from tests.rollout.support import action_text
 
 DROPS_A_SPACE = {
     "llama 2": (
