@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
 
+from RL2.config.models import HUB_NAME
 from RL2.config.paths import not_there
 from RL2.runtime.errors import ConfigError
 
@@ -25,8 +26,7 @@ FILES = f"{', '.join(EXTENSIONS)}, text ones also with .gz"
 
 # A split name with an optional slice, several of them joined by "+": train, train[:100], a[1:]+b.
 _SPLIT = re.compile(r"\w+(\[[^\]@]*\])?(\+\w+(\[[^\]@]*\])?)*")
-_HUB_NAME = r"[\w\-][\w.\-]*"
-_HUB_DATA = re.compile(rf"({_HUB_NAME}/)?{_HUB_NAME}(:[^:/]+)?")
+_HUB_DATA = re.compile(rf"({HUB_NAME}/)?{HUB_NAME}(:[^:/]+)?")
 
 # Words by which the files of a folder tell their splits, as on the hub.
 _SPLIT_WORDS = {

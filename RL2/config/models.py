@@ -16,10 +16,10 @@ from RL2.config.model_files import read_folder
 from RL2.config.paths import not_there
 from RL2.runtime.errors import ConfigError, first_line
 
-_HUB_NAME = r"[\w\-][\w.\-]*"
-_HUB_MODEL = re.compile(rf"{_HUB_NAME}/{_HUB_NAME}")
+HUB_NAME = r"[\w\-][\w.\-]*"
+_HUB_MODEL = re.compile(rf"{HUB_NAME}/{HUB_NAME}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_TIMEOUT = 5.0  # seconds
+HUB_TIMEOUT = 5.0  # seconds for the one request that finds out whether the hub answers
 
 
 def hub_options(node: DictConfig) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def ask_hub(node: DictConfig, group: str) -> None:
     try:
         # The first request of from_pretrained, so that whatever serves that one serves this.
         url = hf_hub_url(name, "config.json", revision=node.revision)
-        get_hf_file_metadata(url, timeout=_HUB_TIMEOUT)
+        get_hf_file_metadata(url, timeout=HUB_TIMEOUT)
     except EntryNotFoundError as error:
         raise ConfigError(
             f"{key}: the hub has no config.json there, so it is no model of transformers; give one "

@@ -6,13 +6,12 @@ import os
 import re
 
 from RL2.config.data_paths import extension_of, find_data
+from RL2.config.models import HUB_TIMEOUT
 from RL2.config.paths import expand_home
 from RL2.datasets.rows import Rows, without_nested_nulls
 from RL2.datasets.table_files import read_arrow, read_parquet
 from RL2.datasets.text_files import read_csv, read_json, read_jsonl
 from RL2.runtime.errors import DataError, one_line
-
-_HUB_TIMEOUT = 5.0  # seconds for the one request that finds out whether the hub answers
 
 
 def load_rows(path: str, key: str) -> Rows:
@@ -99,7 +98,7 @@ def _read_hub(name: str, split: str, key: str) -> Rows:
     if not os.path.isdir(repository):
         # One short request first: load_dataset itself retries an absent network for 20 s and more.
         try:
-            HfApi().dataset_info(repository, timeout=_HUB_TIMEOUT)
+            HfApi().dataset_info(repository, timeout=HUB_TIMEOUT)
         except RepositoryNotFoundError as error:
             raise DataError(
                 f"{key}.path={source}: the hub has no data set {repository!r} that you may read "
