@@ -16,6 +16,7 @@ def test_data_path(message, composed, workdir):
         text = message("spo", f"train_data.path='{path}'")
         assert text.startswith(f"train_data.path={path}: no such file in {workdir}")
     assert message("sft", "data.path=missing.json").startswith("data.path=missing.json")
+    assert message("sft", "data.batch_size=0").startswith("data.batch_size=0: must be 1 or more")
     evaluated = "trainer.test_freq=1"
     assert "test_data.path=x.json" in message("spo", "test_data.path=x.json", evaluated)
     assert "is empty" in message("spo", "train_data.path=empty.jsonl")
