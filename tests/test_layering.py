@@ -42,10 +42,7 @@ FORBIDDEN = {"config": "torch", "ops": "torch.distributed"}
 LONGEST = 450  # lines of a file whose docstring holds no sentence that begins with "Long because"
 # Files that are to be parted along their topics, each with what is in it; strike out what was.
 TO_BE_PARTED = {
-    "RL2/engines/servers/engine.py": "servers, their health and the requests to them",
-    "RL2/engines/transformers/engine.py": "decoding, and the thread that does it",
     "RL2/environments/worker.py": "calls of an environment, and its process",
-    "RL2/rollout/collector.py": "groups in flight, and what a step takes of them",
     "RL2/trainer/checkpoints/checkpoint.py": "writing, reading and keeping checkpoints",
 }
 
