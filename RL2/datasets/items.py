@@ -1,4 +1,4 @@
-"""A data set of items that somebody else has made."""
+"""A data set of items that are tokenised already."""
 
 import json
 from collections.abc import Collection

@@ -13,7 +13,7 @@ class Layout:
 
     Data-parallel ranks work on different micro-batches, the ranks of a sequence-parallel group on
     consecutive slices of the same one, the ranks of a tensor-parallel group on the same tokens.
-    Neighbours talk most, so that tensor parallelism stays inside of a machine.
+    Neighbours talk most, so that tensor parallelism stays inside a machine.
     """
 
     world_size: int = 1

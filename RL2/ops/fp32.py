@@ -2,7 +2,7 @@
 
 torch multiplies fp32 matrices with MKL, which reaches less than half of oneDNN's speed on AMD's
 CPUs (`benchmarks/RESULTS.md`). torch's switch to oneDNN concerns every product of the process: the
-many tiny ones inside of attention, which it makes slow, and those of an engine that generates in
+many tiny ones inside attention, which it makes slow, and those of an engine that generates in
 another thread, whose last bits it changes. So nothing is switched: the backbone's linear layers and
 the head ask for oneDNN by its operator.
 """

@@ -158,7 +158,7 @@ def test_arrow_file_of_save_to_disk():
 
 
 def test_text_details():
-    """Byte order mark, CRLF, and line separators inside of strings."""
+    """Byte order mark, CRLF, and line separators inside strings."""
     row = {"question": "a\u2028b\x85c", "answer": "#### 1"}
     text = "\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n\r\n"
     assert list(load_rows(write("a.jsonl", text), "train_data")) == [row]
