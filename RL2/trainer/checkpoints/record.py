@@ -19,6 +19,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import RL2
+from RL2.config.engines import SERVERS
 from RL2.config.schema import SCHEMAS, schema_of
 from RL2.runtime.folders import exists
 from RL2.runtime.secrets import redact, redact_config
@@ -26,7 +27,7 @@ from RL2.runtime.secrets import redact, redact_config
 CONFIG, RUN, EARLIER = "config.yaml", "run.json", "earlier"
 _PACKAGES = (
     "rl2", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core",
-    "omegaconf", "accelerate", "peft", "triton", "flash-attn", "liger-kernel", "sglang", "vllm",
+    "omegaconf", "accelerate", "peft", "triton", "flash-attn", "liger-kernel", *SERVERS,
     "wandb",
 )  # fmt: skip
 _GIT_SECONDS = 10.0  # for one question; a repository on a slow disk is not waited for
