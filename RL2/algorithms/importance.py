@@ -4,8 +4,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from RL2.runtime.errors import ConfigError
-
 
 def _truncate(ratio: Tensor, bound: float) -> Tensor:
     """Ratios above C count as C."""
@@ -34,10 +32,5 @@ def importance_weights(old_logps: Tensor, llm_logps: Tensor, bound: float, kind:
             has the policy's way since then in a ratio of its own; here it would count twice.
         llm_logps: by the engine that sampled them.
         bound: C, 1 or more for `mask`.
-
-    Raises:
-        ConfigError: an unknown kind.
     """
-    if kind not in TIS_TYPES:
-        raise ConfigError(f"actor.tis_type={kind}: unknown; use {', '.join(TIS_TYPES)}")
     return TIS_TYPES[kind]((old_logps.detach() - llm_logps).exp(), bound)

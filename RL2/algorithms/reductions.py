@@ -10,8 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from RL2.runtime.errors import ConfigError
-
 
 def _token(mask: Tensor, correct: Tensor, sample: Tensor) -> Tensor:
     """All action tokens."""
@@ -64,12 +62,7 @@ def token_weights(
 
     All zeros where nothing counts (no action tokens, or `correct` without a correct row); zero
     wherever `action_mask` is False.
-
-    Raises:
-        ConfigError: an unknown `avg_level`.
     """
-    if avg_level not in AVG_LEVELS:
-        raise ConfigError(f"actor.avg_level={avg_level}: unknown; use {', '.join(AVG_LEVELS)}")
     # fp64 until the end: counts stay exact whatever the batch size.
     mask = action_mask.to(torch.float64)
     if sample_ids is None:

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from RL2.algorithms import TIS_TYPES, importance_weights
-from RL2.runtime.errors import ConfigError
 
 RATIOS = torch.tensor([0.1, 0.499, 0.501, 1.0, 1.999, 2.001, 50.0], dtype=torch.float64)
 
@@ -35,11 +34,6 @@ def test_agreement_weighs_one_and_infinities_are_no_nan(kind):
 def test_no_gradient_flows(kind):
     logps = torch.tensor([-1.0, -2.0], requires_grad=True)
     assert not importance_weights(logps, logps.detach() - 0.1, 2.0, kind).requires_grad
-
-
-def test_an_unknown_kind_is_named():
-    with pytest.raises(ConfigError, match="actor.tis_type=clip: unknown; use truncate, mask"):
-        weights("clip")
 
 
 def test_truncation_is_the_expectation_of_what_is_left():

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from RL2.algorithms import AVG_LEVELS, token_weights, weighted_sum
-from RL2.runtime.errors import ConfigError
 
 # Four rows of 3, 1, 2 and 0 action tokens; rows 0, 2 (and the empty row 3) are correct or not.
 MASK = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
@@ -126,8 +125,3 @@ def test_an_infinite_loss_of_weight_zero_counts_as_zero():
     total = weighted_sum(values, torch.tensor([2.0, 0.0, 0.0]))
     total.backward()
     assert total.item() == 2 and values.grad.tolist() == [2, 0, 0]
-
-
-def test_unknown_level():
-    with pytest.raises(ConfigError, match="actor.avg_level=seq: unknown; use token, sequence"):
-        token_weights(MASK, torch.ones(4).bool(), "seq")

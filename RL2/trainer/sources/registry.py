@@ -1,4 +1,4 @@
-"""Sources by name, by where they stand: `--help` asks for the names, and torch takes seconds."""
+"""Sources by name, by where they stand: the command line asks for names, and torch takes seconds."""
 
 SOURCES: dict[str, str] = {
     "rollouts": "RL2.trainer.sources.rollouts:RolloutSource",
