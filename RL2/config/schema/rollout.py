@@ -22,7 +22,7 @@ from RL2.config.schema.keys import (
 class SamplingConfig:
     temperature: float = key(
         1.0,
-        "divides the logits, above 0",
+        "divides the logits",
         Range(lambda x: 0 < x <= 100, "be above 0 and at most 100", "; give one such as 1.0"),
     )
     max_new_tokens: int = required(
@@ -45,7 +45,7 @@ class SamplingConfig:
 class TestSamplingConfig(SamplingConfig):
     temperature: float = key(
         0.0,
-        "0: greedy",
+        "divides the logits; 0: greedy",
         Range(lambda x: 0 <= x <= 100, "be 0 (greedy) to 100", "; give one such as 0.0"),
     )
     max_new_tokens: int = follow(
@@ -60,7 +60,9 @@ class TestSamplingConfig(SamplingConfig):
 
 @dataclass
 class RolloutConfig:
-    model_name: str = follow("actor.model_name", "the engine serves the actor's weights", path=True)
+    model_name: str = follow(
+        "actor.model_name", "the engine serves the actor's weights; set it in actor", path=True
+    )
     engine: EngineName = key(
         EngineName.auto,
         f"what generates: {EMBEDDED} in this process, {' or '.join(SERVERS)} as servers; auto: on "
@@ -127,7 +129,9 @@ class RolloutConfig:
     max_batch_size: int = key(
         256, "samples that the transformers engine generates at a time", FROM_ONE
     )
-    responses_per_prompt: int = follow("train_data.responses_per_prompt", "follows train_data")
+    responses_per_prompt: int = follow(
+        "train_data.responses_per_prompt", "samples drawn for each prompt; set it in train_data"
+    )
     max_turns: int = key(1, "model turns in one sample at most", FROM_ONE)
     env_path: str = required(
         "the python file of the environment, such as envs/gsm8k.py",

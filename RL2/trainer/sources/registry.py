@@ -1,4 +1,4 @@
-"""Sources by name, by where they stand: the command line asks for names, and torch takes seconds."""
+"""Sources by name, by where they stand: a command line is checked with the names alone."""
 
 SOURCES: dict[str, str] = {
     "rollouts": "RL2.trainer.sources.rollouts:RolloutSource",
