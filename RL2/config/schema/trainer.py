@@ -38,13 +38,14 @@ class HealthConfig:
     )
     max_entropy: float | None = key(
         None,
-        "actor/entropy above which the policy writes noise; null by default, as an untrained model starts "
-        "there, at the logarithm of its vocabulary",
+        "actor/entropy above which the policy writes noise; null by default, as an untrained "
+        "model starts there, at the logarithm of its vocabulary",
         ABOVE_ZERO,
     )
     max_p_max: float | None = key(
         None,
-        "actor/p_max above which the policy is sure of every token; null by default, as for min_entropy",
+        "actor/p_max above which the policy is sure of every token; null by default, as for "
+        "min_entropy",
         PROBABILITY,
     )
 
@@ -53,8 +54,8 @@ class HealthConfig:
 class RLHealthConfig(HealthConfig):
     max_p_max: float | None = key(
         0.9999,
-        "actor/p_max above which the policy is sure of every token; one that solves its task without any "
-        "doubt stays below",
+        "actor/p_max above which the policy is sure of every token; one that solves its task "
+        "without any doubt stays below",
         PROBABILITY,
     )
     min_length_ratio: float | None = key(

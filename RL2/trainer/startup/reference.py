@@ -78,7 +78,11 @@ def page(names: Names) -> str:
         for name, key in sorted_by_group(group, keys):
             if key.is_group:
                 continue
-            found = {one: values.get(name) for one, values in by_trainer.items()}
+            found = {
+                trainer: values.get(name)
+                for trainer, values in by_trainer.items()
+                if group in keys_of(SCHEMAS[trainer])
+            }
             cells = (
                 f"`{name}`",
                 _values(name, key, names),
@@ -108,7 +112,7 @@ def _default(found: dict[str, str | None]) -> str:
     """The default of the first trainer that has the key, and those of others where they differ."""
     first = next(value for value in found.values() if value is not None)
     others = [
-        f"{name}: " + ("no such key" if value is None else f"`{value}`")
+        f"not in {name}" if value is None else f"{name}: `{value}`"
         for name, value in found.items()
         if value != first
     ]
