@@ -1,6 +1,6 @@
 """From the name of an engine (`RL2.config.engines`) to an engine."""
 
-from importlib import import_module
+import pkgutil
 
 import torch
 from omegaconf import DictConfig
@@ -19,8 +19,7 @@ def build_engine(
     config: of the whole run, checked and resolved (`RL2.config`).
     """
     kind = ENGINES[str(config.rollout.engine)]
-    module, _, name = kind.made_by.partition(":")
-    made_by = getattr(import_module(module), name)
+    made_by = pkgutil.resolve_name(kind.made_by)
     if kind.server:
         return server_engine(made_by(), config, tokenizer, device)
     return made_by(config, tokenizer, device)

@@ -1,7 +1,7 @@
 """Keys whose value is a name out of a registry, and which registry that is."""
 
+import pkgutil
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 # The registry, and the words that the key takes beside its names.
@@ -24,5 +24,4 @@ def registry_of(key: str) -> Mapping[str, Any] | None:
     if key not in REGISTRIES:
         return None
     location, *beside = REGISTRIES[key]
-    module, _, name = location.partition(":")
-    return dict.fromkeys(beside) | getattr(import_module(module), name)
+    return dict.fromkeys(beside) | pkgutil.resolve_name(location)

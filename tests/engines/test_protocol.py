@@ -1,4 +1,4 @@
-from importlib import import_module
+import pkgutil
 
 import pytest
 from omegaconf import OmegaConf
@@ -38,5 +38,4 @@ def test_sampling_params_without_meaning_are_refused(wrong, named):
 
 @pytest.mark.parametrize("kind", ENGINES.values(), ids=ENGINES)
 def test_what_makes_each_engine_is_there(kind):
-    module, _, name = kind.made_by.partition(":")
-    assert callable(getattr(import_module(module), name))
+    assert callable(pkgutil.resolve_name(kind.made_by))
