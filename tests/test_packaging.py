@@ -16,7 +16,8 @@ from RL2.runtime.errors import ConfigError
 from RL2.trainer.main import FLOORS, check_versions
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 DEPENDENCIES = PROJECT["dependencies"]
 REQUIREMENTS = ROOT / "requirements"
 CPU_FILES = ("build.txt", "torch-cpu.txt", "base.txt")
@@ -155,3 +156,10 @@ def test_the_package_holds_the_environments_of_the_repository():
         assert inside.resolve() == path, f"{inside}: link it to {path}"
     assert gsm8k.is_correct("5.0", "5")
     assert PROJECT["scripts"] == {"rl2": "RL2.trainer.cli:main"}
+
+
+def test_files_that_are_no_modules_are_in_the_package():
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["RL2"]
+    for path in (ROOT / "RL2").rglob("*.yaml"):
+        inside = path.relative_to(ROOT / "RL2")
+        assert any(inside.match(pattern) for pattern in patterns), inside
