@@ -4,7 +4,7 @@ from collections.abc import Set
 
 from omegaconf import DictConfig, OmegaConf
 
-from RL2.config.engines import EMBEDDED, ENGINES, SERVERS
+from RL2.config.engines import EMBEDDED, SERVERS
 from RL2.config.flat import as_text
 from RL2.config.groups import call_each
 from RL2.config.schema.choices import Device, Dtype
@@ -160,7 +160,7 @@ def _rollout(rollout: DictConfig, actor: DictConfig, available: Set[str]) -> lis
     elif rollout.dtype == Dtype.bfloat16 and not on_cuda:
         warnings.append("rollout.dtype=bfloat16: needs CUDA; using float32")
         rollout.dtype = Dtype.float32
-    if not ENGINES[rollout.engine].server:
+    if rollout.engine not in SERVERS:
         return warnings + _without_servers(rollout, on_cuda)
 
     ours = rollout.server_url is None

@@ -7,6 +7,7 @@ engines by name: `RL2.engines.registry`.
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -108,13 +109,15 @@ def check_request(
 class Engine(Protocol):
     """An inference engine. Every method raises EngineError, naming what went wrong.
 
+    One that derives from this class leaves out what it has nothing to do for.
+
     context_length: most tokens of prompt and completion together, known after `start`; None where
         there is no limit.
     weight_version: of the weights that write now.
     """
 
-    context_length: int | None
-    weight_version: int
+    context_length: int | None = None
+    weight_version: int = 0
 
     async def start(self, settled: asyncio.Event | None = None) -> None:
         """Get ready to generate. Called once, on the event loop that all other calls come from.
@@ -124,6 +127,7 @@ class Engine(Protocol):
         """
         ...
 
+    @abstractmethod
     async def generate(
         self, token_ids: list[int], sampling: SamplingParams, *, seed: int
     ) -> Completion:
@@ -134,6 +138,7 @@ class Engine(Protocol):
         """
         ...
 
+    @abstractmethod
     async def update_weights(
         self, named_tensors: Iterable[tuple[str, Tensor]], version: int
     ) -> None:
@@ -165,11 +170,11 @@ class Engine(Protocol):
 
     async def healthy(self) -> bool:
         """Whether a request would be answered now."""
-        ...
+        return True
 
     def metrics(self) -> dict[str, float]:
         """What it counts over the run, as `rollout/…`."""
-        ...
+        return {}
 
     async def close(self) -> None:
         """Free everything. The engine cannot be used afterwards."""

@@ -1,14 +1,33 @@
-"""From the name of an engine (`RL2.config.engines`) to an engine."""
+"""From the name or file of an engine to an engine."""
 
-import pkgutil
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config.engines import ENGINES
+from RL2.algorithms.token_loss import _import_function
+from RL2.config.engines import ENGINES, SERVERS
 from RL2.engines.protocol import Engine
 from RL2.engines.servers.build import server_engine
+from RL2.runtime.errors import EngineError, RL2Error, place
+
+PARTS = {name for name in {**vars(Engine), **Engine.__annotations__} if not name.startswith("_")}
+
+
+def engine_maker(name: str) -> Callable[..., Any]:
+    """What makes the engine that `rollout.engine` names: of a server its dialect, else a function
+    (config, tokenizer, device) -> Engine.
+
+    Raises ConfigError for a file, module or function that is not there.
+    """
+    if ":" in name:
+        return _import_function(name, f"rollout.engine={name}")
+    module, _, function = ENGINES[name].made_by.partition(":")
+    return getattr(import_module(module), function)
 
 
 def build_engine(
@@ -17,9 +36,28 @@ def build_engine(
     """The engine that `rollout.engine` names. Servers start at once; `Engine.start` waits for them.
 
     config: of the whole run, checked and resolved (`RL2.config`).
+
+    Raises EngineError for an engine of a user's own that lacks a part of the protocol.
     """
-    kind = ENGINES[str(config.rollout.engine)]
-    made_by = pkgutil.resolve_name(kind.made_by)
-    if kind.server:
-        return server_engine(made_by(), config, tokenizer, device)
-    return made_by(config, tokenizer, device)
+    name = str(config.rollout.engine)
+    maker = engine_maker(name)
+    if name in SERVERS:
+        return server_engine(maker(), config, tokenizer, device)
+    if name in ENGINES:
+        return maker(config, tokenizer, device)
+    try:
+        engine = maker(config, tokenizer, device)
+    except RL2Error:
+        raise
+    except Exception as error:  # a user's code may raise anything
+        where = place(error, inspect.getfile(maker))
+        raise EngineError(
+            f"rollout.engine={name}: making it raised {type(error).__name__}: {error}"
+            + (f" ({where})" if where else "")
+        ) from error
+    if lacks := sorted(part for part in PARTS if not hasattr(engine, part)):
+        raise EngineError(
+            f"rollout.engine={name}: what it makes has no {', '.join(lacks)}; derive it from "
+            "RL2.engines.protocol.Engine"
+        )
+    return engine

@@ -13,6 +13,7 @@ REGISTRIES: dict[str, tuple[str, ...]] = {
     "actor.kl.loss_estimator": ("RL2.algorithms.kl:KL_ESTIMATORS",),
     "actor.token_stats": ("RL2.ops.token_stats.linear:IMPLEMENTATIONS", "auto"),
     "ref_actor.token_stats": ("RL2.ops.token_stats.linear:IMPLEMENTATIONS", "auto"),
+    "rollout.engine": ("RL2.config.engines:ENGINES", "auto"),
     "trainer.source": ("RL2.trainer.sources.registry:SOURCES",),
     "adv.estimator": ("RL2.algorithms.advantages:ADVANTAGES",),
 }

@@ -3,8 +3,6 @@ text instead, and `RL2.config.names` checks it against the registry."""
 
 from enum import StrEnum
 
-from RL2.config.engines import ENGINES
-
 
 class Overlong(StrEnum):
     error = "error"
@@ -52,6 +50,3 @@ class Truncated(StrEnum):
     keep = "keep"
     mask = "mask"
     zero = "zero"
-
-
-EngineName = StrEnum("EngineName", {name: name for name in ("auto", *ENGINES)}, module=__name__)

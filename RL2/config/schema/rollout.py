@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from RL2.config.engines import EMBEDDED, SERVERS
-from RL2.config.schema.choices import Dtype, EngineName, Truncated, WeightSync
+from RL2.config.schema.choices import Dtype, Truncated, WeightSync
 from RL2.config.schema.keys import (
     ABOVE_ZERO,
     FROM_ONE,
@@ -63,10 +63,12 @@ class RolloutConfig:
     model_name: str = follow(
         "actor.model_name", "the engine serves the actor's weights; set it in actor", path=True
     )
-    engine: EngineName = key(
-        EngineName.auto,
+    engine: str = key(
+        "auto",
         f"what generates: {EMBEDDED} in this process, {' or '.join(SERVERS)} as servers; auto: on "
-        f"CUDA {', or '.join(SERVERS)}, where installed, else {EMBEDDED}",
+        f"CUDA {', or '.join(SERVERS)}, where installed, else {EMBEDDED}; file.py:function or "
+        "package.module:function for your own",
+        path=True,
     )
     dtype: Dtype = key(
         Dtype.auto,

@@ -17,7 +17,7 @@ from RL2.config.models import context_length
 from RL2.datasets import RLDataset, make_loader
 from RL2.datasets.end_of_turn import EndTokens
 from RL2.distributed import rank, second_group, world_size
-from RL2.engines.registry import build_engine
+from RL2.engines.registry import build_engine, engine_maker
 from RL2.environments.environment import load_environment
 from RL2.environments.worker import MAX_ANSWER
 from RL2.rollout import Collector
@@ -45,6 +45,7 @@ class RolloutSource(Source):
 
     def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens):
         self.config, self.tokenizer = config, tokenizer
+        engine_maker(str(config.rollout.engine))  # where there is none, the run ends here
         self.end_tokens, self.end_ids = ends, ends.ids
         self.environment = load_environment(
             config.rollout.env_path,

@@ -26,6 +26,7 @@ _VARIABLES = "set it alike for all ranks, or for none"
 # Files that may lie elsewhere on each machine. What they hold is compared when it is read.
 _FILES_OF = {
     "actor.model_name", "ref_actor.model_name", "rollout.model_name", "rollout.env_path",
+    "rollout.engine",
     "actor.loss.import_path", "train_data.path", "test_data.path", "data.path",
 }  # fmt: skip
 # Where a machine has what it needs for itself, how much it does at a time, and what rank 0 shows.
