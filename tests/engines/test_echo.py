@@ -42,7 +42,9 @@ def test_one_line_of_the_list_makes_it_an_engine_like_the_others(monkeypatch):
     module = ModuleType("RL2.engines.echo")
     exec(compile(ECHO, "echo.py", "exec"), module.__dict__)
     monkeypatch.setitem(sys.modules, "RL2.engines.echo", module)
-    monkeypatch.setitem(ENGINES, "echo", EngineKind("RL2.engines.echo:make"))
+    monkeypatch.setitem(
+        ENGINES, "echo", EngineKind("RL2.engines.echo:make", "writes what it has read")
+    )
     assert type(build("echo")).__name__ == "Echo"
 
 
@@ -74,7 +76,10 @@ def test_a_name_that_no_engine_has_is_refused(tmp_path):
     [
         (ECHO.replace("async def generate", "async def complete"), "abstract .*generate"),
         (ECHO.replace("(Engine):", ":"), "has no abort, close, context_length, .*; derive it from"),
-        (ECHO.replace("return Echo()", "return Echo(1 / 0)"), r"ZeroDivisionError: .*my_engine.py:\d+"),
+        (
+            ECHO.replace("return Echo()", "return Echo(1 / 0)"),
+            r"ZeroDivisionError: .*my_engine.py:\d+",
+        ),
     ],
 )
 def test_one_that_lacks_something_is_one_line(echo, source, message):

@@ -65,9 +65,8 @@ class RolloutConfig:
     )
     engine: str = key(
         "auto",
-        f"what generates: {EMBEDDED} in this process, {' or '.join(SERVERS)} as servers; auto: on "
-        f"CUDA {', or '.join(SERVERS)}, where installed, else {EMBEDDED}; file.py:function or "
-        "package.module:function for your own",
+        f"what generates; auto: on CUDA {', or '.join(SERVERS)}, where installed, else {EMBEDDED}; "
+        "file.py:function or package.module:function for your own",
         path=True,
     )
     dtype: Dtype = key(

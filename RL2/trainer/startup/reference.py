@@ -57,7 +57,8 @@ def registered_names() -> Names:
 def _meaning(entry: Any) -> str:
     """entry: what a name stands for, or by `module:name` where that is."""
     entry = pkgutil.resolve_name(entry) if isinstance(entry, str) else entry
-    said = ((entry and entry.__doc__) or "").partition("\n")[0]
+    said = getattr(entry, "help", "") or (entry and entry.__doc__) or ""
+    said = said.partition("\n")[0]
     said = re.split(r"\. |: | \(", said)[0].rstrip(".,;")
     return said[:1].lower() + said[1:] if said[1:2].islower() else said
 
