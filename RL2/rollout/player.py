@@ -144,7 +144,7 @@ class Player:
             sample.fail(str(error), "malformed")
         sample.ended = True
         if sample.truncated and self.truncated == "zero":
-            sample.forfeit()
+            sample.zero_rewards()
         sample.masked = sample.truncated and self.truncated == "mask"
 
     async def _play(

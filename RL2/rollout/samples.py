@@ -54,7 +54,7 @@ def action_parts(
     if completion.finish_reason != "stop":
         return whole, ""
     last = ids[-1] if ids else None
-    # Somebody else's server may stop at more than we know of: what but an end was it then?
+    # An external server may stop at more tokens than we know of: such a token is an end, too.
     by_token = last in ends.ids or (
         last in ends.special and not any(stop in whole for stop in sampling.stop)
     )
@@ -156,7 +156,7 @@ class Sample:
     def length(self) -> int:
         return sum(turn.length for turn in self.turns)
 
-    def forfeit(self) -> None:
+    def zero_rewards(self) -> None:
         """Make the reward 0; the score stays."""
         for turn in self.turns:
             turn.reward = 0.0

@@ -204,7 +204,7 @@ def test_tokens_of_older_weights_are_told_apart(setup, monkeypatch, way):
         assert 0 < max(staleness) < 2
 
 
-def test_a_server_of_somebody_else_gets_the_weights_and_stays(setup, tmp_path, monkeypatch):
+def test_an_external_server_gets_the_weights_and_stays(setup, tmp_path, monkeypatch):
     port = free_port()
     run = setup(
         rollout__server_url=f"http://127.0.0.1:{port}", rollout__server_python="null",

@@ -14,7 +14,6 @@ from RL2.engines.transformers.engine import TransformersEngine
 from RL2.rollout import Collector
 from RL2.rollout.player import end_at_stop
 from RL2.rollout.samples import Sample, staleness
-from RL2.rollout.shares import shares, spread
 from RL2.runtime.errors import EngineError
 from tests.ranks import run_on_ranks
 from tests.rollout.scripted_engine import ScriptedEngine, Typist
@@ -177,14 +176,6 @@ def test_ranks_draw_and_train_on_the_same_prompts(tmp_path, byte_model, drivers)
         for each in (metrics, expected_metrics):
             del each["rollout/tokens_per_s"]
         assert metrics == pytest.approx(expected_metrics)
-
-
-def test_who_gets_what():
-    assert spread([0, 0, 0], 5) == [0, 1, 2, 0, 1]
-    assert spread([3, 0, 1], 4) == [1, 1, 2, 1]
-    assert shares([3, 3], 4) == [2, 2]
-    assert shares([5, 0, 1], 4) == [4, 0, 0]
-    assert shares([2, 1], 9) == [2, 1]
 
 
 # ------------------------------------------------------------------------ in flight

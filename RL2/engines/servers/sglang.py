@@ -1,7 +1,7 @@
 """What an SGLang server wants to hear, and how its answers are read (`dialect.Dialect`).
 
 Nothing of SGLang is imported: its servers run in an environment of their own, started by the
-module `server_side/rl2_sglang.py`. For servers that somebody else starts, too:
+module `server_side/rl2_sglang.py`. An external server is started with it, too:
 
     RL2_SERVER_KEY=<key> PYTHONPATH=<RL2>/engines/server_side python -m rl2_sglang --model-path ...
 

@@ -2,8 +2,8 @@
 
 vLLM runs in an environment of its own and is never imported here. Our part of the server is
 `server_side/rl2_vllm.py` (weights, checksums, log-probabilities before top-p) and
-`server_side/rl2_vllm_http.py` (no endpoint without the key). A server that somebody else starts
-needs them as well: `VLLM.command` and `VLLM.environment` say how.
+`server_side/rl2_vllm_http.py` (no endpoint without the key). An external server needs
+them as well: `VLLM.command` and `VLLM.environment` say how.
 """
 
 from __future__ import annotations

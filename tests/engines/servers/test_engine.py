@@ -471,7 +471,7 @@ def test_a_server_that_cannot_start_stops_the_run(run, tmp_path):
         run(play)
 
 
-# ------------------------------------------------------------------------ servers of others
+# ------------------------------------------------------------------------ external servers
 
 
 def other(folder, port):
@@ -495,7 +495,7 @@ async def connect(url):
     return engine
 
 
-def test_servers_of_others_are_used_and_left_running(tmp_path):
+def test_external_servers_are_used_and_left_running(tmp_path):
     async def play():
         port = free_port()
         process = await other(tmp_path, port)
@@ -510,7 +510,7 @@ def test_servers_of_others_are_used_and_left_running(tmp_path):
     asyncio.run(play())
 
 
-def test_a_server_of_others_that_was_away_gets_the_weights_again(tmp_path):
+def test_an_external_server_that_was_away_gets_the_weights_again(tmp_path):
     async def play():
         port = free_port()
         process = await other(tmp_path, port)
@@ -529,7 +529,7 @@ def test_a_server_of_others_that_was_away_gets_the_weights_again(tmp_path):
     asyncio.run(play())
 
 
-def test_a_server_of_others_that_stays_away_is_named(tmp_path):
+def test_an_external_server_that_stays_away_is_named(tmp_path):
     async def play():
         port = free_port()
         process = await other(tmp_path, port)

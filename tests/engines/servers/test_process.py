@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from RL2.engines.protocol import MalformedReply
-from RL2.engines.servers.addresses import _first_of_connections, free_port
-from RL2.engines.servers.http import Server, ServerRefused, ServerUnreachable
+from RL2.engines.servers.addresses import free_port
+from RL2.engines.servers.http import Server
 from RL2.engines.servers.process import ServerProcess, wait_until_healthy
 from RL2.runtime.errors import EngineError
 
@@ -135,73 +133,6 @@ def test_the_servers_environment_is_not_a_ranks(tmp_path, monkeypatch):
     wait_for(lambda: process.status is not None)
     assert process.status == 0
     assert "['KEY']" in (tmp_path / "log").read_text()
-
-
-# ------------------------------------------------------------------------ HTTP
-
-
-@pytest.fixture
-def scripted(tmp_path, monkeypatch):
-    """(port, folder) of a running scripted server."""
-    monkeypatch.setenv("SCRIPTED_KEY", "secret")
-    port = free_port()
-    process = subprocess.Popen([sys.executable, SCRIPTED, str(port), str(tmp_path)])
-    asyncio.run(until_up(port))
-    yield port, tmp_path
-    process.kill()
-    process.wait()
-
-
-async def until_up(port):
-    server = Server(f"http://127.0.0.1:{port}")
-    for _ in range(200):
-        try:
-            await server.get("/health")
-            break
-        except ServerUnreachable:
-            await asyncio.sleep(0.05)
-    await server.close()
-
-
-def ask(port, key="secret", timeout=5.0):
-    async def run():
-        server = Server(f"http://127.0.0.1:{port}", {"key": key})
-        try:
-            body = {"token_ids": [1, 2], "seed": 5, "max_new_tokens": 3}
-            return await server.post("/generate", body, timeout=timeout)
-        finally:
-            await server.close()
-
-    return asyncio.run(run())
-
-
-def test_answers_and_errors(scripted):
-    port, folder = scripted
-    assert ask(port) == {"tokens": [8, 9, 10], "logps": [-0.0] * 3, "finish": "length"}
-    with pytest.raises(ServerRefused, match="HTTP 401: no key") as caught:
-        ask(port, key="wrong")
-    assert caught.value.status == 401
-    (folder / "reply").write_text('["{broken", "hang"]')
-    with pytest.raises(MalformedReply, match="not JSON"):
-        ask(port)
-    with pytest.raises(ServerUnreachable, match="no answer in 0.3 s"):
-        ask(port, timeout=0.3)
-    with pytest.raises(ServerUnreachable):
-        ask(free_port())
-
-
-def test_free_ports_are_not_those_of_outgoing_connections():
-    first = _first_of_connections()
-    ports = [free_port() for _ in range(50)]
-    assert all(1024 <= port < first for port in ports) and len({*ports}) > 40
-
-
-def test_where_all_other_ports_are_taken_the_kernel_chooses(monkeypatch):
-    monkeypatch.setattr("secrets.randbelow", lambda n: n - 1)
-    port = free_port()
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", port))
-        assert free_port() >= _first_of_connections() > port
 
 
 def test_a_server_that_cannot_start_is_shown_with_its_log(tmp_path):
