@@ -24,6 +24,7 @@ from torch import Tensor
 
 from RL2.engines.protocol import Completion, MalformedReply, SamplingParams
 from RL2.engines.servers.addresses import HOST
+from RL2.engines.servers.comparison import Part, first_difference
 from RL2.engines.servers.http import Server, ServerRefused, bearer
 from RL2.engines.servers.process import SERVER_SIDE, ServerOptions, variables_of
 from RL2.engines.servers.replies import completion_of
@@ -251,49 +252,36 @@ def difference(ranks: list[dict[str, str]], weights: HostWeights) -> str | None:
     """First parameter that the server's ranks do not hold as it is in `weights`, and how.
 
     ranks: for each rank `name -> "checksum numel dtype"`, fused parameters in pieces (see
-    `rl2_sglang.checksums`). Checksums are sums: those of the ranks' shards add up to the whole's,
-    and what is held k times, to k times that. Padding is of zeros.
+    `rl2_sglang.checksums`).
     """
     ours = dict(weights)
-    sums, sizes, dtypes = {}, {}, {}
+    held: list[Part] = []
+    dtypes: dict[str, torch.dtype] = {}
     for rank in ranks:
-        for name, line in rank.items():
+        for told, line in rank.items():
             try:
                 value, numel, dtype = line.split()
-                name = _trainer_name(name, ours)
-                sums[name] = (sums.get(name, 0) + int(value)) % 2**64
-                sizes[name] = sizes.get(name, 0) + int(numel)
+                name = _trainer_name(told, ours)
+                held.append(((name,), int(numel), int(value)))
                 dtypes[name] = getattr(torch, dtype)
             except (AttributeError, ValueError) as error:
-                raise MalformedReply(f"sglang: checksum of {name}: {line!r:.100}") from error
-    expected = weights.checksums()
-    for name, tensor in ours.items():
-        if name not in sums:
-            return f"{name} is nowhere in the server"
-        copies = sizes[name] // tensor.numel()
-        if copies == 0:
-            return f"{name}: the server holds {sizes[name]} of {tensor.numel()} values"
-        one = expected[name]
-        if dtypes[name] != tensor.dtype:
-            one = checksum(tensor.to(dtypes[name]))
-        if sums[name] != one * copies % 2**64:
-            return f"{name} has other values in the server"
-    extra = sorted(set(sums) - set(ours))
-    return f"{extra[0]} of the server is not among the trainer's parameters" if extra else None
+                raise MalformedReply(f"sglang: checksum of {told}: {line!r:.100}") from error
+    expected = weights.checksums() | {
+        name: checksum(ours[name].to(dtype))  # cast on arrival
+        for name, dtype in dtypes.items()
+        if name in ours and dtype != ours[name].dtype
+    }
+    return first_difference(held, expected, {name: one.numel() for name, one in ours.items()})
 
 
 def _trainer_name(name: str, ours: dict[str, Tensor]) -> str:
     """The name in the checkpoint of what the server calls `name`, a piece's with its number."""
     base, _, piece = name.partition("#")
-    if base in ours:
-        return base
-    if base == "lm_head.weight":
-        return next((n for n in ours if n.endswith("embed_tokens.weight")), base)
     module, _, kind = base.rpartition(".")
     prefix, _, leaf = module.rpartition(".")
-    if piece and leaf in _FUSED and int(piece) < len(_FUSED[leaf]):
+    if base not in ours and piece and leaf in _FUSED and int(piece) < len(_FUSED[leaf]):
         return ".".join(filter(None, [prefix, _FUSED[leaf][int(piece)], kind]))
-    return name
+    return base
 
 
 # ---------------------------------------------------------------------- sending weights

@@ -11,13 +11,12 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from RL2.engines.protocol import Completion, MalformedReply, SamplingParams
 from RL2.engines.servers.addresses import HOST
+from RL2.engines.servers.comparison import first_difference
 from RL2.engines.servers.http import Server, bearer
 from RL2.engines.servers.process import ServerOptions, variables_of
 from RL2.engines.servers.replies import completion_of
@@ -209,16 +208,16 @@ class VLLM:
         await server.post("/update_weight_version", {"new_version": str(weights.version)})
 
     async def mismatch(self, server: Server, weights: HostWeights) -> str | None:
-        """See `Dialect.mismatch`.
-
-        A parameter that n workers hold whole has n times the elements and n times the checksum.
-        """
+        """See `Dialect.mismatch`."""
         version = (await server.get("/weight_info"))["weight_version"]
         if version != str(weights.version):
             return f"the server has version {version}, published is {weights.version}"
-        published, held = await asyncio.gather(
+        published, workers = await asyncio.gather(
             asyncio.to_thread(weights.checksums), _call(server, "rl2_checksums")
         )
+        held = [
+            (tuple(names), count, int(value)) for parts in workers for names, count, value in parts
+        ]
         return first_difference(held, published, {name: t.numel() for name, t in weights})
 
     async def _broadcast(self, server: Server, weights: HostWeights) -> None:
@@ -241,48 +240,6 @@ class VLLM:
         reply = await server.post("/reset_prefix_cache?reset_running_requests=true")
         if not reply["success"]:
             raise EngineError(f"{server.url}: the key-value cache could not be dropped")
-
-
-def first_difference(
-    workers: Iterable[Iterable[tuple[list[str], int, str]]],
-    checksums: dict[str, int],
-    sizes: dict[str, int],
-) -> str | None:
-    """Compare what a server's workers hold with what was published.
-
-    workers: for each its parts as `rl2_vllm.Worker.rl2_checksums` tells them.
-    checksums, sizes: checksum and number of elements by published name.
-    Returns None or a line that names the first parameter that differs.
-    """
-    held: dict[tuple[str, ...], list[int]] = defaultdict(lambda: [0, 0])
-    for parts in workers:
-        for names, count, checksum in parts:
-            entry = held[tuple(names)]
-            entry[0] += count
-            entry[1] += int(checksum)
-    for names, (count, checksum) in held.items():
-        label = " + ".join(names)
-        names = _as_published(names, checksums)
-        unknown = [name for name in names if name not in checksums]
-        if unknown:
-            return f"{unknown[0]} is in the server and was not published"
-        copies, rest = divmod(count, sum(sizes[name] for name in names))
-        if rest or not copies:
-            return f"{label} has {count} elements in the server, not a multiple of those published"
-        if (checksum - copies * sum(checksums[name] for name in names)) % 2**64:
-            return f"{label} differs"
-    covered = {name for names in held for name in _as_published(names, checksums)}
-    missing = [name for name in checksums if name not in covered]
-    return f"{missing[0]} was published and is not in the server" if missing else None
-
-
-def _as_published(names: tuple[str, ...], published: dict[str, int]) -> tuple[str, ...]:
-    """A head that is tied to the embedding is published as the embedding only."""
-    if len(names) == 1 and names[0].endswith("lm_head.weight") and names[0] not in published:
-        embeddings = [name for name in published if name.endswith("embed_tokens.weight")]
-        if len(embeddings) == 1:
-            return tuple(embeddings)
-    return names
 
 
 def _send(plan: dict[str, Any], weights: HostWeights) -> None:
