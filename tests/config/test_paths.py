@@ -25,7 +25,17 @@ def home(workdir, monkeypatch):
 
 
 def test_all_keys_that_look_like_paths_are_expanded():
-    endings = ("path", "_dir", "_name", "_from", "_python", "_file", "_folder", ".source")
+    endings = (
+        "path",
+        "_dir",
+        "_name",
+        "_from",
+        "_python",
+        "_file",
+        "_folder",
+        ".source",
+        ".engine",
+    )
     no_paths = {"trainer.experiment_name"}
     alike = {
         key for key, kind in KEYS.items() if key.endswith(endings) and not is_dataclass(kind)
