@@ -44,7 +44,8 @@ class Head:
         self.row = torch.arange(n_tokens) * N_SEQUENCES // n_tokens
         ids = torch.arange(N_SEQUENCES)
         self.rows = {"sample_ids": ids, "pair_ids": ids // 2, "chosen": ids % 2}
-        self.old_logps = -11 + torch.randn(n_tokens, device=device)
+        with torch.no_grad():  # near, so that nothing is clipped: every token owes a gradient
+            self.old_logps = self._logps() + 0.05 * torch.randn(n_tokens, device=device)
         self.advantages = torch.randn(N_SEQUENCES, device=device)[self.row]
 
     def tokens(self) -> Tensor:

@@ -73,7 +73,7 @@ class Segments:
     @property
     def sizes(self) -> Tensor:
         """How many elements each segment has, in float32."""
-        return torch.bincount(self.index, minlength=self.n).float()
+        return self.sum(torch.ones_like(self.index, dtype=torch.float32))
 
     def sum(self, x: Tensor) -> Tensor:
         """One sum a segment, of one value an element; added up in float64."""
@@ -127,7 +127,8 @@ class Pairs:
 
     def _sum(self, x: Tensor, which: Tensor, name: str) -> Tensor:
         _check(x, len(self.index), f"pairs.{name}", "sequence")
-        return Segments(self.index[which], self.n, "pairs", "sequence").sum(x[which])
+        pairs = Segments(self.index, self.n, "pairs", "sequence")
+        return pairs.sum(x.masked_fill(~which, 0))
 
 
 def kinds_of(n_tokens: int, tensors: Mapping[str, Any]) -> dict[str, int]:

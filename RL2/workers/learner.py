@@ -27,9 +27,17 @@ def split_batch(batch: Batch, n_parts: int, segments: tuple[str, ...] = ()) -> l
     """Cut a batch into `n_parts` optimizer batches, never through a multi-turn sample, nor through
     a group or pair if those are among `segments`."""
     unit = kept_together(batch, segments)
-    parts = torch.arange(int(unit.max()) + 1).tensor_split(n_parts)
-    own = [torch.isin(unit, part) for part in parts]
-    return [{name: field[rows] for name, field in batch.items()} for rows in own]
+    units = torch.arange(int(unit.max()) + 1).tensor_split(n_parts)
+    parts = [_slice(torch.isin(unit, some).nonzero().squeeze(-1)) for some in units]
+    return [{name: field[rows] for name, field in batch.items()} for rows in parts]
+
+
+def _slice(rows: Tensor) -> Tensor | slice:
+    """Rows that follow each other as a slice, which copies nothing."""
+    if not len(rows):
+        return slice(0, 0)
+    ends = slice(int(rows[0]), int(rows[-1]) + 1)
+    return ends if ends.stop - ends.start == len(rows) else rows
 
 
 class Learner(ShardedModel):

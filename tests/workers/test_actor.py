@@ -371,6 +371,7 @@ def test_split_batch_keeps_samples_whole():
     parts = split_batch(batch, 2)
     assert [part["sample_ids"].tolist() for part in parts] == [[0, 0, 1], [2, 2, 2]]
     assert torch.equal(torch.cat([part["states"] for part in parts]), batch["states"])
+    assert parts[0]["states"].data_ptr() == batch["states"].data_ptr()  # no copy
     assert [len(part["states"]) for part in split_batch(batch, 5)] == [2, 1, 3, 0, 0]
 
 
