@@ -63,7 +63,7 @@ def savers(actor: Actor, folder: Path) -> dict[str, Save]:
         checkpoints = Checkpoints(str(folder / name), keep_last=1, background=background)
 
         def save(step: int) -> Callable[[], None]:
-            checkpoints.save(step, actor, {}, {})
+            checkpoints.save(step, {"actor": actor}, {}, {})
             return checkpoints.wait
 
         return save

@@ -18,7 +18,8 @@ from RL2.runtime.errors import CheckpointError, HealthError, Interrupted, Traini
 from RL2.runtime.folders import cannot_write, in_the_way, lock, try_to_move
 from RL2.runtime.stop import StopRequest
 from RL2.trainer.checkpoints import record
-from RL2.trainer.checkpoints.checkpoint import Checkpoints, rng_state, set_rng_state
+from RL2.trainer.checkpoints.checkpoint import Checkpoints
+from RL2.trainer.checkpoints.contents import rng_state, set_rng_state
 from RL2.trainer.checkpoints.export import Kept, best_that_is_there, fingerprint_of, save_model
 from RL2.trainer.health import observe
 from RL2.trainer.sinks.metrics import Metrics, Timers
@@ -108,7 +109,7 @@ class Run:
         """Load the checkpoint that `trainer.load_ckpt_from` names, if any."""
         which, state = self.config.trainer.load_ckpt_from, None
         if which is not None:
-            state = self.checkpoints.load(which, self.learners["actor"], self.source)
+            state = self.checkpoints.load(which, self.learners, self.source)
         state = {"step": 0, "unfinished": None, "run_id": None, "best": {}, "health": {}} | (
             state or {}
         )
@@ -152,7 +153,7 @@ class Run:
                 "best": self.best, "health": self.health, "unfinished": unfinished,
                 "run_id": self.metrics.run_id if self.metrics else None,
             }  # fmt: skip
-            self.checkpoints.save(step, self.learners["actor"], source, state)
+            self.checkpoints.save(step, self.learners, source, state)
 
     def save_unless_saved(
         self, step: int, position: Position, unfinished: dict[str, float] | None = None

@@ -27,7 +27,7 @@ def optimizer(checkpoint, folder):
     """Moments and steps by parameter, whatever ranks have written them."""
     path = folder / f"{checkpoint.parent.parent.name}-{checkpoint.name}.pt"
     dcp_to_torch_save(checkpoint, path)
-    return torch.load(path, weights_only=True)["optimizer"]["state"]
+    return torch.load(path, weights_only=True)["actor"]["optimizer"]["state"]
 
 
 def dumped(folder, step):

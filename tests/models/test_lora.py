@@ -278,13 +278,13 @@ class NoData:
 def save_checkpoint(model, batch, folder):
     actor = lora_actor(model)
     actor.update(batch if rank() == 0 else None, 1)
-    Checkpoints(folder).save(1, actor, {}, {})
+    Checkpoints(folder).save(1, {"actor": actor}, {}, {})
     return whole(actor), actor.update(batch if rank() == 0 else None, 2)
 
 
 def load_checkpoint(model, batch, folder):
     actor = make_actor(model, "spo", lora=LORA)
-    Checkpoints(folder).load("latest", actor, NoData())
+    Checkpoints(folder).load("latest", {"actor": actor}, NoData())
     return whole(actor), actor.update(batch if rank() == 0 else None, 2)
 
 

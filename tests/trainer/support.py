@@ -147,15 +147,20 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The model's weights in a checkpoint, under the names that transformers gives them."""
+def checkpoint_tensors(folder: Path) -> dict[str, dict]:
+    """Model and optimizer of each learner in a checkpoint."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
     with warnings.catch_warnings():  # that there is no process group, which is so
         warnings.simplefilter("ignore", UserWarning)
-        state = _load_state_dict_from_keys("model", storage_reader=FileSystemReader(folder))
-    return {name.removeprefix("model."): value for name, value in state["model"].items()}
+        return _load_state_dict_from_keys(storage_reader=FileSystemReader(folder))
+
+
+def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The actor's weights in a checkpoint, under the names that transformers gives them."""
+    model = checkpoint_tensors(folder)["actor"]["model"]
+    return {name.removeprefix("model."): value for name, value in model.items()}
 
 
 def same_weights(one: dict, other: dict) -> bool:

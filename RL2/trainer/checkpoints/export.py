@@ -18,7 +18,7 @@ from RL2.models.loading import model_fingerprint
 from RL2.models.lora import has_adapters, merged, save_adapters
 from RL2.runtime.errors import CheckpointError, ConfigError, first_line
 from RL2.runtime.folders import TEMPORARY, cannot_write, exists, publish
-from RL2.trainer.checkpoints.checkpoint import n_bytes
+from RL2.trainer.checkpoints.contents import n_bytes
 from RL2.workers import Actor
 
 logger = logging.getLogger(__name__)

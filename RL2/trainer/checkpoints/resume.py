@@ -5,6 +5,7 @@ the log. `FIXED` lists the keys that have to stay, and why; every other key take
 next step on: nothing of it is read from the checkpoint. `NOTES` says what is worth knowing of some.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,16 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _in_words(source: str) -> str:
     return "a source of its own" if ":" in source else _SOURCES.get(source, source)
+
+
+def check_learners(folder: Path, before: Sequence[str], now: Sequence[str]) -> None:
+    """CheckpointError where a checkpoint holds other learners than the run has, by their names."""
+    if {*before} != {*now}:
+        raise CheckpointError(
+            f"trainer.load_ckpt_from: {folder.name} does not load here, as it holds "
+            f"{', '.join(before)}, and this run trains {', '.join(now)}; to go on from its weights "
+            "only, give actor.model_name=<its final folder> and leave out trainer.load_ckpt_from"
+        )
 
 
 def versions() -> dict[str, str | None]:

@@ -196,7 +196,7 @@ def test_moments_and_rng_are_in_the_checkpoint(whole):
     folder = whole("sft")[0] / "checkpoints/step000006"
     keys = torch.distributed.checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
     for moment in ("exp_avg", "exp_avg_sq", "step"):
-        assert any(key.startswith("optimizer.state") and key.endswith(moment) for key in keys)
+        assert any(key.startswith("actor.optimizer.state") and key.endswith(moment) for key in keys)
     mine = torch.load(folder / "rank0.pt", weights_only=True)
     assert mine["rng"]["cpu"].dtype == torch.uint8
     # steps of epochs of three rows: after the sixth the third epoch begins

@@ -3,8 +3,10 @@
 import json
 import logging
 import shutil
+import warnings
 
 import pytest
+import torch.distributed.checkpoint as dcp
 import yaml
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -17,6 +19,7 @@ from RL2.trainer.checkpoints import manifest, resume
 from RL2.trainer.checkpoints.checkpoint import Checkpoints
 from tests.ranks import run_on_ranks
 from tests.trainer.support import (
+    checkpoint_tensors,
     composed,
     lasting,
     overrides,
@@ -123,7 +126,7 @@ def test_more_updates_on_a_rollout_keep_the_place_in_the_schedule(files, saved, 
 def save_checkpoint(model, batch, folder):
     actor = make_actor(model, "spo")
     actor.update(batch if rank() == 0 else None, 1)
-    Checkpoints(folder).save(1, actor, {}, {})
+    Checkpoints(folder).save(1, {"actor": actor}, {}, {})
 
 
 class NoData:
@@ -133,7 +136,7 @@ class NoData:
 
 def load_checkpoint(model, folder, changes):
     actor = make_actor(model, "spo", **changes)
-    Checkpoints(folder).load("latest", actor, NoData())
+    Checkpoints(folder).load("latest", {"actor": actor}, NoData())
     moments = len(actor.optimizer.state)
     return moments, [(group["lr"], group["weight_decay"]) for group in actor.optimizer.param_groups]
 
@@ -298,25 +301,43 @@ def test_no_secret_is_kept(files, tmp_path, monkeypatch):
     assert resume.compare(tmp_path, config, {}, {}) == []
 
 
-def test_a_checkpoint_of_the_first_version_goes_on(files, saved, tmp_path, caplog):
-    """It has no config, and the scheduler's own state."""
+def as_0_1_0(checkpoint):
+    """The actor alone, without its name."""
+    tensors = checkpoint_tensors(checkpoint)["actor"]
+    for path in (checkpoint / ".metadata", *checkpoint.glob("*.distcp")):
+        path.unlink()
+    with warnings.catch_warnings():  # that there is no process group, which is so
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.save(tensors, checkpoint_id=checkpoint)
+    state = json.loads((checkpoint / "trainer.json").read_text())
+    return state | state.pop("learners")["actor"], ("learners",)
+
+
+def as_the_first(checkpoint):
+    """No config, and the scheduler's own state."""
+    state, _ = as_0_1_0(checkpoint)
+    (checkpoint / resume.NAME).unlink()
+    del state["updates_per_rollout"]
+    state["scheduler"] = {"last_epoch": state.pop("updates"), "base_lrs": [1e-4], "_last_lr": [0.0]}
+    return state, ("learners", "inputs", "threads", "machines")
+
+
+@pytest.mark.parametrize("convert", [as_0_1_0, as_the_first])
+def test_a_checkpoint_of_an_earlier_version_goes_on(files, saved, tmp_path, caplog, convert):
     caplog.set_level(logging.INFO, logger="RL2")
     folder = shutil.copytree(saved(), tmp_path / "run")
     for step in (2, 3):
         checkpoint = folder / f"checkpoints/step{step:06d}"
-        (checkpoint / resume.NAME).unlink()
-        state = json.loads((checkpoint / "trainer.json").read_text())
-        updates = state.pop("updates")
-        del state["updates_per_rollout"]
-        state["scheduler"] = {"last_epoch": updates, "base_lrs": [1e-4], "_last_lr": [0.0]}
+        about = json.loads((checkpoint / manifest.NAME).read_text())["about"]
+        state, unknown = convert(checkpoint)
         (checkpoint / "trainer.json").write_text(json.dumps(state))
-        content = json.loads((checkpoint / manifest.NAME).read_text())
-        about = {name: content["about"][name] for name in ("step", "world_size", "versions")}
-        listed = [checkpoint / name for name in content["files"] if name != resume.NAME]
-        manifest.write(checkpoint, manifest.fingerprints(listed, checkpoint), about)
+        (checkpoint / manifest.NAME).unlink()
+        about = {name: value for name, value in about.items() if name not in unknown}
+        manifest.write(checkpoint, manifest.fingerprints(checkpoint.iterdir(), checkpoint), about)
     start = folder / "checkpoints/step000002"
     train(files, "sft", folder, **SETTINGS | {"trainer__load_ckpt_from": start})
-    assert any("step000002 holds no config" in text for text in caplog.messages)
+    no_config = any("step000002 holds no config" in text for text in caplog.messages)
+    assert no_config == (convert is as_the_first)
     rows, expected = rows_of(folder), rows_of(saved())
     assert [*map(lasting, rows)] == [*map(lasting, expected)]
     assert same_weights(weights(folder / "final"), weights(saved() / "final"))

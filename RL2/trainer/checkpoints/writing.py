@@ -1,0 +1,156 @@
+"""All ranks write one checkpoint, which has its name only when all of it is on disk."""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.utils.serialization.config  # noqa: F401 - torch.save's; else imported in mid-run
+from omegaconf import DictConfig
+
+from RL2.distributed import broadcast, rank, sum_over_ranks
+from RL2.distributed.agreement import of_all, on_all_ranks
+from RL2.runtime.errors import CheckpointError
+from RL2.runtime.folders import TEMPORARY, cannot_write, publish
+from RL2.trainer.checkpoints import manifest, resume
+from RL2.trainer.checkpoints.contents import TRAINER, Generators, n_bytes
+from RL2.trainer.startup.shared_folder import PATIENCE
+
+
+@dataclass(frozen=True)
+class Content:
+    """What one rank gives to a checkpoint.
+
+    Attributes:
+        tensors: see `contents.collect`; this rank's parts.
+        generators: of this rank.
+        position: of the source, as this rank has it.
+        state: of the trainer, as JSON has it.
+        config: of the run.
+        about: what the manifest says of the making.
+    """
+
+    tensors: dict[str, Any]
+    generators: Generators
+    position: dict[str, Any]
+    state: dict[str, Any]
+    config: DictConfig | None
+    about: dict[str, Any]
+
+
+def write(
+    final: Path, content: Content, tidy: Callable[[], None], group: dist.ProcessGroup | None
+) -> None:
+    """Write a checkpoint, durable, under the name `final` (a collective).
+
+    Args:
+        tidy: what rank 0 does when it is there.
+        group: of all ranks.
+
+    Raises:
+        CheckpointError: on every rank, where one of them cannot write its part. Earlier
+            checkpoints are as they were.
+    """
+    folder = final.parent
+    needed = int(sum_over_ranks(torch.tensor(n_bytes(content.tensors)), group))
+
+    def failed(reason: str) -> CheckpointError:
+        problem = cannot_write(folder.parent, final, reason, needed)
+        return CheckpointError(f"{problem}; earlier checkpoints are as they were")
+
+    def unseen(reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"trainer.save_dir={folder.parent}: rank 0 does not find in {final} what all "
+            f"ranks wrote ({reason}); give a folder that all machines share; earlier "
+            "checkpoints are as they were"
+        )
+
+    def first(action: Callable[[], Any]) -> Callable[[], Any]:
+        return action if rank() == 0 else lambda: None
+
+    temporary = broadcast(
+        on_all_ranks(first(lambda: _new_folder(final, needed)), failed, group), group
+    )
+    try:
+        # All positions in one file: the next run may have another number of ranks.
+        others = of_all(None if rank() == 0 else content.position, group)
+        own = {"rng": content.generators}
+        own |= {"source": [content.position, *others[1:]]} if rank() == 0 else {}
+        part = on_all_ranks(
+            lambda: _write_part(temporary, content.tensors, own, group), failed, group
+        )
+        parts = of_all(part, group)
+        on_all_ranks(first(lambda: _write_rest(temporary, content, parts)), failed, group)
+        on_all_ranks(first(lambda: _find_all(temporary)), unseen, group)
+        on_all_ranks(first(lambda: _give_name(temporary, final, tidy)), failed, group)
+    except CheckpointError:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _new_folder(final: Path, needed: int) -> Path:
+    """Rank 0: one that nobody else writes to, where there is room for it."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(final.parent).free < needed:
+        raise OSError("too little space")
+    return Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{final.name}-", dir=final.parent))
+
+
+def _write_part(
+    temporary: Path, tensors: Any, own: dict[str, Any], group: dist.ProcessGroup | None
+) -> manifest.Files:
+    """This rank's part, durable; returns what it has written."""
+    # Named, as dcp would look for other writers, and import them, in mid-run. It syncs its files.
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
+    # One file a rank: a plain value under one key would be stored once for all ranks.
+    path = temporary / f"rank{rank()}.pt"
+    with path.open("wb") as file:
+        torch.save(own, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return manifest.fingerprints([path, *temporary.glob(f"__{rank()}_*")], temporary)  # DCP's names
+
+
+def _write_rest(temporary: Path, content: Content, parts: list[manifest.Files]) -> None:
+    """Rank 0: what only one can write, the manifest last."""
+    (temporary / TRAINER).write_text(json.dumps(content.state))
+    if content.config is not None:
+        resume.write(temporary, content.config)
+    listed = {name: entry for part in parts for name, entry in part.items()}
+    others = [
+        path
+        for path in temporary.rglob("*")
+        if path.is_file() and path.relative_to(temporary).as_posix() not in listed
+    ]
+    listed |= manifest.fingerprints(others, temporary)
+    manifest.write(temporary, listed, content.about)
+
+
+def _find_all(temporary: Path) -> None:
+    """Rank 0: all that its manifest lists has to be there. Network file systems show late what
+    others wrote."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            manifest.read(temporary)
+            return
+        except manifest.Damaged:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.2)
+
+
+def _give_name(temporary: Path, final: Path, tidy: Callable[[], None]) -> None:
+    """Rank 0: from now on it counts."""
+    temporary.chmod(0o755)  # mkdtemp's is for its owner alone
+    publish(temporary, final)
+    tidy()
