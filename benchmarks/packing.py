@@ -142,7 +142,8 @@ def compare_balance(options: argparse.Namespace) -> None:
 def build_model(options: argparse.Namespace) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    from RL2.models.causal_lm import TokenStatsModel
+    from RL2.models.headed_model import HeadedModel
+    from RL2.models.heads import TokenStatsHead
     from RL2.ops.attention import register_attention
 
     torch.manual_seed(0)
@@ -153,7 +154,7 @@ def build_model(options: argparse.Namespace) -> torch.nn.Module:
         tie_word_embeddings=True,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, attn_implementation=register_attention())
-    return TokenStatsModel(model)
+    return HeadedModel(model, TokenStatsHead(model, {}))
 
 
 def make_batch(lengths: list[int]) -> dict[str, torch.Tensor]:

@@ -173,7 +173,7 @@ def update_on_order(
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "dtype": str(actor.dtypes.compute).removeprefix("torch."),
             "attention": resolve_attention(node.attn_implementation, actor.dtypes.compute),
-            "head": actor.model.implementation if actor.model.linear_head else "whole logits",
+            "head": actor.model.head.implementation if actor.model.head.linear else "whole logits",
         }
         for _ in orders:
             if cuda:

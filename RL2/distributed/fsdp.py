@@ -1,6 +1,6 @@
 """Fully sharded data parallelism (FSDP2) over a module that wraps a transformers model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -11,7 +11,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
 def shard(
-    root: nn.Module, layer_classes: set[str], mesh: DeviceMesh, compute_dtype: torch.dtype
+    root: nn.Module,
+    layer_classes: set[str],
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    exact: Collection[str] = (),
 ) -> None:
     """Shard every layer whose class is named in `layer_classes`, then the root, in place.
 
@@ -23,6 +27,7 @@ def shard(
     Args:
         root: on its device, or on the meta device.
         mesh: `(ddp, fsdp)`, of a mesh that holds the one of tensor parallelism, if any.
+        exact: names, within the model, of layers that are computed in fp32.
     """
     if mesh["ddp"].size() == 1:  # else gradients would be reduced over groups of one
         mesh = mesh["fsdp"]
@@ -36,7 +41,10 @@ def shard(
             return Shard(1)
         return None  # Shard(0)
 
-    for module in root.modules():
+    for name, module in root.named_modules():
+        if name.removeprefix("model.") in exact:
+            fp32 = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+            fully_shard(module, mesh=mesh, mp_policy=fp32, shard_placement_fn=placement)
         if type(module).__name__ in layer_classes:
             fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     fully_shard(root, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)

@@ -182,7 +182,8 @@ def _check_sizes(model: PreTrainedModel, plan: dict[str, str], key: str, size: i
 
 
 def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> list[str]:
-    """Split a decoder's layers, embedding and head over a tensor-parallel mesh, in place.
+    """Split a decoder's layers, embedding and head over words over a tensor-parallel mesh, in
+    place.
 
     Layers follow transformers' plan; embedding and head are split along the vocabulary, of which
     `shard_of` gives this rank's part. What is not split stays a plain parameter, equal on all
@@ -205,7 +206,8 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> list[str]:
     styles = {name: _STYLES[style]() for name, style in plan.items() if style in _STYLES}
     names = {module: name for name, module in model.named_modules()}
     styles[names[model.get_input_embeddings()]] = RowwiseParallel(input_layouts=Replicate())
-    styles[names[model.get_output_embeddings()]] = _STYLES["colwise_gather_output"]()
+    if (head := model.get_output_embeddings()) is not None:
+        styles[names[head]] = _STYLES["colwise_gather_output"]()
     # None: every rank holds the weights already (or none does), so nothing has to be sent.
     parallelize_module(model, mesh, styles, src_data_rank=None)
     model.tie_weights()

@@ -7,7 +7,7 @@ which loads the whole model on every rank before it is split.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
@@ -89,9 +89,11 @@ def _samples(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
             yield start, min(_OF_TENSOR, last - start)
 
 
-def holds_all(files: dict[str, Path], model: PreTrainedModel) -> bool:
+def holds_all(files: dict[str, Path], model: PreTrainedModel, new: Collection[str] = ()) -> bool:
     """Whether the files have each of the model's tensors, tied ones once, under its own name and
     in its shape.
+
+    new: names of those that they may lack.
 
     Raises:
         ConfigError: a parameter is stored as integers: quantised, and so nothing to train.
@@ -99,6 +101,8 @@ def holds_all(files: dict[str, Path], model: PreTrainedModel) -> bool:
     wanted: dict[Path, dict[str, Tensor]] = {}
     for name, tensor in _stored(model).items():
         if name not in files:
+            if name in new:
+                continue
             return False
         wanted.setdefault(files[name], {})[name] = tensor
     for path, tensors in wanted.items():
@@ -124,7 +128,7 @@ def materialize(
 
     Args:
         root: the sharded module around `model`.
-        files: from `weight_files`, which `holds_all`.
+        files: from `weight_files`, which `holds_all`. What they lack is 0.
     """
     root.to_empty(device=device)
     model.tie_weights()
@@ -134,6 +138,9 @@ def materialize(
         if name is None:  # for `init_adapters`
             continue
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if name not in files:
+            local.detach().zero_()
+            continue
         # A file of its own each time: closing it gives back the pages that were mapped.
         with safe_open(files[name], "pt") as file:
             part = file.get_slice(name)[local_part(tensor)]

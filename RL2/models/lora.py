@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from RL2.models.heads import Head
 from RL2.models.loading import local_part, plain_name
 from RL2.runtime.errors import ConfigError
 
@@ -31,7 +32,7 @@ _ADAPTER = "default"  # peft's own name for the only adapter
 _PART = re.compile(rf"(?P<layer>.+)\.(?P<part>base_layer|lora_A|lora_B)(\.{_ADAPTER})?\.weight")
 
 
-def add_adapters(model: PreTrainedModel, config) -> None:
+def add_adapters(model: PreTrainedModel, config, head: type[Head]) -> None:
     """Put adapters beside the linear layers of a model and freeze all else, in place.
 
     Their weights are those of `init_adapters`, which has to follow once the model has memory.
@@ -39,6 +40,7 @@ def add_adapters(model: PreTrainedModel, config) -> None:
     Args:
         model: whole, possibly on the meta device.
         config: the `actor.lora` node (rank, alpha, dropout, target_modules).
+        head: its layer gets none either, and is trained as a whole.
 
     Raises:
         ConfigError: `target_modules` names what is no linear layer of the model. Head and
@@ -46,11 +48,12 @@ def add_adapters(model: PreTrainedModel, config) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model  # optional
 
-    head = model.get_output_embeddings()
+    own = model.get_submodule(head.layer) if head.layer else None
+    heads = (model.get_output_embeddings(), own)
     linear = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        if isinstance(module, (nn.Linear, Conv1D)) and module not in heads
     }
     names = sorted({name.rpartition(".")[2] for name in linear})
     targets = config.target_modules
@@ -74,7 +77,7 @@ def add_adapters(model: PreTrainedModel, config) -> None:
         ],
         # GPT-2's layers keep the transposed weight
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
-        task_type="CAUSAL_LM",
+        task_type=head.task,
         base_model_name_or_path=model.name_or_path,
     )
     # Of transformers' mixtures of experts peft takes a layer's name for that of the experts' fused
@@ -83,6 +86,8 @@ def add_adapters(model: PreTrainedModel, config) -> None:
     around.whole = model
     inject_adapter_in_model(adapter, around, _ADAPTER, low_cpu_mem_usage=on_meta)
     model.peft_config = around.peft_config
+    if own is not None:
+        own.requires_grad_(True)
 
 
 def _tell_left_out(model: PreTrainedModel) -> None:

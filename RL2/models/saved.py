@@ -1,6 +1,8 @@
 """What is taken from a saved model, and what is not: its config.json chooses no code, and nothing
 of a loaded model stays in its files."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -45,13 +47,18 @@ def _forget_choices(config: PretrainedConfig, model: str) -> None:
 
 
 def load_whole(
-    name: str, options: dict[str, Any], **built: Any
+    name: str,
+    options: dict[str, Any],
+    auto_class: Any = AutoModelForCausalLM,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    **built: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A causal language model with its weights, and what transformers says of the loading: it fills
-    what is missing with noise. `own_memory` has to follow once the model is on its device.
+    """A model with its weights, and what transformers says of the loading: it fills what is missing
+    with noise. `own_memory` has to follow once the model is on its device.
 
     Args:
         options: see `RL2.config.models.weight_options`.
+        auto_class: builds it, with `settings` in place of what its config.json says.
         built: how it is built: `dtype`, `attn_implementation` and others of `from_pretrained`.
 
     Raises:
@@ -59,8 +66,11 @@ def load_whole(
         Exception: whatever a broken file makes transformers raise.
     """
     of_config = {key: value for key, value in options.items() if key != "use_safetensors"}
-    model, found = AutoModelForCausalLM.from_pretrained(
-        name, config=saved_config(name, of_config), output_loading_info=True, **options, **built
+    config = saved_config(name, of_config)
+    for key, value in settings.items():
+        setattr(config, key, value)
+    model, found = auto_class.from_pretrained(
+        name, config=config, output_loading_info=True, **options, **built
     )
     if getattr(model, "_hf_peft_config_loaded", False):  # of a hub id: folders are checked early
         raise ConfigError(

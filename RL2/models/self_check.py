@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from RL2.distributed import shard_of
-from RL2.models.causal_lm import TokenStatsModel
+from RL2.models.headed_model import HeadedModel
 from RL2.ops.attention import register_attention
 from RL2.runtime.errors import ConfigError, first_line
 
@@ -62,8 +62,8 @@ class _Probe:
     scale: float
 
 
-def self_check(model: TokenStatsModel, attention: str, device: torch.device, train: bool) -> None:
-    """Set `model.linear_head`, or refuse the model.
+def self_check(model: HeadedModel, attention: str, device: torch.device, train: bool) -> None:
+    """Set `model.head.linear`, or refuse the model.
 
     A collective, after which all ranks know the same. Weights and random state are left alone.
 
@@ -78,8 +78,8 @@ def self_check(model: TokenStatsModel, attention: str, device: torch.device, tra
     register_fsdp_forward_method(model, "run")
     with _probing(model):
         probe = _probe(model, family, device)
-        for linear in (True, False) if model.linear_head else (False,):
-            model.linear_head = linear
+        for linear in (True, False) if model.head.linear else (False,):
+            model.head.linear = linear
             fault = _fault(model, probe, train)
             if fault is None:
                 return
@@ -91,7 +91,7 @@ def self_check(model: TokenStatsModel, attention: str, device: torch.device, tra
     )
 
 
-def _probe(model: TokenStatsModel, family: str, device: torch.device) -> _Probe:
+def _probe(model: HeadedModel, family: str, device: torch.device) -> _Probe:
     lengths = _lengths(model)
     vocab_size = model.model.get_input_embeddings().weight.shape[0]
     n = torch.arange(sum(lengths), device=device)
@@ -125,7 +125,7 @@ def _probe(model: TokenStatsModel, family: str, device: torch.device) -> _Probe:
     return _Probe(tokens[here], torch.tensor(lengths), start, alone[here], scale[0])
 
 
-def _lengths(model: TokenStatsModel) -> list[int]:
+def _lengths(model: HeadedModel) -> list[int]:
     config = model.model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or max(_LENGTHS)
     lengths = [min(length, longest) for length in _LENGTHS]
@@ -134,7 +134,7 @@ def _lengths(model: TokenStatsModel) -> list[int]:
     return lengths
 
 
-def _logits_alone(model: TokenStatsModel, row: Tensor, scale: list[float]) -> Tensor:
+def _logits_alone(model: HeadedModel, row: Tensor, scale: list[float]) -> Tensor:
     """`[N, V]` of one sequence, by the model's own forward; the first one sets the scale."""
     head = model.model.get_output_embeddings()
 
@@ -143,19 +143,19 @@ def _logits_alone(model: TokenStatsModel, row: Tensor, scale: list[float]) -> Te
         scale.append(2.0 ** max(0, round(math.log2(_LOGITS / size))) if size > 0 else 1.0)
 
     inputs = {"input_ids": row[None], "use_cache": False}
-    logits = _logits(model.model, inputs, scale, choose if model.linear_head else None)
+    logits = _logits(model.model, inputs, scale, choose if model.head.linear else None)
     if not scale:  # the head does not simply read hidden states
         scale.append(1.0)
     return logits
 
 
-def _logits_packed(model: TokenStatsModel, probe: _Probe) -> Tensor:
+def _logits_packed(model: HeadedModel, probe: _Probe) -> Tensor:
     """`[N, V]`, or this rank's columns, of a slice of a pack, by the way that training takes."""
     inputs = model.inputs(probe.states, probe.lengths, probe.start)
-    if not model.linear_head:
+    if not model.head.linear:
         return _logits(model.model, inputs, [probe.scale])
     hidden = model.model.base_model(**inputs).last_hidden_state[0]
-    return F.linear(hidden * probe.scale, *model.head())
+    return F.linear(hidden * probe.scale, *model.head.weights(model.model))
 
 
 def _logits(
@@ -164,7 +164,8 @@ def _logits(
     scale: list[float],
     choose: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Logits of hidden states times `scale`, which `choose` appends where there is none yet."""
+    """Logits of hidden states times `scale`, which `choose` appends where there is none yet; the
+    hidden states themselves where the model has no head over words."""
 
     def multiply(module, args, output):
         hidden = getattr(output, "last_hidden_state", None)
@@ -179,13 +180,15 @@ def _logits(
     if model.base_model is not model:
         hook = model.base_model.register_forward_hook(multiply)
     try:
+        if model.get_output_embeddings() is None:
+            return model.base_model(**inputs).last_hidden_state[0].clone()
         return model(**inputs).logits[0].clone()  # FSDP warns of views
     finally:
         if hook is not None:
             hook.remove()
 
 
-def _fault(model: TokenStatsModel, probe: _Probe, train: bool) -> str | None:
+def _fault(model: HeadedModel, probe: _Probe, train: bool) -> str | None:
     """What is wrong with the logits of the pack, on the rank where it is worst; None if nothing."""
     fault, found = "", torch.full((2,), math.inf)
     try:
@@ -206,10 +209,10 @@ def _fault(model: TokenStatsModel, probe: _Probe, train: bool) -> str | None:
     return fault or f"log-probabilities differ by {nats:.2g}"
 
 
-def _distance(model: TokenStatsModel, probe: _Probe, logits: Tensor) -> Tensor:
+def _distance(model: HeadedModel, probe: _Probe, logits: Tensor) -> Tensor:
     """How large the error of the logits is, in units of what is tolerated, and in nats."""
     alone, exact = probe.alone.float(), logits.dtype == torch.float32
-    if model.linear_head and model.tp_group is not None:
+    if model.head.linear and model.tp_group is not None:
         shard = shard_of(alone.shape[1], model.tp_group)
         alone = alone[:, shard.start : shard.start + shard.columns]
     logits = logits.float()
@@ -226,7 +229,7 @@ def _distance(model: TokenStatsModel, probe: _Probe, logits: Tensor) -> Tensor:
     return found.nan_to_num(nan=math.inf)
 
 
-def _others(model: TokenStatsModel, attention: str, probe: _Probe) -> list[str]:
+def _others(model: HeadedModel, attention: str, probe: _Probe) -> list[str]:
     """Which other attentions pass."""
     names = ["sdpa_varlen", "sdpa", "eager"]
     found = []
@@ -244,7 +247,7 @@ def _others(model: TokenStatsModel, attention: str, probe: _Probe) -> list[str]:
     return found
 
 
-def _reshard(model: TokenStatsModel) -> None:
+def _reshard(model: HeadedModel) -> None:
     """FSDP leaves the root's weights gathered for a backward, which does not come."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -252,7 +255,7 @@ def _reshard(model: TokenStatsModel) -> None:
 
 
 @contextmanager
-def _probing(model: TokenStatsModel) -> Iterator[None]:
+def _probing(model: HeadedModel) -> Iterator[None]:
     """No dropout, short limits, nothing compiled, and no weights that are the same number all over
     (zeros, as before training): those would hide what they are multiplied with."""
     modes = {module: module.training for module in model.modules()}
@@ -280,7 +283,7 @@ def _probing(model: TokenStatsModel) -> Iterator[None]:
         _reshard(model)
 
 
-def _constants(model: TokenStatsModel) -> dict[str, tuple[Tensor, Tensor]]:
+def _constants(model: HeadedModel) -> dict[str, tuple[Tensor, Tensor]]:
     """`{name: (weight, value)}` of those whose part here is one number all over."""
     found = {}
     for name, parameter in model.named_parameters():

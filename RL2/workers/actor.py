@@ -11,7 +11,6 @@ from RL2.algorithms.segments import add_up
 from RL2.algorithms.token_loss import TokenLoss
 from RL2.distributed import Traffic
 from RL2.distributed.comm import Batch
-from RL2.ops.token_stats import TokenStats
 from RL2.runtime.user_code import Unfit
 from RL2.workers.learner import Learner
 from RL2.workers.packs import Pack, scatter_whole
@@ -74,9 +73,9 @@ class Actor(Learner):
             stats = self.forward(micro_batch, wanted, self.loss.top_k)
             return self._loss_of_segments(fields | stats, micro_batch["pack"])
 
-        def loss_fn(stats: TokenStats, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss_fn(stats: Batch, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
             own = {name: field[rows] for name, field in fields.items()}
-            return self._loss_of_tokens(own | stats.as_dict())
+            return self._loss_of_tokens(own | stats)
 
         result = self.forward(micro_batch, wanted, self.loss.top_k, loss_fn)
         return result.pop("loss"), result

@@ -16,7 +16,7 @@ from RL2.algorithms.segments import fault_of, kept_together
 from RL2.distributed import Traffic, broadcast, clip_gradients, rank, sum_over_ranks, world_size
 from RL2.distributed.agreement import all_names, first_reason
 from RL2.distributed.comm import Batch
-from RL2.models.causal_lm import start_updates
+from RL2.models.build import start_updates
 from RL2.runtime.errors import TrainingError
 from RL2.workers.sharded_model import ALWAYS, ShardedModel
 
@@ -52,6 +52,7 @@ class Learner(ShardedModel):
         name: of the node, and so of its metrics (`actor/...`) and in checkpoints.
         max_bad_steps: non-finite updates in a row after which `update` raises.
         traffic: counts what crosses ranks.
+        head: a name of `RL2.models.heads.HEADS`.
 
     Attributes:
         moved: whether the weights are not those any more that the batch met, as an optimizer step
@@ -66,8 +67,9 @@ class Learner(ShardedModel):
         name: str,
         max_bad_steps: int = 1,
         traffic: Traffic | None = None,
+        head: str = "token_stats",
     ):
-        super().__init__(config, device, traffic, train=True)
+        super().__init__(config, device, traffic, head=head, train=True)
         self.name = name
         self.max_bad_steps = max_bad_steps
         self.bad_steps = 0

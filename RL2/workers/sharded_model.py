@@ -20,21 +20,20 @@ from RL2.distributed import (
     world_size,
 )
 from RL2.distributed.comm import Batch
-from RL2.models.causal_lm import (
+from RL2.models.build import (
     attention_cost,
     check_dropout,
-    check_head,
     checkpoint_layers,
     compile_layers,
     load_model,
 )
 from RL2.models.copies import check_copies
 from RL2.models.dtypes import resolve_attention
+from RL2.models.heads import HEADS, LossOfStatistics
 from RL2.models.loading import materialize
 from RL2.models.lora import has_adapters, init_adapters, merged
 from RL2.models.saved import own_memory
 from RL2.models.self_check import self_check
-from RL2.ops.token_stats import LossFunction
 
 ALWAYS = ("states", "actions", "action_mask")
 """Fields of a batch that every forward takes."""
@@ -49,17 +48,24 @@ class ShardedModel:
         config: an `actor` or `ref_actor` node.
         device: this rank's device.
         traffic: counts what crosses ranks.
+        head: a name of `RL2.models.heads.HEADS`.
         train: whether gradients will be asked for.
     """
 
     def __init__(
-        self, config, device: torch.device, traffic: Traffic | None = None, *, train: bool = False
+        self,
+        config,
+        device: torch.device,
+        traffic: Traffic | None = None,
+        *,
+        head: str = "token_stats",
+        train: bool = False,
     ):
         self.config = config
         self.device = device
         self.traffic = traffic or Traffic()
         self.layout = Layout(world_size(), config.sp_size, config.tp_size)
-        self.model, self.dtypes, files = load_model(config, train=train)
+        self.model, self.dtypes, files = load_model(config, train=train, head=HEADS[head])
         if train:
             check_dropout(self.hf_model.config, config)
         self.attention_cost = attention_cost(self.hf_model)
@@ -79,7 +85,8 @@ class ShardedModel:
             checkpoint_layers(self.hf_model, layers)
         if files is None:
             own_memory(self.model.to(device))
-        shard(self.model, layers, mesh["ddp", "fsdp"], self.dtypes.compute)
+        exact = {self.model.head.layer} - {None}
+        shard(self.model, layers, mesh["ddp", "fsdp"], self.dtypes.compute, exact)
         if files is not None:
             materialize(self.model, self.hf_model, files, device)
         if has_adapters(self.hf_model):
@@ -87,7 +94,7 @@ class ShardedModel:
         check_copies(self.hf_model, config.model_name)
         attention = resolve_attention(config.attn_implementation, self.dtypes.compute)
         self_check(self.model, attention, device, train)
-        check_head(self.model, config)
+        self.model.head.check(config)
         # Whole parameters of which a tensor-parallel rank sees a part of the gradient.
         self.partial: list[nn.Parameter] = [self.hf_model.get_parameter(name) for name in partial]
         self.frozen = not train
@@ -155,9 +162,10 @@ class ShardedModel:
         micro_batch: Batch,
         wanted: tuple[str, ...],
         top_k: int = 0,
-        loss_fn: LossFunction | None = None,
+        loss_fn: LossOfStatistics | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Token statistics `{name: [A]}` of a micro-batch from `to_device`: those asked for.
+        """What the head says of the actions of a micro-batch from `to_device`, `{name: [A]}`: what
+        is wanted, of `RL2.ops.token_stats.STATISTICS` or `values`.
 
         With `loss_fn` the sum of its loss, as `loss`, and those of its metrics instead.
         """
@@ -166,7 +174,7 @@ class ShardedModel:
             micro_batch["lengths"],
             micro_batch["positions"],
             micro_batch["actions"],
-            self.config.temperature,
+            self.config.get("temperature", 1.0),
             wanted,
             top_k,
             loss_fn,

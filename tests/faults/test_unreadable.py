@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from RL2.runtime.errors import CheckpointError
-from RL2.trainer.checkpoints import checkpoint as module
+from RL2.trainer.checkpoints import contents, writing
 from RL2.trainer.checkpoints.checkpoint import Checkpoints
 from tests.trainer.support import rows_of, train, write_files
 
@@ -137,7 +137,7 @@ def test_a_good_one_that_cannot_be_loaded_is_not_skipped(files, run, monkeypatch
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setattr(module.dcp, "load", fails)
+    monkeypatch.setattr(contents.dcp, "load", fails)
     line = refused_the_same(files, run)
     assert "step000002 cannot be loaded (" in line
     assert ("Input/output error" in line) or ("no memory" in line)
@@ -173,15 +173,15 @@ def test_old_checkpoints_that_are_links_go_as_links(files, run, tmp_path):
 
 def test_a_save_whose_files_rank_0_does_not_find_is_no_checkpoint(files, run, monkeypatch):
     """Rank 1 writes to another disk: DCP's metadata say that its file is there."""
-    write = module._write_part
+    write = writing._write_part
 
     def elsewhere(temporary, *arguments):
         written = write(temporary, *arguments)
         (temporary / "rank0.pt").unlink()
         return written
 
-    monkeypatch.setattr(module, "_write_part", elsewhere)
-    monkeypatch.setattr(module, "PATIENCE", 0.3)
+    monkeypatch.setattr(writing, "_write_part", elsewhere)
+    monkeypatch.setattr(writing, "PATIENCE", 0.3)
     before = tree(run / "checkpoints")
     with pytest.raises(CheckpointError) as caught:
         train(files, "sft", run, **SETTINGS | LATEST | {"trainer__max_steps": 3})
@@ -195,7 +195,7 @@ def test_damaged_ones_are_set_apart_once_another_one_is_loaded(files, run, caplo
     caplog.set_level(logging.INFO, logger="RL2")
     flip(run / "checkpoints/step000002")
     with monkeypatch.context() as patch:
-        patch.setattr(module.dcp, "load", lambda *_, **__: 1 / 0)
+        patch.setattr(contents.dcp, "load", lambda *_, **__: 1 / 0)
         assert "step000001 cannot be loaded (division by zero)" in refused_the_same(files, run)
     train(files, "sft", run, **SETTINGS | LATEST)
     assert (run / "checkpoints/damaged-step000002").is_dir()

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from RL2.models.causal_lm import load_model
+from RL2.models.build import load_model
 from RL2.models.dtypes import find_dtypes, resolve_attention
 from RL2.models.loading import weight_files
 from RL2.runtime.errors import ConfigError

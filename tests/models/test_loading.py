@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from RL2.models import loading
-from RL2.models.causal_lm import load_model
+from RL2.models.build import load_model
 from RL2.models.loading import holds_all, model_fingerprint, weight_files
 from RL2.runtime.errors import ConfigError
 from RL2.workers import ShardedModel
@@ -135,7 +135,8 @@ with process_group("cpu"):
     # Loading alone: the check that follows gathers layer after layer, as each step does.
     with mock.patch("RL2.workers.sharded_model.self_check"):
         actor = ShardedModel(actor_config(sys.argv[1]), torch.device("cpu"))
-    print(json.dumps([rank(), resident("VmHWM") - before]))
+    line = json.dumps([rank(), resident("VmHWM") - before])
+    sys.stdout.write(line + chr(10))  # at once: ranks share the pipe
 """
 
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
 
 from RL2.distributed import rank
+from RL2.models.heads import TokenStatsHead
 from RL2.models.loading import local_part, plain_name
 from RL2.models.lora import add_adapters, init_adapters, merged
 from RL2.runtime.errors import ConfigError
@@ -190,7 +191,7 @@ def test_first_weights_do_not_depend_on_how_the_model_is_read(tmp_path, monkeypa
     """From files onto a sharded model, or whole by transformers where those do not fit."""
     model = make_model(tmp_path)
     (lean,) = run_on_ranks(1, first_weights, model, {})
-    monkeypatch.setattr("RL2.models.causal_lm.holds_all", lambda files, model: False)
+    monkeypatch.setattr("RL2.models.build.holds_all", lambda *_: False)
     (whole_model,) = run_on_ranks(1, first_weights, model, {})
     assert lean.keys() == whole_model.keys()
     assert all(torch.equal(lean[name], whole_model[name]) for name in lean)
@@ -352,7 +353,7 @@ def test_layers_beside_fused_experts_get_adapters_and_the_experts_none(caplog):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         plain = {name for name, _ in model.named_parameters()}
-    add_adapters(model, OmegaConf.create(LORA | {"target_modules": "all-linear"}))
+    add_adapters(model, OmegaConf.create(LORA | {"target_modules": "all-linear"}), TokenStatsHead)
     found = {plain_name(name) for name, _ in model.named_parameters()}
     assert found - {None} == plain
     names = [name for name, _ in model.named_parameters() if is_adapter(name)]

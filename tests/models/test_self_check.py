@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from RL2.models.causal_lm import TokenStatsModel, load_model
+from RL2.models.build import load_model
+from RL2.models.headed_model import HeadedModel
+from RL2.models.heads import TokenStatsHead
 from RL2.models.self_check import self_check
 from RL2.ops.attention import register_attention
 from RL2.runtime.errors import ConfigError
@@ -21,7 +23,7 @@ def build(family, attention="sdpa_varlen", **changes):
     model = AutoModelForCausalLM.from_config(
         tiny_config(family, **changes), attn_implementation=register_attention(attention)
     )
-    return TokenStatsModel(model)
+    return HeadedModel(model, TokenStatsHead(model, {}))
 
 
 def check(model, attention="sdpa_varlen"):
@@ -60,7 +62,7 @@ def alone(model, folder):
 def gradient(model, logps):
     model.zero_grad()
     logps.sum().backward()
-    plain = getattr(model, "model", model) if isinstance(model, TokenStatsModel) else model
+    plain = getattr(model, "model", model) if isinstance(model, HeadedModel) else model
     return {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
 
 
@@ -86,7 +88,7 @@ WHOLE = ["gemma2", "modernbert-decoder", "bert", "cohere", "gemma3n_text", "nano
 def test_what_passes_is_what_transformers_computes(tmp_path, family):
     model = build(family)
     check(model)
-    assert model.linear_head == (family in LINEAR)
+    assert model.head.linear == (family in LINEAR)
     expect_what_transformers_computes(model, tmp_path)
 
 

@@ -13,7 +13,7 @@ from transformers import (
     SeedOssConfig,
 )
 
-from RL2.models.causal_lm import check_dropout, load_model
+from RL2.models.build import check_dropout, load_model
 from RL2.runtime.errors import ConfigError
 from tests.ranks import run_on_ranks
 from tests.workers.test_actor import VOCAB, actor_config, make_actor, make_batch

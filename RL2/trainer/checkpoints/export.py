@@ -10,7 +10,7 @@ from typing import Any
 import numpy.ctypeslib  # noqa: F401 - safetensors' save_file; else imported at the end of a run
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from RL2.distributed import broadcast, rank
 from RL2.distributed.agreement import on_all_ranks
@@ -23,7 +23,7 @@ from RL2.workers import Actor
 
 logger = logging.getLogger(__name__)
 
-_PREFIX = "model."  # TokenStatsModel's name for the transformers model inside
+_PREFIX = "model."  # HeadedModel's name for the transformers model inside
 
 
 def best_that_is_there(best: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -90,8 +90,8 @@ def keep_files(actor: Actor, tokenizer: Any) -> Kept | None:
 
 
 def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:
-    """Write the whole model where `AutoModelForCausalLM.from_pretrained` finds it, adapters merged
-    (collective). The adapters themselves go to `<folder>/adapter`.
+    """Write the whole model where `from_pretrained` of its head's `auto_class` finds it, adapters
+    merged (collective). The adapters themselves go to `<folder>/adapter`.
 
     tokenizer: one, or its `Kept` files.
     dtype: `trainer.save_dtype`; with `auto` every tensor keeps that of the checkpoint it came from.
@@ -125,7 +125,8 @@ def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:
         _save_config(model.config, actor.dtypes.saved("", dtype), temporary)
         tokenizer.save_pretrained(temporary)
         with torch.random.fork_rng(devices=[]):  # `best` is written amid a run
-            _check(temporary, weights, actor.config.trust_remote_code)
+            auto_class = actor.model.head.auto_class
+            _check(temporary, weights, auto_class, actor.config.trust_remote_code)
         if has_adapters(model):
             save_adapters(model, tensors, temporary / "adapter")
         publish(temporary, folder)
@@ -138,10 +139,12 @@ def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:
     on_all_ranks(write if rank() == 0 else lambda: None, failed)
 
 
-def _check(folder: Path, weights: dict[str, torch.Tensor], trust_remote_code: bool) -> None:
+def _check(
+    folder: Path, weights: dict[str, torch.Tensor], auto_class: Any, trust_remote_code: bool
+) -> None:
     """RuntimeError unless transformers loads from the folder what was to be saved: where a name is
     not what it looks for, it fills a weight with noise and goes on."""
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, found = auto_class.from_pretrained(
         folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code,
         ignore_mismatched_sizes=True,
     )  # fmt: skip

@@ -1,0 +1,192 @@
+"""Heads: what stands between a model's hidden states and what a loss reads."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from RL2.distributed import shard_of
+from RL2.ops.token_stats import (
+    TokenStats,
+    linear_token_loss,
+    linear_token_stats,
+    loss_of,
+    token_stats,
+)
+from RL2.runtime.errors import ConfigError
+
+LossOfStatistics = Callable[[Mapping[str, Tensor], slice], tuple[Tensor, dict[str, Tensor]]]
+"""Of some of the tokens, `rows` of the A asked about: from `{statistic: [n]}` a loss and sums."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a head about A tokens.
+
+    Attributes:
+        model: of transformers, its weights gathered.
+        hidden: computes the hidden states `[A, H]` before those tokens.
+        logits: computes logits `[A, V]` by the model's own forward.
+        actions: `[A]`, the tokens.
+        temperature: divides logits.
+        wanted: names of statistics. top_k: how many `top_logps`.
+        loss_fn: the loss to compute of them, which may be called on a part of the tokens at a time.
+        tp_group: over which the weights are split; None: they are whole.
+    """
+
+    model: PreTrainedModel
+    hidden: Callable[[], Tensor]
+    logits: Callable[[], Tensor]
+    actions: Tensor
+    temperature: float
+    wanted: Sequence[str]
+    top_k: int = 0
+    loss_fn: LossOfStatistics | None = None
+    tp_group: dist.ProcessGroup | None = None
+
+
+class Head(Protocol):
+    """Turns hidden states into what a loss reads: numbers of each token.
+
+    It has no weights of its own. They are part of the transformers model, which `auto_class`
+    builds, and so are sharded, trained, saved and loaded as all others are.
+
+    Attributes:
+        auto_class: builds and loads the model.
+        settings: of its config.json.
+        layer: name of the layer that checkpoints of other models lack: it begins with zeros there,
+            is kept in fp32, and trained beside adapters. None: there is none.
+        kind: of model, in errors. task: of its adapters, in peft's words.
+        linear: whether what `wanted` names is computed from one matrix product of hidden states
+            that `weights` gives; `RL2.models.self_check` may find that it is not.
+    """
+
+    auto_class: ClassVar[Any]
+    settings: ClassVar[dict[str, Any]]
+    layer: ClassVar[str | None]
+    kind: ClassVar[str]
+    task: ClassVar[str | None]
+    linear: bool
+
+    def __init__(self, model: PreTrainedModel, config: Mapping[str, Any]):
+        """config: of the learner, such as the `actor` node."""
+
+    def __call__(self, question: Question) -> dict[str, Tensor]:
+        """`{name: [A]}` in fp32 of what is wanted, or with `loss_fn` the sums of its loss, as
+        `loss`, and of its metrics. A plain dict, because FSDP finds its hooks' tensors in those."""
+        ...
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """ConfigError where it cannot compute as the config says, once `linear` is known."""
+        ...
+
+
+class TokenStatsHead:
+    """Statistics of the next token's distribution, such as the log-probability of an action.
+
+    `top_logps` are `[A, top_k]`. With a linear head no logits are held.
+    """
+
+    auto_class = AutoModelForCausalLM
+    settings: ClassVar[dict[str, Any]] = {}
+    layer = None
+    kind = "a causal language model"
+    task = "CAUSAL_LM"
+
+    def __init__(self, model: PreTrainedModel, config: Mapping[str, Any]):
+        self.implementation = str(config.get("token_stats", "auto"))
+        self.linear = isinstance(model.get_output_embeddings(), nn.Linear)
+
+    @staticmethod
+    def weights(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias, or this rank's columns of them."""
+        head = model.get_output_embeddings()
+        return tuple(
+            x.to_local() if isinstance(x, DTensor) else x for x in (head.weight, head.bias)
+        )
+
+    def __call__(self, question: Question) -> dict[str, Tensor]:
+        asked = question.actions, question.temperature, question.wanted
+        loss_fn = None
+        if question.loss_fn is not None:
+
+            def loss_fn(stats: TokenStats, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+                return question.loss_fn(stats.as_dict(), rows)
+
+        if not self.linear:
+            stats = token_stats(question.logits(), *asked, question.top_k)
+            if loss_fn is None:
+                return stats.as_dict()
+            loss, metrics = loss_of(stats, len(question.actions), loss_fn)
+            return {"loss": loss, **metrics}
+
+        hidden = question.hidden()
+        weight, bias = self.weights(question.model)
+        options = {
+            "bias": bias, "top_k": question.top_k, "implementation": self.implementation,
+        }  # fmt: skip
+        if question.tp_group is not None:
+            vocab_size = question.model.get_output_embeddings().weight.shape[0]
+            options["shard"] = shard_of(vocab_size, question.tp_group)
+        if loss_fn is None:
+            return linear_token_stats(hidden, weight, *asked, **options).as_dict()
+        loss, metrics = linear_token_loss(hidden, weight, *asked, loss_fn, **options)
+        return {"loss": loss, **metrics}
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        if config.tp_size > 1 and self.linear and self.implementation == "naive":
+            raise ConfigError(
+                "actor.token_stats=naive: takes whole logits, which no rank has with "
+                f"actor.tp_size={config.tp_size}; use auto or tiled"
+            )
+        if not self.linear and self.implementation not in ("auto", "naive"):
+            raise ConfigError(
+                f"actor.token_stats={self.implementation}: {config.model_name} does more than one "
+                "matrix product between hidden states and logits, which are computed whole; use "
+                "auto"
+            )
+
+
+class ScalarHead:
+    """One number of each token, called `values`: a model of transformers' for classification with
+    one label, which reward models are. It sees what stands before the token, as a policy does."""
+
+    auto_class = AutoModelForSequenceClassification
+    settings: ClassVar[dict[str, Any]] = {"num_labels": 1}
+    layer = "score"
+    kind = "a model with one number for each token"
+    task = None
+    linear = False  # there are no logits
+
+    def __init__(self, model: PreTrainedModel, config: Mapping[str, Any]):
+        if not isinstance(getattr(model, self.layer, None), nn.Linear):
+            raise ConfigError(
+                f"actor.model_name={config.model_name}: models of type {model.config.model_type} "
+                f"have no layer {self.layer} to compute one number from hidden states; use a model "
+                "of another family"
+            )
+
+    def __call__(self, question: Question) -> dict[str, Tensor]:
+        if {*question.wanted} != {"values"}:
+            raise ValueError(f"a scalar head gives values, not {', '.join(question.wanted)}")
+        # By the layer's own call, as FSDP gathers its weights there; a copy, as it warns of views.
+        numbers = question.model.score(question.hidden().float()).squeeze(-1).clone()
+        values = {"values": numbers}
+        if question.loss_fn is None:
+            return values
+        loss, metrics = loss_of(values, len(question.actions), question.loss_fn)
+        return {"loss": loss, **metrics}
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """It can always."""
+
+
+HEADS: dict[str, type[Head]] = {"token_stats": TokenStatsHead, "scalar": ScalarHead}

@@ -1,0 +1,210 @@
+"""The scalar head, against transformers' layer on hidden states of one row at a time. That of token
+statistics is held by tests/invariance and tests/ops/token_stats."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
+
+from RL2.algorithms.reductions import weighted_sum
+from RL2.distributed import rank
+from RL2.models.heads import HEADS, Question
+from RL2.runtime.errors import ConfigError
+from RL2.trainer.checkpoints.export import save_model
+from RL2.workers import Learner, ShardedModel
+from tests.models.families import tiny_config
+from tests.ranks import run_on_ranks
+from tests.workers.test_actor import actor_config, make_batch, make_model, whole
+
+CPU = torch.device("cpu")
+
+
+class Regression(Learner):
+    """Values that come close to `rewards`: all that a critic has to say."""
+
+    fields = ("rewards",)
+
+    def losses(self, micro_batch):
+        values = self.forward(micro_batch, ("values",))["values"]
+        errors = (values - micro_batch["rewards"]).square()
+        sums = {f"{self.name}/value": values.sum()}
+        return weighted_sum(errors, micro_batch["loss_weights"]), sums
+
+
+class NoTokenizer:
+    def save_pretrained(self, folder):
+        pass
+
+
+def make_critic(model, **changes):
+    critic = Regression(actor_config(model, **changes), CPU, "critic", head="scalar")
+    critic.prepare_scheduler(4)
+    return critic
+
+
+def with_score(model, score=None):
+    """Put a layer `score` that is not zero into the model's files."""
+    path = f"{model}/model.safetensors"
+    if score is None:
+        score = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)) / 4
+    save_file(load_file(path) | {"score.weight": score}, path, metadata={"format": "pt"})
+    return score
+
+
+def data():
+    batch = make_batch()
+    rewards = torch.randn(batch["states"].shape, generator=torch.Generator().manual_seed(1))
+    return batch | {"rewards": rewards * batch["action_mask"]}
+
+
+def naive(model, batch):
+    """Values `[B, T]`, loss and gradients, by transformers and autograd, one row at a time."""
+    reference = AutoModelForSequenceClassification.from_pretrained(
+        model, num_labels=1, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    values = torch.zeros(batch["states"].shape)
+    total, n = 0.0, batch["action_mask"].sum()
+    for row, length in enumerate(batch["lengths"]):
+        hidden = reference.base_model(batch["states"][row, None, :length]).last_hidden_state[0]
+        of_row = hidden @ reference.score.weight[0]
+        mask = batch["action_mask"][row, :length]
+        values[row, :length][mask] = of_row[mask].detach()
+        total = total + (of_row - batch["rewards"][row, :length])[mask].square().sum() / n
+    total.backward()
+    gradients = {name: p.grad for name, p in reference.named_parameters()}
+    return values, total.item(), gradients
+
+
+def learn(model, batch, changes, folder):
+    critic = make_critic(model, avg_level="token", max_grad_norm=1e9, **changes)
+    mine = batch if rank() == 0 else None
+    values = critic.annotate(mine, "old_values", "values")
+    found, clip = {}, critic.clip_gradients
+
+    def keep():
+        norm = clip()
+        for name, parameter in critic.hf_model.named_parameters():
+            found[name] = parameter.grad.full_tensor().clone()
+        return norm
+
+    critic.clip_gradients = keep
+    metrics = critic.update(mine, 1)
+    if folder is not None:
+        save_model(critic, NoTokenizer(), folder, "auto")
+    return values and values["old_values"], metrics, found, whole(critic)
+
+
+SPREADS = {
+    "gpt2": (1, {}),
+    "small packs": (1, {"max_length_per_device": 24, "gradient_checkpointing": True}),
+    "fsdp2": (2, {}),
+    "ddp2": (2, {"ddp_size": 2}),
+    "tp2": (2, {"tp_size": 2}),
+    "sp2": (2, {"sp_size": 2}),
+}
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_values_loss_and_gradients_are_those_of_the_formula(tmp_path, spread):
+    n_ranks, changes = SPREADS[spread]
+    shape = "gpt2" if spread == "gpt2" else "qwen3"
+    model, batch = make_model(tmp_path / "model", shape), data()
+    with_score(model)
+    values, loss, gradients = naive(model, batch)
+    for own, metrics, found, _ in run_on_ranks(n_ranks, learn, model, batch, changes, None):
+        if own is not None:
+            torch.testing.assert_close(own, values, rtol=1e-4, atol=1e-5)
+        assert metrics["critic/loss"] == pytest.approx(loss, rel=1e-5)
+        n = batch["action_mask"].sum().item()
+        assert metrics["critic/value"] == pytest.approx(values.sum().item() / n, rel=1e-4)
+        assert found.keys() == gradients.keys() and "score.weight" in found
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, rtol=2e-3, atol=2e-5, msg=name)
+
+
+def test_it_begins_at_zero_and_is_saved_with_the_model(tmp_path):
+    """The checkpoint of a causal LM has no such layer; transformers loads the saved one."""
+    model = make_model(tmp_path / "model")
+    ((values, metrics, _, weights),) = run_on_ranks(
+        1, learn, model, data(), {"lr": 1e-2}, tmp_path / "final"
+    )
+    assert not values.any() and metrics["critic/value"] == 0
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final")
+    assert saved.config.num_labels == 1 and saved.score.weight.any()
+    for name, parameter in saved.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+    ((values, *_),) = run_on_ranks(1, learn, str(tmp_path / "final"), data(), {}, None)
+    assert values.any()
+
+
+def loaded_whole(model):
+    return whole(ShardedModel(actor_config(model), CPU, head="scalar"))
+
+
+def test_it_begins_at_zero_where_transformers_loads_the_model(tmp_path, monkeypatch):
+    model = make_model(tmp_path)
+    monkeypatch.setattr("RL2.models.build.holds_all", lambda *_: False)
+    (weights,) = run_on_ranks(1, loaded_whole, model)
+    assert not weights["score.weight"].any() and weights["model.norm.weight"].any()
+
+
+def adapted(model, batch):
+    lora = {"rank": 2, "alpha": 4, "dropout": 0.0, "target_modules": "all-linear", "seed": 0}
+    critic = make_critic(model, lora=lora)
+    critic.update(batch, 1)
+    parameters = critic.hf_model.named_parameters()
+    return [name for name, p in parameters if p.requires_grad], whole(critic)
+
+
+def test_beside_adapters_it_is_trained_whole(tmp_path):
+    ((trained, weights),) = run_on_ranks(1, adapted, make_model(tmp_path), data())
+    assert "score.weight" in trained and all(".lora_" in n or "score" in n for n in trained)
+    assert not any("score.lora" in name for name in weights) and weights["score.weight"].any()
+
+
+def half_precision(model, batch):
+    frozen = ShardedModel(actor_config(model, dtype="bfloat16"), CPU, head="scalar")
+    return frozen.annotate(batch, "v", "values")["v"], frozen.hf_model.score.weight.full_tensor()
+
+
+def test_the_layer_is_computed_in_fp32(tmp_path):
+    """Next to no value is one that bfloat16 has."""
+    model, batch = make_model(tmp_path), data()
+    score = with_score(model)
+    ((values, weight),) = run_on_ranks(1, half_precision, model, batch)
+    assert torch.equal(weight, score)
+    mask = batch["action_mask"]
+    assert (values.bfloat16().float() != values)[mask].float().mean() > 0.9
+    assert torch.allclose(values, naive(model, batch)[0], atol=0.1)
+
+
+def test_what_it_cannot_give_is_no_silence():
+    question = Question(None, None, None, None, 1.0, ("values", "logps"))
+    with pytest.raises(ValueError, match="gives values, not values, logps"):
+        HEADS["scalar"].__call__(None, question)
+
+
+def test_a_family_without_the_layer_is_refused(tmp_path):
+    """transformers has no such class for it, or one whose layer has another name."""
+    config = BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    node = OmegaConf.create({"model_name": "some/bert"})
+    with pytest.raises(ConfigError, match="^actor.model_name=some/bert: models of type bert have"):
+        HEADS["scalar"](BertForSequenceClassification(config), node)
+    AutoModelForCausalLM.from_config(tiny_config("apertus")).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="be loaded as a model with one number for each token"):
+        ShardedModel(actor_config(str(tmp_path)), CPU, head="scalar")
+
+
+def test_labels_of_another_number_are_refused(tmp_path):
+    model = make_model(tmp_path)
+    with_score(model, torch.ones(2, 32))
+    with pytest.raises(ConfigError, match=r"score.weight has the shape \[2, 32\], the model wants"):
+        ShardedModel(actor_config(model), CPU, head="scalar")
