@@ -6,6 +6,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import (
+    ApertusConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -18,7 +19,6 @@ from RL2.models.heads import HEADS, Question
 from RL2.runtime.errors import ConfigError
 from RL2.trainer.checkpoints.export import save_model
 from RL2.workers import Learner, ShardedModel
-from tests.models.families import tiny_config
 from tests.ranks import run_on_ranks
 from tests.workers.test_actor import actor_config, make_batch, make_model, whole
 
@@ -198,7 +198,10 @@ def test_a_family_without_the_layer_is_refused(tmp_path):
     node = OmegaConf.create({"model_name": "some/bert"})
     with pytest.raises(ConfigError, match="^actor.model_name=some/bert: models of type bert have"):
         HEADS["scalar"](BertForSequenceClassification(config), node)
-    AutoModelForCausalLM.from_config(tiny_config("apertus")).save_pretrained(tmp_path)
+    shape = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+             "num_attention_heads": 1, "num_key_value_heads": 1, "bos_token_id": None,
+             "eos_token_id": None, "pad_token_id": None}  # fmt: skip
+    AutoModelForCausalLM.from_config(ApertusConfig(**shape)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="be loaded as a model with one number for each token"):
         ShardedModel(actor_config(str(tmp_path)), CPU, head="scalar")
 
