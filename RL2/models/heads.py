@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -53,51 +53,54 @@ class Question:
     tp_group: dist.ProcessGroup | None = None
 
 
-class Head(Protocol):
+class Head:
     """Turns hidden states into what a loss reads: numbers of each token.
 
     It has no weights of its own. They are part of the transformers model, which `auto_class`
     builds, and so are sharded, trained, saved and loaded as all others are.
 
     Attributes:
-        auto_class: builds and loads the model.
+        auto_class: builds and loads the model. kind: of model, in errors.
         settings: of its config.json.
-        layer: name of the layer that checkpoints of other models lack: it begins with zeros there,
-            is kept in fp32, and trained beside adapters. None: there is none.
-        kind: of model, in errors. task: of its adapters, in peft's words.
-        linear: whether what `wanted` names is computed from one matrix product of hidden states
-            that `weights` gives; `RL2.models.self_check` may find that it is not.
+        layer: name of the linear layer that checkpoints of other models lack: it begins with zeros
+            there, is computed in fp32, and trained beside adapters. None: there is none.
+        task: of its adapters, in peft's words.
+        linear: whether the answer comes from one matrix product of hidden states, whose `weights`
+            `RL2.models.self_check` then asks for; it sets this where that is not so.
     """
 
     auto_class: ClassVar[Any]
-    settings: ClassVar[dict[str, Any]]
-    layer: ClassVar[str | None]
     kind: ClassVar[str]
-    task: ClassVar[str | None]
-    linear: bool
+    settings: ClassVar[dict[str, Any]] = {}
+    layer: ClassVar[str | None] = None
+    task: ClassVar[str | None] = None
+    linear = False
 
     def __init__(self, model: PreTrainedModel, config: Mapping[str, Any]):
         """config: of the learner, such as the `actor` node."""
+        if self.layer and not isinstance(getattr(model, self.layer, None), nn.Linear):
+            raise ConfigError(
+                f"actor.model_name={config.model_name}: models of type {model.config.model_type} "
+                f"have no linear layer {self.layer} after their hidden states; use a model of "
+                "another family"
+            )
 
     def __call__(self, question: Question) -> dict[str, Tensor]:
         """`{name: [A]}` in fp32 of what is wanted, or with `loss_fn` the sums of its loss, as
         `loss`, and of its metrics. A plain dict, because FSDP finds its hooks' tensors in those."""
-        ...
+        raise NotImplementedError
 
     def check(self, config: Mapping[str, Any]) -> None:
         """ConfigError where it cannot compute as the config says, once `linear` is known."""
-        ...
 
 
-class TokenStatsHead:
+class TokenStatsHead(Head):
     """Statistics of the next token's distribution, such as the log-probability of an action.
 
     `top_logps` are `[A, top_k]`. With a linear head no logits are held.
     """
 
     auto_class = AutoModelForCausalLM
-    settings: ClassVar[dict[str, Any]] = {}
-    layer = None
     kind = "a causal language model"
     task = "CAUSAL_LM"
 
@@ -155,24 +158,14 @@ class TokenStatsHead:
             )
 
 
-class ScalarHead:
+class ScalarHead(Head):
     """One number of each token, called `values`: a model of transformers' for classification with
     one label, which reward models are. It sees what stands before the token, as a policy does."""
 
     auto_class = AutoModelForSequenceClassification
+    kind = "a model with one number for each token"
     settings: ClassVar[dict[str, Any]] = {"num_labels": 1}
     layer = "score"
-    kind = "a model with one number for each token"
-    task = None
-    linear = False  # there are no logits
-
-    def __init__(self, model: PreTrainedModel, config: Mapping[str, Any]):
-        if not isinstance(getattr(model, self.layer, None), nn.Linear):
-            raise ConfigError(
-                f"actor.model_name={config.model_name}: models of type {model.config.model_type} "
-                f"have no layer {self.layer} to compute one number from hidden states; use a model "
-                "of another family"
-            )
 
     def __call__(self, question: Question) -> dict[str, Tensor]:
         if {*question.wanted} != {"values"}:
@@ -184,9 +177,6 @@ class ScalarHead:
             return values
         loss, metrics = loss_of(values, len(question.actions), question.loss_fn)
         return {"loss": loss, **metrics}
-
-    def check(self, config: Mapping[str, Any]) -> None:
-        """It can always."""
 
 
 HEADS: dict[str, type[Head]] = {"token_stats": TokenStatsHead, "scalar": ScalarHead}
