@@ -16,7 +16,7 @@ from RL2.distributed.agreement import all_or_none, check_same
 from RL2.distributed.comm import Batch
 from RL2.runtime.process_tree import reap_adopted
 from RL2.runtime.stop import StopRequest
-from RL2.trainer.checkpoints.export import keep_files
+from RL2.trainer.checkpoints.export import files_beside_weights
 from RL2.trainer.health import LLMKLAlarm
 from RL2.trainer.run import Run, Start, claim_folder
 from RL2.trainer.sinks.metrics import Timers
@@ -64,7 +64,7 @@ class Trainer:
             config.actor, device, self.algorithm.loss, config.trainer.max_bad_steps, self.traffic
         )
         name_ends(actor.hf_model, inputs.ends.saved, inputs.missing_ends)
-        files = all_or_none(lambda: keep_files(actor, inputs.tokenizer))
+        files = all_or_none(lambda: files_beside_weights(actor, inputs.tokenizer))
         self.learners = {actor.name: actor}
         for learner in self.learners.values():
             learner.prepare_scheduler(self.n_steps * learner.updates_per_rollout)

@@ -20,7 +20,12 @@ from RL2.runtime.stop import StopRequest
 from RL2.trainer.checkpoints import record
 from RL2.trainer.checkpoints.checkpoint import Checkpoints
 from RL2.trainer.checkpoints.contents import rng_state, set_rng_state
-from RL2.trainer.checkpoints.export import Kept, best_that_is_there, fingerprint_of, save_model
+from RL2.trainer.checkpoints.export import (
+    FilesInMemory,
+    best_that_is_there,
+    fingerprint_of,
+    save_model,
+)
 from RL2.trainer.health import observe
 from RL2.trainer.sinks.metrics import Metrics, Timers
 from RL2.trainer.sources.source import Source
@@ -77,7 +82,7 @@ class Run:
     Args:
         config: the whole run's. device: this rank's. stop: says whether to end early.
         claimed: `claim_folder`.
-        files: what a saved model needs beside its weights (`export.keep_files`).
+        files: what a saved model needs beside its weights (`export.files_beside_weights`).
     """
 
     def __init__(
@@ -88,7 +93,7 @@ class Run:
         claimed: tuple[Checkpoints, IO | None],
         source: Source,
         learners: Mapping[str, Learner],
-        files: Kept,
+        files: FilesInMemory,
         n_steps: int,
         timers: Timers,
         traffic: Traffic,

@@ -173,13 +173,13 @@ class Learner(ShardedModel):
         return self._merged(metrics) | {f"{self.name}/lr": rate}
 
     def _optimizer_step(self, batch: Batch | None) -> dict[str, float]:
-        order = None
+        prepared = None
         if rank() == 0:
-            batch, order = self._count(batch)
-        order = broadcast(order)
-        if order is None:
+            batch, prepared = self._prepare(batch)
+        prepared = broadcast(prepared)
+        if prepared is None:
             return {f"{self.name}/skipped": 1.0}
-        n_actions, fields = order
+        n_actions, fields = prepared
 
         micro_batches = self.scatter_update(batch, fields)
         sums: dict[str, Tensor] = {}
@@ -237,8 +237,11 @@ class Learner(ShardedModel):
         squares of the clipped gradients, which AdamW takes, are in its reach."""
         return math.isfinite(loss) and self.config.max_grad_norm**2 < torch.finfo(torch.float32).max
 
-    def _count(self, batch: Batch | None) -> tuple[Batch | None, tuple | None]:
-        """Rank 0, before the first backward: what divides the loss, or None to skip."""
+    def _prepare(
+        self, batch: Batch | None
+    ) -> tuple[Batch | None, tuple[int, tuple[str, ...]] | None]:
+        """Rank 0, before the first backward: the batch with the weights of its tokens' losses, how
+        many actions it has, and the fields that ranks need of it; None for both to skip it."""
         level = self.config.avg_level
         if batch is None or not batch["action_mask"].any():
             return batch, None
@@ -252,7 +255,7 @@ class Learner(ShardedModel):
     def clip_gradients(self) -> Tensor:
         """Bring the gradients to an end and clip them to `max_grad_norm`; returns the norm before
         clipping, over all ranks."""
-        for parameter in self.partial:
+        for parameter in self.partial_gradients:
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad.to_local(), group=self.tp_group)
         return clip_gradients(self.model.parameters(), self.config.max_grad_norm)

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from RL2.distributed import (
     Layout,
@@ -96,7 +95,7 @@ class ShardedModel:
         self_check(self.model, attention, device, train)
         self.model.head.check(config)
         # Whole parameters of which a tensor-parallel rank sees a part of the gradient.
-        self.partial: list[nn.Parameter] = [self.hf_model.get_parameter(name) for name in partial]
+        self.partial_gradients = [self.hf_model.get_parameter(name) for name in partial]
         self.frozen = not train
         if self.frozen:
             self.model.requires_grad_(False).eval()

@@ -106,7 +106,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "c-qk-norms-of-one-rank": Mutation(
         LEARNER,
-        "for parameter in self.partial:",
+        "for parameter in self.partial_gradients:",
         "for parameter in ():",
         f"{UPDATE}[qwen3-tp2-ppo-token-reinforce]",
     ),

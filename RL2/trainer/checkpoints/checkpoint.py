@@ -36,7 +36,7 @@ from RL2.runtime.folders import clean, exists
 from RL2.trainer.checkpoints import contents, integrity, listing, manifest, resume, writing
 from RL2.trainer.checkpoints.aside import set_aside
 from RL2.trainer.checkpoints.contents import Learners
-from RL2.trainer.checkpoints.integrity import on_all
+from RL2.trainer.checkpoints.integrity import use_on_all_ranks
 from RL2.trainer.startup import machine
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class Checkpoints:
         key = f"trainer.load_ckpt_from={which}"
         for folder in self._candidates(which)[:1]:
             with suppress(manifest.Damaged):  # `load` goes on to the one before
-                on_all(lambda folder=folder: self._compare(folder, learners), key, folder)
+                use_on_all_ranks(lambda folder=folder: self._compare(folder, learners), key, folder)
 
     def about(self, which: str | None) -> dict[str, Any]:
         """What is said of the checkpoint that `load` will take, as far as one looks whole; empty
@@ -188,7 +188,7 @@ class Checkpoints:
         def listed() -> list[Path]:
             return self.steps() if which == "latest" and rank() == 0 else [Path(which)]
 
-        return broadcast(on_all(listed, f"trainer.load_ckpt_from={which}", self.folder))
+        return broadcast(use_on_all_ranks(listed, f"trainer.load_ckpt_from={which}", self.folder))
 
     def _compare(self, folder: Path, learners: tuple[str, ...]) -> list[str]:
         content = manifest.read(folder)
@@ -219,7 +219,7 @@ class Checkpoints:
         """
         key, bad = f"trainer.load_ckpt_from={which}", []
         for folder in self._candidates(which):
-            if (reason := integrity.judge(folder, key)) is not None:
+            if (reason := integrity.damage_on_all_ranks(folder, key)) is not None:
                 if which != "latest":
                     raise CheckpointError(
                         f"{key}: {folder} does not load ({reason}); name another checkpoint, or "
@@ -232,7 +232,7 @@ class Checkpoints:
                 changes = self._compare(folder, tuple(learners))
                 return changes, self._restore(folder, learners, source)
 
-            changes, state = on_all(restore, key, folder)
+            changes, state = use_on_all_ranks(restore, key, folder)
             for damaged, reason in bad:
                 logger.warning(
                     "%s: %s does not load (%s); it is %s now; trying the one before",

@@ -52,7 +52,7 @@ def fingerprint_of(folder: Path) -> str:
         return ""
 
 
-class Kept:
+class FilesInMemory:
     """What `thing.save_pretrained` writes now, to be written later: a tokenizer copies some files
     from where it was loaded, which may be other ones by then.
 
@@ -79,21 +79,21 @@ class Kept:
             path.write_bytes(data)
 
 
-def keep_files(actor: Actor, tokenizer: Any) -> Kept | None:
-    """Rank 0: try what a model's folder gets beside the weights, and keep that of the tokenizer."""
+def files_beside_weights(actor: Actor, tokenizer: Any) -> FilesInMemory | None:
+    """Rank 0: those of the tokenizer; tries the others that a model's folder gets, too."""
     if rank() != 0:
         return None
     origin = f"actor.model_name={actor.config.model_name}"
     for part in (actor.hf_model.config, actor.hf_model.generation_config):
-        Kept(part, origin)
-    return Kept(tokenizer, origin)
+        FilesInMemory(part, origin)
+    return FilesInMemory(tokenizer, origin)
 
 
 def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:
     """Write the whole model where `from_pretrained` of its head's `auto_class` finds it, adapters
     merged (collective). The adapters themselves go to `<folder>/adapter`.
 
-    tokenizer: one, or its `Kept` files.
+    tokenizer: one, or its `FilesInMemory`.
     dtype: `trainer.save_dtype`; with `auto` every tensor keeps that of the checkpoint it came from.
 
     Raises:

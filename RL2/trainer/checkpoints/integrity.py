@@ -44,7 +44,7 @@ def damage(folder: Path, part: slice = slice(None)) -> str | None:
     return view.listing or view.content
 
 
-def judge(folder: Path, key: str) -> str | None:
+def damage_on_all_ranks(folder: Path, key: str) -> str | None:
     """As `damage`, for all ranks, which share the work (a collective).
 
     Args:
@@ -79,7 +79,7 @@ def judge(folder: Path, key: str) -> str | None:
     return None
 
 
-def on_all(action: Callable[[], T], key: str, folder: Path) -> T:
+def use_on_all_ranks(action: Callable[[], T], key: str, folder: Path) -> T:
     """Do something with a checkpoint that is not damaged, on all ranks (a collective). It is not
     the checkpoint's fault where that fails, so the one before would fare no better.
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from RL2.runtime.errors import CheckpointError, ConfigError
-from RL2.trainer.checkpoints.export import Kept, save_model
+from RL2.trainer.checkpoints.export import FilesInMemory, save_model
 from tests.ranks import run_on_ranks
 from tests.workers.test_actor import make_actor, make_model, whole
 
@@ -50,12 +50,12 @@ class Copying:
 def test_what_is_kept_is_that_of_the_start(tmp_path):
     source, folder = tmp_path / "tokenizer.model", tmp_path / "final"
     source.write_bytes(b"before")
-    kept = Kept(Copying(source), "actor.model_name=x")
+    kept = FilesInMemory(Copying(source), "actor.model_name=x")
     source.unlink()
     kept.save_pretrained(folder)
     assert (folder / "tokenizer.model").read_bytes() == b"before"
     with pytest.raises(ConfigError) as caught:
-        Kept(Copying(source), "actor.model_name=x")
+        FilesInMemory(Copying(source), "actor.model_name=x")
     assert str(caught.value).startswith("actor.model_name=x: Copying cannot be saved as it was lo")
 
 

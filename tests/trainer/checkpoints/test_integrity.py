@@ -9,7 +9,7 @@ import pytest
 from RL2.distributed import rank
 from RL2.runtime.errors import CheckpointError
 from RL2.trainer.checkpoints import manifest
-from RL2.trainer.checkpoints.integrity import damage, judge
+from RL2.trainer.checkpoints.integrity import damage, damage_on_all_ranks
 from tests.ranks import run_on_ranks
 
 KEY = "trainer.load_ckpt_from=latest"
@@ -27,7 +27,7 @@ def write(folder, text="abc", n_ranks=2):
 
 def judged(folders):
     try:
-        return judge(folders[rank()], KEY)
+        return damage_on_all_ranks(folders[rank()], KEY)
     except CheckpointError as error:
         return f"error: {error}"
 
