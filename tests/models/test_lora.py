@@ -19,6 +19,7 @@ from RL2.runtime.errors import ConfigError
 from RL2.trainer.checkpoints.checkpoint import Checkpoints
 from RL2.trainer.checkpoints.export import save_model
 from tests.ranks import run_on_ranks
+from tests.trainer.support import NoData
 from tests.workers.test_actor import (
     SHAPES,
     as_spo,
@@ -267,13 +268,6 @@ def test_merging_holds_one_layer_and_leaves_other_tensors_alone(tmp_path):
         if name in tensors:
             assert tensor is tensors[name]
     assert order == [plain_name(name) for name in tensors if not is_adapter(name)]
-
-
-class NoData:
-    """A source of data without a position."""
-
-    def load_state_dict(self, state):
-        pass
 
 
 def save_checkpoint(model, batch, folder):

@@ -143,6 +143,13 @@ def command(
     )  # fmt: skip
 
 
+class NoData:
+    """A source without a position."""
+
+    def load_state_dict(self, state):
+        pass
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 

@@ -9,14 +9,8 @@ from RL2.distributed import rank
 from RL2.runtime.errors import CheckpointError
 from RL2.trainer.checkpoints.checkpoint import Checkpoints
 from tests.ranks import run_on_ranks
+from tests.trainer.support import NoData
 from tests.workers.test_actor import as_spo, make_actor, make_batch, make_model, whole
-
-
-class NoData:
-    """A source without a position."""
-
-    def load_state_dict(self, state):
-        pass
 
 
 def two_learners(model):

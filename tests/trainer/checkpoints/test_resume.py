@@ -19,6 +19,7 @@ from RL2.trainer.checkpoints import manifest, resume
 from RL2.trainer.checkpoints.checkpoint import Checkpoints
 from tests.ranks import run_on_ranks
 from tests.trainer.support import (
+    NoData,
     checkpoint_tensors,
     composed,
     lasting,
@@ -127,11 +128,6 @@ def save_checkpoint(model, batch, folder):
     actor = make_actor(model, "spo")
     actor.update(batch if rank() == 0 else None, 1)
     Checkpoints(folder).save(1, {"actor": actor}, {}, {})
-
-
-class NoData:
-    def load_state_dict(self, state):
-        pass
 
 
 def load_checkpoint(model, folder, changes):
