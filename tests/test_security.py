@@ -29,7 +29,7 @@ ALLOWED = {
     ("RL2/environments/modules.py", "compile"),  # and so are the modules that they import
     ("RL2/environments/worker.py", "pickle.loads"),
     ("RL2/environments/worker.py", "exec_module"),  # a file of this library, by its path
-    ("RL2/algorithms/token_loss.py", "exec_module"),  # losses are code: actor.loss.import_path
+    ("RL2/algorithms/parameters.py", "exec_module"),  # losses are code: actor.loss.import_path
 }
 
 

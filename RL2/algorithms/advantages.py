@@ -1,23 +1,25 @@
-"""Advantage estimators.
+"""Advantage estimators: one pure function each.
 
-An estimator is one pure function `(rewards [B, T], action_mask [B, T], sample_ids [B],
-group_ids [B], *, options) -> advantages [B, T]`. Rows are token sequences; the rows of one
-multi-turn sample share their sample id, the samples of one prompt their group id. Its keyword-only
-parameters are options, read from `adv.*`. Advantages are 0 where `action_mask` is False.
+The names of an estimator's positional parameters say what it needs of a rollout's batch
+(`RL2.algorithms.parameters` lists them): `rewards [B, T]`, `action_mask [B, T]`, `sample_ids [B]`,
+`entropy [B, T]` and so on. Rows are token sequences; the rows of one multi-turn sample share their
+sample id, the samples of one prompt their group id. Its keyword-only parameters are options, read
+from `adv.*` and `adv.options.*`. It returns the advantages `[B, T]`; those where `action_mask` is
+False are not read.
+
+    def surprised(rewards, action_mask, entropy, turn_ids, *, bonus=0.1):
+        first = (turn_ids == 0).float()
+        return (rewards.sum(-1, keepdim=True) + bonus * entropy * first) * action_mask
+
+lies in a file of its own and trains with `adv.import_path=my_estimator.py:surprised`.
 """
 
-import difflib
-import inspect
-from collections.abc import Callable, Mapping
-from enum import Enum
-from functools import partial
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from RL2.algorithms.rewards import all_equal, totals
-from RL2.runtime.errors import ConfigError
 
 
 def sample_returns(rewards: Tensor, sample_ids: Tensor) -> Tensor:
@@ -70,42 +72,6 @@ def spo(rewards: Tensor, action_mask: Tensor, sample_ids: Tensor, group_ids: Ten
 
 
 ADVANTAGES: dict[str, Callable[..., Tensor]] = {"reinforce": reinforce, "spo": spo}
-
-# What an option of `adv` must be left at when the estimator does not take it.
-_NEUTRAL = {"gamma": 1.0, "lamda": 1.0, "global_norm": False, "norm_var": False}
-
-
-def resolve_advantage(adv_config: Mapping[str, Any]) -> Callable[..., Tensor]:
-    """The estimator that `adv.estimator` names, its options bound.
-
-    Args:
-        adv_config: the `adv` node: `estimator` and options. An option that the estimator does not
-            take must be null or at its neutral value (gamma=1, lamda=1, global_norm=false,
-            norm_var=false).
-
-    Raises:
-        ConfigError: an unknown estimator, or an option without effect.
-    """
-    options = dict(adv_config.items())
-    name = options.pop("estimator")
-    name = name.value if isinstance(name, Enum) else name
-    if name not in ADVANTAGES:
-        close = difflib.get_close_matches(name, ADVANTAGES, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(f"adv.estimator={name}: unknown; {hint}use {', '.join(ADVANTAGES)}")
-    function = ADVANTAGES[name]
-    taken = [
-        parameter.name
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    ]
-    for key, value in options.items():
-        if key not in taken and value is not None and value != _NEUTRAL.get(key):
-            way_out = f"set it to {_NEUTRAL[key]}" if key in _NEUTRAL else "leave it out"
-            raise ConfigError(
-                f"adv.{key}={value}: has no effect with adv.estimator={name}; {way_out}"
-            )
-    return partial(function, **{key: options[key] for key in taken if options.get(key) is not None})
 
 
 def _sum_by(values: Tensor, index: Tensor) -> Tensor:

@@ -1,17 +1,19 @@
 """What an algorithm is: a loss, an advantage, and what both need to be given."""
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 from omegaconf import DictConfig
 from torch import Tensor
 
-from RL2.algorithms.advantages import resolve_advantage
+from RL2.algorithms.estimator import Estimator, resolve_advantage
 from RL2.algorithms.kl import approx_kl
+from RL2.algorithms.parameters import OLD_STATISTICS, ROW_FIELDS
 from RL2.algorithms.rewards import in_float32
 from RL2.algorithms.segments import check_segments
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
-from RL2.runtime.errors import ConfigError
+from RL2.runtime.errors import ConfigError, TrainingError
+from RL2.runtime.user_code import Unfit
 
 Batch = dict[str, Tensor]
 
@@ -35,28 +37,34 @@ class Algorithm:
 
     Attributes:
         loss: what the actor minimises.
-        advantage: `(rewards, action_mask, sample_ids, group_ids) -> advantages`, all of a batch;
-            None where batches bring their advantages.
-        needs: fields that providers compute between the collection of a batch and its advantages.
+        advantage: batch -> advantages; None where batches bring their advantages.
+        needs: what is computed between the collection of a batch and its advantages: by the name
+            of its provider, fields with the token statistics that they are. One forward each.
         penalty: None where there is none, or where the KL is a part of the loss.
     """
 
     loss: TokenLoss
-    advantage: Callable[..., Tensor] | None = None
-    needs: tuple[str, ...] = ()
+    advantage: Estimator | None = None
+    needs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     penalty: Penalty | None = None
 
     def advantages(self, batch: Batch | None) -> Batch | None:
         """The batch with `advantages [B, T]`. They and the rewards, which are in float64 until
-        then, are float32. None, what a rank without a batch has, stays None."""
+        then, are float32. None, what a rank without a batch has, stays None.
+
+        Raises:
+            TrainingError: the estimator breaks its contract.
+        """
         if batch is None or self.advantage is None:
             return batch
-        mask, rewards = batch["action_mask"], batch["rewards"]
+        rewards = batch["rewards"]
         penalty = None if self.penalty is None else self.penalty(batch)
         if penalty is not None and self.penalty.where == "reward":
             rewards = rewards - penalty
-        advantages = self.advantage(rewards, mask, batch["sample_ids"], batch["group_ids"])
-        advantages = in_float32(advantages)
+        try:
+            advantages = in_float32(self.advantage(batch | {"rewards": rewards}))
+        except Unfit as fault:
+            raise TrainingError(f"{self.advantage.origin}: {fault}") from fault
         if penalty is not None and self.penalty.where == "advantage":
             advantages = advantages - penalty
         return batch | {"rewards": batch["rewards"].float(), "advantages": advantages}
@@ -71,18 +79,20 @@ def resolve_algorithm(config: DictConfig, brought: Collection[str]) -> Algorithm
         ConfigError: of a loss or an estimator that there is not, or that this run cannot give what
             it names; of a key that would have no effect.
     """
-    loss = resolve_loss(config.actor.loss)
+    own = [name for name in brought if name not in ROW_FIELDS]
+    loss = resolve_loss(config.actor.loss, brought=own)
     check_loss(config, loss, brought)
-    advantage = None
+    estimator = None
     if "advantages" not in brought:
         if "adv" not in config:
             raise ConfigError(
                 f"trainer.source={config.trainer.source}: brings no advantages, and this trainer "
                 "has no adv that makes some; name them in its brings, and put them in its batches"
             )
-        advantage = resolve_advantage(config.adv)
-    needs = tuple(name for name in required_fields(config, loss) if name not in brought)
-    return Algorithm(loss, advantage, needs, resolve_penalty(config))
+        estimator = resolve_advantage(config.adv, own)
+        check_estimator(config, estimator, brought)
+    needs = needed_fields(config, loss, estimator, brought)
+    return Algorithm(loss, estimator, needs, resolve_penalty(config))
 
 
 def resolve_penalty(config: DictConfig) -> Penalty | None:
@@ -93,19 +103,53 @@ def resolve_penalty(config: DictConfig) -> Penalty | None:
     return Penalty(kl.coef, str(kl.type), kl.reward_estimator)
 
 
-def required_fields(config: DictConfig, loss: TokenLoss) -> tuple[str, ...]:
-    """Log-probabilities that must be computed between rollout and update.
+def needed_fields(
+    config: DictConfig,
+    loss: TokenLoss,
+    estimator: Estimator | None = None,
+    brought: Collection[str] = (),
+) -> dict[str, dict[str, str]]:
+    """`Algorithm.needs`: log-probabilities, and other statistics of the policy as it stands before
+    its updates, that are named and that no batch brings.
 
-    `old_logps` are needed only where the policy moves away from the one that sampled (several
-    optimizer steps a rollout, in a loss or importance weights that look back) or where the KL
-    enters rewards or advantages; with one step they are the update's own, without a second forward.
+    `old_logps` are needed only where an estimator names them, where the policy moves away from the
+    one that sampled (several optimizer steps a rollout, in a loss or importance weights that look
+    back), or where the KL enters rewards or advantages; with one step they are the update's own,
+    without a second forward.
     """
-    actor = config.actor
-    looks_back = "old_logps" in loss.fields or actor.get("tis_coef", 0.0) > 0
-    old = actor.get("update_per_rollout", 1) > 1 and looks_back
-    old |= resolve_penalty(config) is not None
-    ref = "kl" in actor and actor.kl.coef > 0 or "ref_logps" in loss.fields
-    return ("old_logps",) * old + ("ref_logps",) * ref
+    actor, named = config.actor, {*loss.fields}
+    looks_back = "old_logps" in named or actor.get("tis_coef", 0.0) > 0
+    of_estimator = set() if estimator is None else {*estimator.fields.values()}
+    before, named = [], named | of_estimator
+    if (
+        (actor.get("update_per_rollout", 1) > 1 and looks_back)
+        or resolve_penalty(config) is not None
+        or "old_logps" in of_estimator
+    ):
+        before.append("old_logps")
+    before += [name for name in OLD_STATISTICS if name in named]
+    reference = []
+    if "kl" in actor and actor.kl.coef > 0 or "ref_logps" in named:
+        reference.append("ref_logps")
+    needs = {
+        provider: {
+            name: OLD_STATISTICS.get(name, "logps") for name in fields if name not in brought
+        }
+        for provider, fields in (("old_logps", before), ("ref_logps", reference))
+    }
+    return {provider: fields for provider, fields in needs.items() if fields}
+
+
+def check_estimator(config: DictConfig, estimator: Estimator, brought: Collection[str]) -> None:
+    """ConfigError where this run cannot give the estimator what it names."""
+    there = {"action_mask", "sample_ids", "lengths", *brought}
+    there |= {"old_logps", *OLD_STATISTICS, "ref_logps"}
+    if missing := sorted({*estimator.fields.values()} - there):
+        raise ConfigError(
+            f"{estimator.origin}: needs {', '.join(missing)}, which "
+            f"trainer.source={config.trainer.source} does not bring; use another estimator, or a "
+            "source that names them in its brings"
+        )
 
 
 def check_loss(config: DictConfig, loss: TokenLoss, brought: Collection[str]) -> None:
@@ -117,7 +161,8 @@ def check_loss(config: DictConfig, loss: TokenLoss, brought: Collection[str]) ->
             "ranks that share their tokens would draw others; use actor.tp_size=1, or a "
             "torch.Generator with a seed"
         )
-    there = {"old_logps", "ref_logps", *brought} | ({"advantages"} if "adv" in config else set())
+    there = {"old_logps", *OLD_STATISTICS, "ref_logps", *brought}
+    there |= {"advantages"} if "adv" in config else set()
     if missing := sorted(set(loss.fields) - there):
         raise ConfigError(
             f"actor.loss: {loss.name} needs {', '.join(missing)}, which "

@@ -32,6 +32,21 @@ def call(
         Unfit: it raises, changes what it was given or what the whole process uses, or returns
             something else.
     """
+    result = attempt(function, tensors)
+    per_token = next(x for x in tensors.values() if isinstance(x, Tensor))
+    kinds = kinds_of(len(per_token), tensors)
+    kinds = kinds if kind is None else {kind: kinds[kind]}
+    return _checked(result, kinds, per_token.device)
+
+
+def attempt(
+    function: Callable[..., Any], tensors: Mapping[str, Tensor | Segments | Pairs]
+) -> Any:
+    """What a user's function returns for `tensors` in their order.
+
+    Raises:
+        Unfit: it raises, or changes what it was given or what the whole process uses.
+    """
     given = {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
     versions = {name: tensor._version for name, tensor in given.items()}
     try:
@@ -53,10 +68,7 @@ def call(
                 f"it changed {name} in place, which others read; use {name}.clone() or operations "
                 "without a trailing underscore"
             )
-    per_token = next(iter(given.values()))
-    kinds = kinds_of(len(per_token), tensors)
-    kinds = kinds if kind is None else {kind: kinds[kind]}
-    return _checked(result, kinds, per_token.device)
+    return result
 
 
 def _checked(

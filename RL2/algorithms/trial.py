@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from RL2.algorithms.parameters import OLD_STATISTICS
 from RL2.algorithms.segments import KINDS, SEGMENTS, kept_together, kinds_of, segments_of
 from RL2.runtime.errors import ConfigError
 from RL2.runtime.user_code import Unfit, file_of
@@ -38,15 +39,15 @@ _ROWS = {
 }
 
 
-def tokens(top_k: int) -> dict[str, Tensor]:
+def tokens(top_k: int, inputs: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Three tokens as a rollout has them, before an update that is not the first: every statistic
-    and field by name."""
+    and field by name, and those of `inputs` that a judge or source brings."""
     p, p_max = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.7, 0.5, 0.6])
     # Three tokens each, then half of what is left again and again.
     top = torch.tensor([[0.7, 0.15, 0.1], [0.5, 0.2, 0.15], [0.6, 0.2, 0.1]])
     halves = 0.5 ** torch.arange(1, max(1, top_k - 1))  # empty up to three
     top = torch.cat([top, (1 - top.sum(-1, keepdim=True)) * halves], -1)[:, :top_k]
-    return {
+    values = {
         "logps": p.log(),
         "log1mps": (-p).log1p(),
         "max_logps": p_max.log(),
@@ -59,13 +60,16 @@ def tokens(top_k: int) -> dict[str, Tensor]:
         "ref_logps": p.log() - 0.1,
         "llm_logps": p.log() + 0.05,
         "rewards": torch.tensor([0.0, 0.0, 1.0]),
+        "turn_ids": torch.tensor([0, 0, 1]),
     }
+    values |= {name: 0.9 * values[now] for name, now in OLD_STATISTICS.items()}
+    return values | {name: torch.tensor([0.5, 0.2, 0.7]) for name in inputs if name not in values}
 
 
 def _ordinary(inputs: tuple[str, ...], top_k: int) -> Values:
     """The same for a loss that takes `inputs`: seven tokens, and their sequences, if it is of
     sequences."""
-    values = tokens(top_k)
+    values = tokens(top_k, tuple(name for name in inputs if name not in SEGMENTS))
     if not {*inputs} & SEGMENTS.keys():
         return values
     values = {name: value[_cycle(len(_ROW))] for name, value in values.items()}
@@ -78,7 +82,8 @@ def _cycle(n: int) -> Tensor:
 
 def _of_one_policy(values: Values) -> Values:
     """The first update after a rollout: all policies are the one that is trained."""
-    return values | {name: values["logps"] for name in ("old_logps", "ref_logps", "llm_logps")}
+    values = values | {name: values["logps"] for name in ("old_logps", "ref_logps", "llm_logps")}
+    return values | {name: values[now] for name, now in OLD_STATISTICS.items()}
 
 
 def _without_reward(values: Values) -> Values:
@@ -144,7 +149,7 @@ def try_out(
     """
     ordinary = _ordinary(inputs, top_k)
     with torch.random.fork_rng(devices=[]):
-        with _Collectives() as seen:
+        with Collectives() as seen:
             _try_kinds(loss, function, inputs, statistics, ordinary, origin)
         if seen.name is not None:
             raise ConfigError(
@@ -152,7 +157,7 @@ def try_out(
                 "equally often nor in the same order; return values per token instead"
             )
         try:
-            draws = _draws(loss, ordinary, statistics, origin)
+            draws = draws_random(loss, ordinary, statistics, origin)
             if not draws:
                 _try_alone(loss, ordinary, inputs, statistics, origin)
             _try_memory(loss, ordinary, statistics, origin)
@@ -220,8 +225,15 @@ def _try_kinds(
                 )  # fmt: skip
 
 
-def _draws(loss: Loss, values: Values, statistics: tuple[str, ...], origin: str) -> bool:
-    """Whether a call moves torch's random generator; ConfigError where it seeds it."""
+def draws_random(
+    loss: Loss,
+    values: Values,
+    statistics: tuple[str, ...],
+    origin: str,
+    effect: str = "results depend on actor.max_length_per_device and on the number of ranks",
+) -> bool:
+    """Whether a call moves a random generator, of which it warns; ConfigError where it seeds
+    torch's. effect: of drawing from that one."""
     before, after = [], []
     for seed in (0, 1):
         torch.default_generator.manual_seed(seed)
@@ -243,10 +255,7 @@ def _draws(loss: Loss, values: Values, statistics: tuple[str, ...], origin: str)
         )  # fmt: skip
         return True
     if draws := not torch.equal(before[0], after[0]):
-        logger.warning(
-            "%s: draws random numbers, so that results depend on actor.max_length_per_device and "
-            "on the number of ranks", origin,
-        )  # fmt: skip
+        logger.warning("%s: draws random numbers, so that %s", origin, effect)
     return draws
 
 
@@ -324,17 +333,19 @@ def _check(
             f"{', '.join(statistics)} without detaching"
         )
     if not losses.isfinite().all():
-        raise Unfit(f"its losses are {_numbers(losses)}{_begin(loss, function, values)}")
+        raise Unfit(f"its losses are {_numbers(losses)}{where_it_begins(loss, function, values)}")
     if not losses.requires_grad:
         return
     gradients = torch.autograd.grad(losses.sum(), [*learned.values()], allow_unused=True)
     for name, gradient in zip(learned, gradients, strict=True):
         if gradient is not None and not gradient.isfinite().all():
             numbers = _numbers(gradient[:, 0] if gradient.dim() > 1 else gradient)
-            raise Unfit(f"its gradient for {name} is {numbers}{_begin(loss, function, values)}")
+            raise Unfit(
+                f"its gradient for {name} is {numbers}{where_it_begins(loss, function, values)}"
+            )
 
 
-def _begin(loss: Loss, function: Callable[..., Any], values: Values) -> str:
+def where_it_begins(loss: Loss, function: Callable[..., Any], values: Values) -> str:
     """Where a loss has the first number that is not finite, or begins itself."""
     file = file_of(function)
     if file is None:
@@ -345,7 +356,7 @@ def _begin(loss: Loss, function: Callable[..., Any], values: Values) -> str:
     return f" ({watch.place or f'{Path(file).name}:{line}'})"
 
 
-class _Collectives(TorchDispatchMode):
+class Collectives(TorchDispatchMode):
     """Notes the name of a collective."""
 
     name: str | None = None

@@ -262,10 +262,11 @@ def _advice(key: str, schema: type) -> str:
     known = key_types(schema)
     if (here := key_here(key, known)) is not None:
         return here
-    if group == "actor.loss":
+    if group in ("actor.loss", "adv"):
         close = difflib.get_close_matches(key, [one for one in known if group in one], n=1)
         mean = f"did you mean {close[0]}? " if close else ""
-        return f"{mean}an option of a loss of your own is actor.loss.options.{name}"
+        what = "a loss" if group == "actor.loss" else "an estimator"
+        return f"{mean}an option of {what} of your own is {group}.options.{name}"
     leaves = [one for one, kind in known.items() if not is_dataclass(kind)]
     names = {one.rpartition(".")[2] for one in leaves}
     close = difflib.get_close_matches(name, names, n=2, cutoff=0.75)

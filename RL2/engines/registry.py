@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-from RL2.algorithms.token_loss import _import_function
+from RL2.algorithms.parameters import import_function
 from RL2.config.engines import ENGINES, SERVERS
 from RL2.engines.protocol import Engine
 from RL2.engines.servers.build import server_engine
@@ -25,7 +25,7 @@ def engine_maker(name: str) -> Callable[..., Any]:
     Raises ConfigError for a file, module or function that is not there.
     """
     if ":" in name:
-        return _import_function(name, f"rollout.engine={name}")
+        return import_function(name, f"rollout.engine={name}")
     module, _, function = ENGINES[name].made_by.partition(":")
     return getattr(import_module(module), function)
 

@@ -5,6 +5,7 @@ update each learner) and `Trainer._serve` (the new weights to the engine, and an
 """
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from omegaconf import DictConfig
@@ -14,6 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from RL2.distributed import Traffic, broadcast, rank, world_size
 from RL2.distributed.agreement import all_or_none, check_same
 from RL2.distributed.comm import Batch
+from RL2.runtime.errors import TrainingError
 from RL2.runtime.process_tree import reap_adopted
 from RL2.runtime.stop import StopRequest
 from RL2.trainer.checkpoints.export import files_beside_weights
@@ -124,20 +126,33 @@ class Trainer:
         before = self.run.position()
         with self.run.saved_where_stopped(step - 1, before), self.timers("rollout"):
             batch, metrics = self.source.collect(step, last=step == self.n_steps)
-        for field in self._fields_to_compute(batch):
-            with self.timers(f"compute_{field}"):
-                batch = self.providers[field](batch, field)
-        batch = self.algorithm.advantages(batch)
+        for name, fields in self._fields_to_compute(batch).items():
+            with self.timers(f"compute_{name}"):
+                batch = self.providers[name](batch, fields)
         with self.run.saved_where_failed(step - 1, before):
+            batch = self._with_advantages(batch)
             for name, learner in self.learners.items():
                 with self.timers(f"update_{name}"):
                     metrics |= learner.update(batch, step)
         return metrics | self.alarm(metrics)
 
-    def _fields_to_compute(self, batch: Batch | None) -> tuple[str, ...]:
+    def _fields_to_compute(self, batch: Batch | None) -> Mapping[str, Mapping[str, str]]:
         """What the algorithm needs, where rank 0 has a batch (a collective)."""
         needs = self.algorithm.needs
-        return () if needs and broadcast(batch is None) else needs
+        return {} if needs and broadcast(batch is None) else needs
+
+    def _with_advantages(self, batch: Batch | None) -> Batch | None:
+        """Rank 0 has the batch, and an estimator may fail: then all ranks raise (a collective)."""
+        if self.algorithm.advantage is None:
+            return batch
+        fault = None
+        try:
+            batch = self.algorithm.advantages(batch)
+        except TrainingError as error:
+            fault = str(error)
+        if fault := broadcast(fault):
+            raise TrainingError(fault)
+        return batch
 
     def _serve(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Bring the new weights to who serves them, and evaluate; the step's metrics so far go

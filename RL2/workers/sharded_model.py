@@ -1,6 +1,6 @@
 """A model spread over all ranks: all that a frozen policy is, and what a learner trains."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -116,21 +116,24 @@ class ShardedModel:
             self.traffic.add("weights", tensor.nbytes - held.nbytes)
             yield name, tensor
 
-    def annotate(self, batch: Batch | None, field: str, statistic: str = "logps") -> Batch | None:
-        """Add this model's `statistic` of the actions to rank 0's batch, as `field [B, T]`."""
-        length = self.config.max_inference_length_per_device
+    def annotate(self, batch: Batch | None, fields: Mapping[str, str]) -> Batch | None:
+        """Add this model's statistics of the actions to rank 0's batch, in one forward. fields:
+        names `[B, T]` of them in the batch, with the statistic that each is."""
+        length, wanted = self.config.max_inference_length_per_device, (*fields.values(),)
         micro_batches, plan = self.scatter(batch, ALWAYS, length)
-        found = []
+        found: dict[str, list[torch.Tensor]] = {statistic: [] for statistic in wanted}
         with self.inference():
             for micro_batch in micro_batches:
-                stats = self.forward(self.to_device(micro_batch), (statistic,))
-                flat = torch.zeros(len(micro_batch["states"]))
-                flat[micro_batch["action_mask"]] = stats[statistic].cpu()
-                found.append(flat)
-        values = gather(found, plan, self.traffic)
+                stats = self.forward(self.to_device(micro_batch), wanted)
+                for statistic in wanted:
+                    flat = torch.zeros(len(micro_batch["states"]))
+                    flat[micro_batch["action_mask"]] = stats[statistic].cpu()
+                    found[statistic].append(flat)
+        values = {name: gather(found[of], plan, self.traffic) for name, of in fields.items()}
+        values = {name: value for name, value in values.items() if value is not None}
         if self.frozen:  # it has nothing else to do in this step
             self.offload()
-        return batch if values is None else batch | {field: values}
+        return batch | values if values else batch
 
     def scatter(self, batch: Batch | None, fields: tuple[str, ...], max_length: int):
         """This rank's micro-batches of rank 0's batch, and the plan by which `gather` puts what

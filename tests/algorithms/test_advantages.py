@@ -2,12 +2,10 @@ import math
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from RL2.algorithms import resolve_advantage, sample_returns
+from RL2.algorithms import sample_returns
 from RL2.algorithms.advantages import reinforce, spo
 from RL2.algorithms.rewards import in_float32
-from RL2.runtime.errors import ConfigError
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -165,37 +163,3 @@ def test_dtype_is_kept():
         rewards, *rest = rows([1.0, 0.0], group_ids=[0, 0])
         for estimator in (reinforce, spo):
             assert estimator(rewards.to(dtype), *rest).dtype == dtype
-
-
-def adv_config(**changes):
-    neutral = {"gamma": 1.0, "lamda": 1.0, "global_norm": False, "norm_var": False}
-    return OmegaConf.create({"estimator": "reinforce"} | neutral | changes)
-
-
-def test_configured():
-    batch = rows([1.0, 0.0, 2.0, 0.0], group_ids=[0, 0, 1, 1])
-    for changes, expected in (
-        ({}, [0.5, -0.5, 1, -1]),
-        ({"global_norm": True}, [0.25, -0.75, 1.25, -0.75]),
-        ({"estimator": "spo"}, [1, 0, 2, 0]),
-    ):
-        assert per_row(resolve_advantage(adv_config(**changes))(*batch)) == expected
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(estimator="gea"), "adv.estimator=gea: unknown; use reinforce, spo"),
-        (dict(estimator="reinfroce"), "did you mean reinforce?"),
-        (
-            dict(estimator="spo", norm_var=True),
-            "adv.norm_var=True: has no effect with adv.estimator=spo; set it to False",
-        ),
-        (dict(gamma=0.9), "adv.gamma=0.9: has no effect with adv.estimator=reinforce; set it to 1"),
-        (dict(beta=1), "adv.beta=1: has no effect with adv.estimator=reinforce; leave it out"),
-    ],
-)
-def test_errors(changes, message):
-    with pytest.raises(ConfigError) as error:
-        resolve_advantage(adv_config(**changes))
-    assert message in str(error.value)

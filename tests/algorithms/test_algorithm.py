@@ -1,23 +1,24 @@
 """What must be computed before an update, what a loss may ask for, and where the KL goes."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from RL2.algorithms.advantages import reinforce, spo
+from RL2.algorithms.advantages import reinforce
 from RL2.algorithms.algorithm import (
     Algorithm,
+    check_estimator,
     check_loss,
-    required_fields,
+    needed_fields,
     resolve_algorithm,
     resolve_penalty,
 )
+from RL2.algorithms.estimator import resolve_advantage
 from RL2.algorithms.losses import LOSSES
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
-from RL2.runtime.errors import ConfigError
+from RL2.runtime.errors import ConfigError, TrainingError
 
 KL_OFF = {"coef": 0.0, "type": None}
 
@@ -34,13 +35,20 @@ def config(update_per_rollout=1, estimator="k1", tis_coef=0.0, **kl):
     )
 
 
-def learned_from(given, config, estimator):
+def learned_from(given, config, estimator, **options):
     loss = resolve_loss({"name": "ppo"})
+    estimator = resolve_advantage({"estimator": estimator, **options})
     return Algorithm(loss, estimator, penalty=resolve_penalty(config)).advantages(given)
 
 
 def required(loss, **changes):
-    return required_fields(config(**changes), resolve_loss({"name": loss}))
+    return names(needed_fields(config(**changes), resolve_loss({"name": loss})))
+
+
+def names(needs):
+    """All fields in one tuple; each stands by its provider's name."""
+    assert all(field.startswith(provider[:4]) for provider in needs for field in needs[provider])
+    return tuple(field for fields in needs.values() for field in fields)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -74,7 +82,7 @@ def test_a_loss_that_names_ref_logps_gets_them(tmp_path):
     path = tmp_path / "loss.py"
     path.write_text("def pull(logps, ref_logps):\n    return (logps - ref_logps) ** 2\n")
     loss = resolve_loss({"name": "ppo", "import_path": f"{path}:pull"})
-    assert required_fields(config(), loss) == ("ref_logps",)
+    assert needed_fields(config(), loss) == {"ref_logps": {"ref_logps": "logps"}}
 
 
 def batch():
@@ -100,7 +108,7 @@ def divergence(given, estimator):
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_as_advantage_is_taken_off_token_by_token(estimator):
     given = batch()
-    out = learned_from(given, config(coef=0.3, type="advantage", estimator=estimator), spo)
+    out = learned_from(given, config(coef=0.3, type="advantage", estimator=estimator), "spo")
     mask = given["action_mask"]
     expected = torch.tensor([[1.0], [1.0], [0.25]]) * mask
     expected = expected - 0.3 * divergence(given, estimator) * mask
@@ -111,7 +119,7 @@ def test_kl_as_advantage_is_taken_off_token_by_token(estimator):
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_as_reward_is_summed_over_the_sample_before_the_advantage(estimator):
     given = batch()
-    out = learned_from(given, config(coef=0.3, type="reward", estimator=estimator), reinforce)
+    out = learned_from(given, config(coef=0.3, type="reward", estimator=estimator), "reinforce")
     mask = given["action_mask"]
     penalty = 0.3 * (divergence(given, estimator) * mask).sum(1)
     first, second = 1.0 - penalty[0] - penalty[1], 0.25 - penalty[2]
@@ -128,7 +136,7 @@ def test_rewards_are_float64_up_to_the_advantages():
     given = {"action_mask": mask, "rewards": rewards} | {
         name: given[name][1:] for name in ("sample_ids", "group_ids")
     }
-    out = learned_from(given, config(), reinforce)
+    out = learned_from(given, config(), "reinforce")
     torch.testing.assert_close(
         out["advantages"][:, 0], torch.tensor([-0.35, 0.35]), rtol=1e-6, atol=0
     )
@@ -139,9 +147,9 @@ def test_rewards_are_float64_up_to_the_advantages():
 def test_kl_elsewhere_leaves_the_advantages_alone(kl):
     given = batch()
     del given["old_logps"]
-    estimator = partial(reinforce, norm_var=True)
-    out = learned_from(given, config(**kl), estimator)
-    plain = estimator(*(given[k] for k in ("rewards", "action_mask", "sample_ids", "group_ids")))
+    out = learned_from(given, config(**kl), "reinforce", norm_var=True)
+    names = ("rewards", "action_mask", "sample_ids", "group_ids")
+    plain = reinforce(*(given[name] for name in names), norm_var=True)
     assert torch.equal(out["advantages"], plain)
     assert "advantages" not in given
 
@@ -174,15 +182,17 @@ def test_what_a_source_brings_is_not_computed(tmp_path):
             "adv": {"estimator": "spo"}, "trainer": {"source": "x.py:X"},
         }
     )  # fmt: skip
-    assert resolve_algorithm(config, ("rewards",)).needs == ("ref_logps",)
+    assert resolve_algorithm(config, ("rewards", "group_ids")).needs == {
+        "ref_logps": {"ref_logps": "logps"}
+    }
     algorithm = resolve_algorithm(config, ("advantages", "ref_logps"))
-    assert algorithm.needs == () and algorithm.advantage is None
+    assert algorithm.needs == {} and algorithm.advantage is None
     given = batch()
     assert algorithm.advantages(given) is given
-    assert resolve_algorithm(config, ()).advantages(None) is None
+    assert resolve_algorithm(config, ("rewards", "group_ids")).advantages(None) is None
     del config.adv
     with pytest.raises(ConfigError, match="^trainer.source=x.py:X: brings no advantages, and this"):
-        resolve_algorithm(config, ("rewards",))
+        resolve_algorithm(config, ("rewards", "group_ids"))
 
 
 def test_random_numbers_of_ranks_that_share_tokens_are_refused():
@@ -204,3 +214,70 @@ def test_a_kl_that_the_loss_would_never_see_is_refused(kind):
     check_loss(run("correct", "loss"), blind, ())
     check_loss(run("sequence", kind), blind, ())
     check_loss(run("correct", kind), sees, ())
+
+
+SURPRISED = """
+def f(rewards, action_mask, entropy, old_logps, turn_ids, kindness, *, bonus=0.5):
+    first = (turn_ids == 0) * bonus
+    return rewards.sum(-1, keepdim=True) + first * entropy - old_logps + kindness
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    def resolved(body=SURPRISED, brought=("kindness",), **changes):
+        path = tmp_path / "mine.py"
+        path.write_text(f"import torch\n{body}")
+        return resolve_advantage({"import_path": f"{path}:f", **changes}, brought)
+
+    return resolved
+
+
+def test_an_estimator_names_fields_of_the_policy_before_the_update(own):
+    """They come from one forward of one provider, and only what is named."""
+    loss, estimator = resolve_loss({"name": "nll"}), own()
+    before = {"old_logps": "logps", "old_entropy": "entropy"}
+    assert needed_fields(config(), loss, estimator) == {"old_logps": before}
+    assert needed_fields(config(), loss, estimator, ("old_logps",)) == {
+        "old_logps": {"old_entropy": "entropy"}
+    }
+    given = batch() | {
+        "old_entropy": torch.rand(3, 4),
+        "turn_ids": torch.tensor([[-1, 0, 0, -1], [1, 1, -1, -1], [-1, 0, 0, 1]]),
+        "kindness": torch.rand(3, 4),
+    }
+    found = Algorithm(loss, estimator).advantages(given)["advantages"]
+    expected = given["rewards"].sum(-1, keepdim=True) - given["old_logps"] + given["kindness"]
+    expected += 0.5 * given["old_entropy"] * (given["turn_ids"] == 0)
+    torch.testing.assert_close(found, expected * given["action_mask"])
+
+
+def test_a_loss_names_statistics_of_the_policy_before_the_update(tmp_path):
+    path = tmp_path / "loss.py"
+    path.write_text("def f(logps, old_entropy, kindness): return -logps * old_entropy * kindness")
+    node = {"name": None, "import_path": f"{path}:f"}
+    loss = resolve_loss(node, brought=("kindness",))
+    assert loss.fields == ("old_entropy", "kindness")
+    assert needed_fields(config(), loss) == {"old_logps": {"old_entropy": "entropy"}}
+    with pytest.raises(ConfigError, match="its parameter kindness is neither a token statistic"):
+        resolve_loss(node)
+
+
+def test_an_estimator_that_this_source_cannot_feed_is_refused(own):
+    here = OmegaConf.create({"trainer": {"source": "x.py:X"}})
+    brought = ("rewards", "turn_ids", "kindness")
+    check_estimator(here, own(), brought)
+    with pytest.raises(ConfigError, match="mine.py:f: needs turn_ids, which trainer.source=x.py:X"):
+        check_estimator(here, own(), ("rewards", "kindness"))
+
+
+def test_an_estimator_that_fails_in_the_run_is_named(own):
+    bad = "def f(rewards):\n    return rewards / (len(rewards) != 3)\n"
+    with pytest.raises(
+        TrainingError, match=r"^adv.import_path=\S*mine.py:f: 7 of 7 advantages are "
+    ):
+        Algorithm(None, own(bad)).advantages(batch())
+    # It is not to blame for what it was given.
+    given = batch()
+    given["rewards"][0, 1] = torch.nan
+    assert Algorithm(None, own(bad)).advantages(given)["advantages"].isnan().any()

@@ -183,6 +183,6 @@ def run_two_policies(model: str, batches: dict) -> list[dict[str, np.ndarray | N
 def compute_logps(model: ShardedModel, batches: dict) -> dict[str, np.ndarray | None]:
     result = {}
     for name, batch in batches.items():
-        filled = model.annotate(batch if rank() == 0 else None, "ref_logps")
+        filled = model.annotate(batch if rank() == 0 else None, {"ref_logps": "logps"})
         result[name] = filled and filled["ref_logps"].numpy()
     return result

@@ -157,7 +157,7 @@ def test_dropout_is_for_training_alone(tmp_path):
 
 def loss_and_logps(model, batch, dropout):
     actor = lora_actor(model, lora={"dropout": dropout})
-    logps = actor.annotate(batch, "logps")["logps"]
+    logps = actor.annotate(batch, {"logps": "logps"})["logps"]
     return actor.update(batch, 1)["actor/loss"], logps
 
 

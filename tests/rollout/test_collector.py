@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from RL2.algorithms.advantages import resolve_advantage
+from RL2.algorithms.estimator import resolve_advantage
 from RL2.engines.protocol import Completion, SamplingParams
 from RL2.engines.transformers.engine import TransformersEngine
 from RL2.rollout import Collector
@@ -355,9 +355,7 @@ def test_a_failed_sample_is_in_neither_baseline_nor_batch(make, workers):
         width = batch[name].shape[-1] if batch[name].dim() > 1 else None
         assert torch.equal(batch[name], whole[name][left][..., :width]), name
     estimator = resolve_advantage({"estimator": "reinforce"})
-    advantages = estimator(
-        **{name: batch[name] for name in ("rewards", "action_mask", "sample_ids", "group_ids")}
-    )
+    advantages = estimator(batch)
     rewards = batch["rewards"].sum(-1)
     for row, group in enumerate(batch["group_ids"].tolist()):
         baseline = rewards[batch["group_ids"] == group].mean()

@@ -180,7 +180,9 @@ def put_away_between_updates(model, changes, batches, device="cpu"):
     for batch in batches:
         actor.offload()
         held.append(torch.cuda.memory_allocated() if device == "cuda" else 0)
-        if (batch := actor.annotate(batch if rank() == 0 else None, "old_logps")) is not None:
+        if (
+            batch := actor.annotate(batch if rank() == 0 else None, {"old_logps": "logps"})
+        ) is not None:
             batch = batch | {"llm_logps": batch["old_logps"]}
         metrics.append(actor.update(batch, 1))
     return metrics, whole(actor), held
@@ -233,7 +235,7 @@ def largest_tensor_of_an_update(model, batch, implementation, loss):
     )  # fmt: skip
     n_actions = int(batch["action_mask"].sum())
     with LargestTensor() as largest:
-        batch = actor.annotate(batch, "old_logps")
+        batch = actor.annotate(batch, {"old_logps": "logps"})
         metrics = actor.update(batch, 1)
     assert metrics["actor/grad_norm"] > 0
     return largest.numel, n_actions
@@ -267,7 +269,7 @@ def naive_spo(logits, actions, detach=False):
 def compute_logps(model, batch, n_times):
     actor = make_actor(model)
     for _ in range(n_times):
-        batch = actor.annotate(batch if rank() == 0 else None, "old_logps")
+        batch = actor.annotate(batch if rank() == 0 else None, {"old_logps": "logps"})
     return batch and batch["old_logps"]
 
 
@@ -471,7 +473,7 @@ def tis_update(model, batch, kind, coef):
 def two_updates(model, loss, batch, changes):
     """Of one rollout, by an engine that is the trainer: metrics of each alone and of both."""
     actor = make_actor(model, loss, avg_level="token", lr=0.03, update_per_rollout=2, **changes)
-    batch = actor.annotate(batch, "old_logps")
+    batch = actor.annotate(batch, {"old_logps": "logps"})
     batch |= {"llm_logps": batch["old_logps"]}
     if not actor.config.tis_coef:  # nobody has asked for them
         del batch["old_logps"]

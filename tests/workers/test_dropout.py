@@ -48,8 +48,8 @@ def two_updates(model, changes):
         tis_coef=2.0, temperature=1.0, max_inference_length_per_device=200, **changes,
     )  # fmt: skip
     batch = make_batch(n_rows=8)
-    actor.annotate(batch, "old_logps")
-    batch = actor.annotate(batch, "old_logps")
+    actor.annotate(batch, {"old_logps": "logps"})
+    batch = actor.annotate(batch, {"old_logps": "logps"})
     batch["llm_logps"] = batch["old_logps"]
     metrics = actor.update(batch, 1)
     own = actor.model(*of_one_pack(batch), 1.0, ("logps",))["logps"]

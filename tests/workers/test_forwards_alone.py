@@ -41,7 +41,7 @@ def idle_then_not(model, changes):
     found = []
     before = state(actor)
     for batch, step in ((good, 1), (wrong, 2), (good, 3), (wrong, 4), (good, 1), (good, 5)):
-        batch = actor.annotate(batch if rank() == 0 else None, "old_logps")
+        batch = actor.annotate(batch if rank() == 0 else None, {"old_logps": "logps"})
         actor.update(batch, step)
         after = state(actor)
         found.append(len(before[0]) == len(after[0]) and same(before, after))

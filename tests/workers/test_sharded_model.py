@@ -29,7 +29,7 @@ def read_after_a_forward(model, changes, trained, batch):
         actor = ShardedModel(actor_config(model, **changes), torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in actor.weights()}
     n_bytes = actor.traffic.pop()["comm/weights_bytes"]
-    answer = actor.annotate(batch if rank() == 0 else None, "old_logps")
+    answer = actor.annotate(batch if rank() == 0 else None, {"old_logps": "logps"})
     split = all(isinstance(parameter, DTensor) for parameter in actor.model.parameters())
     actor.traffic.pop()
     after = {name: tensor.clone() for name, tensor in actor.weights()}
@@ -42,7 +42,7 @@ def read_after_a_forward(model, changes, trained, batch):
         get_state_dict(actor.model, actor.optimizer)
         actor.update(answer, 1)
         get_state_dict(actor.model, actor.optimizer)
-        actor.annotate(batch if rank() == 0 else None, "old_logps")
+        actor.annotate(batch if rank() == 0 else None, {"old_logps": "logps"})
         dict(actor.weights())
     return split, same
 

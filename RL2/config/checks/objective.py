@@ -29,10 +29,11 @@ def check_kl(actor: DictConfig, ref_actor: DictConfig) -> None:
         )
 
 
-def check_reference(actor: DictConfig, ref_actor: DictConfig) -> None:
+def check_reference(actor: DictConfig, ref_actor: DictConfig, adv: DictConfig) -> None:
     if ref_actor.model_name == actor.model_name:
         return
-    if actor.kl.coef == 0 and actor.loss.import_path is None:
+    own = actor.loss.import_path is not None or adv.import_path is not None
+    if actor.kl.coef == 0 and not own:
         raise ConfigError(
             f"ref_actor.model_name={ref_actor.model_name}: has no effect with actor.kl.coef=0; set "
             "actor.kl.coef and actor.kl.type, or leave it out"
@@ -49,6 +50,8 @@ def check_clip(actor: DictConfig, rollout: DictConfig) -> None:
 
 
 def check_advantages(adv: DictConfig) -> None:
+    if adv.import_path is not None:  # which options that takes, only its file says
+        return
     for name in ("gamma", "lamda"):
         if adv[name] != 1:
             raise ConfigError(

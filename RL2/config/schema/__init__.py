@@ -73,6 +73,8 @@ def structured(schema: type) -> DictConfig:
     # hydra closes the whole tree after composition; a flag set here survives that, so that
     # `actor.loss.options.beta=0.1` needs no `+`.
     OmegaConf.set_struct(config.actor.loss.options, False)
+    if "adv" in config:
+        OmegaConf.set_struct(config.adv.options, False)
     return config
 
 

@@ -5,7 +5,7 @@ import inspect
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-from RL2.algorithms.token_loss import _import_function
+from RL2.algorithms.parameters import import_function
 from RL2.datasets.end_of_turn import EndTokens
 from RL2.runtime.errors import ConfigError, RL2Error, place
 from RL2.runtime.user_code import Unfit, undisturbed
@@ -21,7 +21,7 @@ def resolve_source(config: DictConfig) -> type[Source]:
             or one that reads groups which this trainer's config does not have.
     """
     origin = f"trainer.source={config.trainer.source}"
-    source = _import_function(SOURCES.get(config.trainer.source, config.trainer.source), origin)
+    source = import_function(SOURCES.get(config.trainer.source, config.trainer.source), origin)
     if not (isinstance(source, type) and issubclass(source, Source)):
         raise ConfigError(
             f"{origin}: is no source; derive it from RL2.trainer.sources.source.Source, or from "

@@ -87,7 +87,7 @@ class RolloutSource(Source):
 
     @classmethod
     def brings(cls, config: DictConfig) -> tuple[str, ...]:
-        return ("rewards", "llm_logps", "correct")
+        return ("rewards", "llm_logps", "correct", "group_ids", "turn_ids")
 
     def _warn_of_no_end(self) -> None:
         sampling = self.config.rollout.train_sampling_params

@@ -32,7 +32,7 @@ def of_run(
     datasets: what was read, by the node that names it. models: nodes of those that will be loaded.
     """
     found = {}
-    for key in ("actor.loss.import_path", "rollout.engine", "trainer.source"):
+    for key in ("actor.loss.import_path", "adv.import_path", "rollout.engine", "trainer.source"):
         location = (OmegaConf.select(config, key) or "").rpartition(":")[0]
         if location:
             file = location if location.endswith(".py") else sys.modules[location].__file__

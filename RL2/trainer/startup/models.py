@@ -1,6 +1,6 @@
 """What a run loads of its models: the actor's tokenizer, and what computes fields of a batch."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -15,8 +15,8 @@ from RL2.distributed.comm import Batch
 from RL2.runtime.errors import ConfigError, first_line
 from RL2.workers import Actor, ShardedModel
 
-Provider = Callable[[Batch | None, str], Batch | None]
-"""Adds a field, by its name, to rank 0's batch (a collective)."""
+Provider = Callable[[Batch | None, Mapping[str, str]], Batch | None]
+"""Adds fields, by their names, each a statistic, to rank 0's batch (a collective)."""
 
 
 def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
@@ -53,7 +53,7 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
 def load_providers(
     config: DictConfig, needs: Collection[str], actor: Actor, device: torch.device, traffic: Traffic
 ) -> dict[str, Provider]:
-    """What computes the fields that an algorithm needs, by their names."""
+    """What computes the fields that an algorithm needs, by the names that `needs` has for it."""
     providers: dict[str, Provider] = {"old_logps": actor.annotate}
     if "ref_logps" in needs:
         reference = load_reference(config, device, traffic)

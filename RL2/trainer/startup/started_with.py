@@ -27,7 +27,7 @@ _VARIABLES = "set it alike for all ranks, or for none"
 _FILES_OF = {
     "actor.model_name", "ref_actor.model_name", "rollout.model_name", "rollout.env_path",
     "rollout.engine",
-    "actor.loss.import_path", "train_data.path", "test_data.path", "data.path",
+    "actor.loss.import_path", "adv.import_path", "train_data.path", "test_data.path", "data.path",
 }  # fmt: skip
 # Where a machine has what it needs for itself, how much it does at a time, and what rank 0 shows.
 _OF_A_MACHINE = {

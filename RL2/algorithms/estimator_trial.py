@@ -1,0 +1,134 @@
+"""An advantage estimator tried on made-up batches, so that one which cannot work is found before a
+model loads."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from RL2.algorithms.parameters import ESTIMATOR_FIELDS, OLD_STATISTICS
+from RL2.algorithms.trial import Collectives, draws_random, logger, where_it_begins
+from RL2.runtime.errors import ConfigError
+from RL2.runtime.user_code import Unfit
+
+_LENGTHS = (4, 3, 2, 4, 3)
+_N_TOKENS = max(_LENGTHS)
+Batch = dict[str, Tensor]
+
+
+def rollout(others: tuple[str, ...] = ()) -> Batch:
+    """Two prompts with two samples each, the first of them in two rows; the prompt is one token
+    and the last row has three turns. By the names that an estimator has for them, with `others`,
+    which a judge or source brings."""
+    position = torch.arange(_N_TOKENS)
+    lengths = torch.tensor(_LENGTHS)
+    mask = (position < lengths[:, None]) & (position > 0)
+    last = position == lengths[:, None] - 1
+    p = 0.1 + 0.8 * torch.rand(mask.shape, generator=torch.Generator().manual_seed(0))
+    p_max = torch.maximum(p, 1 - p)
+    rewards = last * torch.tensor([0.0, 1.0, 0.0, 0.5, 2.0], dtype=torch.float64)[:, None]
+    turn_ids = torch.zeros_like(mask, dtype=torch.int64)
+    turn_ids[1], turn_ids[4] = 1, position - 1
+    values = {
+        "rewards": rewards,
+        "action_mask": mask,
+        "sample_ids": torch.tensor([0, 0, 1, 2, 3]),
+        "group_ids": torch.tensor([0, 0, 0, 1, 1]),
+        "lengths": lengths,
+        "correct": torch.tensor([True, True, False, True, True]),
+        "turn_ids": turn_ids.masked_fill(~mask, -1),
+        "old_logps": p.log(),
+        "ref_logps": p.log() - 0.1,
+        "llm_logps": p.log() + 0.05,
+        "log1mps": (-p).log1p(),
+        "max_logps": p_max.log(),
+        "max_log1mps": (-p_max).log1p(),
+        "entropy": -p * p.log() - (1 - p) * (-p).log1p(),
+        "ranks": (p < 0.5) + 1.0,
+    } | {name: p for name in others if name not in ESTIMATOR_FIELDS}
+    return {
+        name: x * mask if x.dim() == 2 and x.is_floating_point() else x
+        for name, x in values.items()
+    }
+
+
+def _rows(values: Batch, rows: Tensor) -> Batch:
+    return {name: x[rows] for name, x in values.items()}
+
+
+def _of_one_sample(values: Batch) -> Batch:
+    return _rows(values, torch.tensor([3]))
+
+
+def _of_equal_rewards(values: Batch) -> Batch:
+    last = values["rewards"] != 0
+    last[0], last[2, 1] = False, True  # one reward for each sample
+    rewards = last.to(values["rewards"])
+    return values | {"rewards": rewards, "correct": torch.ones_like(values["correct"])}
+
+
+def _without_reward(values: Batch) -> Batch:
+    zeros = torch.zeros_like(values["rewards"])
+    return values | {"rewards": zeros, "correct": torch.zeros_like(values["correct"])}
+
+
+_SURE: tuple[tuple[str, Callable[[Batch], Batch]], ...] = (
+    ("two prompts with two samples each", lambda values: values),
+)
+# What many runs meet, and may do without.
+_POSSIBLE = (
+    ("a batch of one sample", _of_one_sample),
+    ("a batch of equal rewards", _of_equal_rewards),
+    ("a batch without rewards", _without_reward),
+)
+
+
+def _named(values: Batch) -> Batch:
+    """The fields of a batch of these names, each a copy."""
+    fields = {now: field for field, now in OLD_STATISTICS.items()}
+    return {fields.get(name, name): x.clone() for name, x in values.items()}
+
+
+def try_out(estimator: Any, function: Callable[..., Any], origin: str) -> None:
+    """Call an estimator (`RL2.algorithms.estimator.Estimator`) with made-up batches.
+
+    function: whose file and lines are named. origin: the key and value that chose it.
+
+    Raises:
+        ConfigError: it raises, breaks its contract, calls a collective, seeds the run's random
+            numbers, or an advantage is not finite in a batch that no run can do without. About
+            others there is a warning, and about random numbers.
+    """
+
+    def call(values: Mapping[str, Tensor]) -> Tensor:
+        return estimator(_named({**values}))
+
+    def call_alone(values: Mapping[str, Tensor]) -> Any:
+        return estimator.function(*[values[name].clone() for name in estimator.inputs])
+
+    ordinary = rollout(estimator.inputs)
+    with torch.random.fork_rng(devices=[]):
+        with Collectives() as seen:
+            for kinds in (_SURE, _POSSIBLE):
+                for what, change in kinds:
+                    values = change(ordinary)
+                    try:
+                        call(values)
+                    except Unfit as fault:
+                        text = f"{origin}: on {what}, {fault}"
+                        if "not finite" in str(fault):
+                            text += where_it_begins(call_alone, function, values)
+                        if kinds is _SURE:
+                            raise ConfigError(text) from fault.__cause__
+                        logger.warning("%s; a rollout that is like this ends the run", text)
+        if seen.name is not None:
+            raise ConfigError(
+                f"{origin}: it calls a collective ({seen.name}), but only rank 0 calls an "
+                "estimator; its batch is whole, so compute advantages from that"
+            )
+        try:
+            effect = "a run with dropout or another number of ranks draws others"
+            draws_random(call, ordinary, (), origin, effect)
+        except Unfit as fault:  # not in its first call
+            raise ConfigError(f"{origin}: called again, {fault}") from fault.__cause__

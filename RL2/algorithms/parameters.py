@@ -1,0 +1,209 @@
+"""What a user's function asks for: its parameters say it.
+
+The positional parameters of a loss or an advantage estimator name tensors, its keyword-only ones
+are options. These names there are, N action tokens in a loss, B rows of T tokens in an estimator:
+
+    name                        loss                            estimator
+    logps                       [N], with gradient              no: it is old_logps
+    log1mps max_logps           [N], with gradient              [B, T], of the policy before the
+    max_log1mps entropy                                         updates on this batch
+    ranks                       [N]                             [B, T], the same
+    top_logps                   [N, K], with gradient           no
+    old_log1mps old_max_logps   [N], of the policy before the   no: without old_
+    old_max_log1mps             updates on this batch
+    old_entropy old_ranks
+    old_logps ref_logps         [N]                             [B, T]
+    llm_logps rewards           [N]                             [B, T]
+    advantages                  [N]                             no: it makes them
+    turn_ids                    [N] int64, the turn of its      [B, T] int64, -1 at tokens of no
+                                sample, from 0                  turn
+    action_mask                 no: all N are actions           [B, T] bool
+    sample_ids group_ids        no                              [B] int64
+    lengths                     no                              [B] int64, tokens of the row
+    correct                     no                              [B] bool, reward above 0
+    a judge's field, or one     [N]                             [B, T]
+    that a source brings
+"""
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from RL2.ops.token_stats import STATISTICS
+from RL2.runtime.errors import ConfigError, first_line, place
+from RL2.runtime.user_code import Unfit, undisturbed
+
+OLD_STATISTICS: dict[str, str] = {
+    f"old_{name}": name for name in STATISTICS if name not in ("logps", "top_logps")
+}
+"""Fields with a statistic of the policy before the updates on a batch, beside `old_logps`."""
+
+FIELDS: tuple[str, ...] = (
+    "advantages", "old_logps", "ref_logps", "llm_logps", "rewards", "turn_ids", *OLD_STATISTICS,
+)  # fmt: skip
+"""Fields of a batch that a loss may name in every run with rollouts."""
+
+ROW_FIELDS: tuple[str, ...] = ("sample_ids", "group_ids", "lengths", "correct")
+"""Fields `[B]` of a batch, which a loss may not name."""
+
+ESTIMATOR_FIELDS: tuple[str, ...] = (
+    "rewards", "action_mask", *ROW_FIELDS, "turn_ids", "old_logps", "ref_logps", "llm_logps",
+    *OLD_STATISTICS.values(),
+)  # fmt: skip
+"""What an advantage estimator may name in every run with rollouts."""
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """A question about the nearest of the known names, with a space behind it, or nothing."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def import_function(import_path: str, origin: str, example: str = "my_loss.py:my_loss") -> Any:
+    """The function, or class, that `file.py:name` or `package.module:name` names.
+
+    origin: the key and value that say so, with which the errors begin.
+
+    Raises:
+        ConfigError: there is none, or its file cannot be imported.
+    """
+    location, separator, name = import_path.rpartition(":")
+    if not (separator and location and name):
+        raise ConfigError(
+            f"{origin}: expected file.py:function or package.module:function, such as {example}"
+        )
+    try:
+        is_file = location.endswith(".py")
+        with undisturbed():
+            module = _load_file(location) if is_file else importlib.import_module(location)
+    except Unfit as fault:
+        raise ConfigError(f"{origin}: importing {location}, {fault}") from fault
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{origin}: there is no file {Path(location).absolute()}; give a path relative to the "
+            "working directory, or an absolute one"
+        ) from error
+    except BaseException as error:  # a stranger's file may raise anything
+        where = place(error, str(Path(location).resolve()))
+        raise ConfigError(
+            f"{origin}: importing {location} raised {type(error).__name__}: {error}"
+            + (f" ({where})" if where else "")
+            + "; make it importable"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        found = [
+            key
+            for key, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__
+        ]
+        raise ConfigError(
+            f"{origin}: no function {name} in {location}; {did_you_mean(name, found)}"
+            f"it defines {', '.join(found) or 'no functions'}"
+        )
+    return function
+
+
+def _load_file(location: str) -> ModuleType:
+    path = Path(location).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(location)
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:12]
+    name = f"_{path.stem}_{digest}"  # two files of one name are two modules
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a module up by its name
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def parameters_of(
+    function: Callable[..., Any], known: Collection[str], origin: str, what: str, kinds: str
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names of the tensors that a function takes, and its options with their defaults
+    (`inspect.Parameter.empty` where there is none).
+
+    known: the names of tensors that there are; kinds: what a name that is none of them is not.
+    what: the function is, in a word.
+
+    Raises:
+        ConfigError: a parameter that is neither.
+    """
+    inputs, options = [], {}
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        article = "an" if what[0] in "aeiou" else "a"
+        raise ConfigError(
+            f"{origin}: {first_line(error)}; its parameters say what {article} {what} needs, so "
+            "give a function that is written in Python"
+        ) from error
+    for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            options[parameter.name] = parameter.default
+        elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise ConfigError(
+                f"{origin}: its parameter {parameter} does not say what the {what} needs; "
+                f"name tensors out of {', '.join(known)}, and options after a lone *"
+            )
+        elif parameter.name not in known:
+            raise ConfigError(
+                f"{origin}: its parameter {parameter.name} is {kinds}; "
+                f"{did_you_mean(parameter.name, known)}use {', '.join(known)}; "
+                "options stand after a lone *"
+            )
+        else:
+            inputs.append(parameter.name)
+    return tuple(inputs), options
+
+
+def bind_options(
+    defaults: Mapping[str, Any],
+    keys: Mapping[str, Any],
+    own: Mapping[str, Any],
+    origin: str,
+    node: str,
+    fallbacks: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The options of a function that the config sets.
+
+    Args:
+        defaults: of all options that it takes. keys: set as `node.key`. own: as
+            `node.options.key`; a null there leaves the default. fallbacks: values for those that
+            nobody sets; what the function does not take is ignored.
+
+    Raises:
+        ConfigError: one that it does not take, one that is set twice, or one without a value.
+    """
+    for key, path in [(key, f"{node}.{key}") for key in keys] + [
+        (key, f"{node}.options.{key}") for key in own
+    ]:
+        if key not in defaults:
+            takes = f"it takes {', '.join(defaults)}" if defaults else "it takes no options"
+            raise ConfigError(
+                f"{path}={({**keys, **own})[key]}: no option of {origin}; "
+                f"{did_you_mean(key, defaults)}{takes}"
+            )
+        if key in keys and key in own:
+            raise ConfigError(
+                f"{node}.{key} and {node}.options.{key}: the same option twice; keep one"
+            )
+    bound = {key: value for key, value in (fallbacks or {}).items() if key in defaults}
+    bound |= {**keys} | {key: value for key, value in own.items() if value is not None}
+    for key, default in defaults.items():
+        if default is inspect.Parameter.empty and key not in bound:
+            raise ConfigError(
+                f"{origin}: its option {key} has no default; set {node}.options.{key}=..."
+            )
+    return bound
