@@ -12,6 +12,7 @@ import os
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from RL2.ops.ragged import ranges
 from RL2.rollout.samples import NOT_THE_POLICY, Sample
 from RL2.runtime.secrets import redact_all
 
-_TYPECODES = {torch.int32: "i", torch.float32: "f", torch.float64: "d", torch.bool: "b"}
+_TYPECODES = {torch.int32: "i", torch.float32: "f", torch.float64: "d", torch.uint8: "B"}
 
 # What travels, and in which dtype; wide columns first, so that all are aligned.
 _SAMPLES = {
@@ -47,7 +48,7 @@ _TOKENS = {
     "token_ids": torch.int32,
     "weight_versions": torch.int32,
     "llm_logps": torch.float32,
-    "action_mask": torch.bool,
+    "roles": torch.uint8,  # 0: given to the policy, 1: an action, 2: the first one of a turn
 }
 _TEXT = {"text": torch.uint8}
 _PARTS = (_SAMPLES, _SEQUENCES, _TOKENS, _TEXT)
@@ -94,9 +95,13 @@ class SampleTable:
         ]
         columns = zip(*per_sample, strict=True) if per_sample else [()] * len(_SAMPLES)
         n_tokens = [len(one["token_ids"]) for _, one in rows]
-        for name in _TOKENS:
-            if [len(one[name]) for _, one in rows] != n_tokens:
+        tokens = {}
+        for name, dtype in _TOKENS.items():
+            of_rows = [one["action_mask" if name == "roles" else name] for _, one in rows]
+            if [len(values) for values in of_rows] != n_tokens:
                 raise ValueError(f"a sequence has another number of {name} than tokens")
+            tokens[name] = _flat(of_rows, dtype)
+        tokens["roles"] = _with_turns(tokens["roles"], rows, samples)
         return cls._of_columns(
             {
                 name: torch.tensor(values, dtype=dtype)
@@ -106,7 +111,7 @@ class SampleTable:
                 "sample": torch.tensor([i for i, _ in rows], dtype=torch.int64),
                 "n_tokens": torch.tensor(n_tokens, dtype=torch.int64),
             },
-            {name: _flat([one[name] for _, one in rows], dtype) for name, dtype in _TOKENS.items()},
+            tokens,
             _from_bytes(bytearray(b"".join(text)), torch.uint8),
         )
 
@@ -215,8 +220,9 @@ def to_batch(table: SampleTable, n_responses: int) -> dict[str, Tensor] | None:
     """One row per sequence, in the samples' order; None without samples.
 
     The fields of `RL2.datasets.collate`, with rewards in float64, and sample_ids, group_ids [B]
-    int64, correct [B] bool, and weight_versions [B, T] int64: which weights wrote the token, -1
-    where the policy did not.
+    int64, correct [B] bool, turn_ids [B, T] int64: in which of its sample's turns, from 0, the
+    policy wrote the token, and weight_versions [B, T] int64: which weights wrote it; both -1 where
+    the policy did not.
     """
     sample, starts = table.sequences["sample"], table.sequences["start"]
     lengths = table.sequences["n_tokens"] - 1
@@ -233,7 +239,11 @@ def to_batch(table: SampleTable, n_responses: int) -> dict[str, Tensor] | None:
         field[place] = table.tokens[name][which].to(dtype)
         return field.view(-1, n_tokens)
 
-    mask = padded("action_mask", actions, torch.bool)
+    roles = padded("roles", actions, torch.uint8)
+    mask, begins = roles > 0, roles == 2
+    before = begins.sum(1).cumsum(0) - begins.sum(1)  # turns in the rows above
+    before = before - before[torch.searchsorted(sample, sample)]  # which are this sample's
+    turn_ids = begins.cumsum(1) + before[:, None] - 1
     position = table.samples["position"][sample]
     return {
         "states": padded("token_ids", states, torch.int64),
@@ -245,6 +255,7 @@ def to_batch(table: SampleTable, n_responses: int) -> dict[str, Tensor] | None:
         "llm_logps": padded("llm_logps", actions, torch.float32).masked_fill_(~mask, 0.0),
         "rewards": padded("rewards", actions, torch.float64).masked_fill_(~mask, 0.0),
         "correct": table.samples["reward"][sample] > 0,
+        "turn_ids": turn_ids.masked_fill_(~mask, -1),
         "weight_versions": padded("weight_versions", actions, torch.int64, NOT_THE_POLICY),
     }
 
@@ -279,6 +290,24 @@ def dump(table: SampleTable, path: Path) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _with_turns(
+    actions: Tensor, rows: list[tuple[int, dict[str, list]]], samples: list[Sample]
+) -> Tensor:
+    """`roles` of the tokens of all rows, of which `actions` says which the policy wrote. rows:
+    number of the sample, sequence."""
+    positions = actions.nonzero().squeeze(1)
+    n_actions = [0] * len(samples)
+    for number, sequence in rows:
+        n_actions[number] += sum(sequence["action_mask"])
+    begins, start = [], 0
+    for sample, n in zip(samples, n_actions, strict=True):
+        of_turns = accumulate((turn.length for turn in sample.turns), initial=0)
+        begins += [start + at for at in of_turns if at < n]
+        start += n
+    actions[positions[begins]] = 2
+    return actions
 
 
 def _line(sample: Sample) -> bytes:

@@ -56,7 +56,18 @@ def make_sample(position, response):
                 "weight_versions": [draw.randrange(9) if m else NOT_THE_POLICY for m in mask],
             }
         )
+    n, k = sum(sum(one["action_mask"]) for one in sample.sequences), len(sample.turns)
+    for i, turn in enumerate(sample.turns):
+        turn.length = n * (i + 1) // k - n * i // k
     return sample
+
+
+def turns_of(sample):
+    """The turn of each token of a sample's sequences but their first, -1 of no turn."""
+    lengths = [turn.length for turn in sample.turns if turn.length]
+    ids = iter([i for i, length in enumerate(lengths) for _ in range(length)])
+    of_tokens = [[next(ids, 0) if m else -1 for m in one["action_mask"]] for one in sample.sequences]
+    return [torch.tensor(one[1:]).long() for one in of_tokens]
 
 
 def make_samples(positions):
@@ -76,12 +87,14 @@ def plain_batch(samples):
     rows = [(sample, one) for sample in samples for one in sample.sequences]
     batch = collate([{k: v for k, v in one.items() if k != "weight_versions"} for _, one in rows])
     versions = [torch.tensor(one["weight_versions"][1:]).long() for _, one in rows]
+    turns = [row for sample in samples for row in turns_of(sample)]
     rewards = [torch.tensor(one["rewards"][1:], dtype=torch.float64) for _, one in rows]
     return batch | {
         "sample_ids": torch.tensor([s.position * N_RESPONSES + s.response for s, _ in rows]),
         "group_ids": torch.tensor([s.position for s, _ in rows]),
         "rewards": pad_sequence(rewards, True),
         "correct": torch.tensor([s.reward > 0 for s, _ in rows]),
+        "turn_ids": pad_sequence(turns, True, -1),
         "weight_versions": pad_sequence(versions, True, NOT_THE_POLICY),
     }
 
