@@ -79,7 +79,7 @@ def resolve_algorithm(config: DictConfig, brought: Collection[str]) -> Algorithm
         ConfigError: of a loss or an estimator that there is not, or that this run cannot give what
             it names; of a key that would have no effect.
     """
-    own = [name for name in brought if name not in ROW_FIELDS]
+    own = [name for name in brought if name not in (*ROW_FIELDS, "pair_ids", "chosen")]
     loss = resolve_loss(config.actor.loss, brought=own)
     check_loss(config, loss, brought)
     estimator = None

@@ -39,9 +39,7 @@ def call(
     return _checked(result, kinds, per_token.device)
 
 
-def attempt(
-    function: Callable[..., Any], tensors: Mapping[str, Tensor | Segments | Pairs]
-) -> Any:
+def attempt(function: Callable[..., Any], tensors: Mapping[str, Tensor | Segments | Pairs]) -> Any:
     """What a user's function returns for `tensors` in their order.
 
     Raises:

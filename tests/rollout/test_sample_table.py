@@ -66,7 +66,9 @@ def turns_of(sample):
     """The turn of each token of a sample's sequences but their first, -1 of no turn."""
     lengths = [turn.length for turn in sample.turns if turn.length]
     ids = iter([i for i, length in enumerate(lengths) for _ in range(length)])
-    of_tokens = [[next(ids, 0) if m else -1 for m in one["action_mask"]] for one in sample.sequences]
+    of_tokens = [
+        [next(ids, 0) if m else -1 for m in one["action_mask"]] for one in sample.sequences
+    ]
     return [torch.tensor(one[1:]).long() for one in of_tokens]
 
 
