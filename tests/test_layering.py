@@ -43,7 +43,6 @@ LONGEST = 450  # lines of a file whose docstring holds no sentence that begins w
 # Files that are to be parted along their topics, each with what is in it; strike out what was.
 TO_BE_PARTED = {
     "RL2/environments/worker.py": "calls of an environment, and its process",
-    "RL2/trainer/checkpoints/checkpoint.py": "writing, reading and keeping checkpoints",
 }
 
 
