@@ -6,7 +6,8 @@ one entry per action token; `top_logps` alone is `[N, K]`. Its keyword-only para
 read from `actor.loss.*`; a loss that takes `top_logps` says with its option `max_rank` how many
 columns K it wants. It returns the losses `[N]`, or `(losses, {metric: [N]})`. How tokens are
 averaged, the advantage that multiplies a loss which does not take `advantages` itself, importance
-weights and the entropy bonus are applied outside.
+weights and the entropy bonus are applied outside. A loss of sequences, groups or pairs names those
+as well: `RL2.algorithms.segments`.
 
     def my_loss(logps, log1mps, advantages, *, margin=0.1):
         return -advantages * (logps - log1mps).clamp(max=margin)

@@ -320,7 +320,7 @@ FAMILY_CASES = {
     for name in (
         "ppo-token-reinforce", "max_target_kl-sequence-spo", "fixed_target_kl-correct-spo",
         "rank_jsd-correct-spo", "above-sequence-spo", "margin-token-reinforce",
-        "three_updates-ppo-mixed",
+        "three_updates-ppo-mixed", "gspo-sequence",
     )
 }  # fmt: skip
 # What spreads are tried with that are made of parts which have been tried with everything.

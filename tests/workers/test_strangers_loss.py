@@ -85,6 +85,7 @@ def test_metrics_that_only_some_have_shift_nobody(tmp_path, model, n_ranks, chan
         assert metrics["actor/everywhere"] == pytest.approx(1)
 
 
+LONG = {"max_length_per_device": 72}  # of a micro-batch with all rows
 FAULTS = {
     "return (-logps)[:, None]": r"losses of \d+ tokens came back as \[\d+, 1\], expected a tensor ",
     "return -logps.mean()": r"losses of \d+ tokens came back as \[\], expected",
@@ -134,6 +135,42 @@ def test_a_loss_that_goes_wrong_on_one_rank_ends_all_in_one_line(tmp_path, model
             assert re.match(rf"actor.loss.import_path=\S*my_loss.py:f: {said}", message), line
             assert same and "\n" not in message, line
     assert (threads, dtype) == (torch.get_num_threads(), torch.get_default_dtype())
+
+
+OF_SEQUENCES = """
+def f(logps, advantages, sequences):
+    losses = -sequences.mean(logps * advantages)
+    if len(logps) > 7 and dist.is_initialized():  # not in the trial
+        LINE
+    return losses, {"x": losses}
+"""
+
+
+@pytest.mark.parametrize("changes", [{}, {"sp_size": 2}])
+def test_a_loss_of_sequences_that_goes_wrong_on_one_rank_ends_all_in_one_line(
+    tmp_path, model, changes
+):
+    """The ranks that share a pack included, which wait for each other's tokens."""
+    line = "if dist.get_rank() == 1: return losses.sum()"
+    body = OF_SEQUENCES.replace("LINE", line)
+    for answer in run_on_ranks(
+        2, one_update, model, written(tmp_path, body), changes, make_batch()
+    ):
+        message, same = answer
+        assert (
+            re.search(r"f: losses of \d+ sequences came back as \[\], expected", message) and same
+        )
+
+
+def test_a_loss_of_sequences_may_do_on_each_rank_what_the_tokens_there_ask_for(tmp_path, model):
+    """It sees those of whole packs, so that ranks that share one go the same way."""
+    line = "if not (logps.detach()[:5] * advantages[:5] > 0).any(): return losses * 2"
+    body = OF_SEQUENCES.replace("LINE", line)
+    batch, path = make_batch(n_rows=3), written(tmp_path, body)
+    (alone,) = run_on_ranks(1, one_update, model, path, LONG, batch)
+    for metrics in run_on_ranks(2, one_update, model, path, {"sp_size": 2} | LONG, batch):
+        assert metrics["actor/loss"] == pytest.approx(alone["actor/loss"], rel=1e-5)
+        assert metrics["actor/grad_norm"] == pytest.approx(alone["actor/grad_norm"], rel=1e-5)
 
 
 # ---- what a loss may do
