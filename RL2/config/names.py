@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from RL2.config.elsewhere import VALUES, value_here
+from RL2.config.flat import as_text
 from RL2.config.schema import Key, keys_of, schema_of
 from RL2.runtime.errors import ConfigError
 
@@ -29,23 +30,22 @@ def check_names(config: DictConfig, registry_of: RegistryOf) -> None:
 def check_name(key: str, value: Any, entry: Key, known: Collection[str]) -> None:
     """ConfigError where a value, or one of a list, is none of the `known` names. A key that may
     name a file takes file.py:name and package.module:name as well."""
-    for name in value if isinstance(value, (list, ListConfig)) else [value]:
+    several = isinstance(value, (list, ListConfig))
+    for name in value if several else [value]:
         if name is None or name in known or (entry.path and ":" in str(name)):
             continue
-        own = ", or file.py:name for your own" if entry.path else ""
-        raise ConfigError(f"{key}={value}: {advice(key, name, [*known])}{own}")
+        told = advice(key.removesuffix("s") if several else key, name, [*known], entry.own)
+        raise ConfigError(f"{key}={as_text([*value] if several else value)}: {told}")
 
 
-def advice(key: str, value: Any, choices: Sequence[str]) -> str:
+def advice(key: str, value: Any, choices: Sequence[str], own: str | None = None) -> str:
     """What to say of a value that is none of the choices: what another library means by it, or
-    what may have been meant."""
+    what may have been meant. own: how to name what is none of them."""
     group, _, name = key.rpartition(".")
     if name == "name":  # actor.loss.name
-        group, name = "", f"{group.rpartition('.')[2]}.name"
+        name = f"{group.rpartition('.')[2]}.name"
     what = name.partition(".")[0]
-    use = f"use {listing(choices, 'or')}"
-    if name == "loss.name":
-        use += ", or actor.loss.import_path=my_loss.py:my_loss for your own"
+    use = f"use {listing(choices, 'or')}" + (f", or {own} for your own" if own else "")
     if (here := value_here(name, value)) is not None:
         return f"{here}; {use}"
     elsewhere = VALUES.get(name, {})

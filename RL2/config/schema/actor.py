@@ -65,7 +65,7 @@ class LoRAConfig:
 
 @dataclass
 class LossConfig:
-    name: str = by_trainer("the loss of a token")
+    name: str = by_trainer("the loss of a token", own="actor.loss.import_path=my_loss.py:my_loss")
     import_path: str | None = key(
         None,
         "a loss of your own, file.py:function or package.module:function, in place of name",

@@ -57,6 +57,7 @@ class Key:
         path: whether it may name a file or folder.
         takes: its type in words, where `kind` cannot say it: omegaconf has no unions of a text and
             a list or a bool, so that such a key is `Any`.
+        own: of a key that names an entry of a registry, how to name one of the user's own.
     """
 
     kind: Any
@@ -66,6 +67,7 @@ class Key:
     required: str | None = None
     path: bool = False
     takes: str | None = None
+    own: str | None = None
 
     @property
     def is_group(self) -> bool:
@@ -93,9 +95,9 @@ def required(give: str, help: str, within: Range | None = None, *, path: bool = 
     return field(default=MISSING, metadata=metadata)
 
 
-def by_trainer(help: str, *, path: bool = False) -> Any:
+def by_trainer(help: str, *, path: bool = False, own: str | None = None) -> Any:
     """A key of which each trainer's yaml file says the default: what makes the trainer."""
-    return key(MISSING, help, path=path)
+    return field(default=MISSING, metadata={"help": help, "path": path, "own": own})
 
 
 def follow(

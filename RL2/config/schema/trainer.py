@@ -82,6 +82,7 @@ class TrainerConfig:
     source: str = by_trainer(
         "what a step learns from, also a class of your own (file.py:Class or package.module:Class)",
         path=True,
+        own="my_source.py:MySource",
     )
     project: str = key("RL2", "project in wandb")
     experiment_name: str = key("default", "name of the run in wandb and of its folder")

@@ -82,7 +82,8 @@ def type_in_words(name: str, key: Key, names: Names) -> str:
     null = " or null" if type(None) in members else ""
     (member,) = [one for one in members if one is not type(None)]
     if name in names:
-        return " | ".join(names[name]) + null
+        several = "list of " if typing.get_origin(member) is list else ""
+        return several + " | ".join(names[name]) + null
     if isinstance(member, type) and issubclass(member, Enum):
         return " | ".join(one.value for one in member) + null
     if typing.get_origin(member) is list:
