@@ -1,8 +1,8 @@
 """From the name or file of an engine to an engine."""
 
 import inspect
+import pkgutil
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,9 +25,8 @@ def engine_maker(name: str) -> Callable[..., Any]:
     Raises ConfigError for a file, module or function that is not there.
     """
     if ":" in name:
-        return import_function(name, f"rollout.engine={name}")
-    module, _, function = ENGINES[name].made_by.partition(":")
-    return getattr(import_module(module), function)
+        return import_function(name, f"rollout.engine={name}", "my_engine.py:make")
+    return pkgutil.resolve_name(ENGINES[name].made_by)
 
 
 def build_engine(
