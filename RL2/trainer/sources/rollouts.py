@@ -45,7 +45,8 @@ class RolloutSource(Source):
 
     def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens):
         self.config, self.tokenizer = config, tokenizer
-        engine_maker(str(config.rollout.engine))  # where there is none, the run ends here
+        if ":" in (engine := str(config.rollout.engine)):
+            engine_maker(engine)  # a file of the user's own: what is wrong with it, now
         self.end_tokens, self.end_ids = ends, ends.ids
         self.environment = load_environment(
             config.rollout.env_path,
