@@ -68,7 +68,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     # (b) gradients divided by the local count
     "b-local-count-fsdp": Mutation(
-        LEARNER, _BACKWARD, _LOCAL_COUNT, f"{UPDATE}[qwen3-fsdp2-max_target_kl-correct-spo]"
+        LEARNER, _BACKWARD, _LOCAL_COUNT, f"{UPDATE}[qwen3-fsdp2-one_correct-max_target_kl-correct]"
     ),
     "b-local-count-ddp": Mutation(
         LEARNER, _BACKWARD, _LOCAL_COUNT, f"{UPDATE}[qwen3-ddp2-nll-correct-spo]"
