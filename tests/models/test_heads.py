@@ -84,7 +84,7 @@ def naive(model, batch):
 def learn(model, batch, changes, folder):
     critic = make_critic(model, avg_level="token", max_grad_norm=1e9, **changes)
     mine = batch if rank() == 0 else None
-    values = critic.annotate(mine, "old_values", "values")
+    values = critic.annotate(mine, {"old_values": "values"})
     found, clip = {}, critic.clip_gradients
 
     def keep():
@@ -170,7 +170,7 @@ def test_beside_adapters_it_is_trained_whole(tmp_path):
 
 def half_precision(model, batch):
     frozen = ShardedModel(actor_config(model, dtype="bfloat16"), CPU, head="scalar")
-    return frozen.annotate(batch, "v", "values")["v"], frozen.hf_model.score.weight.full_tensor()
+    return frozen.annotate(batch, {"v": "values"})["v"], frozen.hf_model.score.weight.full_tensor()
 
 
 def test_the_layer_is_computed_in_fp32(tmp_path):
