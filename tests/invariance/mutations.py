@@ -161,8 +161,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "e-ratio-of-now-to-the-engine": Mutation(
         CORRECTIONS,
-        "importance_weights(old_logps, llm_logps,",
-        "importance_weights(logps, llm_logps,",
+        "reweighted(losses, old_logps, llm_logps, corrections)",
+        "reweighted(losses, logps, llm_logps, corrections)",
         f"{UPDATE}[qwen3-packed-tis-mask-ppo]",
     ),
     # (f) one padding row or token too many
