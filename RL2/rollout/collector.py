@@ -27,6 +27,7 @@ from RL2.engines.protocol import Engine, SamplingParams
 from RL2.environments.environment import Environment, load_environment
 from RL2.rollout.driver import Driver
 from RL2.rollout.failures import FailureCount
+from RL2.rollout.judges.judge import Judge, fields_of
 from RL2.rollout.player import Player
 from RL2.rollout.reports import Reports
 from RL2.rollout.rounds import Rounds
@@ -68,6 +69,7 @@ class Collector:
         device: of this rank.
         ends: end tokens of the policy; None: what the tokenizer alone says.
         n_shown: answers that each evaluation logs, in readable form.
+        judges: of the groups of training.
 
     Raises ConfigError for an environment file that cannot be used, EngineError when the engine
     does not start.
@@ -92,6 +94,7 @@ class Collector:
         device: torch.device | None = None,
         ends: EndTokens | None = None,
         n_shown: int = 0,
+        judges: tuple[Judge, ...] = (),
     ):
         self.environment = environment or load_environment(
             config.env_path, timeout=float(config.env_timeout), workers=config.env_workers
@@ -117,7 +120,7 @@ class Collector:
         self.failures = FailureCount(
             {"env": config.max_env_errors, "malformed": config.max_malformed}
         )
-        self.n_shown = n_shown
+        self.n_shown, self.judges = n_shown, judges
         self._loop = EventLoopThread(device)
         self._rounds: Rounds | None = None
         driver = None
@@ -145,7 +148,7 @@ class Collector:
                 truncated=self.truncated,
                 settled=settled,
             )
-            driver = Driver(player, int(config.max_in_flight), self.failures)
+            driver = Driver(player, int(config.max_in_flight), self.failures, judges)
         self._rounds = Rounds(driver, ranks, self._loop, reports, self.environment, progress)
 
     @property
@@ -301,7 +304,8 @@ class Collector:
         start = time.perf_counter()
         samples, n_resampled = self._rounds.answer(step)
         traffic = Traffic()
-        table = SampleTable.of(samples, lines=self.rollouts_dir is not None)
+        fields = fields_of(self.judges) if step.train else ()
+        table = SampleTable.of(samples, self.rollouts_dir is not None, fields)
         table = gather_samples(table, self.n_ranks, self.group, traffic)
         if table is None:
             return None, {}

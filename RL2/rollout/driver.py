@@ -5,8 +5,9 @@ from __future__ import annotations
 from RL2.engines.protocol import SamplingParams
 from RL2.rollout.failures import Failure, FailureCount
 from RL2.rollout.flight import GroupsInFlight
+from RL2.rollout.judges.judge import Judge, judge_group
 from RL2.rollout.player import Gate, Player
-from RL2.rollout.samples import Sample
+from RL2.rollout.samples import Group, Sample
 from RL2.rollout.step import Item, Step
 
 
@@ -23,11 +24,19 @@ class Driver:
     """Has one engine's samples played.
 
     player: plays them. max_in_flight: most requests at a time. failures: those counted so far.
+    judges: of the groups of training.
     carried: the groups that go on from step to step; None before there are any.
     """
 
-    def __init__(self, player: Player, max_in_flight: int, failures: FailureCount):
+    def __init__(
+        self,
+        player: Player,
+        max_in_flight: int,
+        failures: FailureCount,
+        judges: tuple[Judge, ...] = (),
+    ):
         self.player = player
+        self.judges = judges
         self.max_in_flight = max_in_flight
         self.failures = failures
         self.carried: GroupsInFlight | None = None
@@ -46,7 +55,13 @@ class Driver:
             if sample.cause == "env":
                 self._stop_if_too_many(groups)
 
-        groups = GroupsInFlight(play, self.player.engine, self.max_in_flight, filtering)
+        async def judge(group: Group, gate: Gate) -> None:
+            await judge_group(group, self.judges, self.player, gate, sampling)
+            if any(sample.cause == "env" for sample in group.samples):
+                self._stop_if_too_many(groups)
+
+        judged = judge if train and self.judges else None
+        groups = GroupsInFlight(play, self.player.engine, self.max_in_flight, filtering, judged)
         return groups
 
     def _stop_if_too_many(self, groups: GroupsInFlight) -> None:

@@ -11,6 +11,7 @@ from RL2.rollout.player import Gate
 from RL2.rollout.samples import Group, Sample
 
 Play = Callable[[Sample, dict[str, Any], Gate], Coroutine[Any, Any, None]]
+JudgeGroup = Callable[[Group, Gate], Coroutine[Any, Any, None]]
 
 
 class GroupsInFlight:
@@ -19,10 +20,19 @@ class GroupsInFlight:
     play: plays one sample to its end. engine: what the samples' requests go to.
     limit: most requests at a time.
     filtering: whether groups of equal rewards count for nothing.
+    judge: looks at a group when all of its samples have ended; None: nobody does.
     """
 
-    def __init__(self, play: Play, engine: Engine, limit: int, filtering: bool = False):
+    def __init__(
+        self,
+        play: Play,
+        engine: Engine,
+        limit: int,
+        filtering: bool = False,
+        judge: JudgeGroup | None = None,
+    ):
         self.play = play
+        self.judge = judge
         self.engine = engine
         self.gate = Gate(limit)
         self.filtering = filtering
@@ -106,7 +116,9 @@ class GroupsInFlight:
 
     def _start(self, group: Group) -> None:
         left = [sample for sample in group.samples if not sample.ended]
-        (self._open if left else self._complete).append(group)
+        self._open.append(group)
+        if not left:
+            self._finish(group)
         for sample in left:
             task = asyncio.create_task(self.play(sample, group.item, self.gate))
             self._tasks[task] = group
@@ -124,9 +136,28 @@ class GroupsInFlight:
         self._progress()
         group.unfinished -= 1
         if not group.unfinished:
+            self._finish(group)
+
+    def _finish(self, group: Group) -> None:
+        """All samples have ended: it is judged, where that is not done, and then complete."""
+        if self.judge is None or group.judged:
             self._open.remove(group)
             self._complete.append(group)
             self._ended.set()
+            return
+        task = asyncio.create_task(self.judge(group, self.gate))
+        self._tasks[task] = group
+        task.add_done_callback(self._group_judged)
+
+    def _group_judged(self, task: asyncio.Task) -> None:
+        group = self._tasks.pop(task, None)
+        if group is None or task.cancelled():
+            return  # cancelled with all others
+        if task.exception() is None:
+            self._finish(group)
+            return
+        self._failure = self._failure or task.exception()
+        self._ended.set()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

@@ -143,8 +143,7 @@ class Player:
         except MalformedReply as error:
             sample.fail(str(error), "malformed")
         sample.ended = True
-        if sample.truncated and self.truncated == "zero":
-            sample.zero_rewards()
+        self.forfeit_truncated(sample)
         sample.masked = sample.truncated and self.truncated == "mask"
 
     async def _play(
@@ -160,16 +159,16 @@ class Player:
         # All calls of a sample go to one process of the environment.
         key = stable_seed(step, int(train), position, sample.response)
         if sample.state is None:
-            with self._between_requests():
+            with self.between_requests():
                 await self._begin(sample, item, key)
         for turn in range(len(sample.turns), self.max_turns):
             sequence = sample.sequences[-1]
             seed = (self.seed, step, int(train), position, sample.response, turn)
-            completion = await self._action(sample, sampling, seed, gate)
+            completion = await self.write(sample, sequence["token_ids"], sampling, seed, gate)
             if completion.finish_reason == "abort":
                 sample.fail("the engine aborted the completion", "abort")
                 return
-            with self._between_requests():
+            with self.between_requests():
                 state = sample.state
                 action, hidden = action_parts(completion, sampling, self.tokenizer, self.ends)
                 prefix = state + action
@@ -236,6 +235,11 @@ class Player:
         sample.extra_info = extra_info
         sample.sequences.append(start_sequence(ids))
 
+    def forfeit_truncated(self, sample: Sample) -> None:
+        """With `rollout.truncated=zero` a sample that was cut off has the reward 0."""
+        if sample.truncated and self.truncated == "zero":
+            sample.zero_rewards()
+
     def _check_sums(self, sample: Sample) -> None:
         """Raise EnvError where turns that are finite in float32 do not add up to what is."""
         for name, sum_ in (("reward", sample.reward), ("score", sample.score)):
@@ -246,7 +250,7 @@ class Player:
                 )
 
     @contextmanager
-    def _between_requests(self) -> Iterator[None]:
+    def between_requests(self) -> Iterator[None]:
         self._n_between += 1
         self._settled.clear()
         try:
@@ -256,17 +260,21 @@ class Player:
             if not self._n_between:
                 self._settled.set()
 
-    async def _action(
-        self, sample: Sample, sampling: SamplingParams, seed: tuple[int, ...], gate: Gate
+    async def write(
+        self,
+        holder: Any,
+        prompt: list[int],
+        sampling: SamplingParams,
+        seed: tuple[int, ...],
+        gate: Gate,
     ) -> Completion:
-        """One whole action, which is `sample.written` until somebody takes it. Where a closing
-        gate cuts it off, it goes on when the gate opens.
+        """One whole completion, such as an action of a sample, which is `holder.written` until
+        somebody takes it. Where a closing gate cuts it off, it goes on when the gate opens.
 
         A continuation has a seed of its own: noise is a function of seed and place in the
         response, so the same seed would repeat the noise of the beginning.
         """
-        prompt = sample.sequences[-1]["token_ids"]
-        sample.written = written = sample.written or Completion([], [], "abort", [])
+        holder.written = written = holder.written or Completion([], [], "abort", [])
         while written.finish_reason == "abort":
             n = len(written.token_ids)
             if n >= sampling.max_new_tokens:
@@ -281,7 +289,7 @@ class Player:
             written = join(written, part)
             if n:
                 written = end_at_stop(written, n, sampling.stop, self.tokenizer)
-            sample.written = written
+            holder.written = written
             if gate.is_open:
                 break  # an abort that nobody here asked for
         return written

@@ -51,9 +51,13 @@ _TOKENS = {
     "roles": torch.uint8,  # 0: given to the policy, 1: an action, 2: the first one of a turn
 }
 _TEXT = {"text": torch.uint8}
-_PARTS = (_SAMPLES, _SEQUENCES, _TOKENS, _TEXT)
 
 Columns = dict[str, Tensor]
+
+
+def _token_columns(fields: Iterable[str]) -> dict[str, torch.dtype]:
+    """With those of judges; the narrow one stays last."""
+    return {"rewards": _TOKENS["rewards"]} | dict.fromkeys(fields, torch.float32) | _TOKENS
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,11 @@ class SampleTable:
     text: Tensor
 
     @classmethod
-    def of(cls, samples: list[Sample], lines: bool = False) -> SampleTable:
-        """A table of samples; `lines`: with what `dump` writes."""
+    def of(
+        cls, samples: list[Sample], lines: bool = False, fields: tuple[str, ...] = ()
+    ) -> SampleTable:
+        """A table of samples; `lines`: with what `dump` writes, `fields`: with what judges say of
+        their tokens."""
         text = [_line(sample) if lines else b"" for sample in samples]
         rows = [(i, one) for i, sample in enumerate(samples) for one in sample.sequences]
         per_sample = [
@@ -101,7 +108,12 @@ class SampleTable:
             if [len(values) for values in of_rows] != n_tokens:
                 raise ValueError(f"a sequence has another number of {name} than tokens")
             tokens[name] = _flat(of_rows, dtype)
+        actions = tokens["roles"].nonzero().squeeze(1)
         tokens["roles"] = _with_turns(tokens["roles"], rows, samples)
+        for name in fields:
+            tokens[name] = torch.zeros(len(tokens["roles"]))
+            tokens[name][actions] = _of_actions(name, rows, samples)
+        tokens = {name: tokens[name] for name in _token_columns(fields)}
         return cls._of_columns(
             {
                 name: torch.tensor(values, dtype=dtype)
@@ -179,7 +191,9 @@ def gather_samples(
         traffic.add("samples", 0)
         return table
     parts = (table.samples, table.sequences, table.tokens, {"text": table.text})
-    columns = [part[name] for names, part in zip(_PARTS, parts, strict=True) for name in names]
+    fields = [name for name in table.tokens if name not in _TOKENS]
+    names = (_SAMPLES, _SEQUENCES, _token_columns(fields), _TEXT)
+    columns = [part[name] for of_part, part in zip(names, parts, strict=True) for name in of_part]
     buffer = torch.cat([column.view(torch.uint8) for column in columns])
     buffer = torch.nn.functional.pad(buffer, (0, -len(buffer) % 8))
     own = torch.tensor([len(next(iter(part.values()))) for part in parts] + [len(buffer)])
@@ -193,7 +207,8 @@ def gather_samples(
         return None
 
     received = [
-        _unpack(part, rows) for part, *rows in zip(buffer.split(n_bytes), *n_rows, strict=True)
+        _unpack(part, rows, names)
+        for part, *rows in zip(buffer.split(n_bytes), *n_rows, strict=True)
     ]
     samples, sequences, tokens, text = (
         {name: torch.cat([columns[name] for columns in of_ranks]) for name in of_ranks[0]}
@@ -204,10 +219,12 @@ def gather_samples(
     return SampleTable._of_columns(samples, sequences, tokens, text["text"])
 
 
-def _unpack(buffer: Tensor, n_rows: Iterable[int]) -> list[Columns]:
+def _unpack(
+    buffer: Tensor, n_rows: Iterable[int], parts_of: Iterable[dict[str, torch.dtype]]
+) -> list[Columns]:
     """The columns of each part from one rank's bytes."""
     parts, offset = [], 0
-    for names, n in zip(_PARTS, n_rows, strict=True):
+    for names, n in zip(parts_of, n_rows, strict=True):
         columns = {}
         for name, dtype in names.items():
             columns[name] = buffer[offset : offset + n * dtype.itemsize].view(dtype)
@@ -222,7 +239,7 @@ def to_batch(table: SampleTable, n_responses: int) -> dict[str, Tensor] | None:
     The fields of `RL2.datasets.collate`, with rewards in float64, and sample_ids, group_ids [B]
     int64, correct [B] bool, turn_ids [B, T] int64: in which of its sample's turns, from 0, the
     policy wrote the token, and weight_versions [B, T] int64: which weights wrote it; both -1 where
-    the policy did not.
+    the policy did not. What judges say is [B, T] float32.
     """
     sample, starts = table.sequences["sample"], table.sequences["start"]
     lengths = table.sequences["n_tokens"] - 1
@@ -257,6 +274,11 @@ def to_batch(table: SampleTable, n_responses: int) -> dict[str, Tensor] | None:
         "correct": table.samples["reward"][sample] > 0,
         "turn_ids": turn_ids.masked_fill_(~mask, -1),
         "weight_versions": padded("weight_versions", actions, torch.int64, NOT_THE_POLICY),
+        **{
+            name: padded(name, actions, torch.float32)
+            for name in table.tokens
+            if name not in _TOKENS
+        },
     }
 
 
@@ -310,6 +332,21 @@ def _with_turns(
     return actions
 
 
+def _of_actions(
+    name: str, rows: list[tuple[int, dict[str, list]]], samples: list[Sample]
+) -> Tensor:
+    """What judges call `name`, of every token that the policy wrote; 0 in samples that failed."""
+    n_actions = [0] * len(samples)
+    for number, sequence in rows:
+        n_actions[number] += sum(sequence["action_mask"])
+    parts = []
+    for sample, n in zip(samples, n_actions, strict=True):
+        value = 0.0 if sample.error is not None else sample.fields[name]
+        one = isinstance(value, float)
+        parts.append(torch.full((n,), value) if one else torch.tensor(value, dtype=torch.float32))
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
 def _line(sample: Sample) -> bytes:
     line = json.dumps(redact_all(_record(sample)), ensure_ascii=False) + "\n"
     # JSON may hold them as they are, but str.splitlines and much else would cut the line there.
@@ -334,6 +371,8 @@ def _record(sample: Sample) -> dict[str, Any]:
     }
     if len(sample.turns) > 1:
         record["turns"] = [vars(turn) for turn in sample.turns]
+    if sample.fields:
+        record["fields"] = sample.fields
     if failed:
         record["error"] = sample.error
     if sample.answer is not None:

@@ -122,6 +122,7 @@ class Sample:
     written: of the next turn, as long as the environment has not answered it.
     ended: whether nothing more comes.
     masked: whether it takes no part in a batch, as it was cut off.
+    fields: what judges say of it: a number, or one for each token that the policy wrote.
     """
 
     position: int
@@ -138,6 +139,7 @@ class Sample:
     written: Completion | None = None
     ended: bool = False
     masked: bool = False
+    fields: dict[str, float | list[float]] = field(default_factory=dict)
 
     @property
     def truncated(self) -> bool:
@@ -163,6 +165,13 @@ class Sample:
         for sequence in self.sequences:
             sequence["rewards"] = [0.0] * len(sequence["rewards"])
 
+    def set_reward(self, reward: float) -> None:
+        """Make this the reward, given for the last action; the score stays."""
+        self.zero_rewards()
+        self.turns[-1].reward = reward
+        acted = [one for one in self.sequences if any(one["action_mask"])]
+        add_reward(acted[-1], reward)
+
     def fail(self, error: str, cause: str) -> None:
         self.error, self.cause = error, cause
 
@@ -178,6 +187,7 @@ class Sample:
             {name: list(values) for name, values in sequence.items()} for sequence in self.sequences
         ]
         state["extra_info"] = None if self.ended else deepcopy(self.extra_info)
+        state["fields"] = dict(self.fields)
         state["answer"] = self.answer if _is_plain(self.answer) else str(self.answer)
         state["written"] = asdict(self.written) if self.written else None
         return state
@@ -197,12 +207,14 @@ class Group:
 
     position: place of the prompt in the step; `renumber` moves the group to another step.
     item: the prompt, as the data set gives it. unfinished: samples that are being played.
+    judged: whether the run's judges, if there are any, have seen it.
     """
 
     position: int
     item: dict[str, Any]
     samples: list[Sample]
     unfinished: int = 0
+    judged: bool = False
 
     @classmethod
     def begin(cls, position: int, item: dict[str, Any], n_responses: int, step: int) -> Group:
@@ -215,13 +227,13 @@ class Group:
     def state_dict(self) -> dict[str, Any]:
         """In plain values. The prompt is there by its number in the data set."""
         samples = [sample.state_dict() for sample in self.samples]
-        return {"index": self.item["index"], "samples": samples}
+        return {"index": self.item["index"], "samples": samples, "judged": self.judged}
 
     @classmethod
     def from_state_dict(cls, position: int, item: dict[str, Any], state: dict[str, Any]) -> Group:
         """The group whose `state_dict` it is, at another place; `item` is its prompt."""
         samples = [Sample.from_state_dict(position, sample) for sample in state["samples"]]
-        return cls(position, item, samples)
+        return cls(position, item, samples, judged=state.get("judged", False))
 
     def renumber(self, position: int) -> None:
         self.position = position

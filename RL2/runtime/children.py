@@ -42,6 +42,7 @@ def runs_strangers(config: DictConfig) -> bool:
         OmegaConf.select(config, "rollout.env_workers") == 0
         or config.actor.loss.import_path is not None
         or OmegaConf.select(config, "adv.import_path") is not None
+        or any(":" in name for name in OmegaConf.select(config, "rollout.judges") or ())
         or ":" in config.trainer.source
         or ":" in (OmegaConf.select(config, "rollout.engine") or "")
         or config.actor.trust_remote_code

@@ -139,6 +139,11 @@ class RolloutConfig:
         "python file with the environment (envs/gsm8k.py)",
         path=True,
     )
+    judges: list[str] = key(
+        [],
+        "what looks at a prompt's finished samples in training and adds fields to them: agreement, "
+        "or functions of your own (file.py:function or package.module:function)",
+    )
     env_timeout: float = key(
         60.0, "seconds after which one call of the environment has failed", ABOVE_ZERO
     )

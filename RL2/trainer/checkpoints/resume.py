@@ -49,6 +49,7 @@ OTHER_INPUTS = {
     "rollout.env_path": "the file, or a module that it imports, is not what it was",
     "actor.loss.import_path": "the file, or a module that it imports, is not what it was",
     "rollout.engine": "the file, or a module that it imports, is not what it was",
+    "rollout.judges": "a file, or a module that one imports, is not what it was",
     "adv.import_path": "the file, or a module that it imports, is not what it was",
     "trainer.source": "the file, or a module that it imports, is not what it was",
     "test_data.path": "its rows are not those of before, so scores of both do not compare",

@@ -21,6 +21,7 @@ from RL2.engines.registry import build_engine, engine_maker
 from RL2.environments.environment import load_environment
 from RL2.environments.worker import MAX_ANSWER
 from RL2.rollout import Collector
+from RL2.rollout.judges.judge import fields_of, resolve_judges
 from RL2.rollout.samples import staleness
 from RL2.runtime.event_loop import in_thread
 from RL2.trainer.sources.source import Result, Source
@@ -48,6 +49,7 @@ class RolloutSource(Source):
         if ":" in (engine := str(config.rollout.engine)):
             engine_maker(engine)  # a file of the user's own: what is wrong with it, now
         self.end_tokens, self.end_ids = ends, ends.ids
+        self.judges = resolve_judges(config.rollout.get("judges") or ())
         self.environment = load_environment(
             config.rollout.env_path,
             timeout=config.rollout.env_timeout,
@@ -88,7 +90,8 @@ class RolloutSource(Source):
 
     @classmethod
     def brings(cls, config: DictConfig) -> tuple[str, ...]:
-        return ("rewards", "llm_logps", "correct", "group_ids", "turn_ids")
+        of_judges = fields_of(resolve_judges(config.rollout.get("judges") or ()))
+        return ("rewards", "llm_logps", "correct", "group_ids", "turn_ids", *of_judges)
 
     def _warn_of_no_end(self) -> None:
         sampling = self.config.rollout.train_sampling_params
@@ -128,6 +131,7 @@ class RolloutSource(Source):
             device=device,
             ends=self.end_tokens,
             n_shown=self.config.trainer.show_samples,
+            judges=self.judges,
         )
 
     def _drivers(self) -> tuple[int, ...]:

@@ -35,8 +35,10 @@ def of_run(
     for key in ("actor.loss.import_path", "adv.import_path", "rollout.engine", "trainer.source"):
         location = (OmegaConf.select(config, key) or "").rpartition(":")[0]
         if location:
-            file = location if location.endswith(".py") else sys.modules[location].__file__
-            found[key] = source_fingerprint(file)
+            found[key] = source_fingerprint(_file_of(location))
+    judges = [name.rpartition(":")[0] for name in OmegaConf.select(config, "rollout.judges") or ()]
+    if files := [_file_of(location) for location in judges if location]:
+        found["rollout.judges"] = " ".join(map(source_fingerprint, files))
     if (env_path := OmegaConf.select(config, "rollout.env_path")) is not None:
         found["rollout.env_path"] = source_fingerprint(env_path)
     if "test_data" in datasets:
@@ -48,6 +50,11 @@ def of_run(
     if generation.is_file():
         found["generation config"] = sha256(generation.read_bytes()).hexdigest()
     return found
+
+
+def _file_of(location: str) -> str:
+    """The file behind `file.py` or `package.module`, which was imported."""
+    return location if location.endswith(".py") else sys.modules[location].__file__
 
 
 def readable(found: Mapping[str, str]) -> dict[str, str]:

@@ -1,0 +1,93 @@
+"""What a judge may ask the engine."""
+
+from __future__ import annotations
+
+from array import array
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from types import TracebackType
+
+from transformers import PreTrainedTokenizerBase
+
+from RL2.engines.protocol import Completion, SamplingParams, check_request
+from RL2.rollout.player import Gate, Player
+from RL2.runtime.errors import EngineError, EnvError
+
+
+@dataclass
+class _Open:
+    """A request: what is written of it."""
+
+    written: Completion | None = None
+
+
+class Asking:
+    """The engine of one call of a judge.
+
+    Args:
+        player: has the engine. gate: what all requests pass, `rollout.max_in_flight` at a time.
+        sampling: of the step.
+        seed: of the call; what is asked adds to it, so that answers depend neither on the order of
+            requests nor on the number of engines.
+    """
+
+    def __init__(self, player: Player, gate: Gate, sampling: SamplingParams, seed: tuple[int, ...]):
+        self._player, self._gate, self._seed = player, gate, seed
+        self._sampling = replace(sampling, stop_token_ids=player.ends.ids)
+        self._n_open = 0
+        self._between = ExitStack()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the policy."""
+        return self._player.tokenizer
+
+    async def generate(
+        self,
+        token_ids: list[int],
+        *,
+        temperature: float | None = None,
+        max_new_tokens: int | None = None,
+        number: int = 0,
+    ) -> Completion:
+        """What the policy writes after `token_ids`, with its log-probabilities.
+
+        temperature, max_new_tokens: as in training (`rollout.train_sampling_params`) by default.
+        number: asks for another answer to the same tokens.
+        """
+        changes = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        sampling = replace(
+            self._sampling, **{key: value for key, value in changes.items() if value is not None}
+        )
+        try:
+            check_request(token_ids, sampling, self._player.engine.context_length)
+        except EngineError as error:  # of this judge, and not of the engine
+            raise EnvError(str(error)) from error
+        digest = sha256(array("q", token_ids).tobytes()).digest()[:7]
+        seed = (*self._seed, number, int.from_bytes(digest, "big"))
+        self._count(1)
+        try:
+            return await self._player.write(_Open(), token_ids, sampling, seed, self._gate)
+        finally:
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        """A judge without an open request is between two of them: batches wait for it."""
+        if not self._n_open:
+            self._between.close()
+        self._n_open += change
+        if not self._n_open:
+            self._between.enter_context(self._player.between_requests())
+
+    def __enter__(self) -> Asking:
+        self._between.enter_context(self._player.between_requests())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._between.close()
