@@ -1,9 +1,12 @@
 """What a judge may return, how it fails, and what it finds in groups that are carried."""
 
 import asyncio
+import re
+from pathlib import Path
 
 import pytest
 
+from RL2.algorithms import resolve_advantage
 from RL2.engines.protocol import Completion, SamplingParams
 from RL2.rollout.flight import GroupsInFlight
 from RL2.rollout.judges.judge import JUDGES, fields_of, judge_group, resolve_judges
@@ -132,7 +135,7 @@ def test_an_engine_that_fails_is_not_the_judges_fault(tmp_path):
     [
         (
             ["agrement"],
-            "rollout.judges=agrement: unknown; did you mean agreement? use agreement, or",
+            "rollout.judges=agrement: unknown; did you mean agreement? use agree",
         ),
         (["agreement", "agreement"], "another judge adds agreement already; keep one of them"),
         (["math:sin"], "rollout.judges=math:sin: is no async function"),
@@ -179,3 +182,17 @@ def test_a_group_that_is_carried_is_judged_once():
         return await flight.answer([], wanted=2)
 
     assert [group.position for group in asyncio.run(go())] == [0, 1] and seen == [1]
+
+
+def test_the_examples_of_the_docs(tmp_path):
+    text = (Path(__file__).parents[3] / "docs" / "estimators.md").read_text()
+    estimator, judge = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "my_estimator.py").write_text(estimator)
+    (tmp_path / "my_judge.py").write_text(judge)
+    path = f"{tmp_path}/my_estimator.py:surprised"
+    found = resolve_advantage({"import_path": path, "options": {"bonus": 0.2}})
+    assert found.inputs == ("rewards", "action_mask", "entropy", "turn_ids")
+    group, engine = judged(["agreement", f"{tmp_path}/my_judge.py:certainty"])
+    assert [one.fields["certainty"] for one in group.samples] == [-0.5] * 3
+    (ids, sampling, _) = engine.calls[0]
+    assert ids == [9, 9] and sampling.temperature == 0.0
