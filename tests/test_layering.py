@@ -32,7 +32,10 @@ LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in 
 
 # An imported module -> the only files that may import it.
 CONFINED = {
-    "wandb": "RL2/trainer/sinks/wandb_process.py",
+    "wandb": "RL2/trainer/sinks/wandb.py",
+    "tensorboard": "RL2/trainer/sinks/tensorboard.py",
+    "trackio": "RL2/trainer/sinks/trackio.py",
+    "mlflow": "RL2/trainer/sinks/mlflow.py",
     "sglang": "RL2/engines/*sglang*.py",
     "vllm": "RL2/engines/*vllm*.py",
 }
@@ -205,7 +208,7 @@ def test_a_clean_tree_passes(tmp_path):
         "RL2/workers/actor.py": "import torch.distributed as dist\nimport RL2.algorithms.losses\n",
         "RL2/engines/servers/sglang.py": "import sglang\n",
         "RL2/engines/servers/vllm.py": "def start():\n    from vllm import LLM\n",
-        "RL2/trainer/sinks/wandb_process.py": "import wandb\n",
+        "RL2/trainer/sinks/wandb.py": "import wandb\n",
         "RL2/trainer/ppo.py": "log.print('a method')\nx = importlib.import_module(name)\n",
     }
     assert violations(write_tree(tmp_path, tree)) == []

@@ -22,7 +22,7 @@ DEPENDENCIES = PROJECT["dependencies"]
 REQUIREMENTS = ROOT / "requirements"
 CPU_FILES = ("build.txt", "torch-cpu.txt", "base.txt")
 GPU_FILES = ("build.txt", "gpu.txt", "base.txt")
-ALL_FILES = sorted({*CPU_FILES, *GPU_FILES, "triton.txt"})
+ALL_FILES = sorted({*CPU_FILES, *GPU_FILES, "triton.txt", "trackers.txt"})
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in [*ROOT.glob("*/*.sh"), ROOT / ".ci" / "run"]
@@ -86,6 +86,20 @@ def test_what_pyproject_asks_for_is_pinned_inside_its_ranges(files):
         ]
         assert versions, f"{requirement}: not in {', '.join(files)}"
         assert all(requirement.specifier.contains(version) for version in versions), requirement
+
+
+def test_the_trackers_are_pinned_and_move_nothing_else():
+    pins = {canonicalize_name(pin.name): pin for pin, _ in read_pins("trackers.txt")}
+    for wanted in map(Requirement, PROJECT["optional-dependencies"]["trackers"]):
+        (pinned,) = pins[canonicalize_name(wanted.name)].specifier
+        assert wanted.specifier.contains(pinned.version), wanted
+    base, trackers = (
+        {(canonicalize_name(pin.name), str(pin.specifier)) for pin, _ in read_pins(file)}
+        for file in ("base.txt", "trackers.txt")
+    )
+    names = {name for name, _ in base}
+    both = {pin for pin in trackers if pin[0] in names}
+    assert both and both <= base
 
 
 @pytest.mark.parametrize("files", [CPU_FILES, GPU_FILES], ids=["cpu", "gpu"])

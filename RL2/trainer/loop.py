@@ -21,7 +21,7 @@ from RL2.runtime.stop import StopRequest
 from RL2.trainer.checkpoints.export import files_beside_weights
 from RL2.trainer.health import LLMKLAlarm
 from RL2.trainer.run import Run, Start, claim_folder
-from RL2.trainer.sinks.metrics import Timers
+from RL2.trainer.sinks.timers import Timers
 from RL2.trainer.startup.banner import banner
 from RL2.trainer.startup.ends import name_ends
 from RL2.trainer.startup.inputs import read_inputs

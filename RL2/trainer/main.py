@@ -124,11 +124,14 @@ def prepare(config: DictConfig) -> Facts:
     import torch  # after the other checks: it takes seconds
     import transformers
 
+    from RL2.trainer.sinks.registry import check_trackers
     from RL2.trainer.startup.started_with import started_with
 
     if torch.version.cuda and config.actor.device == "auto" and not torch.cuda.is_available():
         logger.info("actor.device=auto: no GPU found, though torch is built for one; using the CPU")
     check_names(config, registry_of)
+    if os.environ.get("RANK", "0") == "0":  # which alone has them
+        check_trackers(config)
     available = {name for name in _OPTIONAL if find_spec(name)}
     for line in apply_fallbacks(config, torch.cuda.is_available(), available):
         logger.warning(line)

@@ -27,7 +27,8 @@ from RL2.trainer.checkpoints.export import (
     save_model,
 )
 from RL2.trainer.health import observe
-from RL2.trainer.sinks.metrics import Metrics, Timers
+from RL2.trainer.sinks.metrics import Metrics
+from RL2.trainer.sinks.timers import Timers
 from RL2.trainer.sources.source import Source
 from RL2.trainer.startup import machine
 from RL2.trainer.startup.fingerprints import readable

@@ -48,6 +48,7 @@ CHECKS: tuple[Callable[..., None], ...] = (
     trainer.check_folder_names,
     trainer.check_health,
     trainer.check_checkpoint,
+    trainer.check_trackers_agree,
     trainer.check_wandb_project,
 )
 

@@ -6,6 +6,7 @@ import re
 from omegaconf import DictConfig
 
 from RL2.config.paths import check_folder, not_there
+from RL2.config.trackers import trackers_of
 from RL2.runtime.errors import ConfigError
 
 _LONGEST_NAME = 255  # bytes, on all common file systems
@@ -61,9 +62,20 @@ def check_checkpoint(trainer: DictConfig) -> None:
         )
 
 
+def check_trackers_agree(trainer: DictConfig) -> None:
+    given, use_wandb = trainer.trackers, trainer.use_wandb
+    if given is None or use_wandb is None or use_wandb == ("wandb" in given):
+        return
+    has = "has" if "wandb" in given else "does not have"
+    raise ConfigError(
+        f"trainer.use_wandb={str(use_wandb).lower()}: trainer.trackers={given} {has} wandb; leave "
+        "out trainer.use_wandb"
+    )
+
+
 def check_wandb_project(trainer: DictConfig) -> None:
     project = trainer.project
-    if trainer.use_wandb and (
+    if "wandb" in trackers_of(trainer) and (
         not project.strip()
         or not project.isprintable()
         or len(project) > 128

@@ -84,8 +84,8 @@ class TrainerConfig:
         path=True,
         own="my_source.py:MySource",
     )
-    project: str = key("RL2", "project in wandb")
-    experiment_name: str = key("default", "name of the run in wandb and of its folder")
+    project: str = key("RL2", "project in wandb and other trackers")
+    experiment_name: str = key("default", "name of the run in trackers and of its folder")
     load_ckpt_from: str | None = key(
         None, "resume from: null (start anew) | latest | folder of a checkpoint", path=True
     )
@@ -106,7 +106,15 @@ class TrainerConfig:
         "write checkpoints while training goes on; takes memory for a copy of weights and "
         "optimizer",
     )
-    use_wandb: bool = key(True, "log to wandb as well (offline where there is no key or network)")
+    trackers: list[str] | None = key(
+        None,
+        "where metrics go beside metrics.jsonl, a list such as [wandb,tensorboard]; null: wandb, "
+        "unless use_wandb is false",
+    )
+    use_wandb: bool | None = key(
+        None,
+        "log to wandb as well (offline where there is no key or network); null: as trackers says",
+    )
     seed: int = key(0, "seed of data order, sampling and initialisation", SEED)
     max_bad_steps: int = key(5, "non-finite updates in a row that stop the run", FROM_ONE)
     num_threads: int | None = key(

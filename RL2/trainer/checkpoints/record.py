@@ -28,7 +28,7 @@ CONFIG, RUN, EARLIER = "config.yaml", "run.json", "earlier"
 _PACKAGES = (
     "rl2", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core",
     "omegaconf", "accelerate", "peft", "triton", "flash-attn", "liger-kernel", *SERVERS,
-    "wandb",
+    "wandb", "tensorboard", "trackio", "mlflow-skinny",
 )  # fmt: skip
 _GIT_SECONDS = 10.0  # for one question; a repository on a slow disk is not waited for
 

@@ -33,7 +33,7 @@ _FILES_OF = {
 _OF_A_MACHINE = {
     "rollout.server_python", "rollout.weights_dir", "rollout.base_port", "rollout.env_workers",
     "rollout.servers_per_node", "rollout.gpu_memory_utilization",
-    "trainer.use_wandb", "trainer.project", "trainer.show_samples",
+    "trainer.trackers", "trainer.use_wandb", "trainer.project", "trainer.show_samples",
 }  # fmt: skip
 
 _PACKAGES = ("rl2", "torch", "transformers", "tokenizers")

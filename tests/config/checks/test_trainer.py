@@ -3,6 +3,8 @@
 import pytest
 
 from RL2.config import validate
+from RL2.config.checks.trainer import check_trackers_agree
+from RL2.config.trackers import trackers_of
 from RL2.runtime.errors import ConfigError
 
 
@@ -12,6 +14,20 @@ def test_health(message, composed):
     assert text.startswith(f"{low}: must be below {high}; ")
     off = [f"trainer.health.{key}=null" for key in composed("spo").trainer.health]
     validate(composed("spo", *(line for line in off if "patience" not in line)), 1)
+
+
+def test_trackers_and_use_wandb_do_not_contradict(message, composed):
+    for trackers, use_wandb, has in (("[wandb]", "false", "has"), ("[mlflow]", "true", "does not")):
+        text = message("spo", f"trainer.trackers={trackers}", f"trainer.use_wandb={use_wandb}")
+        assert text.startswith(f"trainer.use_wandb={use_wandb}: trainer.trackers=") and has in text
+    config = composed("spo")
+    for trackers, use_wandb, found in (
+        (None, None, ["wandb"]), (None, True, ["wandb"]), (None, False, []), ([], None, []),
+        (["mlflow", "jsonl", "mlflow"], False, ["mlflow"]), (["wandb"], True, ["wandb"]),
+    ):  # fmt: skip
+        config.trainer.trackers, config.trainer.use_wandb = trackers, use_wandb
+        check_trackers_agree(config.trainer)
+        assert trackers_of(config.trainer) == found
 
 
 def test_trainer(message, composed, workdir):
@@ -42,6 +58,7 @@ def test_trainer(message, composed, workdir):
         text = message("spo", f"trainer.project={project}")
         assert "no name that wandb takes" in text and "trainer.use_wandb=false" in text
     validate(composed("spo", "trainer.project=a/b", "trainer.use_wandb=false"), 1)
+    validate(composed("spo", "trainer.project=a/b", "trainer.trackers=[mlflow]"), 1)
     assert "is a file" in message("sft", "trainer.save_dir=env.py")
     text = message("sft", "trainer.load_ckpt_from=ckpts/nothing")
     assert text.startswith("trainer.load_ckpt_from=ckpts/nothing: no such folder")

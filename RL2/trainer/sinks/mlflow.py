@@ -1,0 +1,65 @@
+"""Rows of metrics to MLflow."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from RL2.trainer.sinks.sink import TrackedRun
+
+_ID = "rl2.run_id"  # MLflow chooses the ids of its runs, and is asked for ours by this tag
+_PARAMS = 100  # in one request, at most
+_LENGTH = 500  # characters of a parameter that every store takes
+
+
+class MLflow:
+    """The store of MLFLOW_TRACKING_URI, else files in the folder `mlruns` of the run.
+
+    An experiment of MLflow is a project here. Steps that come again are there twice, with equal
+    numbers.
+    """
+
+    module, install = "mlflow", "mlflow-skinny"
+    afterwards = ""
+
+    def __init__(self, run: TrackedRun, tell: Callable[[str], None]):
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a run tells nobody of itself
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            # MLflow asks for a database, which takes its large package.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+            uri = Path(run.folder, "mlruns").absolute().as_uri()
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+
+        self._metric, self._client = Metric, MlflowClient(tracking_uri=uri)
+        found = self._client.get_experiment_by_name(run.project)
+        experiment = found.experiment_id if found else self._client.create_experiment(run.project)
+        earlier = self._client.search_runs([experiment], f"tags.`{_ID}` = '{run.id}'")
+        if earlier:
+            self._id = earlier[0].info.run_id
+            self._client.update_run(self._id, status="RUNNING")
+            return
+        created = self._client.create_run(experiment, tags={_ID: run.id}, run_name=run.name)
+        self._id = created.info.run_id
+        params = [Param(key, str(value)[:_LENGTH]) for key, value in _flat(run.config)]
+        for first in range(0, len(params), _PARAMS):
+            self._client.log_batch(self._id, params=params[first : first + _PARAMS])
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        now = int(time.time() * 1000)
+        self._client.log_batch(
+            self._id, metrics=[self._metric(name, x, now, step) for name, x in metrics.items()]
+        )
+
+    def close(self, good: bool) -> None:
+        self._client.set_terminated(self._id, "FINISHED" if good else "FAILED")
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,75 @@
+"""wandb is really run, offline; it may never ask, hang or crash."""
+
+import time
+
+import pytest
+
+from RL2.trainer.sinks.metrics import Metrics
+from tests.trainer.sinks.support import config_of
+from tests.trainer.support import command, environ, overrides, rows_of, train, write_files
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_files(tmp_path_factory.mktemp("files"))
+
+
+def wandb_run(files, tmp_path, how, **env):
+    """An sft run of one step that logs to wandb, with no account in reach."""
+    home = tmp_path / "home"
+    home.mkdir()
+    start = time.monotonic()
+    done = command(
+        "sft",
+        overrides(files, "sft", tmp_path / "run", trainer__max_steps=1, **how),
+        env=environ(HOME=str(home), WANDB_CONFIG_DIR=str(home), **env), cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 120
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1]
+    offline = list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(offline) == 1 and offline[0].stat().st_size > 0
+    assert not (tmp_path / "wandb").exists()  # all of it lies in the run's folder
+    return [line for line in done.stderr.splitlines() if line.startswith("wandb:")], offline[
+        0
+    ].read_bytes()
+
+
+def test_without_a_key_wandb_logs_offline_and_says_so_once(files, tmp_path):
+    lines, logged = wandb_run(files, tmp_path, {"trainer__use_wandb": "true"})
+    assert len(lines) == 1
+    assert "no API key" in lines[0] and "offline" in lines[0] and "use_wandb=false" in lines[0]
+    assert b"actor/loss" in logged and b"actor/grad_norm" in logged
+
+
+def test_an_unreachable_server_means_offline_and_one_line(files, tmp_path):
+    lines, logged = wandb_run(
+        files, tmp_path,
+        {"trainer__use_wandb": "null", "trainer__trackers": "[wandb,tensorboard]"},
+        WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_INIT_TIMEOUT="3",
+    )  # fmt: skip
+    assert list((tmp_path / "run/tensorboard").glob("events.*"))
+    assert len(lines) == 1 and "offline" in lines[0]
+    assert b"actor/loss" in logged
+
+
+def test_use_wandb_false_leaves_no_trace(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(files, "sft", tmp_path / "run", trainer__max_steps=1)
+    assert not list(tmp_path.rglob("*wandb*"))
+
+
+def test_a_run_of_wandb_goes_on_under_its_id(tmp_path, monkeypatch):
+    """The id is known at once; later rows, and not those that were sent, follow."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    first = Metrics(config_of(tmp_path, "wandb"), 0, None)
+    first.log(1, 3, {"actor/first": 1.0})
+    first.close()
+    second = Metrics(config_of(tmp_path, "wandb"), 1, first.run_id)
+    second.log(2, 3, {"actor/second": 1.0})
+    second.close()
+    assert second.run_id == first.run_id
+    logged = sorted(tmp_path.glob(f"wandb/offline-run-*-{first.run_id}/run-{first.run_id}.wandb"))
+    one, other = (path.read_bytes() for path in logged)
+    assert b"actor/first" in one and b"actor/second" not in one
+    assert b"actor/second" in other and b"actor/first" not in other
