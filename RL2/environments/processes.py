@@ -25,7 +25,7 @@ from typing import Any
 
 from RL2.environments import output, worker
 from RL2.environments.worker import Answer, Failed
-from RL2.runtime import env_guard
+from RL2.runtime import guard
 
 logger = logging.getLogger(__name__)
 
@@ -274,7 +274,7 @@ class _Launcher:
 
 
 class _Process:
-    """A process that runs an environment file, under a guard (`env_guard`): the end of one is the
+    """A process that runs an environment file, under a guard (`guard`): the end of one is the
     end of the other, and of all that they have started."""
 
     def __init__(self, path: str):
@@ -297,8 +297,10 @@ class _Process:
                 stack.callback(os.close, writes)
                 files.append(writes)
                 self.printed.append(thread)
+            command = [sys.executable, "-P", worker.__file__, *map(str, passed), path]
+            control = f"--control={passed[0]},{passed[1]}"
             self._guard = subprocess.Popen(
-                [sys.executable, "-I", "-S", env_guard.__file__, str(os.getpid())],
+                [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), control, *command],
                 pass_fds=passed,
                 stdin=subprocess.PIPE,
                 stdout=files[0],
@@ -306,9 +308,6 @@ class _Process:
                 bufsize=0,
                 start_new_session=True,
             )
-            command = [sys.executable, "-P", worker.__file__, *map(str, passed), path]
-            words = [f"{passed[0]} {passed[1]}", *command]
-            self._tell(b"".join(os.fsencode(word) + b"\0" for word in words) + b"\0")
 
     @property
     def gone(self) -> bool:
@@ -337,7 +336,8 @@ class _Process:
         """Have it killed, and all that it has started. Waits for nobody."""
         if not self.gone:
             self._guard.send_signal(signal.SIGCONT)  # somebody may have stopped it
-            self._tell(b"end")
+            with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended, or is closed
+                self._guard.stdin.write(b"end")
 
     def end(self) -> int | None:
         """Kill it and all that it has started; its exit status, None where it does not end."""
@@ -354,7 +354,3 @@ class _Process:
         self._guard.stdin.close()
         self.pulse.close()
         self.connection.close()
-
-    def _tell(self, words: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended, or is closed
-            self._guard.stdin.write(words)

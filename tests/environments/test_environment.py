@@ -567,12 +567,12 @@ def test_signals_of_a_terminal_or_a_job_are_for_the_trainer(tmp_path):
     assert after.score == before.score
 
 
-@pytest.mark.parametrize("helper", ["env_guard.py", "guard.py"])
-def test_signals_of_a_job_are_for_the_trainer_and_not_for_its_guards(helper):
+@pytest.mark.parametrize("control", [["--control="], []])
+def test_signals_of_a_job_are_for_the_trainer_and_not_for_its_guards(control):
     asked = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # after which a server's guard ends it
-    numbers = set(NUMBERS) - asked if helper == "guard.py" else NUMBERS
-    command = [sys.executable, "-I", f"RL2/runtime/{helper}", str(os.getpid()), "sleep", "60"]
-    command = command[:4] if helper == "env_guard.py" else command
+    numbers = NUMBERS if control else set(NUMBERS) - asked
+    guarded = [str(os.getpid()), *control, "sleep", "60"]
+    command = [sys.executable, "-I", "RL2/runtime/guard.py", *guarded]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as guard:
         caught = f"/proc/{guard.pid}/status"
         wait_until(lambda: all(_heeds(caught, number) for number in numbers))
@@ -580,7 +580,7 @@ def test_signals_of_a_job_are_for_the_trainer_and_not_for_its_guards(helper):
             guard.send_signal(number)
         with pytest.raises(subprocess.TimeoutExpired):
             guard.wait(0.5)
-        guard.send_signal(signal.SIGTERM if helper == "guard.py" else signal.SIGKILL)
+        guard.send_signal(signal.SIGKILL if control else signal.SIGTERM)
 
 
 def _heeds(status, number):
