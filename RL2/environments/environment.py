@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from RL2.environments import worker
+from RL2.environments import calls
+from RL2.environments.calls import Answer, Failed, Functions
+from RL2.environments.messages import unpickled
 from RL2.environments.processes import Processes, default_processes
 from RL2.environments.source import fault_of_returns
-from RL2.environments.worker import Answer, Failed, Functions
 from RL2.runtime.errors import ConfigError, EnvError
 from RL2.runtime.user_code import Unfit, undisturbed
 
@@ -102,9 +103,9 @@ class InProcess:
     ) -> Answer:
         """As `Processes.call`; extra_info stays what it is."""
         if isinstance(extra_info, bytes):  # of a sample that was begun with processes
-            extra_info = worker.unsealed(extra_info)
+            extra_info = unpickled(extra_info)
         start = time.monotonic()
-        answer = await worker.call(self._functions, name, (*texts, extra_info), self._timeout)
+        answer = await calls.call(self._functions, name, (*texts, extra_info), self._timeout)
         elapsed = time.monotonic() - start
         if elapsed > self._timeout:
             raise Failed(f"blocked for {elapsed:.1f} s, over the limit of {self._timeout:g} s")
@@ -135,7 +136,7 @@ def load_environment(
         if workers:
             return Environment(str(path), Processes(str(path), timeout, workers))
         with undisturbed():
-            functions = worker.load(str(path), path.read_bytes())
+            functions = calls.load(str(path), path.read_bytes())
     except (Failed, Unfit) as error:
         raise ConfigError(f"rollout.env_path={path}: {error}") from error
     return Environment(str(path), InProcess(functions, timeout))

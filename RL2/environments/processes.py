@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from RL2.environments import output, worker
-from RL2.environments.worker import Answer, Failed
+from RL2.environments import messages, output, worker
+from RL2.environments.calls import MAX_ANSWER, Answer, Failed
+from RL2.environments.pulse import Pulse
 from RL2.runtime import guard
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class Processes:
         Raises Failed.
         """
         if not isinstance(extra_info, bytes):
-            extra_info = worker.sealed(extra_info)
+            extra_info = messages.pickled(extra_info)
         bodies = (*(text.encode("utf-8", "surrogatepass") for text in texts), extra_info)
         for _ in range(_REPEATS):
             try:
@@ -150,12 +151,12 @@ class _Worker:
             raise _Lost("its process ended")
         self._n_calls = number = self._n_calls + 1
         self._calls[number] = future = asyncio.get_running_loop().create_future()
-        self._writer.write(worker.frame({"number": number, "name": name}, *bodies))
+        self._writer.write(messages.frame({"number": number, "name": name}, *bodies))
         try:
             head, bodies = await future
         except asyncio.CancelledError:
             if not self.ended:
-                self._writer.write(worker.frame({"number": number}))
+                self._writer.write(messages.frame({"number": number}))
             raise
         finally:
             del self._calls[number]
@@ -175,7 +176,7 @@ class _Worker:
         watch = asyncio.create_task(self._watch())
         try:
             while True:
-                head, bodies = await worker.receive(reader, limit=2 * worker.MAX_ANSWER + 2**16)
+                head, bodies = await messages.receive(reader, limit=2 * MAX_ANSWER + 2**16)
                 future = self._calls.get(head["number"])
                 if future is not None and not future.done():
                     future.set_result((head, bodies))
@@ -288,8 +289,8 @@ class _Process:
                 if hasattr(os, "memfd_create")
                 else tempfile.TemporaryFile()
             )
-            memory.truncate(worker.Pulse.SIZE)
-            self.pulse = worker.Pulse(mmap.mmap(memory.fileno(), worker.Pulse.SIZE))
+            memory.truncate(Pulse.SIZE)
+            self.pulse = Pulse(mmap.mmap(memory.fileno(), Pulse.SIZE))
             passed = (theirs.fileno(), memory.fileno())
             files, self.printed = [], []
             for target in (1, 2):
@@ -297,10 +298,17 @@ class _Process:
                 stack.callback(os.close, writes)
                 files.append(writes)
                 self.printed.append(thread)
-            command = [sys.executable, "-P", worker.__file__, *map(str, passed), path]
             control = f"--control={passed[0]},{passed[1]}"
             self._guard = subprocess.Popen(
-                [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), control, *command],
+                [
+                    sys.executable,
+                    "-I",
+                    "-S",
+                    guard.__file__,
+                    str(os.getpid()),
+                    control,
+                    *worker.command(*passed, path),
+                ],
                 pass_fds=passed,
                 stdin=subprocess.PIPE,
                 stdout=files[0],
@@ -320,8 +328,8 @@ class _Process:
         head = {"sys_path": sys.path, "timeout": timeout, "beat": _POLL}
         self.connection.settimeout(seconds)
         try:
-            self.connection.sendall(worker.frame(head, source, modules))
-            answer, bodies = worker.greeting(self.connection)
+            self.connection.sendall(messages.frame(head, source, modules))
+            answer, bodies = messages.greeting(self.connection)
         except TimeoutError as error:
             raise Failed(f"cannot import: not done after {seconds:g} s") from error
         except (EOFError, OSError, ValueError) as error:

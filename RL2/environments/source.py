@@ -9,7 +9,7 @@ import ast
 import difflib
 from collections.abc import Iterable, Iterator
 
-from RL2.environments.worker import GIVES, NEEDED
+from RL2.environments.calls import GIVES, NEEDED
 
 
 def fault_of_returns(source: bytes) -> str | None:

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from RL2.datasets.continuation import continuation_encoder
 from RL2.datasets.end_of_turn import EndTokens, end_tokens
 from RL2.engines.protocol import Completion, Engine, MalformedReply, SamplingParams
+from RL2.environments.calls import LARGEST, TOO_LARGE
 from RL2.environments.environment import Environment
-from RL2.environments.worker import LARGEST, TOO_LARGE
 from RL2.rollout.samples import (
     Sample,
     Turn,

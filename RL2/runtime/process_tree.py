@@ -4,6 +4,10 @@ A process that begins a session of its own (setsid, a daemon) leaves its process
 cannot leave its ancestors: where its parent ends, the next ancestor that adopts orphans gets it. On
 Linux that is any process that asks for it; elsewhere it is init, and what has lost its parent is
 found no more. Needs nothing but the standard library: guards load this file by its folder.
+
+Not psutil: it walks no faster (23 ms against 21 at 190 processes), cannot adopt orphans nor have a
+process end with its parent, and a guard, for which each environment process waits, would start
+three times as slowly (0.6 s against 0.2 on a busy machine), as `-S` leaves out installed packages.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
 """Standard output and error that may go away: a closed terminal, `| head`, a full disk.
 
 What is written there is for reading along. That nobody can read it any more is no reason to stop.
-Needs nothing but the standard library, as the processes of environments load this file by its path.
+Needs nothing but the standard library, as the processes of environments import it.
 """
 
 import contextlib

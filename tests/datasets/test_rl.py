@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from RL2.datasets import RLDataset, make_loader
 from RL2.datasets.prompts import GSM8K_INSTRUCTION
-from RL2.environments.worker import sealed, unsealed
+from RL2.environments.messages import pickled, unpickled
 from RL2.runtime.errors import DataError
 
 REAL = Path(__file__).parents[3] / "shared/data/gsm8k"
@@ -395,4 +395,4 @@ def test_what_goes_to_the_environment_as_it_is(plain_tokenizer):
     path = write([{"prompt": "a", "extra_info": odd}])
     dataset = RLDataset(OmegaConf.create({"path": path}), plain_tokenizer, max_extra_info=2**20)
     assert dataset[0]["extra_info"] == odd
-    assert unsealed(sealed(dataset[0]["extra_info"])) == odd
+    assert unpickled(pickled(dataset[0]["extra_info"])) == odd

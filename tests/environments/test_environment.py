@@ -484,7 +484,7 @@ def test_calls_with_one_key_go_to_one_process(tmp_path):
         return first, n_first, await asyncio.gather(*(env.step("", "", {}, k) for k in range(12)))
 
     (one, two), n_first, answers = play(tmp_path, MIXED, do, timeout=30, workers=4)
-    assert one.score == two.score and n_first == 1  # the others are started when they are needed
+    assert one.score == two.score and n_first == 2  # with its guard; others start when needed
     pids = [answer.score for answer in answers]
     assert len(set(pids)) == 4
     assert pids[:4] == pids[4:8] == pids[8:] and pids[3] == one.score
@@ -633,7 +633,7 @@ asyncio.run(env.step("", "", {}))
 """
     process = subprocess.Popen([sys.executable, "-c", trainer, tmp_path / "env.py"])
     wait_until((tmp_path / "env.py.begun").exists, seconds=300)  # it imports torch first
-    wait_until(lambda: len(running(tmp_path)) == 3)  # one that begins has no command line yet
+    wait_until(lambda: len(running(tmp_path)) == 4)  # one that begins has no command line yet
     process.kill()
     process.wait()
     wait_until(lambda: not running(tmp_path))
@@ -641,7 +641,7 @@ asyncio.run(env.step("", "", {}))
 
 def test_an_environment_that_is_forgotten_leaves_nothing_behind(tmp_path):
     env = environment(tmp_path, MIXED, workers=1)
-    assert len(running(tmp_path)) == 1
+    assert len(running(tmp_path)) == 2  # it and its guard
     del env
     gc.collect()
     assert not running(tmp_path)

@@ -18,8 +18,8 @@ from RL2.datasets import RLDataset, make_loader
 from RL2.datasets.end_of_turn import EndTokens
 from RL2.distributed import rank, second_group, world_size
 from RL2.engines.registry import build_engine, engine_maker
+from RL2.environments.calls import MAX_ANSWER
 from RL2.environments.environment import load_environment
-from RL2.environments.worker import MAX_ANSWER
 from RL2.rollout import Collector
 from RL2.rollout.judges.judge import fields_of, resolve_judges
 from RL2.rollout.samples import staleness
