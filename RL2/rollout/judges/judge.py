@@ -11,7 +11,7 @@ from typing import Any
 
 from RL2.algorithms.parameters import ESTIMATOR_FIELDS, FIELDS, did_you_mean, import_function
 from RL2.engines.protocol import MalformedReply, SamplingParams
-from RL2.environments.worker import LARGEST
+from RL2.environments.calls import LARGEST
 from RL2.ops.token_stats import STATISTICS
 from RL2.rollout.judges.agreement import agreement
 from RL2.rollout.judges.asking import Asking
