@@ -71,7 +71,7 @@ MUTATIONS: dict[str, Mutation] = {
         LEARNER, _BACKWARD, _LOCAL_COUNT, f"{UPDATE}[qwen3-fsdp2-one_correct-max_target_kl-correct]"
     ),
     "b-local-count-ddp": Mutation(
-        LEARNER, _BACKWARD, _LOCAL_COUNT, f"{UPDATE}[qwen3-ddp2-nll-correct-spo]"
+        LEARNER, _BACKWARD, _LOCAL_COUNT, f"{UPDATE}[qwen3-ddp2-one_correct-max_target_kl-correct]"
     ),
     # (c) summed over ranks what is one number, or averaged what is a sum
     "c-loss-of-tp-ranks-summed": Mutation(
