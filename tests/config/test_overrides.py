@@ -91,7 +91,8 @@ def test_deleted_key():
         ),
         (
             "adv.estimator=gea",
-            "adv.estimator=gea: not an estimator; use reinforce or spo (did you mean gae? it needs "
+            "adv.estimator=gea: not an estimator; use reinforce or spo, or "
+            "adv.import_path=my_estimator.py:my_estimator for your own (did you mean gae? it needs "
             "a critic, which this version does not have yet)",
         ),
         (

@@ -6,7 +6,7 @@ give, and the defaults that differ from those here.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_origin
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -72,9 +72,9 @@ def structured(schema: type) -> DictConfig:
     config = OmegaConf.structured(schema)
     # hydra closes the whole tree after composition; a flag set here survives that, so that
     # `actor.loss.options.beta=0.1` needs no `+`.
-    OmegaConf.set_struct(config.actor.loss.options, False)
-    if "adv" in config:
-        OmegaConf.set_struct(config.adv.options, False)
+    for name, key in keys_of(schema).items():
+        if get_origin(key.kind) is dict:
+            OmegaConf.set_struct(OmegaConf.select(config, name), False)
     return config
 
 

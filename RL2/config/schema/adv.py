@@ -8,7 +8,9 @@ from RL2.config.schema.keys import FRACTION, by_trainer, key
 
 @dataclass
 class AdvConfig:
-    estimator: str = by_trainer("how rewards become advantages")
+    estimator: str = by_trainer(
+        "how rewards become advantages", own="adv.import_path=my_estimator.py:my_estimator"
+    )
     import_path: str | None = key(
         None,
         "an estimator of your own, file.py:function or package.module:function, in place of "
