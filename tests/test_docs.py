@@ -4,7 +4,6 @@ import ast
 import asyncio
 import importlib
 import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -20,37 +19,12 @@ from RL2.rollout.sample_table import SampleTable, summarise
 from RL2.rollout.samples import Sample
 from RL2.trainer.registries import registry_of
 from tests.config.support import compose_config, write_model_files
+from tests.docs import COMMANDS, DOCS, ROOT, TEXT, blocks, commands, example
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
-TEXT = {path.stem: path.read_text(encoding="utf-8") for path in DOCS}
 README, METRICS = TEXT["README"], TEXT["metrics"]
-PAGES = "\n".join(text for name, text in TEXT.items() if name != "CHANGES")
 PICTURE = "docs/quickstart.png"  # drawn by a run: a checkout may be without it
 
 KEYS = key_types(RLConfig) | key_types(SFTConfig)
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
-def example(name: str) -> str:
-    """The python block of the docs whose docstring begins with its file name."""
-    (found,) = [block for block in blocks(PAGES, "python") if block.startswith(f'"""{name}:')]
-    return found
-
-
-def commands(text: str) -> list[tuple[str, list[str]]]:
-    """(trainer, overrides) of the commands in the bash blocks of a text."""
-    found = []
-    for block in blocks(text, "bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if "-m" in words and not {"[key=value", "..."} & set(words) and "venv" not in words:
-                at = words.index("-m") + 1
-                found.append((words[at].removeprefix("RL2.trainer."), words[at + 1 :]))
-    return found
 
 
 def script(name: str) -> tuple[str, list[str]]:
@@ -62,9 +36,6 @@ def script(name: str) -> tuple[str, list[str]]:
 
 def unnamed(overrides: list[str]) -> list[str]:
     return sorted(word for word in overrides if not word.startswith("trainer.experiment_name="))
-
-
-COMMANDS = commands(PAGES)
 
 
 # ------------------------------------------------------------------------------ keys and commands
@@ -261,6 +232,20 @@ def test_every_phase_that_is_timed_is_named():
 
 
 # ------------------------------------------------------------------------------ tree, names, links
+
+
+def test_the_reading_order_leads_to_what_it_names():
+    """Each stop of `From a prompt to a weight` names something and the line where that begins."""
+    stops = re.findall(r"`(\w+)` in `(RL2/[\w/]+\.py):(\d+)`", TEXT["CONTRIBUTING"])
+    assert len(stops) > 20
+    wrong = []
+    for name, path, number in stops:
+        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+        begins = re.compile(rf"\s*(async def|def|class) {name}\b|{name}\b.* = ")
+        here = [i for i, line in enumerate(lines, start=1) if begins.match(line)]
+        if int(number) not in here:
+            wrong.append(f"{name} in {path}:{number} is at {here}")
+    assert wrong == []
 
 
 def tree() -> dict[str, str]:

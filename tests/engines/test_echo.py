@@ -11,7 +11,7 @@ from RL2.config.engines import ENGINES, EngineKind
 from RL2.engines.registry import build_engine, engine_maker
 from RL2.runtime.errors import ConfigError, EngineError
 from RL2.trainer.main import launch
-from tests.test_docs import example
+from tests.docs import example
 from tests.trainer.support import composed, overrides, train, write_files
 
 ECHO = example("my_engine.py")

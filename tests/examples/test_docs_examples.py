@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from RL2.trainer.main import launch
+from tests.docs import COMMANDS, PAGES, ROOT, example
 from tests.faults.support import LONG
-from tests.test_docs import COMMANDS, PAGES, ROOT, example
 from tests.trainer.support import ENVIRONMENT, composed, environ, rows_of, write_model
 
 BY_NAME = {

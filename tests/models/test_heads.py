@@ -13,28 +13,19 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from RL2.algorithms.reductions import weighted_sum
 from RL2.distributed import rank
 from RL2.models.heads import HEADS, Question
 from RL2.runtime.errors import ConfigError
 from RL2.trainer.checkpoints.export import save_model
-from RL2.workers import Learner, ShardedModel
+from RL2.workers import ShardedModel
+from tests.docs import example_module
 from tests.ranks import run_on_ranks
 from tests.workers.test_actor import actor_config, make_batch, make_model, whole
 
 CPU = torch.device("cpu")
 
 
-class Regression(Learner):
-    """Values that come close to `rewards`: all that a critic has to say."""
-
-    fields = ("rewards",)
-
-    def losses(self, micro_batch):
-        values = self.forward(micro_batch, ("values",))["values"]
-        errors = (values - micro_batch["rewards"]).square()
-        sums = {f"{self.name}/value": values.sum()}
-        return weighted_sum(errors, micro_batch["loss_weights"]), sums
+Regression = example_module("regression.py").Regression
 
 
 class NoTokenizer:
@@ -211,3 +202,25 @@ def test_labels_of_another_number_are_refused(tmp_path):
     with_score(model, torch.ones(2, 32))
     with pytest.raises(ConfigError, match=r"score.weight has the shape \[2, 32\], the model wants"):
         ShardedModel(actor_config(model), CPU, head="scalar")
+
+
+def heads_of(model, batch):
+    HEADS["chance"] = example_module("chance.py").ChanceHead
+    try:
+        models = [
+            ShardedModel(actor_config(model), CPU, head=name) for name in ("scalar", "chance")
+        ]
+        return [
+            one.annotate(batch, {"found": name})["found"]
+            for one, name in zip(models, ("values", "chances"), strict=True)
+        ]
+    finally:
+        del HEADS["chance"]
+
+
+def test_a_head_is_a_class_and_a_line(tmp_path):
+    model, batch = make_model(tmp_path / "model"), make_batch()
+    with_score(model)
+    ((values, chances),) = run_on_ranks(1, heads_of, model, batch)
+    mask = batch["action_mask"]
+    torch.testing.assert_close(chances[mask], values[mask].sigmoid())

@@ -1,4 +1,4 @@
-"""Trackers by name: each package is really run, and a stranger's sink is a module and a line."""
+"""Trackers by name: each package is really run, and a new sink is a module and a line."""
 
 import json
 import sqlite3
@@ -9,6 +9,7 @@ import pytest
 from RL2.runtime.errors import ConfigError
 from RL2.trainer.sinks import registry
 from RL2.trainer.sinks.metrics import Metrics
+from tests.docs import example
 from tests.trainer.sinks.support import config_of
 from tests.trainer.support import rows_of
 
@@ -100,20 +101,33 @@ class Mine:
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    (tmp_path / "sink_of_a_stranger.py").write_text(MINE)
+    (tmp_path / "my_sink.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)
-    from sink_of_a_stranger import Mine
+    from my_sink import Mine
 
     monkeypatch.setitem(registry.SINKS, "mine", Mine)
 
 
-def test_a_sink_of_a_stranger_is_a_module_and_a_line(mine, tmp_path, caplog):
+def test_a_my_sink_is_a_module_and_a_line(mine, tmp_path, caplog):
     metrics = Metrics(config_of(tmp_path, "mine"), 0, None)
     metrics.log(1, 2, {"x": 1.0, "y": 2.0})
     metrics.log(2, 2, {"x": 3.0, "y": 2.0})
     metrics.close()
     assert (tmp_path / "mine").read_text().split("\n") == ["1 0.5", "2 1.5", "True", ""]
     assert [line for line in caplog.messages if "mine" in line] == ["mine: hello e"]
+
+
+def test_the_sink_of_the_docs(tmp_path, monkeypatch):
+    (tmp_path / "csv_sink.py").write_text(example("csv_sink.py"))
+    monkeypatch.syspath_prepend(tmp_path)
+    from csv_sink import CSV
+
+    monkeypatch.setitem(registry.SINKS, "csv", CSV)
+    metrics = Metrics(config_of(tmp_path, "csv"), 0, None)
+    metrics.log(1, 2, {"x": 1.0})
+    metrics.log(2, 2, {"x": 3.0, "y": 2.0})
+    metrics.close()
+    assert (tmp_path / "metrics.csv").read_text().split() == ["step,x", "1,1.0", "2,3.0"]
 
 
 def test_a_sink_that_raises_is_told_once_and_left_alone(mine, tmp_path, caplog):

@@ -12,7 +12,7 @@ from RL2.trainer.sources.opening import resolve_source
 from RL2.trainer.sources.rollouts import RolloutSource
 from RL2.trainer.sources.rows import RowSource
 from RL2.trainer.sources.source import Source
-from tests.test_docs import example
+from tests.docs import example
 from tests.trainer.support import composed, overrides, same_weights, train, weights, write_files
 
 # Beside the source of docs/data.md, some that go wrong.
