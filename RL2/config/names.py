@@ -32,7 +32,7 @@ def check_name(key: str, value: Any, entry: Key, known: Collection[str]) -> None
     name a file takes file.py:name and package.module:name as well."""
     several = isinstance(value, (list, ListConfig))
     for name in value if several else [value]:
-        if name is None or name in known or (entry.path and ":" in str(name)):
+        if name is None or name in known or (entry.code and ":" in str(name)):
             continue
         told = advice(key.removesuffix("s") if several else key, name, [*known], entry.own)
         raise ConfigError(f"{key}={as_text([*value] if several else value)}: {told}")

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from RL2.config.schema import SCHEMAS, keys_of
@@ -13,10 +13,13 @@ from RL2.runtime.errors import ConfigError
 
 PATH_KEYS = tuple(
     dict.fromkeys(
-        name for schema in SCHEMAS.values() for name, key in keys_of(schema).items() if key.path
+        name
+        for schema in SCHEMAS.values()
+        for name, key in keys_of(schema).items()
+        if key.path or key.code
     )
 )
-"""The keys that may name a file or folder."""
+"""The keys that may name a file or folder, or several."""
 
 _FLAGS = ("--config-dir", "--config-path")  # hydra's
 
@@ -100,17 +103,26 @@ def _expand_argument(argument: str) -> str:
     name = key.lstrip("+")
     if name not in (*PATH_KEYS, *_FLAGS) or "~" not in value or value[0] in "'\"":
         return argument
-    paths = value.split(",")  # of a sweep
-    return key + equals + ",".join(expand_home(path, name) for path in paths)
+    paths = value.split(",")  # of a sweep, or of a list
+    return key + equals + ",".join(_expand_item(path, name) for path in paths)
+
+
+def _expand_item(text: str, name: str) -> str:
+    opens, path, closes = re.fullmatch(r"(\[?)(.*?)(\]?)", text, re.DOTALL).groups()
+    return opens + expand_home(path, name) + closes
 
 
 def expand_paths(config: DictConfig) -> None:
     """Write the home folder for `~` into all paths of a config; what does not resolve is left."""
     for key in PATH_KEYS:
         try:
-            path = OmegaConf.select(config, key)
+            found = OmegaConf.select(config, key)
         except (OmegaConfBaseException, ValueError):
             continue  # the checks that follow name it
         # A key that follows another (`rollout.model_name`) is expanded with that one.
-        if isinstance(path, str) and (expanded := expand_home(path, key)) != path:
+        if isinstance(found, str) and (expanded := expand_home(found, key)) != found:
             OmegaConf.update(config, key, expanded)
+        elif isinstance(found, ListConfig):
+            paths = [expand_home(path, key) for path in found if isinstance(path, str)]
+            if paths != [*found] and len(paths) == len(found):
+                OmegaConf.update(config, key, paths)

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from omegaconf import DictConfig, OmegaConf
-
 from RL2.runtime import process_tree, watcher
 
 _SECONDS = 10.0  # that killed processes may take to be gone
@@ -34,19 +32,6 @@ def children_end(watch: bool) -> Iterator[None]:
             if watching is not None:
                 watching.kill()
                 watching.communicate()
-
-
-def runs_strangers(config: DictConfig) -> bool:
-    """Whether somebody else's code runs in the trainer's own process."""
-    return (
-        OmegaConf.select(config, "rollout.env_workers") == 0
-        or config.actor.loss.import_path is not None
-        or OmegaConf.select(config, "adv.import_path") is not None
-        or any(":" in name for name in OmegaConf.select(config, "rollout.judges") or ())
-        or ":" in config.trainer.source
-        or ":" in (OmegaConf.select(config, "rollout.engine") or "")
-        or config.actor.trust_remote_code
-    )
 
 
 def _watch(before: dict[int, int]) -> subprocess.Popen:

@@ -29,6 +29,7 @@ from RL2.config import (
 from RL2.config.engines import SERVERS
 from RL2.config.launcher import check_gpu, check_launch_variables
 from RL2.config.paths import check_working_directory
+from RL2.config.user_code import runs_user_code
 from RL2.runtime.errors import ConfigError, Interrupted, RL2Error
 from RL2.runtime.leaving import end_in_time, one_line_for_ctrl_c
 from RL2.runtime.stop import follow_launcher
@@ -149,7 +150,7 @@ def train(config: DictConfig, facts: Facts) -> None:
     import torch
 
     from RL2.distributed import process_group
-    from RL2.runtime.children import children_end, runs_strangers
+    from RL2.runtime.children import children_end
     from RL2.runtime.stop import StopRequest, stop_signals
     from RL2.trainer.loop import Trainer
 
@@ -158,7 +159,7 @@ def train(config: DictConfig, facts: Facts) -> None:
     )
     torch.set_num_threads(threads)
     group = process_group(config.actor.device, config.trainer.rank_timeout, facts)
-    with children_end(runs_strangers(config)), ExitStack() as heard, group as device:
+    with children_end(runs_user_code(config)), ExitStack() as heard, group as device:
         stop = StopRequest()
         stop.call(hurry_streams)  # a terminal that Ctrl-S holds must not cost the checkpoint
         trainer = Trainer(config, device, stop)

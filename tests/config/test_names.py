@@ -38,8 +38,8 @@ def test_what_no_registry_has(composed, key, value, said):
 
 def test_lists_and_files():
     known, value = ["a", "b"], OmegaConf.create(["a", "my.py:f"])
-    check_name("x.things", value, Key(list[str], [], "", path=True), known)
+    check_name("x.things", value, Key(list[str], [], "", code=True), known)
     with pytest.raises(ConfigError, match=r"^x.things=\[a,my.py:f\]: not a thing; use a or b$"):
         check_name("x.things", value, Key(list[str], [], ""), known)
     with pytest.raises(ConfigError, match="use a or b, or my.py:f for your own$"):
-        check_name("x.thing", "c", Key(str, "a", "", path=True, own="my.py:f"), known)
+        check_name("x.thing", "c", Key(str, "a", "", code=True, own="my.py:f"), known)

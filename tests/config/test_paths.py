@@ -35,6 +35,7 @@ def test_all_keys_that_look_like_paths_are_expanded():
         "_folder",
         ".source",
         ".engine",
+        ".judges",
     )
     no_paths = {"trainer.experiment_name"}
     alike = {
@@ -48,13 +49,15 @@ def test_all_keys_that_look_like_paths_are_expanded():
 def test_home_of_the_command_line(home, composed, key, quote):
     """The shell leaves a ~ behind = alone; hydra refuses one without quotes."""
     trainer = "sft" if key.startswith("data.") else "spo"
-    line = f"{key}={quote}~/x/y.py:f{quote}"
+    opens, closes = "[]" if key == "rollout.judges" else ("", "")
+    line = f"{key}={opens}{quote}~/x/y.py:f{quote}{closes}"
     (argument,) = expand_argv([line])
-    assert argument == (line if quote else f"{key}={home}/x/y.py:f")
+    assert argument == (line if quote else f"{key}={opens}{home}/x/y.py:f{closes}")
     check_overrides(trainer, [argument], registry_of)
     config = composed(trainer, argument)
     expand_paths(config)
-    assert OmegaConf.select(config, key) == f"{home}/x/y.py:f"
+    found = OmegaConf.select(config, key)
+    assert (found[0] if opens else found) == f"{home}/x/y.py:f"
 
 
 def test_home_of_users(home):

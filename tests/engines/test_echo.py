@@ -66,8 +66,8 @@ def test_a_name_that_no_engine_has_is_refused(tmp_path):
     files = write_files(tmp_path / "files")
     config = composed("spo", overrides(files, "spo", tmp_path, rollout__engine="transfromers"))
     with pytest.raises(ConfigError, match="rollout.engine=transfromers: not an engine; use auto, "
-                       r"transformers, sglang or vllm \(did you mean transformers\?\), or "
-                       "file.py:name for your own"):  # fmt: skip
+                       "transformers, sglang or vllm, or "
+                       "my_engine.py:make for your own"):  # fmt: skip
         launch(config)
 
 

@@ -405,14 +405,7 @@ def test_two_processes_give_the_numbers_of_one(files, tmp_path, trainer, changes
     one = train(files, trainer, tmp_path / "one", **changes, trainer__save_freq=2)
 
     def on_two(name, **more):
-        """By torchrun in one case; the others save its start."""
-        asked = changes | spread | more
-        if spread or trainer == "spo":
-            Run(files, trainer, tmp_path / name, 2, **asked).finish()
-        else:
-            lines = overrides(files, trainer, tmp_path / name, **asked)
-            done = command(trainer, lines, n_processes=2)
-            assert done.returncode == 0, done.stderr
+        Run(files, trainer, tmp_path / name, 2, **changes | spread | more).finish()
         return rows_of(tmp_path / name)
 
     two = on_two("two")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.trainer.support import command, overrides, rows_of, train, write_files
+from tests.trainer.support import rows_of, train, write_files
 
 JUDGE = """
 async def luck(group, engine):
@@ -82,8 +82,7 @@ def test_two_ranks_have_the_numbers_of_one(files, tmp_path, spread):
     """Each rank judges its own groups; seeds come from a prompt's place in the step."""
     one = numbers(train(files, "ppo", tmp_path / "one", **settings(files, trainer__max_steps=1)))
     changes = settings(files, trainer__max_steps=1, **{f"actor__{spread}": 2})
-    done = command("ppo", overrides(files, "ppo", tmp_path / "two", **changes), n_processes=2)
-    assert done.returncode == 0, done.stderr
+    Run(files, "ppo", tmp_path / "two", 2, **changes).finish()
     two, name = numbers(rows_of(tmp_path / "two")), "rollouts/step000001_train.jsonl"
     assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
     for name in ("train/reward", "actor/loss", "actor/place", "actor/grad_norm"):

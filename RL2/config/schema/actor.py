@@ -69,7 +69,7 @@ class LossConfig:
     import_path: str | None = key(
         None,
         "a loss of your own, file.py:function or package.module:function, in place of name",
-        path=True,
+        code=True,
     )
     detach_target: bool | None = key(
         "${for_loss:max_target_kl,false,rank_jsd,true}",

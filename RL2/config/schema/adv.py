@@ -15,7 +15,7 @@ class AdvConfig:
         None,
         "an estimator of your own, file.py:function or package.module:function, in place of "
         "estimator",
-        path=True,
+        code=True,
     )
     gamma: float = key(1.0, "discount, for estimators with a critic", FRACTION)
     lamda: float = key(1.0, "lambda of GAE, for estimators with a critic", FRACTION)

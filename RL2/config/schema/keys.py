@@ -55,6 +55,7 @@ class Key:
         within: its range, None where any value of the type will do.
         required: what to give, where the user has to.
         path: whether it may name a file or folder.
+        code: whether it may name code of the user's own, `file.py:name` or `package.module:name`.
         takes: its type in words, where `kind` cannot say it: omegaconf has no unions of a text and
             a list or a bool, so that such a key is `Any`.
         own: of a key that names an entry of a registry, how to name one of the user's own.
@@ -66,6 +67,7 @@ class Key:
     within: Range | None = None
     required: str | None = None
     path: bool = False
+    code: bool = False
     takes: str | None = None
     own: str | None = None
 
@@ -80,10 +82,14 @@ def key(
     within: Range | None = None,
     *,
     path: bool = False,
+    code: bool = False,
     takes: str | None = None,
+    own: str | None = None,
 ) -> Any:
     """A key with its default for all trainers whose yaml file does not say another."""
-    metadata = {"help": help, "within": within, "path": path, "takes": takes}
+    metadata = {
+        "help": help, "within": within, "path": path, "code": code, "takes": takes, "own": own,
+    }  # fmt: skip
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -95,9 +101,10 @@ def required(give: str, help: str, within: Range | None = None, *, path: bool = 
     return field(default=MISSING, metadata=metadata)
 
 
-def by_trainer(help: str, *, path: bool = False, own: str | None = None) -> Any:
+def by_trainer(help: str, *, path: bool = False, code: bool = False, own: str | None = None) -> Any:
     """A key of which each trainer's yaml file says the default: what makes the trainer."""
-    return field(default=MISSING, metadata={"help": help, "path": path, "own": own})
+    metadata = {"help": help, "path": path, "code": code, "own": own}
+    return field(default=MISSING, metadata=metadata)
 
 
 def follow(

@@ -67,7 +67,8 @@ class RolloutConfig:
         "auto",
         f"what generates; auto: on CUDA {', or '.join(SERVERS)}, where installed, else {EMBEDDED}; "
         "file.py:function or package.module:function for your own",
-        path=True,
+        code=True,
+        own="my_engine.py:make",
     )
     dtype: Dtype = key(
         Dtype.auto,
@@ -143,6 +144,8 @@ class RolloutConfig:
         [],
         "what looks at a prompt's finished samples in training and adds fields to them: agreement, "
         "or functions of your own (file.py:function or package.module:function)",
+        code=True,
+        own="my_judge.py:my_judge",
     )
     env_timeout: float = key(
         60.0, "seconds after which one call of the environment has failed", ABOVE_ZERO

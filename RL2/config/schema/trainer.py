@@ -81,7 +81,7 @@ class RLHealthConfig(HealthConfig):
 class TrainerConfig:
     source: str = by_trainer(
         "what a step learns from, also a class of your own (file.py:Class or package.module:Class)",
-        path=True,
+        code=True,
         own="my_source.py:MySource",
     )
     project: str = key("RL2", "project in wandb and other trackers")

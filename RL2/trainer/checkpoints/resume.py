@@ -13,6 +13,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from RL2.config.flat import ABSENT, as_text, flat
+from RL2.config.user_code import CODE_KEYS
 from RL2.runtime.errors import CheckpointError
 from RL2.runtime.folders import exists
 from RL2.runtime.secrets import redact_config
@@ -46,12 +47,10 @@ OTHER_INPUTS = {
     "generation config": "its generation_config.json is another one",
     "ref_actor.model_name": "its weights, config.json or code are not those of before, and the KL "
     "is taken to them",
-    "rollout.env_path": "the file, or a module that it imports, is not what it was",
-    "actor.loss.import_path": "the file, or a module that it imports, is not what it was",
-    "rollout.engine": "the file, or a module that it imports, is not what it was",
-    "rollout.judges": "a file, or a module that one imports, is not what it was",
-    "adv.import_path": "the file, or a module that it imports, is not what it was",
-    "trainer.source": "the file, or a module that it imports, is not what it was",
+    **dict.fromkeys(
+        ("rollout.env_path", *CODE_KEYS),
+        "the file, or a module that it imports, is not what it was",
+    ),
     "test_data.path": "its rows are not those of before, so scores of both do not compare",
 }
 """Fingerprints that are told where they differ. Those that are no key's belong to

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from RL2.config.user_code import user_code
 from RL2.datasets.end_of_turn import EndTokens
 from RL2.models.loading import model_fingerprint
 from RL2.runtime.errors import first_line
@@ -32,13 +33,8 @@ def of_run(
     datasets: what was read, by the node that names it. models: nodes of those that will be loaded.
     """
     found = {}
-    for key in ("actor.loss.import_path", "adv.import_path", "rollout.engine", "trainer.source"):
-        location = (OmegaConf.select(config, key) or "").rpartition(":")[0]
-        if location:
-            found[key] = source_fingerprint(_file_of(location))
-    judges = [name.rpartition(":")[0] for name in OmegaConf.select(config, "rollout.judges") or ()]
-    if files := [_file_of(location) for location in judges if location]:
-        found["rollout.judges"] = " ".join(map(source_fingerprint, files))
+    for key, places in user_code(config).items():
+        found[key] = " ".join(source_fingerprint(_file_of(place)) for place in places)
     if (env_path := OmegaConf.select(config, "rollout.env_path")) is not None:
         found["rollout.env_path"] = source_fingerprint(env_path)
     if "test_data" in datasets:

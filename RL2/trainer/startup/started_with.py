@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 import RL2
 from RL2.config.flat import as_text, flat
+from RL2.config.user_code import CODE_KEYS, without_places
 from RL2.distributed.same_start import Fact, fingerprint
 from RL2.runtime.secrets import redact_config
 from RL2.trainer.checkpoints import record
@@ -26,8 +27,7 @@ _VARIABLES = "set it alike for all ranks, or for none"
 # Files that may lie elsewhere on each machine. What they hold is compared when it is read.
 _FILES_OF = {
     "actor.model_name", "ref_actor.model_name", "rollout.model_name", "rollout.env_path",
-    "rollout.engine",
-    "actor.loss.import_path", "adv.import_path", "train_data.path", "test_data.path", "data.path",
+    "train_data.path", "test_data.path", "data.path",
 }  # fmt: skip
 # Where a machine has what it needs for itself, how much it does at a time, and what rank 0 shows.
 _OF_A_MACHINE = {
@@ -90,7 +90,9 @@ def _command(config: DictConfig) -> Iterator[tuple[str, Fact]]:
     hidden = dict(flat(redact_config(plain)))
     # Those that follow others come last: the other one is what somebody has set.
     for key, value in sorted(flat(plain), key=lambda one: "${" in str(unresolved.get(one[0]))):
-        if key in _FILES_OF:
+        if key in CODE_KEYS:
+            yield key, Fact(as_text(without_places(value)), _COMMAND)
+        elif key in _FILES_OF:
             yield key, Fact("null" if value is None else "a path", _COMMAND)
         elif key not in {"actor.device", *_OF_A_MACHINE}:
             yield key, Fact(as_text(hidden.get(key)), _COMMAND, fingerprint(as_text(value)))

@@ -54,7 +54,7 @@ def line(files, trainer="spo", **changes):
         ({"trainer__save_dir": "runs/y"}, "trainer.save_dir: rank 0 on a has runs/x, rank 1 on b"),
         (
             {"actor__loss__import_path": "x.py:f"},
-            "actor.loss.import_path: rank 0 on a has null, rank 1 on b has a path (and actor.los",
+            "actor.loss.import_path: rank 0 on a has null, rank 1 on b has a path:f (and actor.",
         ),
         ({"rollout__env_path": "other.py", "trainer__use_wandb": "true"}, None),  # compared later
         ({"trainer": "sft"}, "train_data.path: rank 0 on a has a path, rank 1 on b has none (and "),
