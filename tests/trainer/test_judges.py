@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.faults.support import Run
 from tests.trainer.support import rows_of, train, write_files
 
 JUDGE = """
