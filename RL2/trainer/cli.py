@@ -13,7 +13,7 @@ usage: rl2 <trainer> key=value ...
 trainers: {", ".join(SCHEMAS)}
 
 rl2 <trainer> --help       the flags, and all keys with their defaults
-rl2 <trainer> --cfg job    what a command amounts to
+rl2 <trainer> --cfg job    the config that a command results in
 rl2 --version              the version of RL2
 Several processes: torchrun --nproc_per_node=N -m RL2.trainer.<trainer> key=value ...
 """

@@ -1,4 +1,4 @@
-"""How a process that goes wrong ends: in one line, where that says it, and with status 1."""
+"""How a failing process ends: with status 1, and with one line if that says enough."""
 
 import os
 import sys
@@ -15,13 +15,13 @@ from RL2.runtime.leaving import leave_at_once
 from RL2.runtime.secrets import for_terminal, readable, redact
 
 _WAIT_FOR_FIRST = 10.0  # seconds; a process takes one to three to get to its checks
-# Where exit() is called to end a run.
-_OURS = (__file__, str(Path(__file__).with_name("main.py")))
+# Files that call exit() to end a run.
+_OWN_EXITS = (__file__, str(Path(__file__).with_name("main.py")))
 
 
 @contextmanager
-def ends_in_words(early: bool) -> Iterator[None]:
-    """End the process where the body raises, and say why.
+def report_errors(early: bool) -> Iterator[None]:
+    """If the body raises, say why and end the process.
 
     early: the ranks have not met yet, and those of other machines would wait for this one.
     """
@@ -30,13 +30,13 @@ def ends_in_words(early: bool) -> Iterator[None]:
     except RL2Error as error:
         fail(error, early=early)
     except SystemExit as error:
-        if (problem := exit_of_others(error)) is None:
+        if (problem := unexpected_exit(error)) is None:
             raise
         fail(problem, early=early)
-    except KeyboardInterrupt:  # a second one, while the first was heeded
+    except KeyboardInterrupt:  # a second one, while the first was handled
         leave_at_once("what was not in a checkpoint yet is lost")
     except BaseException as error:
-        # hydra would write the command line and a part of the traceback, as they are.
+        # hydra would write the command line and a part of the traceback, with secrets.
         text = for_terminal(traceback.format_exc())
         sys.stderr.write(text)
         tell_launcher(text)
@@ -46,10 +46,12 @@ def ends_in_words(early: bool) -> Iterator[None]:
 
 
 def fail(error: RL2Error, own: bool = False, early: bool = False) -> NoReturn:
-    """One line, exit status 1.
+    """Write one line, and exit with status 1.
 
-    torchrun ends all processes of a machine as soon as one has failed, so the others leave the line
-    to its first and wait for that; where it does not come, the error is theirs alone. own: it is.
+    torchrun ends all processes of a machine as soon as one has failed. So the others let the first
+    one write the line, and write it themselves only if it does not.
+
+    own: the error is of this rank alone, which writes it at once.
     early: the ranks have not met yet, and those of other machines would wait for this one.
     """
     first = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
@@ -57,7 +59,7 @@ def fail(error: RL2Error, own: bool = False, early: bool = False) -> NoReturn:
         if early:
             _tell_other_machines(error)
         time.sleep(_WAIT_FOR_FIRST)
-    text = redact(str(error))  # whole, before anything is escaped
+    text = redact(str(error))  # before anything is escaped
     if isinstance(error, (ConfigError, DataError)):  # a value or a row may hold anything
         text = readable(text)
     line = f"{type(error).__name__}: {for_terminal(text)}"
@@ -78,18 +80,17 @@ def _tell_other_machines(error: BaseException) -> None:
     give_up(redact(f"{type(error).__name__}: {error}"))
 
 
-def exit_of_others(error: SystemExit) -> TrainingError | None:
-    """What to say of an exit() that is not called here; None of one that is.
+def unexpected_exit(error: SystemExit) -> TrainingError | None:
+    """The error for an exit() in user code; None for one of RL2's own.
 
-    In a stranger's code, such as a model's, it must not look like the end of a run, nor be without
-    a word.
+    In user code, such as a model's, it must not look like the normal end of a run.
     """
     places = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
     # exit() itself is Python's own code.
     place, line = [one for one in places if not one[0].startswith("<frozen")][-1]
-    if place in _OURS:
+    if place in _OWN_EXITS:
         return None
     return TrainingError(
-        f"exit({'' if error.code is None else repr(error.code)}) was called at {place}:{line} in "
-        "the midst of the run; have it raise an error instead"
+        f"exit({'' if error.code is None else repr(error.code)}) was called at {place}:{line} "
+        "during the run; have it raise an error instead"
     )

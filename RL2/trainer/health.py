@@ -1,7 +1,7 @@
-"""Rules that stop a dying run, which would otherwise go on and end as if it had worked.
+"""Rules that stop an unhealthy run, which would otherwise go on and end as if it had worked.
 
-A rule looks at the metrics of one step. How many steps in a row have broken it is part of the
-run's state, which checkpoints hold: a resumed run counts on. Updates that are not finite are
+A rule looks at the metrics of one step. Checkpoints hold how many steps in a row have broken each
+rule, so a resumed run goes on counting. Updates that are not finite are
 counted where they happen (`trainer.max_bad_steps`).
 """
 
@@ -16,22 +16,22 @@ from omegaconf import DictConfig, OmegaConf
 logger = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
-State = dict[str, Any]  # as JSON has it
+State = dict[str, Any]  # plain JSON values
 
 _LENGTH_RATIO = "train/avg_response_length / its first mean"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What must not go on.
+    """A condition that must not last.
 
     Attributes:
-        metric: what the message shows, and what `broken` reads by default.
-        broken: (metrics, bound) -> whether a step breaks it; None where it does not tell, and the
-            count stays as it is.
-        problem: what is wrong. advice: what to look at.
-        patience: (bound, trainer.health.patience) -> steps in a row that break it at which the run
-            stops.
+        metric: the metric that the message shows.
+        broken: (metrics, bound) -> whether a step breaks the rule; None if the step does not tell,
+            and the count stays as it is.
+        problem: what is wrong.
+        advice: what to look at.
+        patience: (bound, trainer.health.patience) -> how many steps in a row stop the run.
     """
 
     metric: str
@@ -49,7 +49,7 @@ def _beyond(metric: str, sign: int) -> Callable[[Metrics, float], bool | None]:
 
 
 def _without_gradient(metrics: Metrics, bound: float) -> bool | None:
-    if "actor/lr" not in metrics:  # frozen: nothing was to change
+    if "actor/lr" not in metrics:  # frozen: no change is expected
         return None
     return not metrics.get("actor/grad_norm", 0.0) > 0
 
@@ -62,11 +62,11 @@ def _of_other_weights(metrics: Metrics, oldest: float) -> bool | None:
 RULES: dict[str, Rule] = {
     "no_signal_steps": Rule(
         "train/reward", _without_gradient, "no update has changed the weights",
-        "look at the rewards in rollouts/, or use easier prompts or more responses to a prompt",
+        "look at the rewards in rollouts/, or use easier prompts or more responses per prompt",
         patience=lambda bound, patience: bound,
     ),
     "min_entropy": Rule(
-        "actor/entropy", _beyond("actor/entropy", -1), "the policy has stopped to explore",
+        "actor/entropy", _beyond("actor/entropy", -1), "the policy has stopped exploring",
         "lower actor.lr, or use a positive actor.entropy.coef",
     ),
     "max_entropy": Rule(
@@ -82,20 +82,20 @@ RULES: dict[str, Rule] = {
         "look at the last ones in rollouts/, and at what the environment rewards",
     ),
     "max_llm_kl": Rule(
-        "rollout/llm_kl", _beyond("rollout/llm_kl", 1), "engine and trainer are two policies",
+        "rollout/llm_kl", _beyond("rollout/llm_kl", 1), "engine and trainer disagree",
         "look at rollout/staleness, rollout.dtype, actor.dtype and the engine's sampling",
     ),
     "check_versions": Rule(
-        "rollout/staleness", _of_other_weights, "tokens were written by other weights than those "
-        "that the engine was given for this step", "look at the engine's log",
+        "rollout/staleness", _of_other_weights, "tokens were generated with other weights than "
+        "those that the engine got for this step", "look at the engine's log",
         patience=lambda bound, patience: 1,
     ),
 }  # fmt: skip
-"""By their keys in `trainer.health`."""
+"""The rules by their keys in `trainer.health`."""
 
 
 def bounds(config: DictConfig) -> dict[str, float]:
-    """The bounds of the rules that are on, in a run with this config."""
+    """The bounds of the rules that this config turns on."""
     health = config.trainer.health
     found = {key: health[key] for key in RULES if health.get(key) not in (None, False)}
     if "check_versions" in found:
@@ -105,14 +105,14 @@ def bounds(config: DictConfig) -> dict[str, float]:
 
 
 def observe(config: DictConfig, state: State, metrics: Metrics) -> tuple[State, str | None]:
-    """Count a step.
+    """Count one more step.
 
     Args:
-        state: what this gave for the step before, at first {}.
-        metrics: of the step, on rank 0.
+        state: what this returned for the step before; {} at first.
+        metrics: the step's metrics, on rank 0.
 
     Returns:
-        The state after the step, and what is wrong in one line, if the run has to stop.
+        The state after the step, and what is wrong in one line, if the run must stop.
     """
     health = config.trainer.health
     lengths = state.get("first_lengths", [])
@@ -137,7 +137,7 @@ def observe(config: DictConfig, state: State, metrics: Metrics) -> tuple[State, 
 
 
 class LLMKLAlarm:
-    """Whether engine and trainer disagree too much (`rollout.llm_kl_alarm`), said once."""
+    """Warns if engine and trainer disagree too much (`rollout.llm_kl_alarm`)."""
 
     def __init__(self, config: DictConfig):
         self.bound = OmegaConf.select(config, "rollout.llm_kl_alarm")

@@ -1,7 +1,7 @@
-"""The loop. Every trainer is this one, with another source, algorithm and learners by config.
+"""The training loop. All trainers share it; the config chooses source, algorithm and learners.
 
-A step is `Trainer._learn` (collect a batch, compute the fields that it needs, give it advantages,
-update each learner) and `Trainer._serve` (the new weights to the engine, and an evaluation).
+A step is `Trainer._learn` (collect a batch, compute the fields that it needs, add advantages,
+update each learner) and `Trainer._serve` (publish the new weights, and evaluate).
 """
 
 import logging
@@ -34,18 +34,18 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """A run's parts, set up cheapest first, so that bad input stops it before a model loads.
+    """A run's parts, set up cheapest first, so that bad input stops the run before a model loads.
 
     Args:
         config: a composed, validated and resolved config.
         device: this rank's device.
-        stop: says whether to end early; None never does.
+        stop: the request to end early; None means never.
 
     Attributes:
-        source: hands out batches, and what serves the weights.
-        algorithm: what is learned from a batch.
-        providers: what computes the fields that the algorithm needs, by their names.
-        learners: what trains, by name, in the order of their updates.
+        source: hands out batches, and may serve the weights.
+        algorithm: how the run learns from a batch.
+        providers: the functions that compute fields for the algorithm, by name.
+        learners: the models that are trained, by name, in the order of their updates.
     """
 
     def __init__(self, config: DictConfig, device: torch.device, stop: StopRequest | None = None):
@@ -78,19 +78,19 @@ class Trainer:
         )  # fmt: skip
 
     def train(self) -> None:
-        """Train to the last step, wherever the run stands, and leave the model in `final`.
+        """Train from where the run stands to the last step, and save the model to `final`.
 
         Raises:
-            Interrupted, HealthError: the run was asked to stop, or is dying. What it has learned
-                is in a checkpoint.
+            Interrupted, HealthError: the run was asked to stop, or is unhealthy. What it has
+                learned is in a checkpoint.
         """
         start, save_freq = self.run.resume(), self.config.trainer.save_freq
-        # At the start, too: servers may hold anything, and weights that do not arrive stop the run
-        # before the first rollout. (An unfinished step brings them there when it goes on.)
+        # Also at the start: servers may hold other weights, and a failed transfer must stop the run
+        # before the first rollout. (An unfinished step publishes them when it is finished.)
         if start.unfinished is None:
             self._publish(start.step)
         if start.step > 0:
-            self.traffic.pop()  # belongs to no step
+            self.traffic.pop()  # counted in no step
         self.run.open_folder(start)
         self.stop.call(self.source.interrupt)
         actor = self.learners["actor"]
@@ -111,7 +111,7 @@ class Trainer:
         self.run.finish(max(start.step, self.n_steps))
 
     def _before_the_first_step(self, start: Start) -> None:
-        """Finish what a stop has left unfinished; evaluate what a new run starts with."""
+        """Finish a step that a stop left unfinished; evaluate the initial weights of a new run."""
         if start.unfinished is not None:
             self._end_step(start.step, self._serve(start.step, start.unfinished))
         elif start.step == 0:
@@ -122,7 +122,7 @@ class Trainer:
                 self.run.log(0, metrics)
 
     def _learn(self, step: int) -> dict[str, float]:
-        """Collect a batch and learn from it; the step's metrics."""
+        """Collect a batch and learn from it; returns the step's metrics."""
         before = self.run.position()
         with self.run.saved_where_stopped(step - 1, before), self.timers("rollout"):
             batch, metrics = self.source.collect(step, last=step == self.n_steps)
@@ -137,12 +137,12 @@ class Trainer:
         return metrics | self.alarm(metrics)
 
     def _fields_to_compute(self, batch: Batch | None) -> Mapping[str, Mapping[str, str]]:
-        """What the algorithm needs, where rank 0 has a batch (a collective)."""
+        """What to compute for the algorithm; nothing if rank 0 has no batch (a collective)."""
         needs = self.algorithm.needs
         return {} if needs and broadcast(batch is None) else needs
 
     def _with_advantages(self, batch: Batch | None) -> Batch | None:
-        """Rank 0 has the batch, and an estimator may fail: then all ranks raise (a collective)."""
+        """Add advantages on rank 0; if the estimator fails, all ranks raise (a collective)."""
         if self.algorithm.advantage is None:
             return batch
         fault = None
@@ -155,8 +155,8 @@ class Trainer:
         return batch
 
     def _serve(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Bring the new weights to who serves them, and evaluate; the step's metrics so far go
-        along. A run that was stopped in here begins here when it resumes."""
+        """Publish the new weights and evaluate; returns all metrics of the step. A run that is
+        stopped in here begins here when it resumes."""
         with self.run.saved_where_stopped(step, unfinished=metrics):
             with self.timers("rollout"):
                 self.source.wait()
@@ -166,7 +166,7 @@ class Trainer:
             return metrics | self._evaluate(step)
 
     def _publish(self, step: int) -> None:
-        """The actor's weights to who serves them, if anybody does; what was trained makes room."""
+        """Publish the actor's weights if the source serves them, then offload all learners."""
         actor = self.learners["actor"]
         if self.source.serves(step):
             actor.load()
@@ -183,10 +183,10 @@ class Trainer:
         return metrics
 
     def _end_step(self, step: int, metrics: dict[str, float]) -> None:
-        """Log a step, and go on only where that makes sense."""
+        """Log a step, and stop a run that is unhealthy or cannot write."""
         logged = self.run.log(step, metrics)
         reap_adopted()
-        self.run.raise_if_unwell(step, logged)
+        self.run.raise_if_unhealthy(step, logged)
 
     def _bar(self, done: int) -> tqdm:
         return tqdm(
@@ -194,6 +194,6 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """End what the source has begun, and close the folder."""
+        """Close the source and the run's folder."""
         self.source.close()
         self.run.close()

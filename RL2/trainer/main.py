@@ -34,7 +34,7 @@ from RL2.runtime.errors import ConfigError, Interrupted, RL2Error
 from RL2.runtime.leaving import end_in_time, one_line_for_ctrl_c
 from RL2.runtime.stop import follow_launcher
 from RL2.runtime.streams import hurry_streams, keep_streams
-from RL2.trainer.failing import ends_in_words, fail
+from RL2.trainer.failing import fail, report_errors
 from RL2.trainer.registries import registry_of
 from RL2.trainer.startup.help import asks_for_help, help_text
 from RL2.trainer.startup.sweep import name_run
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("RL2")
 
-# As in pyproject.toml, which a test holds. The package's metadata does not tell: an environment
-# that RL2 is put into by PYTHONPATH has none, and an editable install has those of its first day.
-# Long before these, torch.load ran code even with weights_only (below 2.6).
+# As in pyproject.toml, which a test compares. The package's metadata cannot be used: with
+# PYTHONPATH there is none, and an editable install keeps that of its first day. (Below 2.6,
+# torch.load runs code even with weights_only.)
 FLOORS = {"torch": "2.13", "transformers": "5.19"}
-# What happens to a rank's own servers and environments is told by no other.
-_OF_EACH_RANK = ("engines", "environments", "rollout")
+# Each rank warns about its own servers and environments, which no other rank knows.
+_WARN_ON_EACH_RANK = ("engines", "environments", "rollout")
 _OPTIONAL = ("flash_attn", "liger_kernel", "peft", "triton", *SERVERS)
 
 
@@ -64,10 +64,10 @@ def run(config_name: str) -> None:
     if asks_for_help(sys.argv[1:]):
         sys.stdout.write(help_text(config_name, sys.argv[1:]))
         return
-    if "--version" in sys.argv[1:]:  # hydra would say its own
+    if "--version" in sys.argv[1:]:  # hydra would print its own version
         sys.stdout.write(f"RL2 {__version__}\n")
         return
-    follow_launcher()  # early: whoever it is must be there still
+    follow_launcher()  # early, while the launcher is still there
     register_schemas()
     try:
         check_launch_variables()
@@ -82,22 +82,22 @@ def run(config_name: str) -> None:
 
     @hydra.main(version_base="1.3", config_path="config", config_name=config_name)
     def task(config: DictConfig) -> None:
-        with ends_in_words(early=True):
+        with report_errors(early=True):
             name_run(config, sys.argv[1:])
             facts = prepare(config)
-        with ends_in_words(early=False):
+        with report_errors(early=False):
             train(config, facts)
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what is wrong, do not write it
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them
     with end_in_time():
         try:
             task()
-        except Exception as error:  # of yaml files and folders, so anything; the rest is above
+        except Exception as error:  # yaml files and folders may raise anything
             fail(composition_error(error, config_name), early=True)
 
 
 def check_versions() -> None:
-    """ConfigError where torch or transformers is older than what this library was written for."""
+    """ConfigError if torch or transformers is older than RL2 needs."""
     for name, floor in FLOORS.items():
         found = version(name)
         if Version(found) < Version(floor):
@@ -108,19 +108,19 @@ def check_versions() -> None:
 
 
 def launch(config: DictConfig) -> None:
-    """Check a composed config, resolve what is `auto` on this machine, and train."""
+    """Check a composed config, resolve its `auto` values on this machine, and train."""
     train(config, prepare(config))
 
 
 def prepare(config: DictConfig) -> Facts:
-    """Check a composed config and resolve what is `auto` on this machine, in place; returns what
-    has to be the same on all ranks."""
+    """Check a composed config and resolve its `auto` values on this machine, in place; returns
+    what must be the same on all ranks."""
     expand_paths(config)
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     if os.environ.get("RANK", "0") != "0":
         logger.setLevel(logging.ERROR)
-        for room in _OF_EACH_RANK:
-            logging.getLogger(f"RL2.{room}").setLevel(logging.WARNING)
+        for package in _WARN_ON_EACH_RANK:
+            logging.getLogger(f"RL2.{package}").setLevel(logging.WARNING)
 
     import torch  # after the other checks: it takes seconds
     import transformers
@@ -131,22 +131,22 @@ def prepare(config: DictConfig) -> Facts:
     if torch.version.cuda and config.actor.device == "auto" and not torch.cuda.is_available():
         logger.info("actor.device=auto: no GPU found, though torch is built for one; using the CPU")
     check_names(config, registry_of)
-    if os.environ.get("RANK", "0") == "0":  # which alone has them
+    if os.environ.get("RANK", "0") == "0":  # only rank 0 has trackers
         check_trackers(config)
     available = {name for name in _OPTIONAL if find_spec(name)}
     for line in apply_fallbacks(config, torch.cuda.is_available(), available):
         logger.warning(line)
     if config.actor.device == "cuda":
         check_gpu(torch.cuda.device_count())
-    transformers.utils.logging.disable_progress_bar()  # one for each of our models, on each rank
-    transformers.utils.logging.set_verbosity_error()  # tables; what counts is an error of ours
+    transformers.utils.logging.disable_progress_bar()  # one per model and rank
+    transformers.utils.logging.set_verbosity_error()  # tables; RL2 raises its own errors
     facts = started_with(config)
     OmegaConf.resolve(config)
     return facts
 
 
 def train(config: DictConfig, facts: Facts) -> None:
-    """Train as `prepare` has left the config, with all ranks that have the same facts."""
+    """Train with the config and facts of `prepare`; all ranks must have the same facts."""
     import torch
 
     from RL2.distributed import process_group
@@ -159,17 +159,17 @@ def train(config: DictConfig, facts: Facts) -> None:
     )
     torch.set_num_threads(threads)
     group = process_group(config.actor.device, config.trainer.rank_timeout, facts)
-    with children_end(runs_user_code(config)), ExitStack() as heard, group as device:
+    with children_end(runs_user_code(config)), ExitStack() as handlers, group as device:
         stop = StopRequest()
-        stop.call(hurry_streams)  # a terminal that Ctrl-S holds must not cost the checkpoint
+        stop.call(hurry_streams)  # a terminal paused by Ctrl-S must not block the checkpoint
         trainer = Trainer(config, device, stop)
-        # Only now: who waits for other ranks, models or servers has nothing to save, and a signal
-        # ends it at once. Until the group is left: what comes twice must not break that off.
-        heard.enter_context(stop_signals(stop))
+        # Only now: before this there is nothing to save, and a signal may end the process at once.
+        # Until the group is left, which a second signal must not interrupt.
+        handlers.enter_context(stop_signals(stop))
         try:
             trainer.train()
         except Interrupted as end:
             logger.warning("%s", end)
-            sys.exit(128 + (stop.number or signal.SIGTERM))  # as shells have it
+            sys.exit(128 + (stop.number or signal.SIGTERM))  # the convention of shells
         finally:
             trainer.close()

@@ -1,10 +1,10 @@
-"""Keys whose value is a name out of a registry, and which registry that is."""
+"""The keys whose values are names in a registry, and that registry."""
 
 import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-# The registry, and the words that the key takes beside its names.
+# By key: the registry, and the words that the key takes besides its names.
 REGISTRIES: dict[str, tuple[str, ...]] = {
     "actor.loss.name": ("RL2.algorithms.losses:LOSSES",),
     "actor.avg_level": ("RL2.algorithms.reductions:AVG_LEVELS",),
@@ -21,8 +21,8 @@ REGISTRIES: dict[str, tuple[str, ...]] = {
 
 
 def registry_of(key: str) -> Mapping[str, Any] | None:
-    """What a key may name, None where it names nothing of a registry. The registry is imported when
-    somebody asks, since torch takes seconds."""
+    """What a key may name; None if its values are in no registry. The registry is imported on
+    demand, since torch takes seconds."""
     if key not in REGISTRIES:
         return None
     location, *beside = REGISTRIES[key]

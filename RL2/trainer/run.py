@@ -1,4 +1,4 @@
-"""A run's life: where it stands, what of it is saved, how it stops, goes on and ends."""
+"""A run's state and folder: how it starts, is saved, stops, resumes and ends."""
 
 import logging
 import math
@@ -22,7 +22,7 @@ from RL2.trainer.checkpoints.checkpoint import Checkpoints
 from RL2.trainer.checkpoints.contents import rng_state, set_rng_state
 from RL2.trainer.checkpoints.export import (
     FilesInMemory,
-    best_that_is_there,
+    existing_best,
     fingerprint_of,
     save_model,
 )
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class Position(NamedTuple):
-    """What decides the next step beside the weights: position in the data, random states."""
+    """What the next step depends on besides the weights: position in the data, random states."""
 
     source: dict[str, Any]
     rng: dict[str, Tensor]
@@ -47,8 +47,8 @@ class Position(NamedTuple):
 class Start(NamedTuple):
     """Where a run begins.
 
-    step: the last one that was done. unfinished: its metrics, where a stop came between its update
-    and its row of metrics. run_id: of its trackers, None where they begin, too.
+    step: the last step done. unfinished: its metrics, if the run was stopped after the step's
+    update and before they were logged. run_id: the id that trackers know the run by; None if new.
     """
 
     step: int
@@ -59,10 +59,10 @@ class Start(NamedTuple):
 def claim_folder(
     config: DictConfig, device: torch.device, fingerprints: Mapping[str, str]
 ) -> tuple[Checkpoints, IO | None]:
-    """The checkpoints of the run's folder, and what locks it for as long as it is open.
+    """The checkpoints of the run's folder, and the file that locks the folder while it is open.
 
-    Sets the number of threads. What may not differ from the run that this one resumes is refused
-    here, before a model loads.
+    Also sets the number of threads, and refuses what may not differ from the run that this one
+    resumes, before a model loads.
     """
     trainer = config.trainer
     checkpoints = Checkpoints(
@@ -78,12 +78,14 @@ def claim_folder(
 
 
 class Run:
-    """The folder of a run, and the state that goes on with it.
+    """The folder of a run, and the state that a resumed run continues with.
 
     Args:
-        config: the whole run's. device: this rank's. stop: says whether to end early.
-        claimed: `claim_folder`.
-        files: what a saved model needs beside its weights (`export.files_beside_weights`).
+        config: the config of the whole run.
+        device: this rank's device.
+        stop: the request to end early.
+        claimed: what `claim_folder` returned.
+        files: what a saved model needs besides its weights (`export.files_beside_weights`).
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class Run:
         self.metrics: Metrics | None = None  # on rank 0
         self.best: dict[str, Any] = {}
         self.health: dict[str, Any] = {}
-        self.unwritten: str | None = None  # what there was no room for in the step
+        self.unwritten: str | None = None  # why something could not be written
         self.done = False
 
     # -------------------------------------------------------------------- where a run begins
@@ -123,7 +125,7 @@ class Run:
         return Start(state["step"], state["unfinished"], state["run_id"])
 
     def open_folder(self, start: Start) -> None:
-        """Leave in the folder what the run continues, and begin to log (a collective)."""
+        """Move aside what the run does not continue, and begin to log (a collective)."""
         on_all_ranks(lambda: self._open_folder(start) if rank() == 0 else None, CheckpointError)
         self.best = broadcast(self.best)
 
@@ -131,11 +133,11 @@ class Run:
         logged = start.step - (start.unfinished is not None)
         try:
             self.checkpoints.set_aside(start.step)
-            self.checkpoints.tidy()  # a run that was killed may not have come to it
+            self.checkpoints.tidy()  # a run that was killed may not have done it
             for name in ("final", "best"):
                 try_to_move(self.path(name))
             if self.config.trainer.get("keep_best"):
-                self.best = best_that_is_there(self.best, self.path("best"))
+                self.best = existing_best(self.best, self.path("best"))
             self.metrics = Metrics(self.config, logged, start.run_id)
             record.write(self.path(""), self.config, world_size(), start.step)
         except OSError as error:
@@ -151,8 +153,8 @@ class Run:
     ) -> None:
         """Write the checkpoint of `step`.
 
-        source: its state. unfinished: the step's metrics, where a run that resumes has to finish
-            it.
+        source: the source's state.
+        unfinished: the step's metrics, if a resumed run must finish the step.
         """
         with self.timers("save"):
             state = {
@@ -164,7 +166,7 @@ class Run:
     def save_unless_saved(
         self, step: int, position: Position, unfinished: dict[str, float] | None = None
     ) -> Path:
-        """Have what `step` has left on disk, as it was at `position`; where that is."""
+        """Save the state after `step`, as it was at `position`, if it is not yet; returns where."""
         folder = self.checkpoints.path(step)
         self.checkpoints.wait()
         if not broadcast(folder.exists()):
@@ -181,7 +183,7 @@ class Run:
         actor.offload()
 
     def save_if_best(self, step: int, score: float | None) -> None:
-        """Write `best` where no evaluation before had as good a score (a collective)."""
+        """Write `best` if the score beats those of all earlier evaluations (a collective)."""
         score = broadcast(score)
         if score is None or score <= self.best.get("test/score", -math.inf):
             return
@@ -193,7 +195,7 @@ class Run:
                     if rank() == 0:
                         best["model"] = fingerprint_of(self.path("best"))
             self.best = best
-        except CheckpointError as error:  # the step comes to its end first
+        except CheckpointError as error:  # raised at the end of the step
             self.unwritten = str(error)
 
     # -------------------------------------------------------------------- how it stops
@@ -205,9 +207,9 @@ class Run:
         position: Position | None = None,
         unfinished: dict[str, float] | None = None,
     ) -> Iterator[None]:
-        """Where the body is interrupted, save what `step` has left, and say where.
+        """If the body is interrupted, save the state after `step`, and say where it is.
 
-        position: the run's when `step` was done; None: that at which the body is interrupted.
+        position: the run's position after `step`; None takes the one at the interruption.
         unfinished: the step's metrics, if they are not logged yet.
         """
         try:
@@ -224,19 +226,19 @@ class Run:
             raise Interrupted("asked to stop before anything was learned; nothing was saved")
         saved = self.save_unless_saved(step, position, unfinished)
         raise Interrupted(
-            f"asked to stop: step {step} is in {saved}; trainer.load_ckpt_from=latest goes on there"
+            f"asked to stop: step {step} is in {saved}; trainer.load_ckpt_from=latest resumes there"
         )
 
     @contextmanager
     def saved_where_failed(self, step: int, position: Position) -> Iterator[None]:
-        """Where the update after `step` fails before it has changed anything, save what `step` has
-        left, as it was at `position`."""
+        """If the update after `step` fails before it has changed anything, save the state after
+        `step`, as it was at `position`."""
         updates = self._updates()
         try:
             yield
         except TrainingError as error:
             if step == 0 or self._updates() > updates:
-                raise  # nothing was learned, or half of a step
+                raise  # nothing was learned, or only a part of a step
             saved = self.save_unless_saved(step, position)
             raise TrainingError(f"{error}; step {step} is in {saved}") from error
 
@@ -244,7 +246,7 @@ class Run:
         return sum(learner.scheduler.last_epoch for learner in self.learners.values())
 
     def raise_if_stopped(self) -> None:
-        """On all ranks, where one of them is asked to stop or has failed to write a checkpoint (a
+        """Raise on all ranks if one of them was asked to stop or failed to write a checkpoint (a
         collective)."""
         flags = torch.tensor([self.stop.number is not None, self.checkpoints.failed]).int()
         stop, failed = sum_over_ranks(flags).tolist()
@@ -253,8 +255,8 @@ class Run:
         if stop:
             raise Interrupted
 
-    def raise_if_unwell(self, step: int, logged: dict[str, float]) -> None:
-        """Stop a run that is dying or has no room to write, saved as it is (a collective).
+    def raise_if_unhealthy(self, step: int, logged: dict[str, float]) -> None:
+        """Save and stop a run that is unhealthy or cannot write its files (a collective).
 
         logged: the step's metrics.
         """
@@ -268,8 +270,8 @@ class Run:
         unwritten, problem = broadcast((unwritten, problem))
         if unwritten is None and problem is None:
             return
-        # What there was no room for, the run that goes on writes, but for this step's answers: they
-        # are trained on, and gone.
+        # A resumed run writes what is missing, except this step's responses: they are lost, since
+        # they were trained on already.
         unfinished = None if unwritten is None else logged
         saved = self.save_unless_saved(step, self.position(), unfinished)
         if unwritten is not None:
@@ -301,7 +303,7 @@ class Run:
             self.save_model("final")
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error}; step {step} is in {saved}; trainer.load_ckpt_from=latest goes on there"
+                f"{error}; step {step} is in {saved}; trainer.load_ckpt_from=latest resumes there"
             ) from error
         logger.info("model: %s", self.path("final"))
         if self.best:
@@ -322,11 +324,11 @@ class Run:
         return cannot_write(self.path(""), path, reason)
 
     def path(self, name: str) -> Path:
-        """Of something in the run's folder."""
+        """The path of a name in the run's folder."""
         return Path(self.config.trainer.save_dir) / name
 
     def close(self) -> None:
-        """Close the checkpoints and the log, and give the folder free."""
+        """Close the checkpoints and the log, and unlock the folder."""
         self.checkpoints.close()
         if self.metrics:
             self.metrics.close(self.done)

@@ -116,7 +116,7 @@ def test_wandb_is_killed(files, expected, tmp_path):
         assert core
     run.finish()
     line = assert_unnoticed(run, expected)
-    assert "it gets nothing more" in line and str(run.folder / "metrics.jsonl") in line
+    assert "it gets no more rows" in line and str(run.folder / "metrics.jsonl") in line
 
 
 def test_a_run_that_is_killed_leaves_no_wandb(files, tmp_path):

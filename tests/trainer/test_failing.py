@@ -5,7 +5,7 @@ import runpy
 import pytest
 
 from RL2.runtime.errors import ConfigError
-from RL2.trainer.failing import ends_in_words, exit_of_others, fail
+from RL2.trainer.failing import fail, report_errors, unexpected_exit
 
 
 @pytest.fixture
@@ -17,16 +17,16 @@ def theirs(tmp_path):
 def test_the_exit_of_others_is_no_end_of_a_run(tmp_path, theirs):
     with pytest.raises(SystemExit) as caught:
         theirs()
-    said = str(exit_of_others(caught.value))
-    assert said.startswith(f"exit(0) was called at {tmp_path}/theirs.py:2 in the midst of the run")
+    said = str(unexpected_exit(caught.value))
+    assert said.startswith(f"exit(0) was called at {tmp_path}/theirs.py:2 during the run")
     with pytest.raises(SystemExit) as caught:
         fail(ConfigError("x"))
-    assert exit_of_others(caught.value) is None and caught.value.code == 1
+    assert unexpected_exit(caught.value) is None and caught.value.code == 1
 
 
 def said(error_or_function, capfd, early):
     """Exit status and what stands on stderr."""
-    with pytest.raises(SystemExit) as caught, ends_in_words(early):
+    with pytest.raises(SystemExit) as caught, report_errors(early):
         if isinstance(error_or_function, Exception):
             raise error_or_function
         error_or_function()

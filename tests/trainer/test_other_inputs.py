@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from RL2.runtime.errors import CheckpointError
 from RL2.trainer.checkpoints import manifest, resume
-from RL2.trainer.checkpoints.export import best_that_is_there, fingerprint_of
+from RL2.trainer.checkpoints.export import existing_best, fingerprint_of
 from tests.trainer.support import ENVIRONMENT, composed, overrides, rows_of, train, write_files
 
 LOSS = "def mine(logps):\n    return -logps\n"
@@ -76,16 +76,16 @@ def _end(files):
 
 CHANGES = {
     "a reference": (lambda f: _scale(f / "reference"), "ref_actor.model_name=", "reference: its w"),
-    "a template": (_template, "actor.model_name=", "model: its chat template is another one"),
-    "rules": (_rules, "actor.model_name=", "model: its tokenizer makes other tokens of a text"),
+    "a template": (_template, "actor.model_name=", "model: its chat template has changed"),
+    "rules": (_rules, "actor.model_name=", "model: its tokenizer splits text in another way"),
     "end tokens": (_end, "actor.model_name=", "model: its answers end with other tokens"),
-    "which are in the": (lambda f: None, "actor.model_name=", "its generation_config.json is ano"),
+    "which are in the": (lambda f: None, "actor.model_name=", "its generation_config.json has ch"),
     "an environment": (lambda f: (f / "env.py").write_text(ENVIRONMENT + "# more\n"),
                        "rollout.env_path=", "env.py: the file, or a module that it imports, is n"),
     "a loss": (lambda f: (f / "mine.py").write_text(LOSS + "# more\n"),
                "actor.loss.import_path=", "mine.py:mine: the file, or a module that it im"),
     "a test set": (lambda f: _edit(f / "test.jsonl", "0 + 0", "9 + 9"),
-                   "test_data.path=", "test.jsonl: its rows are not those of before"),
+                   "test_data.path=", "test.jsonl: its rows have changed"),
 }  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def test_weights_under_adapters_are_compared_whole(files):
     run = files / "adapters"
     train(files, "sft", run, actor__lora__rank=2, trainer__max_steps=1)
     _scale(files / "model")
-    with pytest.raises(CheckpointError, match="its weights, config.json or code are not those of"):
+    with pytest.raises(CheckpointError, match="its weights, config.json or code have changed"):
         train(files, "sft", run, actor__lora__rank=2, trainer__max_steps=1, **LATEST)
 
 
@@ -158,8 +158,8 @@ def test_what_an_older_checkpoint_does_not_tell_is_not_compared(tmp_path):
     assert resume.compare(tmp_path, config, inputs, {"inputs": inputs}) == []
     (line,) = resume.compare(tmp_path, config, inputs, {"model": "x"})
     assert line == (
-        f"{tmp_path.name} holds no fingerprints of models, tokenizer and sources, so whether those "
-        "are what they were is not known"
+        f"{tmp_path.name} holds no fingerprints of models, tokenizer and sources, so it is not "
+        "known whether those have changed"
     )
 
 
@@ -168,26 +168,26 @@ def test_what_an_older_checkpoint_does_not_tell_is_not_compared(tmp_path):
 
 def test_a_best_model_that_is_not_there_is_forgotten(tmp_path, caplog):
     best = {"step": 4, "test/score": 0.5}
-    assert best_that_is_there(best, tmp_path / "best") == {}
+    assert existing_best(best, tmp_path / "best") == {}
     (line,) = caplog.messages
     assert line == (
         f"{tmp_path / 'best'} is not there, which held the best model so far (test/score 0.5 at "
         "step 4); the next evaluation counts as the best"
     )
     (tmp_path / "best").mkdir()
-    assert best_that_is_there(best, tmp_path / "best") == best
+    assert existing_best(best, tmp_path / "best") == best
     start = {"step": 0, "test/score": 0.5}
-    assert best_that_is_there(start, tmp_path / "none") == start
-    assert best_that_is_there({}, tmp_path / "none") == {}
+    assert existing_best(start, tmp_path / "none") == start
+    assert existing_best({}, tmp_path / "none") == {}
 
 
 def test_a_best_model_that_is_a_strangers_is_forgotten(files, caplog):
     best = {"step": 4, "test/score": 0.5, "model": fingerprint_of(files / "model")}
-    assert best_that_is_there(best, files / "model") == best
+    assert existing_best(best, files / "model") == best
     _scale(files / "model")
-    assert best_that_is_there(best, files / "model") == {}
-    assert best_that_is_there(best, files) == {}  # no model at all
-    assert f"{files / 'model'} is another model by now, which held the best" in caplog.messages[0]
+    assert existing_best(best, files / "model") == {}
+    assert existing_best(best, files) == {}  # no model at all
+    assert f"{files / 'model'} is now another model, which held the best" in caplog.messages[0]
 
 
 def test_the_next_best_is_written_where_checkpoints_were_copied(files, caplog):

@@ -1,4 +1,4 @@
-"""What a run's folder holds of other runs is moved out of the way, and never deleted."""
+"""Moves what a run's folder holds of other runs out of the way; nothing is deleted."""
 
 import json
 import logging
@@ -19,14 +19,13 @@ _RUN_FILES = (
 
 
 def set_aside(run: Path, beyond: list[Path], step: int) -> None:
-    """Move to `before1` … what a run that goes on after `step` does not continue.
+    """Move to `before1` … what a run that resumes after `step` does not continue.
 
-    A run that starts anew, or goes on from a checkpoint of another folder (`step` 0), continues
-    nothing that lies in its own; a resumed one nothing beyond `step`. Left in place, those
-    checkpoints would count as newer than this run's own: `latest` would resume from them and
-    `keep_last` would keep them. With them go the models that came of them; metrics and later
-    rollouts are copied, as what is resumed may have written some of those itself
-    (`rollout.staleness=1`).
+    A run that starts anew, or from a checkpoint of another folder (`step` 0), continues nothing in
+    its own folder; a resumed one continues nothing beyond `step`. Left in place, those checkpoints
+    would count as newer than this run's own: `latest` would resume from them and `keep_last` would
+    keep them. Models made from them are moved as well; metrics and later rollouts are copied, as
+    the resumed run may have written some of them itself (`rollout.staleness=1`).
 
     Args:
         beyond: the checkpoints of later steps, newest first.
@@ -53,7 +52,7 @@ def set_aside(run: Path, beyond: list[Path], step: int) -> None:
 
 
 def _best_step(checkpoint: Path) -> int:
-    """Of the best evaluation that it knows; 0 where there is none, or the file is damaged."""
+    """The step of the best evaluation so far; 0 if there is none, or the file is damaged."""
     text = (checkpoint / "trainer.json").read_bytes() if exists(checkpoint / "trainer.json") else ""
     try:
         return json.loads(text)["best"]["step"]
@@ -62,10 +61,10 @@ def _best_step(checkpoint: Path) -> int:
 
 
 def move_aside(run: Path, moved: list[Path], copied: list[Path] = ()) -> Path:
-    """Rename, or copy, things of a run's folder to a new folder `before…` in it, which is returned.
+    """Move, or copy, things of a run's folder to a new folder `before…` in it, which is returned.
 
     Raises:
-        OSError: one of them cannot be; it has its name, and all others are back where they were.
+        OSError: one of them cannot be moved. The error names it, and all others are moved back.
     """
     aside = next(path for n in count(1) if not exists(path := run / f"before{n}"))
     done: list[tuple[Path, Path]] = []
@@ -94,7 +93,7 @@ def _room_for(path: Path, run: Path, aside: Path) -> Path:
 
 
 def _keep_pointing(moved: Path, before: Path) -> None:
-    """Have links that were relative point to where they pointed before they were moved."""
+    """Make moved relative links point to where they pointed before."""
     links = [moved] if moved.is_symlink() else [*moved.glob("*")] if moved.is_dir() else []
     for link in links:
         if link.is_symlink() and not os.path.isabs(goal := os.readlink(link)):

@@ -2,20 +2,19 @@
 
 <save_dir>/checkpoints/step000020/   model and optimizer of each learner by its name
                                      (torch.distributed.checkpoint), trainer.json, rank0.pt …
-                                     (RNG and data position), config.yaml, and manifest.json: which
-                                     learners these are, and what all of that has to be;
-                                     where adapters are trained (LoRA) those alone: what is frozen
-                                     comes from actor.model_name
+                                     (RNG and data position), config.yaml, and manifest.json (the
+                                     learners, and sizes and SHA-256 of all files); with LoRA only
+                                     the adapters, as frozen weights come from actor.model_name
 <save_dir>/checkpoints/latest        name of the newest complete one
-<save_dir>/checkpoints/damaged-…     what was found not to be what its manifest says
+<save_dir>/checkpoints/damaged-…     checkpoints that contradict their manifests
 <save_dir>/final, <save_dir>/best    plain `save_pretrained` folders, adapters merged; the adapters
                                      themselves in `adapter`, as peft saves them
 <save_dir>/before1 …                 what earlier runs left in the folder and this one does not
                                      continue
 <save_dir>/.lock                     held by the run that writes here
 
-A folder is written under a name of its own that begins with a dot, made durable, and renamed: at
-any moment a name without a dot stands for something whole, or for nothing.
+A folder is written under a temporary name that begins with a dot, synced to disk, and renamed. So
+a name without a dot is always a complete folder.
 """
 
 import logging
@@ -50,17 +49,17 @@ _STAGING = StagingOptions(
 
 
 class Checkpoints:
-    """Saves and loads everything that decides a run's next step. Made on every rank (a collective).
+    """Saves and loads all that a run's next step depends on. Made on every rank (a collective).
 
     Args:
         save_dir: the run's folder.
         keep_last: how many checkpoints stay; None keeps all.
-        config: of the run, to be kept in its checkpoints.
-        background: whether `save` only copies, and a thread of its own writes.
+        config: the run's config, which its checkpoints keep.
+        background: whether `save` only copies, and a thread writes.
 
     Attributes:
-        inputs: fingerprints of what the run is made of, to be kept, too (`fingerprints.of_run`).
-        threads, machines: what the run computes with (`startup.machine`), to be kept, too.
+        inputs: fingerprints of the run's inputs (`fingerprints.of_run`), kept as well.
+        threads, machines: what the run computes with (`startup.machine`), kept as well.
     """
 
     def __init__(
@@ -75,9 +74,9 @@ class Checkpoints:
         self.config = config
         self.inputs: dict[str, str] = {}
         self.threads, self.machines = 0, []
-        self.versions = resume.versions()  # of the code that runs, whatever is installed later
-        # A thread that writes while another trains needs a group of its own. The copies stay for
-        # the next save.
+        self.versions = resume.versions()  # of the running code, whatever is installed later
+        # The thread that writes needs a process group of its own. The memory of the copies is kept
+        # for the next save.
         self._group = second_group() if background else None
         self._stager = DefaultStager(_STAGING) if background else None
         self._writing: futures.Future[None] | None = None
@@ -92,11 +91,11 @@ class Checkpoints:
         return listing.complete(self.folder)
 
     def tidy(self) -> None:
-        """Rank 0: have `latest` name the newest checkpoint; keep the newest `keep_last` alone."""
+        """Rank 0: have `latest` name the newest checkpoint; keep only the newest `keep_last`."""
         listing.tidy(self.folder, self.keep_last)
 
     def set_aside(self, step: int) -> None:
-        """Rank 0: move what this run does not continue out of its way, see `aside.set_aside`."""
+        """Rank 0: move aside what this run does not continue, see `aside.set_aside`."""
         clean(self.folder.parent)
         clean(self.folder)
         beyond = [path for path in self.steps() if listing.step_of(path) > step]
@@ -107,11 +106,12 @@ class Checkpoints:
         self, step: int, learners: Learners, position: dict[str, Any], state: dict[str, Any]
     ) -> Path:
         """Write one checkpoint; it becomes visible only when all of it is on disk. With
-        `background` that is so after `wait`; an earlier one is waited for.
+        `background` that is so after `wait`; an earlier save is finished first.
 
         Args:
-            learners: by name.
-            position: the source's `state_dict`. state: of the trainer, as JSON has it.
+            learners: the learners by name.
+            position: the source's `state_dict`.
+            state: the trainer's state, as plain JSON values.
 
         Raises:
             CheckpointError: see `writing.write`.
@@ -145,41 +145,41 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether `wait` would raise already. Ranks learn it one after the other."""
+        """Whether `wait` would raise now. Ranks may differ for a moment."""
         writing = self._writing
         return writing is not None and writing.done() and writing.exception() is not None
 
     def wait(self) -> None:
-        """Return when what `save` was given is on disk; raises as `save` does (a collective)."""
+        """Wait until the last `save` is on disk; raises as `save` does (a collective)."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
 
     def close(self, timeout: float = 30.0) -> None:
-        """Give what is being written some seconds to be complete; says so if it fails."""
+        """Give a save in progress some seconds to finish; logs an error if it fails."""
         if self._writing is not None:
             futures.wait([self._writing], timeout)
             if self.failed:
                 logger.error("%s", self._writing.exception())
 
     def check(self, which: str, learners: tuple[str, ...] = contents.ACTOR_ALONE) -> None:
-        """What `load` will say of `inputs`, of keys that may not change and of the names of
-        `learners`, before a model is there.
+        """Check `inputs`, the keys that may not change and the names of `learners` as `load` will,
+        before a model loads.
 
         Raises:
-            CheckpointError: one of them is another one, or the checkpoint cannot be read.
+            CheckpointError: one of them differs, or the checkpoint cannot be read.
         """
         key = f"trainer.load_ckpt_from={which}"
         for folder in self._candidates(which)[:1]:
-            with suppress(manifest.Damaged):  # `load` goes on to the one before
+            with suppress(manifest.Damaged):  # `load` tries the one before
                 use_on_all_ranks(lambda folder=folder: self._compare(folder, learners), key, folder)
 
     def about(self, which: str | None) -> dict[str, Any]:
-        """What is said of the checkpoint that `load` will take, as far as one looks whole; empty
-        where there is none (a collective)."""
+        """What the manifest of the checkpoint that `load` will take tells about its run; empty if
+        none looks whole (a collective)."""
         found: dict[str, Any] = {}
         for folder in [] if which is None else self._candidates(which):
-            with suppress(manifest.Damaged, OSError):  # `load` says it
+            with suppress(manifest.Damaged, OSError):  # `load` reports it
                 found = manifest.read(folder)["about"]
                 break
         return broadcast(found)
@@ -205,17 +205,17 @@ class Checkpoints:
     def load(self, which: str, learners: Learners, source: Any) -> dict[str, Any] | None:
         """Restore `latest` or the folder `which`.
 
-        With `latest`, checkpoints that are not what their manifests say are named, and the newest
-        good one is loaded; only then are they renamed to `damaged-…`.
+        With `latest`, the newest good checkpoint is loaded. Newer ones that contradict their
+        manifests are logged, and renamed to `damaged-…` only then.
 
         Returns:
-            The saved state, or None where there is nothing to resume (`latest` only).
+            The saved state, or None if there is nothing to resume (`latest` only).
 
         Raises:
-            CheckpointError: a named folder, or every one there is, is damaged; the newest one that
-                is not damaged cannot be read or loaded; or the run's config has another value of a
-                key that may not change. Nothing is renamed then.
-            DataError: the data set is another one.
+            CheckpointError: the named folder, or every one that exists, is damaged; the newest one
+                that is not damaged cannot be read or loaded; or the run's config changes a key that
+                may not change. Nothing is renamed then.
+            DataError: the data set is not the same.
         """
         key, bad = f"trainer.load_ckpt_from={which}", []
         for folder in self._candidates(which):
@@ -235,7 +235,7 @@ class Checkpoints:
             changes, state = use_on_all_ranks(restore, key, folder)
             for damaged, reason in bad:
                 logger.warning(
-                    "%s: %s does not load (%s); it is %s now; trying the one before",
+                    "%s: %s does not load (%s); it is now %s; trying the one before",
                     key, damaged, reason, listing.rename_damaged(damaged),
                 )  # fmt: skip
             self._resumed = folder
@@ -256,6 +256,6 @@ class Checkpoints:
         if exists(own):
             generators = torch.load(own, weights_only=True)["rng"]
             contents.set_rng_state(generators, next(iter(learners.values())).device)
-        # The positions of all ranks, also for ranks that are new.
+        # Each rank gets the positions of all ranks, as their number may have changed.
         source.load_state_dict(torch.load(folder / "rank0.pt", weights_only=True)["source"])
         return state

@@ -1,10 +1,10 @@
-"""What a checkpoint holds: of each learner by its name, and of each rank's random generators.
+"""What a checkpoint holds of each learner, by name, and of each rank's random generators.
 
     {<name>: {"model": ..., "optimizer": ...}}       the tensors, as torch.distributed.checkpoint
     trainer.json: {"learners": {<name>: ...}, ...}   numbers of each learner, and of the trainer
 
 A learner's frozen parameters are in no checkpoint: they come from its model_name. Version 0.1 had
-the actor alone, without its name.
+only the actor, without its name.
 """
 
 import json
@@ -28,7 +28,7 @@ Generators = dict[str, torch.Tensor]
 
 
 def collect(learners: Learners) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors and numbers of learners, by their names."""
+    """The tensors and numbers of learners, by their names."""
     tensors, numbers = {}, {}
     for name, learner in learners.items():
         # get_state_dict, not optimizer.state_dict(): DCP drops AdamW's moments of the latter
@@ -43,7 +43,7 @@ def collect(learners: Learners) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def restore(folder: Path, learners: Learners) -> dict[str, Any]:
-    """Give learners what `collect` said of them; returns the trainer's state (a collective)."""
+    """Restore learners to what `collect` returned; returns the trainer's state (a collective)."""
     state = json.loads((folder / TRAINER).read_text())
     named = "learners" in state
     numbers = state.pop("learners") if named else {ACTOR_ALONE[0]: state}
@@ -76,14 +76,14 @@ def _trained(learner: Learner, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _updates(numbers: dict[str, Any], per_rollout: int) -> int:
-    """How many updates lie behind, where `per_rollout` of them are made on each rollout now."""
-    if "scheduler" in numbers:  # as version 0.1 has it
+    """How many updates were made, counted with `per_rollout` of them on each rollout."""
+    if "scheduler" in numbers:  # version 0.1
         return numbers["scheduler"]["last_epoch"]
     return numbers["updates"] * per_rollout // numbers["updates_per_rollout"]
 
 
 def rng_state(device: torch.device) -> Generators:
-    """Of this rank's generators."""
+    """The state of this rank's generators."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -91,14 +91,14 @@ def rng_state(device: torch.device) -> Generators:
 
 
 def set_rng_state(state: Generators, device: torch.device) -> None:
-    """Undo what was drawn since `rng_state`."""
+    """Set this rank's generators to a state from `rng_state`."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def n_bytes(state: Any) -> int:
-    """Of the tensors in nested dicts and lists, this rank's part."""
+    """The bytes of this rank's part of the tensors in nested dicts and lists."""
     if isinstance(state, DTensor):
         state = state.to_local()
     if isinstance(state, torch.Tensor):

@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 _PREFIX = "model."  # HeadedModel's name for the transformers model inside
 
 
-def best_that_is_there(best: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What a run that goes on may remember of its best evaluation: nothing where `folder` does not
-    hold that model, as the next one would have to beat it to be kept."""
-    if not best.get("step"):  # at step 0 it is the start, which nobody keeps
+def existing_best(best: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The best evaluation that a resumed run may keep: none if `folder` does not hold that model,
+    as the next model would have to beat it to be saved."""
+    if not best.get("step"):  # step 0 is the initial model, which is not saved
         return best
     if not exists(folder):
         lost = "is not there"
-    elif best.get("model") not in (None, fingerprint_of(folder)):  # None: an older version's
-        lost = "is another model by now"
+    elif best.get("model") not in (None, fingerprint_of(folder)):  # None: by an older version
+        lost = "is now another model"
     else:
         return best
     logger.warning(
@@ -45,18 +45,18 @@ def best_that_is_there(best: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def fingerprint_of(folder: Path) -> str:
-    """Of a saved model; empty where there is none that can be read."""
+    """The fingerprint of a saved model; empty if there is none that can be read."""
     try:
         return model_fingerprint(str(folder))
-    except Exception:  # of a stranger's files, anything
+    except Exception:  # broken files may raise anything
         return ""
 
 
 class FilesInMemory:
     """What `thing.save_pretrained` writes now, to be written later: a tokenizer copies some files
-    from where it was loaded, which may be other ones by then.
+    from where it was loaded, and those may have changed by then.
 
-    Raises ConfigError where it cannot be saved, and a run would find that out at its end.
+    Raises ConfigError if it cannot be saved, which a run would otherwise find out at its end.
     """
 
     def __init__(self, thing: Any, origin: str):
@@ -65,14 +65,14 @@ class FilesInMemory:
                 thing.save_pretrained(folder)
                 found = [path for path in Path(folder).rglob("*") if path.is_file()]
                 self._files = {path.relative_to(folder): path.read_bytes() for path in found}
-        except Exception as error:  # odd values of a stranger's files make it raise anything
+        except Exception as error:  # odd values in its files may raise anything
             raise ConfigError(
                 f"{origin}: {type(thing).__name__} cannot be saved as it was loaded "
                 f"({first_line(error)}); correct its files, or copy or download the model again"
             ) from error
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write it."""
+        """Write the files."""
         for name, data in self._files.items():
             path = Path(folder) / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ class FilesInMemory:
 
 
 def files_beside_weights(actor: Actor, tokenizer: Any) -> FilesInMemory | None:
-    """Rank 0: those of the tokenizer; tries the others that a model's folder gets, too."""
+    """Rank 0: the tokenizer's files; also checks that the model's config files can be saved."""
     if rank() != 0:
         return None
     origin = f"actor.model_name={actor.config.model_name}"
@@ -90,14 +90,14 @@ def files_beside_weights(actor: Actor, tokenizer: Any) -> FilesInMemory | None:
 
 
 def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:
-    """Write the whole model where `from_pretrained` of its head's `auto_class` finds it, adapters
-    merged (collective). The adapters themselves go to `<folder>/adapter`.
+    """Write the whole model, adapters merged, as `from_pretrained` of its head's `auto_class` loads
+    it (a collective). The adapters themselves go to `<folder>/adapter`.
 
-    tokenizer: one, or its `FilesInMemory`.
+    tokenizer: the tokenizer, or its `FilesInMemory`.
     dtype: `trainer.save_dtype`; with `auto` every tensor keeps that of the checkpoint it came from.
 
     Raises:
-        CheckpointError: on every rank, where it cannot be written. What was there before stays.
+        CheckpointError: on every rank, if it cannot be written. What was there before stays.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(actor.model, options=options)
@@ -107,7 +107,7 @@ def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:
     def write() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         model = actor.hf_model
-        # Gathered, a tied head is a tensor of its own, which would be stored beside the embedding.
+        # Gathered, a tied head is a tensor of its own, and would be stored with the embedding.
         everything, once = (
             {name for name, _ in model.named_parameters(remove_duplicate=remove)}
             for remove in (False, True)
@@ -124,7 +124,7 @@ def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:
         model.save_pretrained(temporary, state_dict=weights)
         _save_config(model.config, actor.dtypes.saved("", dtype), temporary)
         tokenizer.save_pretrained(temporary)
-        with torch.random.fork_rng(devices=[]):  # `best` is written amid a run
+        with torch.random.fork_rng(devices=[]):  # `best` is written during a run
             auto_class = actor.model.head.auto_class
             _check(temporary, weights, auto_class, actor.config.trust_remote_code)
         if has_adapters(model):
@@ -142,8 +142,8 @@ def save_model(actor: Actor, tokenizer: Any, folder: Path, dtype: str) -> None:
 def _check(
     folder: Path, weights: dict[str, torch.Tensor], auto_class: Any, trust_remote_code: bool
 ) -> None:
-    """RuntimeError unless transformers loads from the folder what was to be saved: where a name is
-    not what it looks for, it fills a weight with noise and goes on."""
+    """RuntimeError unless transformers loads from the folder what was to be saved: if it does not
+    find a name, it fills the weight with noise and goes on."""
     model, found = auto_class.from_pretrained(
         folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code,
         ignore_mismatched_sizes=True,
@@ -160,8 +160,8 @@ def _check(
 
 
 def _save_config(config: PretrainedConfig, dtype: torch.dtype, folder: Path) -> None:
-    """config.json as save_pretrained has written it, with the dtype of the saved weights: there it
-    is that of the weights in memory."""
+    """Write config.json with the dtype of the saved weights: save_pretrained writes that of the
+    weights in memory."""
     config = copy.deepcopy(config)
     parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
     for part in parts:

@@ -1,8 +1,8 @@
-"""Whether a checkpoint is what it was when it was written, as all ranks see it.
+"""Whether a checkpoint is as it was written, as all ranks see it.
 
-Three things are told apart. *Damaged* is what its own manifest contradicts. *Unreadable* is what
-cannot be looked at now: a permission, a disk or a network that is away; the files may be good, so
-nothing is done with them. And ranks on several machines may see *different* files under one name.
+There are three kinds of faults. A *damaged* checkpoint contradicts its own manifest. An
+*unreadable* one cannot be read now, because of a permission, a disk or a network; its files may be
+good, so they are left alone. And ranks on several machines may see *different* files under one name.
 """
 
 import os
@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 
 class _View(NamedTuple):
-    """What one rank sees. listing: what is wrong with names and sizes, at which all ranks look.
-    content: what is wrong with this rank's share of the bytes. digest: of the manifest."""
+    """What one rank sees. listing: what is wrong with names and sizes, which all ranks check.
+    content: what is wrong with this rank's share of the bytes. digest: the manifest's digest."""
 
     host: str
     unreadable: str | None = None
@@ -33,12 +33,12 @@ class _View(NamedTuple):
 
 
 def damage(folder: Path, part: slice = slice(None)) -> str | None:
-    """What is wrong with a checkpoint's files, by its manifest; None where nothing is.
+    """What is wrong with a checkpoint's files, by its manifest; None if nothing is.
 
-    part: of the files whose bytes are compared, see `manifest.verify`.
+    part: the files whose bytes are compared, see `manifest.verify`.
 
     Raises:
-        OSError, MemoryError: it cannot be read, so that nobody knows.
+        OSError, MemoryError: it cannot be read, so its state is unknown.
     """
     view = _look(folder, part)
     return view.listing or view.content
@@ -48,7 +48,7 @@ def damage_on_all_ranks(folder: Path, key: str) -> str | None:
     """As `damage`, for all ranks, which share the work (a collective).
 
     Args:
-        key: begins the messages, such as `trainer.load_ckpt_from=latest`.
+        key: how messages begin, such as `trainer.load_ckpt_from=latest`.
 
     Raises:
         CheckpointError: a rank cannot read it, or ranks do not see the same files.
@@ -72,7 +72,7 @@ def damage_on_all_ranks(folder: Path, key: str) -> str | None:
     for which, view in enumerate(views):
         if view.content is None:
             continue
-        # It is to be renamed for that, so the rank that does so has to see it.
+        # Rank 0 is to rename it, so rank 0 must see the damage as well.
         if which > 0 and broadcast(_seen_again(folder)) is None:
             raise _different(key, folder, which, views)
         return view.content
@@ -80,30 +80,30 @@ def damage_on_all_ranks(folder: Path, key: str) -> str | None:
 
 
 def use_on_all_ranks(action: Callable[[], T], key: str, folder: Path) -> T:
-    """Do something with a checkpoint that is not damaged, on all ranks (a collective). It is not
-    the checkpoint's fault where that fails, so the one before would fare no better.
+    """Use a checkpoint that is not damaged, on all ranks (a collective). A failure is not the
+    checkpoint's fault, so the one before would fail as well.
 
     Raises:
-        CheckpointError: it fails on one of them. RL2Error, Damaged: of this rank, as it is.
+        CheckpointError: it fails on one of them. RL2Error, Damaged: what this rank's action raises.
     """
     result, error = None, None
     try:
         result = action()
-    except (Exception, CheckpointException) as problem:  # which is no Exception
+    except (Exception, CheckpointException) as problem:  # the latter is no Exception
         error = problem
     reason = first_reason(None if error is None else what_failed(error, folder))
     if isinstance(error, (RL2Error, manifest.Damaged)):
         raise error
     if reason is not None:
         raise CheckpointError(
-            f"{key}: {folder} cannot be loaded ({reason}); it is left as it is: mend that and "
+            f"{key}: {folder} cannot be loaded ({reason}); it is left as it is: fix that and "
             "repeat the command, or name another checkpoint"
         ) from error
     return result
 
 
 def what_failed(error: BaseException, path: Path) -> str:
-    """An error with the file that it is about."""
+    """An error, with the file that it is about."""
     if isinstance(error, OSError):
         return f"{os.fspath(error.filename or path)}: {error.strerror or error}"
     return reason_of(error)
@@ -127,7 +127,7 @@ def _look(folder: Path, part: slice) -> _View:
 
 
 def _seen_again(folder: Path) -> str | None:
-    """Rank 0: what is wrong with any of the files; a file that went away counts, too."""
+    """Rank 0: what is wrong with any of the files; a missing file counts as well."""
     if rank() != 0:
         return None
     try:

@@ -24,14 +24,14 @@ def step_of(checkpoint: Path) -> int:
 
 
 def complete(folder: Path) -> list[Path]:
-    """Complete checkpoints, newest first. Copies of other names are not the run's: they are
-    neither resumed from nor pruned."""
+    """Complete checkpoints, newest first. Copies with other names are ignored: they are neither
+    resumed from nor pruned."""
     found = (folder / name for name in _names(folder) if _STEP.fullmatch(name))
     return sorted(found, key=step_of, reverse=True)
 
 
 def tidy(folder: Path, keep_last: int | None) -> None:
-    """Rank 0: have `latest` name the newest checkpoint; keep the newest `keep_last` alone."""
+    """Rank 0: have `latest` name the newest checkpoint; keep only the newest `keep_last`."""
     for newest in complete(folder)[:1]:
         pointer = folder / f".{_LATEST}"
         pointer.write_text(newest.name)
@@ -42,7 +42,7 @@ def tidy(folder: Path, keep_last: int | None) -> None:
 
 
 def rename_damaged(checkpoint: Path) -> str:
-    """So that it is not tried again (a collective); its new name."""
+    """Rename a checkpoint, so that it is not tried again (a collective); returns its new name."""
     name = broadcast(free_name(checkpoint, _DAMAGED))
     on_all_ranks(
         lambda: checkpoint.rename(checkpoint.with_name(name)) if rank() == 0 else None,
@@ -54,11 +54,11 @@ def rename_damaged(checkpoint: Path) -> str:
 
 
 def lost(folder: Path, damaged: list[tuple[Path, str]]) -> str | None:
-    """Rank 0: what shows that there was a run to go on with, of which nothing is left that loads.
-    It stays so however often the command is repeated: a run that began at step 1 then would set
-    all of it aside.
+    """Rank 0: what shows that there was a run to resume, of which no checkpoint loads; None if
+    there was none. The answer stays the same when the command is repeated: a run that starts anew would
+    move that run aside.
 
-    damaged: checkpoints that were found to be so now, and why.
+    damaged: the checkpoints found damaged now, and why.
     """
     before = (name for name in _names(folder) if name.startswith(_DAMAGED))
     names = {*(checkpoint.name for checkpoint, _ in damaged), *before}
@@ -72,5 +72,5 @@ def lost(folder: Path, damaged: list[tuple[Path, str]]) -> str | None:
 
 
 def _names(folder: Path) -> list[str]:
-    """In the folder, if there is one. A folder that cannot be looked into is no empty one."""
+    """The names in the folder, if it exists. A folder that cannot be read raises."""
     return os.listdir(folder) if exists(folder) else []

@@ -1,9 +1,9 @@
-"""What a finished folder holds, written last, so that what was damaged since is noticed before
-anything of it is loaded.
+"""What a finished folder holds, written last, so that later damage is noticed before anything is
+loaded.
 
 Neither `torch.distributed.checkpoint` nor `torch.save` notices a flipped byte in a tensor. The
-manifest has the size and the SHA-256 of every file, and a SHA-256 of itself. It finds accidents;
-who can write the folder can also write a manifest that fits.
+manifest has the size and the SHA-256 of every file, and a SHA-256 of itself. It finds accidents,
+not attacks: whatever can write the folder can also write a manifest that fits.
 """
 
 import hashlib
@@ -21,8 +21,7 @@ Files = dict[str, dict[str, Any]]  # by name: "bytes" and "sha256"
 class Damaged(Exception):
     """A folder is not what its manifest says; the message names the first thing that differs.
 
-    What cannot be read for now (no permission, a network that is away) is no such thing: it stays
-    the OSError that it is.
+    What cannot be read now (no permission, no network) is not damaged: it raises OSError.
     """
 
 
@@ -40,7 +39,7 @@ def fingerprints(paths: Iterable[Path], folder: Path) -> Files:
 def write(folder: Path, files: Files, about: dict[str, Any]) -> None:
     """Write the manifest of a folder that is otherwise finished; the caller makes it durable.
 
-    about: what a reader may want to know of its making, as JSON has it.
+    about: what a reader may want to know about the run, as plain JSON values.
     """
     content = {"about": about, "files": dict(sorted(files.items()))}
     content["sha256"] = digest(content)
@@ -55,7 +54,7 @@ def read(folder: Path, required: Iterable[str] = ()) -> dict[str, Any]:
 
     Raises:
         Damaged: there is none, it is not whole, or names or sizes differ.
-        OSError: something cannot be read, so that nobody knows.
+        OSError: something cannot be read, so its state is unknown.
     """
     found = _sizes(folder)
     if found.pop(NAME, None) is None:
@@ -94,8 +93,8 @@ def verify(folder: Path, content: dict[str, Any], part: slice = slice(None)) -> 
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Of all files below a folder, by name. `Path.rglob` leaves out what it may not look into."""
-    os.listdir(folder)  # os.walk is content with a link to nothing
+    """The sizes of all files below a folder, by name. `Path.rglob` skips unreadable folders."""
+    os.listdir(folder)  # os.walk accepts a link to nothing
     found = {}
     for parent, _, names in os.walk(folder, onerror=_raise):
         for name in names:
@@ -114,5 +113,5 @@ def _sha256(path: Path) -> str:
 
 
 def digest(content: Any) -> str:
-    """The SHA-256 of what JSON can hold, such as what `read` returns."""
+    """The SHA-256 of JSON values, such as what `read` returns."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

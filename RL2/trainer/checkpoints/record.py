@@ -1,6 +1,6 @@
 """What a run was started with, kept in its folder: `config.yaml` and `run.json`.
 
-A run that is resumed moves those of the start before to `earlier/1`, `earlier/2` …
+A resumed run moves those of the start before to `earlier/1`, `earlier/2` …
 """
 
 import json
@@ -30,15 +30,15 @@ _PACKAGES = (
     "omegaconf", "accelerate", "peft", "triton", "flash-attn", "liger-kernel", *SERVERS,
     "wandb", "tensorboard", "trackio", "mlflow-skinny",
 )  # fmt: skip
-_GIT_SECONDS = 10.0  # for one question; a repository on a slow disk is not waited for
+_GIT_SECONDS = 10.0  # per call, as a repository may be on a slow disk
 
 
 def write(folder: Path, config: DictConfig, n_ranks: int, resumed: int) -> None:
-    """Keep config, command line, versions and commits; what an earlier start left stays beside.
+    """Write config, command line, versions and commits; those of earlier starts are kept.
 
     Args:
-        config: the whole run's, resolved. What is secret in it is not written.
-        resumed: the step at which it goes on, 0 where it starts anew.
+        config: the config of the whole run, resolved. Its secrets are not written.
+        resumed: the step after which the run resumes; 0 for a new run.
     """
     try:
         here = os.getcwd()
@@ -68,18 +68,18 @@ def write(folder: Path, config: DictConfig, n_ranks: int, resumed: int) -> None:
 
 
 def as_yaml(config: DictConfig) -> str:
-    """A yaml file that `--config-dir` and `--config-name` take, of a config without its secrets."""
+    """A config without its secrets, as a yaml file for `--config-dir` and `--config-name`."""
     trainer = next(name for name, schema in SCHEMAS.items() if schema is schema_of(config))
     plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     plain = {"defaults": [trainer, "_self_"]} | redact_config(plain)
     return (
-        f"# Once more: python -m RL2.trainer.{trainer} --config-dir <this folder> --config-name "
+        f"# Run again: python -m RL2.trainer.{trainer} --config-dir <this folder> --config-name "
         f"config [key=value ...]\n{OmegaConf.to_yaml(OmegaConf.create(plain))}"
     )
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and the packages that matter, as far as they are installed, and of CUDA."""
+    """The versions of Python, of the installed packages that matter, and of CUDA."""
     found: dict[str, str | None] = {"python": sys.version.split()[0]}
     for name in _PACKAGES:
         try:
@@ -90,11 +90,11 @@ def versions() -> dict[str, str | None]:
 
 
 def commit(folder: Path) -> dict[str, Any] | None:
-    """The commit of the git repository that holds a folder, and whether files in it differ from
-    that; None where it is in none, or git does not answer."""
+    """The commit of the git repository that holds a folder, and whether files differ from it; None
+    if there is no repository, or git does not answer."""
     if not (head := _git(folder, "rev-parse", "HEAD")):
         return None
-    if not _git(folder, "ls-files"):  # an environment inside of somebody's repository
+    if not _git(folder, "ls-files"):  # an environment inside an unrelated repository
         return None
     status = _git(folder, "status", "--porcelain")
     return {"commit": head, "dirty": None if status is None else bool(status)}
@@ -113,7 +113,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _write(path: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
+    """Write a file that is there whole or not at all."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.replace(path)

@@ -1,8 +1,8 @@
-"""What a run that goes on may do otherwise than the run that wrote its checkpoint.
+"""What a resumed run may change against the run that wrote its checkpoint.
 
 A checkpoint holds the config of its run (`config.yaml`). Each key that differs now is one line of
-the log. `FIXED` lists the keys that have to stay, and why; every other key takes effect from the
-next step on: nothing of it is read from the checkpoint. `NOTES` says what is worth knowing of some.
+the log. `FIXED` lists the keys that may not change, and why. Every other key takes effect from the
+next step on: its old value is not used. `NOTES` has remarks on some keys.
 """
 
 from collections.abc import Sequence
@@ -25,42 +25,42 @@ PACKAGES = ("rl2", "torch", "transformers")
 _BATCHES = "steps, epochs and the learning rate's schedule are counted in batches of that size"
 FIXED = {
     "actor.lora.rank": "it is the shape of what was trained",
-    "actor.lora.alpha": "adapters count alpha / rank times, so the model would be another one",
+    "actor.lora.alpha": "adapters are scaled by alpha / rank, so the model would change",
     "actor.lora.target_modules": "other layers have the adapters that were trained",
     "train_data.prompts_per_rollout": _BATCHES,
     "data.batch_size": _BATCHES,
-    "trainer.seed": "the rows are in its order already, and half of a run would have the other one",
+    "trainer.seed": "it decides the order of the rows, which cannot change during a run",
 }
-"""Keys that may not change, and why. The rows of the data are compared as such
-(`RL2.datasets.base`), as they may have moved."""
+"""Keys that may not change, and why. The rows of the data are compared by content
+(`RL2.datasets.base`), as the files may have moved."""
 
 FIXED_INPUTS = {
-    "actor.model_name": "its weights, config.json or code are not those of that run",
+    "actor.model_name": "its weights, config.json or code have changed",
     "vocabulary": "the tokenizer gives tokens other numbers than those that were trained",
 }
 """Fingerprints (`fingerprints.of_run`) that may not change, and why."""
 
 OTHER_INPUTS = {
-    "tokenizer": "its tokenizer makes other tokens of a text, or other ones are special",
-    "chat template": "its chat template is another one",
+    "tokenizer": "its tokenizer splits text in another way, or has other special tokens",
+    "chat template": "its chat template has changed",
     "end tokens": "its answers end with other tokens",
-    "generation config": "its generation_config.json is another one",
-    "ref_actor.model_name": "its weights, config.json or code are not those of before, and the KL "
-    "is taken to them",
+    "generation config": "its generation_config.json has changed",
+    "ref_actor.model_name": "its weights, config.json or code have changed, and the KL is measured "
+    "from them",
     **dict.fromkeys(
         ("rollout.env_path", *CODE_KEYS),
         "the file, or a module that it imports, is not what it was",
     ),
-    "test_data.path": "its rows are not those of before, so scores of both do not compare",
+    "test_data.path": "its rows have changed, so scores do not compare with earlier ones",
 }
-"""Fingerprints that are told where they differ. Those that are no key's belong to
+"""Fingerprints whose changes are logged. Those whose names are not keys belong to
 actor.model_name."""
 
-_REPLANNED = "the learning rate goes on where the whole schedule of these keys is by now"
+_REPLANNED = "the learning rate continues at this step of the new schedule"
 NOTES = {
     "actor.lora.seed": "without effect on adapters that are trained already",
-    "train_data.path": "its rows have to be the same",
-    "data.path": "its rows have to be the same",
+    "train_data.path": "its rows must be the same",
+    "data.path": "its rows must be the same",
     **dict.fromkeys(
         [
             "actor.lr",
@@ -74,10 +74,10 @@ NOTES = {
     ),
 }
 _SOURCES = {"rows": "rows of a data set"}
-_OF_RESUMING = {"trainer.load_ckpt_from"}  # which nobody needs to be told of
+_NOT_LOGGED = {"trainer.load_ckpt_from"}  # not worth a line
 _UNKNOWN = (
-    "{} holds no fingerprints of models, tokenizer and sources, so whether those are what they "
-    "were is not known"
+    "{} holds no fingerprints of models, tokenizer and sources, so it is not known whether those "
+    "have changed"
 )
 
 
@@ -87,9 +87,9 @@ def write(folder: Path, config: DictConfig) -> None:
 
 
 def is_of(checkpoint: Path, run: Path) -> bool:
-    """Whether a checkpoint is of the run that has written to a folder: it lies there, or says so.
+    """Whether a checkpoint is of the run of a folder: it is in that folder, or its config names it.
 
-    Anything else there is of another run, whose steps this one would seem to have done.
+    Otherwise the folder holds another run, whose steps this one would seem to have done.
     """
     if checkpoint.absolute().parent.parent.resolve() == run.resolve() or not exists(
         checkpoint / NAME
@@ -102,30 +102,30 @@ def is_of(checkpoint: Path, run: Path) -> bool:
 def compare(
     folder: Path, config: DictConfig, inputs: dict[str, str], about: dict[str, Any]
 ) -> list[str]:
-    """What is otherwise than in the run that wrote the checkpoint `folder`, a line each.
+    """What differs from the run that wrote the checkpoint `folder`, one line each.
 
     Args:
-        inputs: fingerprints of now, see `fingerprints.of_run`.
-        about: what the checkpoint's manifest says of its making.
+        inputs: the present fingerprints, see `fingerprints.of_run`.
+        about: what the checkpoint's manifest tells about its run.
 
     Raises:
-        CheckpointError: a key that may not change.
+        CheckpointError: a key that may not change has changed.
     """
     path = folder / NAME
     if not exists(path):
-        return [f"{folder.name} holds no config, so what was changed since is not known"]
+        return [f"{folder.name} holds no config, so it is not known what has changed"]
     before, after = (_flat(tree) for tree in (yaml.safe_load(path.read_text()), _plain(config)))
     source, other_source = (_in_words(tree["trainer.source"]) for tree in (before, after))
     if source != other_source:
         raise CheckpointError(
-            f"trainer.load_ckpt_from: {folder.name} does not load here, as it is of a run on "
+            f"trainer.load_ckpt_from: {folder.name} does not load here, as its run was on "
             f"{source}; to go on from its weights only, give actor.model_name=<its final folder> "
             "and leave out trainer.load_ckpt_from"
         )
     changed = {
         key: (before.get(key, ABSENT), after.get(key, ABSENT))
         for key in [*after, *(key for key in before if key not in after)]
-        if before.get(key, ABSENT) != after.get(key, ABSENT) and key not in _OF_RESUMING
+        if before.get(key, ABSENT) != after.get(key, ABSENT) and key not in _NOT_LOGGED
     }
     refused = {key: FIXED[key] for key in changed if key in FIXED and ABSENT not in changed[key]}
     known = about.get("inputs", {})
@@ -156,7 +156,7 @@ def compare(
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    """With the source of its run, which the config of version 0.1 does not name."""
+    """A flat config with its source, which the config of version 0.1 does not name."""
     return {"trainer.source": "rollouts" if "rollout" in tree else "rows"} | dict(flat(tree))
 
 
@@ -165,7 +165,7 @@ def _in_words(source: str) -> str:
 
 
 def check_learners(folder: Path, before: Sequence[str], now: Sequence[str]) -> None:
-    """CheckpointError where a checkpoint holds other learners than the run has, by their names."""
+    """CheckpointError if a checkpoint holds other learners than the run has, by their names."""
     if {*before} != {*now}:
         raise CheckpointError(
             f"trainer.load_ckpt_from: {folder.name} does not load here, as it holds "
@@ -175,7 +175,7 @@ def check_learners(folder: Path, before: Sequence[str], now: Sequence[str]) -> N
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that decide what a run computes; None: used without being installed."""
+    """The versions of packages that decide what a run computes; None if not installed."""
     found = record.versions()
     return {name: found.get(name) for name in PACKAGES}
 

@@ -1,4 +1,4 @@
-"""All ranks write one checkpoint, which has its name only when all of it is on disk."""
+"""All ranks write one checkpoint, which gets its name only when all of it is on disk."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.utils.serialization.config  # noqa: F401 - torch.save's; else imported in mid-run
+import torch.utils.serialization.config  # noqa: F401 - torch.save's; else imported during a run
 from omegaconf import DictConfig
 
 from RL2.distributed import broadcast, rank, sum_over_ranks
@@ -30,12 +30,12 @@ class Content:
     """What one rank gives to a checkpoint.
 
     Attributes:
-        tensors: see `contents.collect`; this rank's parts.
-        generators: of this rank.
-        position: of the source, as this rank has it.
-        state: of the trainer, as JSON has it.
-        config: of the run.
-        about: what the manifest says of the making.
+        tensors: this rank's parts of the tensors, see `contents.collect`.
+        generators: this rank's random generators.
+        position: the source's position, as this rank has it.
+        state: the trainer's state, as plain JSON values.
+        config: the run's config.
+        about: what the manifest tells about the run.
     """
 
     tensors: dict[str, Any]
@@ -49,28 +49,28 @@ class Content:
 def write(
     final: Path, content: Content, tidy: Callable[[], None], group: dist.ProcessGroup | None
 ) -> None:
-    """Write a checkpoint, durable, under the name `final` (a collective).
+    """Write a checkpoint durably under the name `final` (a collective).
 
     Args:
-        tidy: what rank 0 does when it is there.
-        group: of all ranks.
+        tidy: called on rank 0 when the checkpoint is there.
+        group: a process group of all ranks.
 
     Raises:
-        CheckpointError: on every rank, where one of them cannot write its part. Earlier
-            checkpoints are as they were.
+        CheckpointError: on every rank, if one of them cannot write its part. Earlier checkpoints
+            are unchanged.
     """
     folder = final.parent
     needed = int(sum_over_ranks(torch.tensor(n_bytes(content.tensors)), group))
 
     def failed(reason: str) -> CheckpointError:
         problem = cannot_write(folder.parent, final, reason, needed)
-        return CheckpointError(f"{problem}; earlier checkpoints are as they were")
+        return CheckpointError(f"{problem}; earlier checkpoints are unchanged")
 
     def unseen(reason: str) -> CheckpointError:
         return CheckpointError(
             f"trainer.save_dir={folder.parent}: rank 0 does not find in {final} what all "
             f"ranks wrote ({reason}); give a folder that all machines share; earlier "
-            "checkpoints are as they were"
+            "checkpoints are unchanged"
         )
 
     def first(action: Callable[[], Any]) -> Callable[[], Any]:
@@ -98,7 +98,7 @@ def write(
 
 
 def _new_folder(final: Path, needed: int) -> Path:
-    """Rank 0: one that nobody else writes to, where there is room for it."""
+    """Rank 0: a new folder that nothing else writes to; OSError if there is no room."""
     final.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(final.parent).free < needed:
         raise OSError("too little space")
@@ -108,10 +108,10 @@ def _new_folder(final: Path, needed: int) -> Path:
 def _write_part(
     temporary: Path, tensors: Any, own: dict[str, Any], group: dist.ProcessGroup | None
 ) -> manifest.Files:
-    """This rank's part, durable; returns what it has written."""
-    # Named, as dcp would look for other writers, and import them, in mid-run. It syncs its files.
+    """Write this rank's part durably; returns the fingerprints of its files."""
+    # Given, as dcp would search for writers and import them during a run. It syncs its files.
     dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
-    # One file a rank: a plain value under one key would be stored once for all ranks.
+    # One file per rank: a plain value under one key would be stored once for all ranks.
     path = temporary / f"rank{rank()}.pt"
     with path.open("wb") as file:
         torch.save(own, file)
@@ -121,7 +121,7 @@ def _write_part(
 
 
 def _write_rest(temporary: Path, content: Content, parts: list[manifest.Files]) -> None:
-    """Rank 0: what only one can write, the manifest last."""
+    """Rank 0: write what only one rank can write, the manifest last."""
     (temporary / TRAINER).write_text(json.dumps(content.state))
     if content.config is not None:
         resume.write(temporary, content.config)
@@ -136,8 +136,8 @@ def _write_rest(temporary: Path, content: Content, parts: list[manifest.Files]) 
 
 
 def _find_all(temporary: Path) -> None:
-    """Rank 0: all that its manifest lists has to be there. Network file systems show late what
-    others wrote."""
+    """Rank 0: wait until all files in the manifest are there. Network file systems show the files
+    of other machines late."""
     end = time.monotonic() + PATIENCE
     while True:
         try:
@@ -150,7 +150,7 @@ def _find_all(temporary: Path) -> None:
 
 
 def _give_name(temporary: Path, final: Path, tidy: Callable[[], None]) -> None:
-    """Rank 0: from now on it counts."""
-    temporary.chmod(0o755)  # mkdtemp's is for its owner alone
+    """Rank 0: give the checkpoint its name. From now on it counts."""
+    temporary.chmod(0o755)  # mkdtemp's mode is for its owner only
     publish(temporary, final)
     tidy()

@@ -28,10 +28,10 @@ class Jsonl:
         temporary.write_text("".join(f"{line}\n" for line in kept))
         temporary.replace(self.path)
         self._file = self.path.open("a+")
-        self._left_out: set[str] = set()  # metrics that were not finite once
+        self._left_out: set[str] = set()  # metrics reported as not finite
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Raises OSError where there is no room."""
+        """Write a row. Raises OSError if that fails."""
         self._restore_if_moved()
         row = self._finite(step, metrics)
         self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
@@ -41,11 +41,11 @@ class Jsonl:
         try:
             self._file.close()
         except OSError:
-            pass  # a row for which there was no room, which `log` has told
+            pass  # a row that could not be written, which `log` has reported
 
     def _finite(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Without those that are not finite, each of which is told once: JSON has no such numbers,
-        and Python's NaN ends jq and others."""
+        """The finite metrics. Others are reported once each: JSON has no such numbers, and jq and
+        others fail on Python's NaN."""
         left_out = {name for name, value in metrics.items() if not math.isfinite(value)}
         for name in sorted(left_out - self._left_out):
             self._tell(
@@ -56,15 +56,15 @@ class Jsonl:
         return {name: value for name, value in metrics.items() if name not in left_out}
 
     def _restore_if_moved(self) -> None:
-        """Somebody may delete or move the file, or its folder; it is still open here."""
+        """Write the file again if it or its folder was deleted or moved; it is still open here."""
         try:
             if os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
                 return
-            text = ""  # another one is there
+            text = ""  # another file is there
         except (FileNotFoundError, NotADirectoryError):
             self._file.seek(0)
             text = self._file.read()
-        except OSError:  # nobody knows; writing to it shows
+        except OSError:  # unknown; the next write will show
             return
         self._tell(f"{self.path} was deleted, moved or replaced; it is written there again")
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,5 +82,5 @@ class Jsonl:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except (ValueError, LookupError, TypeError):
-                self._tell(f"{self.path}: a line that is no step's was dropped: {line:.80}")
+                self._tell(f"{self.path}: a line that is not a step was dropped: {line:.80}")
         return kept

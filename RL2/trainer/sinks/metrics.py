@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl` always, trackers when asked, a line a step to the terminal."""
+"""Where metrics go: `metrics.jsonl` always, trackers if asked, a line per step to the terminal."""
 
 import logging
 import os
@@ -20,8 +20,8 @@ from RL2.trainer.sinks.terminal import Clock, summary
 
 logger = logging.getLogger(__name__)
 
-# Seconds that trackers get for what they have not sent yet when a run ends; one that was stopped
-# may be killed after thirty.
+# Seconds that trackers get to send the rest when a run ends. A run that was stopped may be killed
+# after thirty.
 _FINISH, _FINISH_BAD = 60.0, 10.0
 _RUN_ID = 8  # characters, as wandb's own
 
@@ -30,17 +30,16 @@ class Metrics:
     """Rank 0's sinks.
 
     Args:
-        config: the whole run's.
-        resumed_step: the last step that was done before.
-        run_id: by which the trackers know the run that goes on; None: they begin one. It is one for
-            all: a tracker that knows a run by something else finds it by this.
+        config: the config of the whole run.
+        resumed_step: the last step done before.
+        run_id: the id by which all trackers find a resumed run; None begins a new one.
     """
 
     def __init__(self, config: DictConfig, resumed_step: int, run_id: str | None):
         resumed = run_id is not None
         trackers = trackers_of(config.trainer)
         if run_id is None and trackers:
-            # Made here, so that the first checkpoint knows it, whether a tracker answers or not.
+            # Made here, so that the first checkpoint has it even if no tracker answers.
             run_id = os.environ.get("WANDB_RUN_ID") or _new_run_id()
         self.run_id = run_id
         run = TrackedRun(
@@ -63,7 +62,7 @@ class Metrics:
         return self.jsonl.path
 
     def log(self, step: int, n_steps: int, metrics: dict[str, float]) -> None:
-        """Raises OSError where `metrics.jsonl` cannot be written."""
+        """Log a step. Raises OSError if `metrics.jsonl` cannot be written."""
         self.jsonl.log(step, metrics)
         for tracker in self.trackers:
             tracker.notify()
@@ -71,7 +70,7 @@ class Metrics:
         logger.info("step %d/%d  %s", step, n_steps, "  ".join(filter(None, shown)))
 
     def close(self, good: bool = True) -> None:
-        """good: whether the run came to its end."""
+        """Close all sinks. good: whether the run came to its end."""
         self.jsonl.close(good)
         for tracker in self.trackers:
             tracker.finish(good)

@@ -8,15 +8,15 @@ from typing import Any
 
 from RL2.trainer.sinks.sink import TrackedRun
 
-_ID = "rl2.run_id"  # MLflow chooses the ids of its runs, and is asked for ours by this tag
-_PARAMS = 100  # in one request, at most
+_ID = "rl2.run_id"  # MLflow chooses its own run ids; this tag holds RL2's
+_PARAMS = 100  # at most, in one request
 _LENGTH = 500  # characters of a parameter that every store takes
 
 
 class MLflow:
     """The store of MLFLOW_TRACKING_URI, else files in the folder `mlruns` of the run.
 
-    An experiment of MLflow is a project here. Steps that come again are there twice, with equal
+    A project is an experiment of MLflow. Steps that a resumed run repeats appear twice, with equal
     numbers.
     """
 
@@ -24,10 +24,10 @@ class MLflow:
     afterwards = ""
 
     def __init__(self, run: TrackedRun, tell: Callable[[str], None]):
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a run tells nobody of itself
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # sends no usage data
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
-            # MLflow asks for a database, which takes its large package.
+            # By default MLflow asks for a database, which needs its large package.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             uri = Path(run.folder, "mlruns").absolute().as_uri()
         from mlflow import MlflowClient

@@ -1,4 +1,4 @@
-"""The trainer's side of a sink that lives in a process of its own."""
+"""The trainer's side of a sink that runs in a process of its own."""
 
 import json
 import logging
@@ -14,18 +14,18 @@ from RL2.trainer.sinks.sink import Sink, TrackedRun
 
 logger = logging.getLogger(__name__)
 
-_STOP_GRACE = 15.0  # seconds for the guard, which kills after three of its own
+_STOP_GRACE = 15.0  # seconds for the guard, which kills after 3 seconds
 
 
 class SinkProcess:
     """A sink that follows `metrics.jsonl` in a process of its own (`runner`), under a guard.
 
-    No call waits for it but `wait`. What goes wrong there is said once, and then it is left alone:
-    the file has everything.
+    Only `wait` waits for it. A failure is reported once, and the sink is then left alone: the file
+    has everything.
 
     Args:
-        name: in `SINKS`.
-        path: of `metrics.jsonl`; what stands in it already is not sent.
+        name: the sink's name in `SINKS`.
+        path: the path of `metrics.jsonl`; the rows already in it are not sent.
     """
 
     def __init__(self, name: str, sink: type[Sink], run: TrackedRun, path: Path):
@@ -49,17 +49,17 @@ class SinkProcess:
         os.set_blocking(self._process.stdout.fileno(), False)
 
     def notify(self) -> None:
-        """The file has grown. Passes on what the sink has to say."""
+        """Tell the sink that the file has grown, and pass on its messages."""
         self._send(runner.GROWN)
         self._pass_on()
 
     def finish(self, good: bool) -> None:
-        """Have it send the rest and end. good: whether the run came to its end."""
+        """Let the sink send the rest and end. good: whether the run came to its end."""
         self._send(runner.GOOD if good else runner.BAD)
         self._process.stdin.close()
 
     def wait(self, deadline: float, seconds: float) -> None:
-        """Wait until it has ended, or end it at the deadline, which is so many seconds after the
+        """Wait until the sink has ended, or end it at the deadline, which is `seconds` after the
         run."""
         process = self._process
         try:
@@ -82,7 +82,7 @@ class SinkProcess:
         try:
             os.write(self._process.stdin.fileno(), words)
         except BlockingIOError:
-            pass  # it has been told thousands of times, and looks at the file when it can
+            pass  # it has thousands of notices, and reads the file when it can
         except BrokenPipeError:
             if self._process.poll() not in (None, runner.TOLD):
                 self._warn(f"its process ended with status {self._process.returncode}")
@@ -92,7 +92,7 @@ class SinkProcess:
             logger.warning("%s: %s", self.name, line)
 
     def _warn(self, what: str) -> None:
-        """Say once that there is nothing more to expect."""
+        """Warn once that the sink gets no more rows."""
         if not self.given_up:
             beside = f" ({self._afterwards})" if self._afterwards else ""
             logger.warning("%s: %s; %s has every step%s", self.name, what, self.path, beside)

@@ -1,4 +1,4 @@
-"""The sinks by name, and whether those that a run wants can be used."""
+"""The sinks by name, and a check that those of a run are installed."""
 
 from importlib.util import find_spec
 

@@ -10,7 +10,7 @@ from RL2.trainer.sinks.sink import TrackedRun
 class TensorBoard:
     """Event files in the folder `tensorboard` of the run.
 
-    The config is not in them: `config.yaml` lies beside.
+    The config is not in them, but in `config.yaml` of the run.
     """
 
     module = install = "tensorboard"
@@ -23,7 +23,7 @@ class TensorBoard:
 
         self._event, self._summary = Event, Summary
         self._writer = EventFileWriter(os.path.join(run.folder, "tensorboard"))
-        if run.resumed:  # readers forget the steps of a killed run that come again
+        if run.resumed:  # readers drop the steps of a killed run that come again
             start = SessionLog(status=SessionLog.START)
             self._add(run.resumed_step + 1, session_log=start)
 

@@ -10,9 +10,9 @@ _ONLY_IF_NOT_ZERO = ("actor/skipped", "actor/nonfinite")
 
 
 class Clock:
-    """How long a run goes on since it was started, or resumed, and how long it will.
+    """How long a run has taken since it was started or resumed, and how long it will take.
 
-    step: the last one that was done before.
+    step: the last step done before.
     """
 
     def __init__(self, step: int):
@@ -20,8 +20,8 @@ class Clock:
         self._from = step, self.start
 
     def tick(self, step: int, n_steps: int) -> str:
-        """What the line of a step says of time; the steps to come are taken to be like those since
-        the start, without the evaluation before them."""
+        """The times in the line of a step. The time left is estimated from the steps since the
+        start, without the evaluation before them."""
         now = time.monotonic()
         said = f"elapsed {hours(now - self.start)}"
         first, since = self._from
@@ -33,13 +33,13 @@ class Clock:
 
 
 def hours(seconds: float) -> str:
-    """As h:mm:ss."""
+    """Seconds as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def summary(metrics: dict[str, float]) -> str:
-    """The metrics of a step that are worth a look at each."""
+    """The metrics that are shown for each step."""
     return "  ".join(
         f"{name} {metrics[name]:.4g}"
         for name in _SUMMARY

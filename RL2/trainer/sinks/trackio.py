@@ -9,8 +9,8 @@ from RL2.trainer.sinks.sink import TrackedRun
 class Trackio:
     """A local database that `trackio show` reads, or TRACKIO_SPACE_ID.
 
-    trackio finds a run again by its name, so that holds the run's id. Steps that come again are
-    there twice, with equal numbers.
+    trackio finds a run by its name, so the name holds the run's id. Steps that a resumed run
+    repeats appear twice, with equal numbers.
     """
 
     module = install = "trackio"

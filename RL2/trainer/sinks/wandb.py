@@ -13,7 +13,7 @@ class Wandb:
     """
 
     module = install = "wandb"
-    afterwards = "`wandb sync` sends what lies under its folder wandb"
+    afterwards = "`wandb sync` sends what is in its folder wandb"
 
     def __init__(self, run: TrackedRun, tell: Callable[[str], None]):
         import wandb

@@ -1,1 +1,1 @@
-"""What a run checks, says and loads before its first step."""
+"""What a run checks, logs and loads before its first step."""

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step."""
+"""What a run logs about itself before its first step."""
 
 from collections.abc import Iterable
 
@@ -19,9 +19,9 @@ def banner(
     done: int,
     n_steps: int,
 ) -> list[str]:
-    """Two lines: what trains on what, and which steps it will take.
+    """Two lines: what is trained on what, and which steps the run will take.
 
-    done: the step after which it goes on.
+    done: the last step already done.
     """
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
     n_all, n_trained = sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)

@@ -1,4 +1,4 @@
-"""What is said and saved of the tokens that end a turn."""
+"""What is logged and saved about the tokens that end a turn."""
 
 import logging
 from collections.abc import Iterable
@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 def missing_ends(
     model_name: str, tokenizer: PreTrainedTokenizerBase, ends: EndTokens, source: Source
 ) -> tuple[int, ...]:
-    """The end tokens that this run learns or stops at and the model's folder does not name, so that
-    others who generate from it would not stop; said in one line."""
+    """The end tokens that this run learns or stops at but the model's folder does not name; warns,
+    as programs that generate from that folder would not stop at them."""
     missing = tuple(token for token in source.end_ids if token not in ends.saved)
     if missing:
         logger.warning(
@@ -30,12 +30,12 @@ def missing_ends(
 
 
 def name_ends(model: PreTrainedModel, saved: tuple[int, ...], missing: tuple[int, ...]) -> None:
-    """Have the model's generation config, which is saved with it, name all end tokens."""
+    """Add the missing end tokens to the model's generation config, which is saved with it."""
     if not missing:
         return
     model.generation_config.eos_token_id = [*saved, *missing]
-    # transformers saves what it has read as it is, but of what was changed it refuses much that
-    # published models have, such as a temperature without do_sample.
+    # transformers saves a config as it was read, but refuses a changed one with settings that
+    # published models have, such as a temperature without do_sample. So it is read again.
     with TemporaryDirectory() as folder:
         model.generation_config.to_json_file(Path(folder) / GENERATION_CONFIG_NAME)
         model.generation_config = type(model.generation_config).from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What tells apart the things that a run is made of, wherever their files lie."""
+"""Fingerprints of a run's inputs, which do not depend on where the files are."""
 
 import json
 import sys
@@ -27,10 +27,11 @@ def of_run(
     datasets: Mapping[str, Dataset],
     models: Iterable[str],
 ) -> dict[str, str]:
-    """Of what decides a run beside its config and the rows that it trains on, by its key, or by
-    what it is of actor.model_name.
+    """Fingerprints of what a run depends on besides its config and training rows, by key, or by
+    name for the parts of actor.model_name.
 
-    datasets: what was read, by the node that names it. models: nodes of those that will be loaded.
+    datasets: the data sets that were read, by the node that names them.
+    models: the nodes of the models that will be loaded.
     """
     found = {}
     for key, places in user_code(config).items():
@@ -54,22 +55,22 @@ def _file_of(location: str) -> str:
 
 
 def readable(found: Mapping[str, str]) -> dict[str, str]:
-    """Those of what could be read."""
+    """The fingerprints of what could be read."""
     return {name: text for name, text in found.items() if not text.startswith(NOT_READABLE)}
 
 
 def _of_model(node: DictConfig) -> str:
-    """Of its weights and config, and of code in its folder."""
+    """The fingerprint of a model's weights and config, and of code in its folder."""
     try:
         found = model_fingerprint(node.model_name, node.revision)
         code = b"".join(path.read_bytes() for path in sorted(Path(node.model_name).glob("*.py")))
-    except Exception as error:  # of broken files, anything; who loads the model says it
+    except Exception as error:  # broken files may raise anything; loading reports it
         return f"{NOT_READABLE} {first_line(error)}"
     return sha256(found.encode() + code).hexdigest() if code else found
 
 
 def source_fingerprint(file: str | Path) -> str:
-    """A SHA-256 of a Python file and of the modules of somebody's own that it imports."""
+    """A SHA-256 of a Python file and of the user's modules that it imports."""
     texts = sha256()
     for name, text in sorted(with_imports(Path(file)).items()):
         texts.update(name.encode() + text)
@@ -77,8 +78,8 @@ def source_fingerprint(file: str | Path) -> str:
 
 
 def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """A SHA-256 each of its `vocabulary` (which token has which number), of the `tokenizer` beside
-    that (how text becomes tokens, and which of them are special), and of its `chat template`."""
+    """A SHA-256 each of its `vocabulary` (the number of each token), of the rest of the `tokenizer`
+    (how text becomes tokens, and which of them are special), and of its `chat template`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else {}
     model = rules.get("model") or {}

@@ -17,8 +17,8 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 def help_text(trainer: str, argv: Sequence[str] = ()) -> str:
     """The keys of a trainer, each with its default and its explanation.
 
-    argv: words in it that are neither flag nor override choose the keys: those whose name or
-        explanation holds one of them.
+    argv: the command line. If it has words that are neither flags nor overrides, only keys that
+        mention one of them are shown.
     """
     words = [word.lower() for word in argv if not word.startswith("-") and "=" not in word]
     width = min(_WIDEST, shutil.get_terminal_size((_WIDEST, 24)).columns)
@@ -29,7 +29,7 @@ def help_text(trainer: str, argv: Sequence[str] = ()) -> str:
         "",
         header(yaml_files(trainer)[-1]),
         "",
-        "Keys and their defaults; ??? has to be given, ${key} follows another key.",
+        "Keys and their defaults; ??? must be set, ${key} follows another key.",
     ]
     group = None
     for name, key in keys_of(SCHEMAS[trainer]).items():
@@ -48,7 +48,7 @@ def help_text(trainer: str, argv: Sequence[str] = ()) -> str:
         )  # fmt: skip
     lines += [
         "",
-        "--help WORD shows the keys that speak of WORD, --cfg job the config that a command makes,",
+        "--help WORD shows the keys that mention WORD, --cfg job the config that a command makes,",
         "--hydra-help hydra's flags: several values at once (--multirun), yaml files of your own.",
     ]
     return "\n".join(lines) + "\n"

@@ -19,8 +19,9 @@ from RL2.trainer.startup.models import load_tokenizer
 class Inputs:
     """
     Attributes:
-        ends: the model's end tokens. missing_ends: those of them that its folder does not name.
-        fingerprints: of what the run is made of (`fingerprints.of_run`).
+        ends: the model's end tokens.
+        missing_ends: the end tokens of the run that the model's folder does not name.
+        fingerprints: fingerprints of the run's inputs (`fingerprints.of_run`).
     """
 
     algorithm: Algorithm
@@ -32,7 +33,7 @@ class Inputs:
 
 
 def read_inputs(config: DictConfig) -> Inputs:
-    """Algorithm, tokenizer, environment and data, what is cheap to find wrong first. Nothing here
+    """Read algorithm, tokenizer, environment and data, with the cheapest checks first. Nothing here
     waits for other ranks."""
     make_source = resolve_source(config)
     algorithm = resolve_algorithm(config, make_source.brings(config))

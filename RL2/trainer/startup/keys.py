@@ -1,4 +1,4 @@
-"""What there is to say of the keys of a trainer: their defaults, types and explanations."""
+"""The defaults, types and explanations of a trainer's keys."""
 
 import types
 import typing
@@ -23,27 +23,27 @@ _WORDS = {int: "whole number", float: "number", bool: "true or false", str: "tex
 
 
 def yaml_files(trainer: str) -> list[Path]:
-    """The yaml files behind a trainer, that of its own last."""
+    """The yaml files of a trainer, its own last."""
     path = FOLDER / f"{trainer}.yaml"
     base = OmegaConf.load(path).defaults[0]
     return [path] if base.endswith("_schema") else [*yaml_files(base), path]
 
 
 def header(path: Path) -> str:
-    """What a yaml file says at its top, without the marks of a comment."""
+    """The comment at the top of a yaml file, without its marks."""
     lines = path.read_text(encoding="utf-8").splitlines()
     n = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     return "\n".join(line.removeprefix("#").strip() for line in lines[:n])
 
 
 def listed_names() -> Names:
-    """As `reference` has written them: the registries themselves import torch, which takes
+    """The names that `reference` has written: the registries themselves import torch, which takes
     seconds."""
     return OmegaConf.to_container(OmegaConf.load(NAMES))
 
 
 def defaults(trainer: str) -> dict[str, str]:
-    """Every key of a trainer with its default, as one would write it; `${…}` unresolved."""
+    """Every key of a trainer with its default, as on a command line; `${…}` unresolved."""
     schema = SCHEMAS[trainer]
     given = [OmegaConf.load(path) for path in yaml_files(trainer)]
     for node in given:

@@ -1,8 +1,8 @@
-"""What the last bits of a run's numbers depend on beside its config: threads, and the machine.
+"""What the last bits of a run's results depend on besides its config: threads, and the machine.
 
-Threads share long sums, each of a part of them, so their number decides in which order they are
-added. It is the same on all ranks, as copies of one parameter would drift apart else, and a
-checkpoint keeps it.
+Each thread adds up a part of a long sum, so the number of threads decides the order of additions.
+It is the same on all ranks, as copies of a parameter would drift apart otherwise, and checkpoints
+keep it.
 """
 
 import logging
@@ -25,10 +25,11 @@ Machine = dict[str, str]
 
 
 def use_threads(asked: int | None, about: Mapping[str, Any]) -> int:
-    """Have all ranks work with the same number of threads (a collective); that number.
+    """Set the same number of threads on all ranks (a collective); returns that number.
 
-    asked: `trainer.num_threads`. about: what is said of the checkpoint that the run goes on from,
-        with whose number it goes on if it has as many ranks.
+    asked: `trainer.num_threads`.
+    about: what the manifest of the resumed checkpoint tells. With as many ranks as then, its number
+        of threads is kept.
     """
     own = min(of_all(asked or torch.get_num_threads()))
     saved = about.get("threads") if about.get("world_size") == world_size() else None
@@ -43,7 +44,7 @@ def use_threads(asked: int | None, about: Mapping[str, Any]) -> int:
 
 
 def this_machine(device: torch.device) -> Machine:
-    """What numbers are computed with here."""
+    """What this rank computes with."""
     found = {
         "CPU": f"{_cpu()} ({torch.backends.cpu.get_cpu_capability()})",
         "C++ compiler": "found" if has_compiler() else "none",  # decides on the kernels
@@ -53,7 +54,7 @@ def this_machine(device: torch.device) -> Machine:
 
 
 def all_machines(device: torch.device) -> list[Machine]:
-    """Those of all ranks, each kind once (a collective). Says it where there are several kinds."""
+    """The machines of all ranks, each kind once (a collective). Warns if there are several."""
     kinds = [dict(one) for one in sorted({tuple(m.items()) for m in of_all(this_machine(device))})]
     if len(kinds) > 1:
         logger.warning(
@@ -64,10 +65,10 @@ def all_machines(device: torch.device) -> list[Machine]:
 
 
 def changes(about: Mapping[str, Any], threads: int, machines: Sequence[Machine]) -> list[str]:
-    """A line on why the last bits may be others than those of the run that wrote a checkpoint;
-    empty where there is no reason. (With another number of ranks they are in any case.)
+    """A line on why the last bits may differ from those of the run that wrote a checkpoint; empty
+    if there is no reason. (With another number of ranks they differ in any case.)
 
-    about: what is said of the checkpoint. threads, machines: of this run.
+    about: what the checkpoint's manifest tells. threads, machines: those of this run.
     """
     if about.get("world_size") != world_size() or not about.get("machines"):
         return []

@@ -1,4 +1,4 @@
-"""What a run loads of its models: the actor's tokenizer, and what computes fields of a batch."""
+"""Loads the actor's tokenizer, and the models that compute fields of a batch."""
 
 from collections.abc import Callable, Collection, Mapping
 
@@ -16,11 +16,11 @@ from RL2.runtime.errors import ConfigError, first_line
 from RL2.workers import Actor, ShardedModel
 
 Provider = Callable[[Batch | None, Mapping[str, str]], Batch | None]
-"""Adds fields, by their names, each a statistic, to rank 0's batch (a collective)."""
+"""Adds fields, given as {name: statistic}, to rank 0's batch (a collective)."""
 
 
 def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
-    """The actor's tokenizer; ConfigError where there is none, or one of another model."""
+    """The actor's tokenizer; ConfigError if there is none, or it is of another model."""
     name, options = config.actor.model_name, hub_options(config.actor)
     ask_hub(config.actor, "actor")
     try:
@@ -39,7 +39,7 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
             "that this machine reaches or has cached"
         ) from error
     rows = getattr(model.get_text_config(), "vocab_size", None)
-    # A special token beyond them is never read, nor written.
+    # Special tokens beyond them are never used.
     ordinary = set(tokenizer.get_vocab().values()) - special_ids(tokenizer)
     if rows is not None and max(ordinary, default=0) >= rows:
         raise ConfigError(
@@ -53,7 +53,7 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
 def load_providers(
     config: DictConfig, needs: Collection[str], actor: Actor, device: torch.device, traffic: Traffic
 ) -> dict[str, Provider]:
-    """What computes the fields that an algorithm needs, by the names that `needs` has for it."""
+    """The providers of the fields that an algorithm needs, by their names in `needs`."""
     providers: dict[str, Provider] = {"old_logps": actor.annotate}
     if "ref_logps" in needs:
         reference = load_reference(config, device, traffic)
@@ -63,8 +63,8 @@ def load_providers(
 
 
 def load_reference(config: DictConfig, device: torch.device, traffic: Traffic) -> ShardedModel:
-    """The reference policy: `ref_actor`, or where a trainer has none, the actor's model as the run
-    begins. A ConfigError names the keys of `ref_actor`, which workers do not."""
+    """The reference policy: `ref_actor`, or if a trainer has none, the actor's initial model. A
+    ConfigError names the keys of `ref_actor`, which workers do not know."""
     if "ref_actor" not in config:
         names = keys_of(RefActorConfig).keys() & config.actor.keys()
         node = {name: config.actor[name] for name in names}

@@ -1,4 +1,4 @@
-"""The Python files that somebody's file consists of: itself, and modules of their own behind it."""
+"""The files of user code: a Python file, and the modules that it imports."""
 
 import ast
 import sys
@@ -10,11 +10,10 @@ from RL2.environments.modules import installed
 
 
 def with_imports(file: Path) -> dict[str, bytes]:
-    """The text of a Python file, under an empty name, and those of all modules that it imports, and
-    they in turn, by name; not of installed packages, whose versions tell enough.
+    """The text of a Python file, under an empty name, and those of all modules that it imports,
+    directly or not, by name. Installed packages are left out: their versions tell enough.
 
-    The files are read, not run, so what is imported late is there, too; not what has a name that is
-    made up at run time.
+    The files are read, not run. So late imports are found, but not names made up at run time.
     """
     found = {"": file.read_bytes()}
     waiting = [("", "")]
@@ -33,7 +32,7 @@ def _imports(source: bytes, package: str) -> Iterator[str]:
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
-        return  # no Python; whoever imports it says it
+        return  # not Python; importing it reports that
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -45,9 +44,9 @@ def _imports(source: bytes, package: str) -> Iterator[str]:
 
 
 def _specs(name: str, folder: Path) -> Iterator[ModuleSpec]:
-    """Of a module and the packages around it, as far as they are somebody's own.
+    """The specs of a module and of the packages around it, unless they are installed.
 
-    folder: where it is looked for as well, as many a file adds its own to `sys.path`.
+    folder: an additional place to search, as many files add their own folder to `sys.path`.
     """
     parts = name.split(".")
     places = [*sys.path, str(folder)]

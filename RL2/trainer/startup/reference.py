@@ -2,7 +2,7 @@
 
     python -m RL2.trainer.startup.reference
 
-writes them anew, in a checkout. A test compares them with the schema.
+rewrites them in a checkout. A test compares them with the schema.
 """
 
 import pkgutil
@@ -33,12 +33,12 @@ _INTRO = """\
 # Configuration keys
 
 Every key of every trainer. Set one with `key=value` on the command line. `--help` shows the same
-for one trainer, and `--help WORD` the keys that speak of WORD. `--cfg job` behind a command prints
-what the command amounts to.
+for one trainer, and `--help WORD` the keys that mention WORD. `--cfg job` after a command prints
+the config that the command results in.
 
-`???` has to be given. `${key}` follows another key until it is set. `${for_loss:name,value,…}` has
-the value that stands behind the name in `actor.loss.name`, and is null for any other loss. null
-means off, or that the library decides, as the explanation says.
+`???` must be set. `${key}` follows another key until it is set. `${for_loss:name,value,…}` takes
+the value after the name in `actor.loss.name`, and is null for any other loss. null means off, or
+that the library decides, as the explanation says.
 
 A yaml file of your own begins with `defaults: [spo, _self_]` and holds the keys that differ.
 
@@ -47,7 +47,7 @@ This page is written by `python -m RL2.trainer.startup.reference`.
 
 
 def registered_names() -> Names:
-    """The names of all registries, each with the first words of the docstring behind it."""
+    """The names of all registries, each with the first words of its entry's docstring."""
     return {
         key: {name: _meaning(entry) for name, entry in registry_of(key).items()}
         for key in REGISTRIES
@@ -55,7 +55,7 @@ def registered_names() -> Names:
 
 
 def _meaning(entry: Any) -> str:
-    """entry: what a name stands for, or by `module:name` where that is."""
+    """The first words of an entry's docstring. entry: the object, or its `module:name`."""
     entry = pkgutil.resolve_name(entry) if isinstance(entry, str) else entry
     said = getattr(entry, "help", "") or (entry and entry.__doc__) or ""
     said = said.partition("\n")[0]
@@ -128,7 +128,7 @@ def commented(text: str, keys: dict[str, Key], names: Names) -> str:
         code = line.strip()
         depth = (len(line) - len(line.lstrip())) // 2
         if depth and code.startswith("#"):
-            continue  # made anew
+            continue  # written again below
         name, colon, _ = code.partition(":")
         if colon and name.isidentifier():
             parents = [*parents[:depth], name]
@@ -147,7 +147,7 @@ def commented(text: str, keys: dict[str, Key], names: Names) -> str:
 def written() -> dict[Path, str]:
     """Each file that is made from the schema, with the text that it should have."""
     names = registered_names()
-    head = "# What keys may name, with what it means. Written by RL2.trainer.startup.reference.\n"
+    head = "# The names that keys take, with meanings. Written by RL2.trainer.startup.reference.\n"
     found = {PAGE: page(names), NAMES: head + OmegaConf.to_yaml(OmegaConf.create(names))}
     for trainer, schema in SCHEMAS.items():
         path = FOLDER / f"{trainer}.yaml"

@@ -1,4 +1,4 @@
-"""Whether all ranks see one and the same folder, and may write to it."""
+"""A check that all ranks see the same folder, and may write to it."""
 
 import os
 import secrets
@@ -16,10 +16,10 @@ PATIENCE = 10.0  # seconds; network file systems show a new file late
 
 
 def check_shared(save_dir: str, patience: float = PATIENCE) -> None:
-    """Each rank writes a file that rank 0 has to see, and the other way round (a collective).
+    """Each rank writes a file that rank 0 must see, and the other way round (a collective).
 
-    Parts of a checkpoint that go to another machine's own disk are lost: the run would end well,
-    and nothing of it would load.
+    Otherwise parts of a checkpoint could go to the disks of other machines: the run would end well,
+    but its checkpoints would not load.
 
     Raises:
         ConfigError: on every rank, naming the first one that sees another folder, or may not
@@ -32,7 +32,7 @@ def check_shared(save_dir: str, patience: float = PATIENCE) -> None:
     token = broadcast(secrets.token_hex(16))
     own = folder / f"{TOKEN}{token}-{rank()}"
     try:
-        problems = of_all(_write(own, token))  # who comes back has closed it
+        problems = of_all(_write(own, token))  # returns when all have closed theirs
         if not any(problems):
             wanted = range(world_size()) if rank() == 0 else [0]
             missing = [
@@ -44,9 +44,9 @@ def check_shared(save_dir: str, patience: float = PATIENCE) -> None:
     finally:
         with suppress(OSError):
             own.unlink()
-    # Who comes back has all tokens removed.
+    # Returns when all ranks have removed their files.
     hosts = of_all(f"{socket.gethostname()}, there {folder.absolute()}")
-    if is_new:  # a run that is refused later leaves nothing
+    if is_new:  # a run that is refused later leaves no folder
         with suppress(OSError):
             folder.rmdir()
     for which, problem in enumerate(problems):
@@ -66,7 +66,7 @@ def check_shared(save_dir: str, patience: float = PATIENCE) -> None:
 
 
 def _write(path: Path, token: str) -> str | None:
-    """Why that does not go."""
+    """Write a file; returns why that failed, or None."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(token)
@@ -79,7 +79,7 @@ def _appears(path: Path, token: str, patience: float) -> bool:
     end = time.monotonic() + patience
     while True:
         try:
-            os.listdir(path.parent)  # some file systems look again only then
+            os.listdir(path.parent)  # some file systems refresh their cache only then
             if path.read_text() == token:
                 return True
         except OSError:

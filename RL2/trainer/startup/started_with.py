@@ -24,20 +24,20 @@ _VERSIONS = "install the same on all machines"
 _FILES = "give all ranks the same files"
 _VARIABLES = "set it alike for all ranks, or for none"
 
-# Files that may lie elsewhere on each machine. What they hold is compared when it is read.
-_FILES_OF = {
+# Paths may differ between machines. The contents are compared when they are read.
+_PATH_KEYS = {
     "actor.model_name", "ref_actor.model_name", "rollout.model_name", "rollout.env_path",
     "train_data.path", "test_data.path", "data.path",
 }  # fmt: skip
-# Where a machine has what it needs for itself, how much it does at a time, and what rank 0 shows.
-_OF_A_MACHINE = {
+# What each machine may set for itself, and what only rank 0 uses.
+_MACHINE_KEYS = {
     "rollout.server_python", "rollout.weights_dir", "rollout.base_port", "rollout.env_workers",
     "rollout.servers_per_node", "rollout.gpu_memory_utilization",
     "trainer.trackers", "trainer.use_wandb", "trainer.project", "trainer.show_samples",
 }  # fmt: skip
 
 _PACKAGES = ("rl2", "torch", "transformers", "tokenizers")
-_OF_CUDA = ("triton", "flash-attn", "liger-kernel")
+_CUDA_PACKAGES = ("triton", "flash-attn", "liger-kernel")
 
 # Variables of libraries that change numbers.
 VARIABLES = (
@@ -50,9 +50,9 @@ _DEBUG = "TORCH_DISTRIBUTED_DEBUG"
 
 
 def started_with(config: DictConfig) -> dict[str, Fact]:
-    """By key, package or variable.
+    """What this rank was started with, by key, package or variable.
 
-    config: composed, checked, and with what is `auto` decided for this machine, but not resolved.
+    config: composed and checked, with `auto` values decided for this machine, but not resolved.
     """
     return dict([*_command(config), *_versions(config), *_variables()])
 
@@ -60,9 +60,10 @@ def started_with(config: DictConfig) -> dict[str, Fact]:
 def files_behind(
     config: DictConfig, inputs: Mapping[str, str], datasets: Mapping[str, Dataset]
 ) -> dict[str, Fact]:
-    """What the config's paths and names stand for on this machine.
+    """The contents behind the config's paths and names on this machine.
 
-    inputs: `fingerprints.of_run`. datasets: what was read, by the node that names it.
+    inputs: what `fingerprints.of_run` returned. datasets: the data sets that were read, by the node
+        that names them.
     """
     facts = {}
     for key, data in datasets.items():
@@ -83,18 +84,18 @@ def _of_file(shown: str, content: str) -> Fact:
 
 
 def _command(config: DictConfig) -> Iterator[tuple[str, Fact]]:
-    # First, as other keys become something else with it.
+    # First, as other keys depend on it.
     yield "actor.device", Fact(str(config.actor.device), _DEVICE)
     unresolved = dict(flat(OmegaConf.to_container(config, resolve=False)))
     plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     hidden = dict(flat(redact_config(plain)))
-    # Those that follow others come last: the other one is what somebody has set.
+    # Keys that follow others come last: the user has set the other one.
     for key, value in sorted(flat(plain), key=lambda one: "${" in str(unresolved.get(one[0]))):
         if key in CODE_KEYS:
             yield key, Fact(as_text(without_places(value)), _COMMAND)
-        elif key in _FILES_OF:
+        elif key in _PATH_KEYS:
             yield key, Fact("null" if value is None else "a path", _COMMAND)
-        elif key not in {"actor.device", *_OF_A_MACHINE}:
+        elif key not in {"actor.device", *_MACHINE_KEYS}:
             yield key, Fact(as_text(hidden.get(key)), _COMMAND, fingerprint(as_text(value)))
 
 
@@ -103,7 +104,7 @@ def _versions(config: DictConfig) -> Iterator[tuple[str, Fact]]:
     used = (
         *_PACKAGES,
         *(("peft",) if config.actor.lora.rank is not None else ()),
-        *(_OF_CUDA if config.actor.device == "cuda" else ()),
+        *(_CUDA_PACKAGES if config.actor.device == "cuda" else ()),
     )
     found = record.versions()
     for name in used:
@@ -123,6 +124,6 @@ def _variables() -> Iterator[tuple[str, Fact]]:
     for name in VARIABLES:
         if name in os.environ:
             yield name, Fact(os.environ[name], _VARIABLES)
-    # With it torch looks at each collective by another one, for which the other ranks have to wait.
+    # With it torch runs another collective before each one, and other ranks must do the same.
     if os.environ.get(_DEBUG, "").upper() == "DETAIL":
         yield _DEBUG, Fact("DETAIL", _VARIABLES)

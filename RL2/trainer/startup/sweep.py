@@ -1,4 +1,4 @@
-"""Names for the runs of a sweep, so that none writes where another one does."""
+"""Names for the runs of a sweep, so that no two write to the same folder."""
 
 import re
 from collections.abc import Sequence
@@ -33,9 +33,9 @@ def name_run(config: DictConfig, argv: Sequence[str]) -> None:
 
 
 def run_name(overrides: Sequence[str], swept: set[str], number: int) -> str | None:
-    """Such as `lr_1e-4-seed_1`; None where the sweep names its runs itself.
+    """A name such as `lr_1e-4-seed_1`; None if the sweep names its runs itself.
 
-    overrides: `key=value` of this run. number: of the run in its sweep.
+    overrides: the `key=value` pairs of this run. number: the run's number in the sweep.
     """
     if swept & {"trainer.experiment_name", "trainer.save_dir"}:
         return None

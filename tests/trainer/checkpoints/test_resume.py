@@ -159,7 +159,7 @@ def never(*_, **__):
 
 
 REFUSED = [
-    ({"actor__lora__alpha": 16}, "actor.lora.alpha=16: ", "8", "adapters count alpha / rank times"),
+    ({"actor__lora__alpha": 16}, "actor.lora.alpha=16: ", "8", "adapters are scaled by"),
     ({"actor__lora__rank": 2}, "actor.lora.rank=2: ", "4", "the shape of what was trained"),
     ({"actor__lora__target_modules": "q_proj"}, "actor.lora.target_modules=[q_proj]: ",
      "[all-linear]", "other layers"),
@@ -193,7 +193,7 @@ def test_the_same_layers_in_another_order_are_the_same(files, tmp_path, lines):
 
 def test_a_checkpoint_of_another_kind_of_run_is_refused(files, saved):
     which = saved() / "checkpoints/step000003"
-    with pytest.raises(CheckpointError, match="as it is of a run on rows of a data set; to go on"):
+    with pytest.raises(CheckpointError, match="as its run was on rows of a data set; to go on"):
         train(files, "spo", saved().parent / "spo", trainer__load_ckpt_from=which)
 
 
@@ -212,7 +212,7 @@ def test_the_model_may_have_moved_but_not_changed(files, saved, tmp_path, lines,
     with pytest.raises(CheckpointError, match=f"give actor.model_name={files / 'model'}, or"):
         train(files, "sft", folder, **settings)
     other = write_model(tmp_path / "other", "gpt2")
-    with pytest.raises(CheckpointError, match="its weights, config.json or code are not those of"):
+    with pytest.raises(CheckpointError, match="its weights, config.json or code have changed"):
         train(files, "sft", folder, **settings | {"actor__model_name": other})
 
 
@@ -233,7 +233,7 @@ def test_other_rows_are_not_called_the_same(files, saved, tmp_path, lines):
     with pytest.raises(DataError, match="but not those that the checkpoint was written with"):
         train(files, "sft", saved(), **SETTINGS | LATEST | {"data__path": path})
     (line,) = [line for line in lines() if line.startswith("data.path=")]
-    assert line.endswith(f"was {files / 'rows.jsonl'} (its rows have to be the same)")
+    assert line.endswith(f"was {files / 'rows.jsonl'} (its rows must be the same)")
 
 
 def test_where_other_rows_are_left_the_changed_key_is_named(files, saved, lines):

@@ -18,7 +18,7 @@ def test_rows_that_were_damaged_are_dropped_and_named(tmp_path, caplog):
     path.write_bytes(b"\n".join([good[0].encode(), *bad, good[1].encode(), b'{"step": 3}', b""]))
     Metrics(config_of(tmp_path), 2, None).close()
     assert path.read_text().splitlines() == good
-    assert sum("no step's was dropped" in line for line in caplog.messages) == len(bad)
+    assert sum("not a step was dropped" in line for line in caplog.messages) == len(bad)
 
 
 def test_what_json_has_no_number_for_is_left_out_and_named_once(tmp_path, caplog):
