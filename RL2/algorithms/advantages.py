@@ -11,7 +11,7 @@ False are not read.
         first = (turn_ids == 0).float()
         return (rewards.sum(-1, keepdim=True) + bonus * entropy * first) * action_mask
 
-lies in a file of its own and trains with `adv.import_path=my_estimator.py:surprised`.
+is a complete example, which a run uses with `adv.import_path=my_estimator.py:surprised`.
 """
 
 from collections.abc import Callable

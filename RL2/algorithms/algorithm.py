@@ -1,4 +1,4 @@
-"""What an algorithm is: a loss, an advantage, and what both need to be given."""
+"""An algorithm: a loss, an advantage estimator, and the fields that both need."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Penalty:
-    """The KL from the reference policy, taken off the `reward` or the `advantage` of each token."""
+    """The KL to the reference policy, subtracted from `reward` or `advantage` of each token."""
 
     coef: float
     where: str
@@ -33,14 +33,14 @@ class Penalty:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What is learned from a batch, as the config says it.
+    """How a run learns from a batch.
 
     Attributes:
         loss: what the actor minimises.
-        advantage: batch -> advantages; None where batches bring their advantages.
-        needs: what is computed between the collection of a batch and its advantages: by the name
-            of its provider, fields with the token statistics that they are. One forward each.
-        penalty: None where there is none, or where the KL is a part of the loss.
+        advantage: batch -> advantages; None if batches bring their advantages.
+        needs: what is computed after a batch is collected and before its advantages: by the name of
+            the provider, the fields with their token statistics. One forward per provider.
+        penalty: the KL penalty; None if there is none, or the KL is a part of the loss.
     """
 
     loss: TokenLoss
@@ -49,8 +49,8 @@ class Algorithm:
     penalty: Penalty | None = None
 
     def advantages(self, batch: Batch | None) -> Batch | None:
-        """The batch with `advantages [B, T]`. They and the rewards, which are in float64 until
-        then, are float32. None, what a rank without a batch has, stays None.
+        """The batch with `advantages [B, T]`. They and the rewards, which were float64, become
+        float32. None, on a rank without a batch, stays None.
 
         Raises:
             TrainingError: the estimator breaks its contract.
@@ -73,11 +73,11 @@ class Algorithm:
 def resolve_algorithm(config: DictConfig, brought: Collection[str]) -> Algorithm:
     """The algorithm of a run.
 
-    brought: the fields that its source brings; what a loss asks for beside them is computed.
+    brought: the fields that its source brings; what a loss names besides them is computed.
 
     Raises:
-        ConfigError: of a loss or an estimator that there is not, or that this run cannot give what
-            it names; of a key that would have no effect.
+        ConfigError: a loss or an estimator that does not exist or names what this run does not
+            have, or a key that would have no effect.
     """
     own = [name for name in brought if name not in (*ROW_FIELDS, "pair_ids", "chosen")]
     loss = resolve_loss(config.actor.loss, brought=own)
@@ -96,7 +96,7 @@ def resolve_algorithm(config: DictConfig, brought: Collection[str]) -> Algorithm
 
 
 def resolve_penalty(config: DictConfig) -> Penalty | None:
-    """What `actor.kl` takes off rewards or advantages."""
+    """What `actor.kl` subtracts from rewards or advantages."""
     kl = config.actor.get("kl")
     if kl is None or kl.coef == 0 or kl.type not in ("reward", "advantage"):
         return None
@@ -109,8 +109,8 @@ def needed_fields(
     estimator: Estimator | None = None,
     brought: Collection[str] = (),
 ) -> dict[str, dict[str, str]]:
-    """`Algorithm.needs`: log-probabilities, and other statistics of the policy as it stands before
-    its updates, that are named and that no batch brings.
+    """`Algorithm.needs`: log-probabilities, and other statistics of the policy before its updates,
+    that are named and that no batch brings.
 
     `old_logps` are needed only where an estimator names them, where the policy moves away from the
     one that sampled (several optimizer steps a rollout, in a loss or importance weights that look
@@ -141,7 +141,7 @@ def needed_fields(
 
 
 def check_estimator(config: DictConfig, estimator: Estimator, brought: Collection[str]) -> None:
-    """ConfigError where this run cannot give the estimator what it names."""
+    """ConfigError if this run cannot give the estimator what it names."""
     there = {"action_mask", "sample_ids", "lengths", *brought}
     there |= {"old_logps", *OLD_STATISTICS, "ref_logps"}
     if missing := sorted({*estimator.fields.values()} - there):
@@ -153,12 +153,12 @@ def check_estimator(config: DictConfig, estimator: Estimator, brought: Collectio
 
 
 def check_loss(config: DictConfig, loss: TokenLoss, brought: Collection[str]) -> None:
-    """ConfigError where this run cannot give the loss what it names, or would ignore a key."""
+    """ConfigError if this run cannot give the loss what it names, or would ignore a key."""
     actor = config.actor
     if loss.draws and actor.get("tp_size", 1) > 1:
         raise ConfigError(
             f"actor.tp_size={actor.tp_size}: the loss {loss.name} draws random numbers, and "
-            "ranks that share their tokens would draw others; use actor.tp_size=1, or a "
+            "ranks that share their tokens would draw other numbers; use actor.tp_size=1, or a "
             "torch.Generator with a seed"
         )
     there = {"old_logps", *OLD_STATISTICS, "ref_logps", *brought}

@@ -1,4 +1,4 @@
-"""What a loss has to keep to, looked at in every call without waiting for the device.
+"""What a loss must keep to, checked in every call without waiting for the device.
 
 A trial shows what a loss does on made-up tokens; what it does after a thousand steps, only that
 call shows.
@@ -15,7 +15,7 @@ from RL2.algorithms.segments import KINDS, Pairs, Segments, kinds_of
 from RL2.runtime.errors import place
 from RL2.runtime.user_code import Unfit, file_of, settings_kept
 
-# What an update writes under `actor/` itself.
+# The metrics that every update writes under `actor/`.
 RESERVED = (
     "entropy", "grad_norm", "kl", "loss", "lr", "nonfinite", "p_max", "skipped", "tis_masked",
 )  # fmt: skip
@@ -24,13 +24,13 @@ RESERVED = (
 def call(
     function: Callable[..., Any], tensors: Mapping[str, Tensor | Segments | Pairs], kind: str | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses and metrics `{name: metric}`, these without gradient, of a loss called with `tensors`
-    in their order: one value each of the `kind`, a key of `RL2.algorithms.segments.KINDS`; of any
-    kind that there is in `tensors` if None.
+    """Call a loss with `tensors` in their order; returns its losses, and its metrics
+    `{name: metric}` without gradient. They have one value per element of the `kind`, a key of
+    `RL2.algorithms.segments.KINDS`; None allows any kind in `tensors`.
 
     Raises:
-        Unfit: it raises, changes what it was given or what the whole process uses, or returns
-            something else.
+        Unfit: it raises, changes its inputs or settings of the whole process, or returns something
+            else.
     """
     result = attempt(function, tensors)
     per_token = next(x for x in tensors.values() if isinstance(x, Tensor))
@@ -43,7 +43,7 @@ def attempt(function: Callable[..., Any], tensors: Mapping[str, Tensor | Segment
     """What a user's function returns for `tensors` in their order.
 
     Raises:
-        Unfit: it raises, or changes what it was given or what the whole process uses.
+        Unfit: it raises, or changes its inputs or settings of the whole process.
     """
     given = {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
     versions = {name: tensor._version for name, tensor in given.items()}
@@ -52,7 +52,7 @@ def attempt(function: Callable[..., Any], tensors: Mapping[str, Tensor | Segment
             result = function(*tensors.values())
     except Unfit:
         raise
-    except BaseException as error:  # also of exit(), which would end the run as if it had worked
+    except BaseException as error:  # also exit(), which would end the run as if it had worked
         ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if isinstance(error, KeyboardInterrupt) and ctrl_c:
             raise
@@ -105,7 +105,7 @@ def _checked(
 
 
 def _fault(values: Any, kinds: Mapping[str, int], device: torch.device) -> str | None:
-    """What is wrong with what should be one value per token, or of another kind."""
+    """What is wrong with values that should be one per token, or per element of another kind."""
     if not isinstance(values, Tensor) or values.shape not in [(n,) for n in kinds.values()]:
         got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         shapes, elements = _or([f"[{n}]" for n in kinds.values()]), _or([KINDS[k] for k in kinds])

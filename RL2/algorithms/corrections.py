@@ -1,4 +1,4 @@
-"""What a config puts around a token loss: importance weights, entropy bonus and KL penalty."""
+"""What a config adds around a token loss: importance weights, entropy bonus and KL penalty."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from RL2.algorithms.kl import approx_kl
 
 @dataclass(frozen=True)
 class Corrections:
-    """Off as they stand here; the attributes are the keys of `actor` of those names."""
+    """All off by default; the attributes are the keys of `actor` with the same names."""
 
     tis_coef: float = 0.0
     tis_type: str = "truncate"
@@ -23,7 +23,7 @@ class Corrections:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Corrections":
-        """Of an `actor` node; what it does not have, as that of sft, is off."""
+        """The corrections of an `actor` node; what it does not have, such as in sft, is off."""
         kl, entropy = config.get("kl") or {}, config.get("entropy") or {}
         found = {
             "tis_coef": config.get("tis_coef"),
@@ -39,11 +39,11 @@ class Corrections:
 def corrected(
     losses: Tensor, tokens: Mapping[str, Tensor], corrections: Corrections
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses `[N]` of tokens with all corrections, and the sums of what there is to tell of them.
+    """Losses `[N]` of tokens with all corrections, and the sums of their metrics.
 
     Args:
-        tokens: `[N]` each: `logps`, `entropy`, `old_logps` and, where there are some, `llm_logps`
-            and `ref_logps`.
+        tokens: `[N]` each: `logps`, `entropy`, `old_logps` and, if they exist, `llm_logps` and
+            `ref_logps`.
     """
     logps, entropy, old_logps = (tokens[name] for name in ("logps", "entropy", "old_logps"))
     metrics = {"actor/entropy": entropy.sum()}
@@ -66,7 +66,7 @@ def corrected(
 def reweighted(
     losses: Tensor, old_logps: Tensor, llm_logps: Tensor, corrections: Corrections
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses times their importance weights; and 1 where a weight is 0, if weights may be. All
+    """Losses times their importance weights; and 1 where a weight is 0, if it may be. All
     `[n]`: of tokens, or of sequences with the means of their tokens' log-probabilities, so that a
     sequence's ratio is the geometric mean of its tokens'."""
     if corrections.tis_coef <= 0:

@@ -1,4 +1,4 @@
-"""From the name or file of an advantage estimator to what the run calls with its batches."""
+"""From an advantage estimator's name or file to a function that the run can call."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ from RL2.runtime.user_code import Unfit
 
 # What an option of `adv` must be left at when the estimator does not take it.
 _NEUTRAL = {"gamma": 1.0, "lamda": 1.0, "global_norm": False, "norm_var": False}
-# Statistics that may be -inf, where a token was sure or impossible.
+# Statistics that are -inf if a token was certain or impossible.
 _MAY_BE_INFINITE = ("log1mps", "max_log1mps")
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """An advantage estimator with its options bound, and what it has to be given.
+    """An advantage estimator with its options bound, and the inputs that it needs.
 
     `inputs` are the names of its tensors in the order in which the function takes them (see
     `RL2.algorithms.parameters`). `origin` is the key and value that chose it.
@@ -44,7 +44,7 @@ class Estimator:
 
     @property
     def fields(self) -> dict[str, str]:
-        """Its inputs with the fields of a batch that they are."""
+        """The field of a batch for each of its inputs."""
         by_statistic = {now: field for field, now in OLD_STATISTICS.items()}
         return {name: by_statistic.get(name, name) for name in self.inputs}
 
@@ -52,7 +52,7 @@ class Estimator:
         """Advantages `[B, T]` of a batch, 0 where `action_mask` is False.
 
         Raises:
-            Unfit: it raises, changes what it was given or what the whole process uses, or returns
+            Unfit: it raises, changes its inputs or settings of the whole process, or returns
                 something else than finite numbers.
         """
         tensors = {name: batch[field] for name, field in self.fields.items()}
@@ -85,7 +85,7 @@ class Estimator:
 
 
 def _is_sound(name: str, given: Tensor, mask: Tensor) -> bool:
-    """Whether an estimator has no excuse in one of its inputs."""
+    """Whether an input cannot be the reason for advantages that are not finite."""
     if not given.is_floating_point():
         return True
     given = given[mask]
@@ -103,7 +103,7 @@ def resolve_advantage(adv_config: Mapping[str, Any], brought: Collection[str] = 
             Every entry of the mapping `options` must be a keyword-only parameter of the function.
             So must every other entry that is neither null nor at its neutral value (gamma=1,
             lamda=1, global_norm=false, norm_var=false); where it is, its value is that of `adv`.
-        brought: fields `[B, T]` of the run's batches that it may name, beside `ESTIMATOR_FIELDS`.
+        brought: fields `[B, T]` of the run's batches that it may name as well.
 
     The estimator is tried on made-up batches (`RL2.algorithms.estimator_trial`).
 

@@ -1,4 +1,4 @@
-"""An advantage estimator tried on made-up batches, so that one which cannot work is found before a
+"""Tries an advantage estimator on made-up batches, so that one that cannot work is found before a
 model loads."""
 
 from collections.abc import Callable, Mapping
@@ -19,8 +19,8 @@ Batch = dict[str, Tensor]
 
 def rollout(others: tuple[str, ...] = ()) -> Batch:
     """Two prompts with two samples each, the first of them in two rows; the prompt is one token
-    and the last row has three turns. By the names that an estimator has for them, with `others`,
-    which a judge or source brings."""
+    and the last row has three turns. Fields have the names that an estimator uses; `others` are
+    fields of a judge or source."""
     position = torch.arange(_N_TOKENS)
     lengths = torch.tensor(_LENGTHS)
     mask = (position < lengths[:, None]) & (position > 0)
@@ -73,11 +73,11 @@ def _without_reward(values: Batch) -> Batch:
     return values | {"rewards": zeros, "correct": torch.zeros_like(values["correct"])}
 
 
-_SURE: tuple[tuple[str, Callable[[Batch], Batch]], ...] = (
+_ALWAYS: tuple[tuple[str, Callable[[Batch], Batch]], ...] = (
     ("two prompts with two samples each", lambda values: values),
 )
-# What many runs meet, and may do without.
-_POSSIBLE = (
+# What many runs meet, but not all.
+_OFTEN = (
     ("a batch of one sample", _of_one_sample),
     ("a batch of equal rewards", _of_equal_rewards),
     ("a batch without rewards", _without_reward),
@@ -85,7 +85,7 @@ _POSSIBLE = (
 
 
 def _named(values: Batch) -> Batch:
-    """The fields of a batch of these names, each a copy."""
+    """Copies of these values under their names in a batch."""
     fields = {now: field for field, now in OLD_STATISTICS.items()}
     return {fields.get(name, name): x.clone() for name, x in values.items()}
 
@@ -93,12 +93,13 @@ def _named(values: Batch) -> Batch:
 def try_out(estimator: Any, function: Callable[..., Any], origin: str) -> None:
     """Call an estimator (`RL2.algorithms.estimator.Estimator`) with made-up batches.
 
-    function: whose file and lines are named. origin: the key and value that chose it.
+    function: the function whose file and lines errors name.
+    origin: the key and value that chose the estimator.
 
     Raises:
         ConfigError: it raises, breaks its contract, calls a collective, seeds the run's random
-            numbers, or an advantage is not finite in a batch that no run can do without. About
-            others there is a warning, and about random numbers.
+            numbers, or an advantage is not finite in a batch that every run meets. For other
+            batches, and for random numbers, it warns.
     """
 
     def call(values: Mapping[str, Tensor]) -> Tensor:
@@ -110,7 +111,7 @@ def try_out(estimator: Any, function: Callable[..., Any], origin: str) -> None:
     ordinary = rollout(estimator.inputs)
     with torch.random.fork_rng(devices=[]):
         with Collectives() as seen:
-            for kinds in (_SURE, _POSSIBLE):
+            for kinds in (_ALWAYS, _OFTEN):
                 for what, change in kinds:
                     values = change(ordinary)
                     try:
@@ -119,16 +120,16 @@ def try_out(estimator: Any, function: Callable[..., Any], origin: str) -> None:
                         text = f"{origin}: on {what}, {fault}"
                         if "not finite" in str(fault):
                             text += where_it_begins(call_alone, function, values)
-                        if kinds is _SURE:
+                        if kinds is _ALWAYS:
                             raise ConfigError(text) from fault.__cause__
-                        logger.warning("%s; a rollout that is like this ends the run", text)
+                        logger.warning("%s; such a rollout ends the run", text)
         if seen.name is not None:
             raise ConfigError(
                 f"{origin}: it calls a collective ({seen.name}), but only rank 0 calls an "
                 "estimator; its batch is whole, so compute advantages from that"
             )
         try:
-            effect = "a run with dropout or another number of ranks draws others"
+            effect = "a run with dropout or another number of ranks draws other numbers"
             draws_random(call, ordinary, (), origin, effect)
-        except Unfit as fault:  # not in its first call
+        except Unfit as fault:  # only when called again
             raise ConfigError(f"{origin}: called again, {fault}") from fault.__cause__

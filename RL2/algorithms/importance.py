@@ -1,4 +1,4 @@
-"""Weights for tokens that another distribution sampled than the one that is trained."""
+"""Weights for tokens that were sampled from another distribution than the trained one."""
 
 from collections.abc import Callable
 
@@ -28,9 +28,9 @@ def importance_weights(old_logps: Tensor, llm_logps: Tensor, bound: float, kind:
     arXiv:2510.18855). On such tokens the engine and the trainer disagree, so they teach nothing.
 
     Args:
-        old_logps: by the trainer, before the first update with these tokens. A loss that looks back
-            has the policy's way since then in a ratio of its own; here it would count twice.
-        llm_logps: by the engine that sampled them.
+        old_logps: those of the trainer before the first update with these tokens. A loss that names
+            old_logps has a ratio of its own for later updates, which would count twice here.
+        llm_logps: those of the engine that sampled them.
         bound: C, 1 or more for `mask`.
     """
     return TIS_TYPES[kind]((old_logps.detach() - llm_logps).exp(), bound)

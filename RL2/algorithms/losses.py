@@ -12,7 +12,7 @@ as well: `RL2.algorithms.segments`.
     def my_loss(logps, log1mps, advantages, *, margin=0.1):
         return -advantages * (logps - log1mps).clamp(max=margin)
 
-lies in a file of its own and trains with `actor.loss.import_path=my_loss.py:my_loss`.
+is a complete example, which a run uses with `actor.loss.import_path=my_loss.py:my_loss`.
 """
 
 import math

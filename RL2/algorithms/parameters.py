@@ -1,7 +1,7 @@
-"""What a user's function asks for: its parameters say it.
+"""What a user's function needs, as its parameters say.
 
 The positional parameters of a loss or an advantage estimator name tensors, its keyword-only ones
-are options. These names there are, N action tokens in a loss, B rows of T tokens in an estimator:
+are options. The names, with N action tokens in a loss and B rows of T tokens in an estimator:
 
     name                        loss                            estimator
     logps                       [N], with gradient              no: it is old_logps
@@ -43,7 +43,7 @@ from RL2.runtime.user_code import Unfit, undisturbed
 OLD_STATISTICS: dict[str, str] = {
     f"old_{name}": name for name in STATISTICS if name not in ("logps", "top_logps")
 }
-"""Fields with a statistic of the policy before the updates on a batch, beside `old_logps`."""
+"""Fields with a statistic of the policy before the updates on a batch, besides `old_logps`."""
 
 FIELDS: tuple[str, ...] = (
     "advantages", "old_logps", "ref_logps", "llm_logps", "rewards", "turn_ids", *OLD_STATISTICS,
@@ -61,7 +61,7 @@ ESTIMATOR_FIELDS: tuple[str, ...] = (
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:
-    """A question about the nearest of the known names, with a space behind it, or nothing."""
+    """A question about the closest known name, with a space after it; empty if none is close."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f"did you mean {close[0]}? " if close else ""
 
@@ -69,7 +69,7 @@ def did_you_mean(name: Any, known: Iterable[str]) -> str:
 def import_function(import_path: str, origin: str, example: str = "my_loss.py:my_loss") -> Any:
     """The function, or class, that `file.py:name` or `package.module:name` names.
 
-    origin: the key and value that say so, with which the errors begin.
+    origin: the key and value that say so; errors begin with them.
 
     Raises:
         ConfigError: there is none, or its file cannot be imported.
@@ -90,7 +90,7 @@ def import_function(import_path: str, origin: str, example: str = "my_loss.py:my
             f"{origin}: there is no file {Path(location).absolute()}; give a path relative to the "
             "working directory, or an absolute one"
         ) from error
-    except BaseException as error:  # a stranger's file may raise anything
+    except BaseException as error:  # user code may raise anything
         where = place(error, str(Path(location).resolve()))
         raise ConfigError(
             f"{origin}: importing {location} raised {type(error).__name__}: {error}"
@@ -134,8 +134,9 @@ def parameters_of(
     """Names of the tensors that a function takes, and its options with their defaults
     (`inspect.Parameter.empty` where there is none).
 
-    known: the names of tensors that there are; kinds: what a name that is none of them is not.
-    what: the function is, in a word.
+    known: the names of the tensors that exist.
+    kinds: what errors call a name that is not among them.
+    what: what the function is, in a word.
 
     Raises:
         ConfigError: a parameter that is neither.
@@ -179,9 +180,11 @@ def bind_options(
     """The options of a function that the config sets.
 
     Args:
-        defaults: of all options that it takes. keys: set as `node.key`. own: as
-            `node.options.key`; a null there leaves the default. fallbacks: values for those that
-            nobody sets; what the function does not take is ignored.
+        defaults: the defaults of all options that it takes.
+        keys: the options set as `node.key`.
+        own: the options set as `node.options.key`; null keeps the default.
+        fallbacks: values for options that are not set; those that the function does not take are
+            ignored.
 
     Raises:
         ConfigError: one that it does not take, one that is set twice, or one without a value.

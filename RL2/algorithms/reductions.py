@@ -73,5 +73,5 @@ def token_weights(
 
 def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     """sum(weights * values) as a scalar, in which a token of weight 0 counts as 0 whatever its
-    value: an infinite loss at a token that owes nothing must not become NaN."""
+    value: an infinite loss at a token without weight must not become NaN."""
     return (values.masked_fill(weights == 0, 0.0) * weights).sum()

@@ -1,8 +1,8 @@
-"""When rewards count as equal, or as nothing: one rule for filtering, advantages and divisors.
+"""When rewards count as equal, or as zero: one rule for filtering, advantages and divisors.
 
-Rewards are sums of what an environment gave turn by turn, and 0.1 + 0.2 is not 0.3 in binary.
-What such sums differ by would be divided by itself where advantages are normalised, and stepped on
-at full size by an optimizer that normalises. The rule leaves no less than a float32 can tell apart.
+Rewards are sums over turns, and 0.1 + 0.2 is not 0.3 in binary. Where advantages are normalised,
+and in an optimizer that normalises, such a rounding error would count like a real difference. The
+rule keeps every difference that float32 can tell apart.
 """
 
 import math
@@ -16,7 +16,7 @@ SMALLEST = 2.0**-149  # above 0 in float32; the square of what is smaller may be
 
 
 def total(rewards: Iterable[float]) -> float:
-    """The sum; exactly 0 where what is left is rounding of its terms."""
+    """The sum; exactly 0 if it is no more than the rounding of its terms."""
     rewards = list(rewards)
     sum_ = math.fsum(rewards)
     noise = max(TOLERANCE * math.fsum(map(abs, rewards)), SMALLEST)

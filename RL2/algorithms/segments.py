@@ -1,4 +1,4 @@
-"""Sequences, groups and pairs: what a loss may sum its tokens up to.
+"""Sequences, groups and pairs, which a loss may sum its tokens to.
 
 A loss that names `sequences`, `groups` or `pairs` among its positional parameters gets one of the
 objects below for each, and all action tokens of a micro-batch at once:
@@ -19,13 +19,13 @@ not among the sequences. N tokens, S sequences, G groups and P pairs are those o
 none of them is ever cut, whatever the number of ranks and the size of a micro-batch. With
 `actor.sp_size` the ranks that share a pack all have its whole tokens here.
 
-Such a loss returns one value a token `[N]`, a sequence `[S]`, a group `[G]` or a pair `[P]`, always
-of one kind, and metrics of the same kind. What `actor.avg_level` does with them: a sequence weighs
-what its tokens weigh together, a group or a pair what its sequences do. So with `token` a sequence
+Such a loss returns one value per token `[N]`, sequence `[S]`, group `[G]` or pair `[P]`, always of
+one kind, and metrics of the same kind. With `actor.avg_level`, a sequence weighs as much as its
+tokens together, and a group or a pair as much as its sequences. So with `token` a sequence
 weighs by its share of all action tokens; with `sequence` all samples weigh the same, and a pair as
 its two; with `correct` only correct samples count.
 
-The fields of a batch that say what belongs together, one entry a row (`[B]`):
+The fields of a batch that say what belongs together, one entry per row (`[B]`):
 
     sample_ids  int64, groups: group_ids  int64
     pairs: pair_ids  int64, and chosen  bool, true for all rows of the sample that was preferred
@@ -40,7 +40,7 @@ from torch import Tensor
 
 from RL2.runtime.errors import ConfigError
 
-# What a loss may name -> the fields of the batch, one entry a row, that it is made of. The first
+# What a loss may name -> the fields of the batch, one entry per row, that it is made of. The first
 # says which rows belong together.
 SEGMENTS: dict[str, tuple[str, ...]] = {
     "sequences": ("sample_ids",),
@@ -48,7 +48,7 @@ SEGMENTS: dict[str, tuple[str, ...]] = {
     "pairs": ("pair_ids", "chosen"),
 }
 
-# What a loss may return one value of, each of N, S, G or P.
+# What a loss may return one value for: each of N, S, G or P.
 KINDS: dict[str, str] = {"tokens": "token"} | {name: name.removesuffix("s") for name in SEGMENTS}
 
 
@@ -59,7 +59,8 @@ class Segments:
     Attributes:
         index: which segment each element belongs to.
         n: how many segments there are; each has an element.
-        name: `sequences` or `groups`; elements: `token` or `sequence`.
+        name: `sequences` or `groups`.
+        elements: `token` or `sequence`.
     """
 
     index: Tensor
@@ -76,18 +77,18 @@ class Segments:
         return self.sum(torch.ones_like(self.index, dtype=torch.float32))
 
     def sum(self, x: Tensor) -> Tensor:
-        """One sum a segment, of one value an element; added up in float64."""
+        """One sum per segment, of one value per element; added up in float64."""
         _check(x, len(self.index), f"{self.name}.sum", self.elements)
         dtype = torch.promote_types(x.dtype, torch.float32)
         sums = x.new_zeros(self.n, dtype=torch.float64)
         return sums.index_add(0, self.index, x.double()).to(dtype)
 
     def mean(self, x: Tensor) -> Tensor:
-        """One mean a segment, over its own elements, of one value an element."""
+        """One mean per segment, over its own elements, of one value per element."""
         return self.sum(x) / self.sizes
 
     def spread(self, x: Tensor) -> Tensor:
-        """One value an element, its segment's, of one value a segment."""
+        """One value per element, that of its segment, from one value per segment."""
         _check(x, self.n, f"{self.name}.spread", self.name.removesuffix("s"))
         return x.index_select(0, self.index)
 
@@ -132,12 +133,12 @@ class Pairs:
 
 
 def kinds_of(n_tokens: int, tensors: Mapping[str, Any]) -> dict[str, int]:
-    """How many values a loss may return that is given `tensors`, by kind."""
+    """How many values a loss with these `tensors` may return, by kind."""
     return {"tokens": n_tokens} | {name: len(tensors[name]) for name in SEGMENTS if name in tensors}
 
 
 def add_up(x: Tensor, kind: str, segments: Mapping[str, Segments | Pairs]) -> Tensor:
-    """Sums of one value a token, `[N]`, of each token, sequence, group or pair."""
+    """Sums of one value per token, `[N]`, over each token, sequence, group or pair."""
     if kind == "tokens":
         return x
     sums = segments["sequences"].sum(x)
@@ -145,7 +146,7 @@ def add_up(x: Tensor, kind: str, segments: Mapping[str, Segments | Pairs]) -> Te
 
 
 def count(batch: Mapping[str, Tensor], kind: str) -> int:
-    """How many there are of a kind in a batch, of those with action tokens."""
+    """How many elements of a kind a batch has, counting only those with action tokens."""
     if kind == "tokens":
         return int(batch["action_mask"].sum())
     return len(batch[SEGMENTS[kind][0]][batch["action_mask"].any(-1)].unique())
@@ -157,7 +158,7 @@ def segments_of(
     """`sequences`, and those of `groups` and `pairs` that `names` asks for, on `device`.
 
     Args:
-        row: `[N]`, in which row of a micro-batch each of its action tokens stands.
+        row: `[N]`, the row of a micro-batch that each of its action tokens is in.
         rows: `[n]` fields of its rows: see `SEGMENTS`. All in CPU memory: ids decide sizes.
     """
     acts = torch.bincount(row, minlength=len(rows["sample_ids"])) > 0
@@ -178,7 +179,7 @@ def segments_of(
 
 
 def kept_together(batch: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
-    """`[B]`: rows of the same number have to stay together, as they share a sample, or a group or
+    """`[B]`: rows with the same number must stay together, as they share a sample, or a group or
     pair if those are among `names`. Numbered in the order of their first rows."""
     unit = torch.arange(len(batch["sample_ids"]))
     before = None
@@ -191,7 +192,7 @@ def kept_together(batch: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
 
 
 def fault_of(batch: Mapping[str, Tensor], names: Iterable[str], max_length: int) -> str | None:
-    """Why a batch cannot be given to a loss that names these, if it cannot.
+    """Why a loss that names these cannot take a batch; None if it can.
 
     max_length: tokens of a micro-batch, on all ranks that share one.
     """
@@ -221,7 +222,7 @@ def fault_of(batch: Mapping[str, Tensor], names: Iterable[str], max_length: int)
 
 
 def check_segments(config: Mapping[str, Any], loss: Any, brought: Collection[str]) -> None:
-    """ConfigError where a run cannot give a loss the segments that it names, or would ignore a key.
+    """ConfigError if a run cannot give a loss the segments that it names, or would ignore a key.
 
     loss: a `TokenLoss`. brought: the fields that the source of the run brings.
     """
@@ -238,20 +239,20 @@ def check_segments(config: Mapping[str, Any], loss: Any, brought: Collection[str
     if loss.draws and actor.get("sp_size", 1) > 1:
         raise ConfigError(
             f"actor.sp_size={actor['sp_size']}: the loss {loss.name} draws random numbers, and "
-            "ranks that share their sequences would draw others; use actor.sp_size=1, or a "
+            "ranks that share their sequences would draw other numbers; use actor.sp_size=1, or a "
             "torch.Generator with a seed"
         )
     if loss.kind in ("groups", "pairs"):
         if actor.get("tis_coef", 0.0) > 0:
             raise ConfigError(
                 f"actor.tis_coef={actor['tis_coef']}: has no effect with the loss {loss.name}, "
-                f"which returns one value a {element}; set it to 0"
+                f"which returns one value per {element}; set it to 0"
             )
         kl = actor.get("kl")
         if kl is not None and kl["coef"] > 0 and kl["type"] != "loss" and not loss.uses_advantages:
             raise ConfigError(
                 f"actor.kl.type={kl['type']}: has no effect with the loss {loss.name}, which "
-                f"returns one value a {element} and does not read the advantages; use "
+                f"returns one value per {element} and does not read the advantages; use "
                 "actor.kl.type=loss"
             )
     if "groups" in loss.segments and "rollout" in config:
@@ -285,4 +286,4 @@ def _fault_of_pairs(batch: Mapping[str, Tensor]) -> str | None:
 def _check(x: Tensor, n: int, call: str, element: str) -> None:
     if not isinstance(x, Tensor) or x.shape != (n,):
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{call} takes one value a {element}, [{n}], and was given {got}")
+        raise ValueError(f"{call} takes one value per {element}, [{n}], and was given {got}")

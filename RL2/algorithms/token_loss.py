@@ -1,6 +1,6 @@
 """From a loss's name or file to a function that the actor can call.
 
-The signature of a token loss is its declaration: see `RL2.algorithms.losses`.
+The signature of a token loss declares what it needs: see `RL2.algorithms.losses`.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -29,12 +29,12 @@ from RL2.runtime.errors import ConfigError
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """A loss with its options bound, and what it has to be given.
+    """A loss with its options bound, and the inputs that it needs.
 
     `inputs` are the names of its tensors in the order in which the function takes them. `top_k` is
     how many columns of `top_logps` it wants, which its option `max_rank` says; 0 without them.
     `origin` is the key and value that chose it. `draws`: whether it was seen to draw random
-    numbers. `kind`: what it returns one value of, a key of `RL2.algorithms.segments.KINDS`.
+    numbers. `kind`: what it returns one value for, a key of `RL2.algorithms.segments.KINDS`.
     """
 
     name: str
@@ -58,7 +58,7 @@ class TokenLoss:
     @property
     def segments(self) -> tuple[str, ...]:
         """Those of `sequences`, `groups` and `pairs` that must not be cut; none for a loss of
-        tokens each by itself."""
+        single tokens."""
         named = tuple(name for name in self.inputs if name in SEGMENTS)
         return named and tuple(dict.fromkeys(("sequences", *named)))
 
@@ -69,15 +69,15 @@ class TokenLoss:
 
     @property
     def is_multiplied(self) -> bool:
-        """Whether the advantages multiply the loss: where it does not take them itself. A group or
-        a pair has none of its own."""
+        """Whether the advantages multiply the loss, as it does not take them itself. A group or a
+        pair has none of its own."""
         return not self.uses_advantages and self.kind in ("tokens", "sequences")
 
     def __call__(
         self, tensors: Mapping[str, Tensor | Segments | Pairs]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses and metrics `{name: metric}`, one value each of the `kind`, from (at least) the
-        `inputs` by name, each `[N]` but `top_logps`, which is `[N, top_k]`, and the `segments`.
+        """Losses and metrics `{name: metric}`, one value per element of the `kind`, from (at least)
+        the `inputs` by name, each `[N]` but `top_logps`, which is `[N, top_k]`, and the `segments`.
 
         Raises:
             Unfit: see `RL2.algorithms.contract.call`.
@@ -102,14 +102,14 @@ def resolve_loss(
             for both clips; those that the function does not take are ignored.
         brought: fields `[B, T]` of the run's batches beside `FIELDS`, which it may name as well.
 
-    The loss is tried on made-up tokens, so that one which cannot train is found here and not after
+    The loss is tried on made-up tokens, so that one that cannot train is found here and not after
     the first rollout (`RL2.algorithms.trial`).
 
     Raises:
         ConfigError: unknown name, missing file, module or function, a parameter that is neither
             statistic nor field, an option that the function does not take, an option without
             value, `top_logps` without a `max_rank` of 1 or more, or a trial that raises, does not
-            return one value a token (or sequence, group, pair), has no gradient, or gives numbers
+            return one value per token (or sequence, group, pair), has no gradient, or gives numbers
             that are not finite.
     """
     if OmegaConf.is_config(loss_config):

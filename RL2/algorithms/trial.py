@@ -1,4 +1,4 @@
-"""A loss tried on made-up tokens, so that one which cannot train is found before a model loads."""
+"""Tries a loss on made-up tokens, so that one that cannot train is found before a model loads."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 Values = dict[str, Any]
 Loss = Callable[[Mapping[str, Any]], tuple[Tensor, dict[str, Tensor]]]
 
-# Of a trial with sequences: the row of each token, and what the rows belong to. Seven tokens are
-# four sequences, three groups and two pairs, so that a loss shows by its shape what it is of.
+# For a trial with sequences: the row of each token, and what the rows belong to. Seven tokens make
+# four sequences, three groups and two pairs, so that the shape of the losses tells their kind.
 _ROW = torch.tensor([0, 0, 0, 1, 1, 2, 3])
 _ROWS = {
     "sample_ids": torch.tensor([0, 1, 2, 3]),
@@ -43,7 +43,7 @@ def tokens(top_k: int, inputs: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Three tokens as a rollout has them, before an update that is not the first: every statistic
     and field by name, and those of `inputs` that a judge or source brings."""
     p, p_max = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.7, 0.5, 0.6])
-    # Three tokens each, then half of what is left again and again.
+    # Three tokens each, then repeatedly half of what is left.
     top = torch.tensor([[0.7, 0.15, 0.1], [0.5, 0.2, 0.15], [0.6, 0.2, 0.1]])
     halves = 0.5 ** torch.arange(1, max(1, top_k - 1))  # empty up to three
     top = torch.cat([top, (1 - top.sum(-1, keepdim=True)) * halves], -1)[:, :top_k]
@@ -67,7 +67,7 @@ def tokens(top_k: int, inputs: tuple[str, ...] = ()) -> dict[str, Tensor]:
 
 
 def _ordinary(inputs: tuple[str, ...], top_k: int) -> Values:
-    """The same for a loss that takes `inputs`: seven tokens, and their sequences, if it is of
+    """The same for a loss that takes `inputs`: seven tokens and their sequences, if it takes
     sequences."""
     values = tokens(top_k, tuple(name for name in inputs if name not in SEGMENTS))
     if not {*inputs} & SEGMENTS.keys():
@@ -81,7 +81,7 @@ def _cycle(n: int) -> Tensor:
 
 
 def _of_one_policy(values: Values) -> Values:
-    """The first update after a rollout: all policies are the one that is trained."""
+    """The first update after a rollout: all policies are the trained one."""
     values = values | {name: values["logps"] for name in ("old_logps", "ref_logps", "llm_logps")}
     return values | {name: values[now] for name, now in OLD_STATISTICS.items()}
 
@@ -91,8 +91,8 @@ def _without_reward(values: Values) -> Values:
 
 
 def _peaked(values: Values) -> Values:
-    """One token of the vocabulary has all but `rest` of the probability. It was sampled, but for
-    the second row, where that was one of probability 1e-12."""
+    """One token of the vocabulary has all but `rest` of the probability. It was sampled, except in
+    the second row, where a token of probability 1e-12 was."""
     rest = torch.tensor([1e-6, 1e-6, 0.0])
     sampled = torch.tensor([True, False, True])
     most, log_rest = (-rest).log1p(), rest.log()
@@ -111,13 +111,13 @@ def _peaked(values: Values) -> Values:
     return _of_one_policy(values | {name: value[rows] for name, value in changed.items()})
 
 
-# What every run meets, and what the tokens of a kind are.
-_SURE: tuple[tuple[str, Callable[[Values], Values]], ...] = (
+# Kinds of tokens that every run meets.
+_ALWAYS: tuple[tuple[str, Callable[[Values], Values]], ...] = (
     ("ordinary tokens", lambda values: values),
     ("ordinary tokens of a policy that was not updated since", _of_one_policy),
 )
-# What many runs meet, and may do without.
-_POSSIBLE = (
+# What many runs meet, but not all.
+_OFTEN = (
     ("tokens without reward or advantage", _without_reward),
     ("tokens with probabilities of 0.999999, 1e-12 and exactly 1", _peaked),
 )
@@ -131,21 +131,22 @@ def try_out(
     top_k: int,
     origin: str,
 ) -> bool:
-    """Call a loss on three tokens each of several kinds, as far as it can tell them apart; on seven
-    of four sequences if it is of sequences.
+    """Call a loss on three tokens of each kind that it can tell apart; on seven tokens of four
+    sequences if it takes sequences.
 
     Args:
-        function: whose file and lines are named. inputs: names of what the loss takes. statistics:
-            those of them that the model computes. origin: the key and value that chose the loss.
+        function: the function whose file and lines errors name.
+        inputs: the names of what the loss takes.
+        statistics: those of them that the model computes.
+        origin: the key and value that chose the loss.
 
     Returns:
-        Whether it draws random numbers. The run's own are where they were.
+        Whether it draws random numbers. The run's generators are left unchanged.
 
     Raises:
         ConfigError: it raises, breaks `RL2.algorithms.contract`, has no gradient, seeds the run's
-            random numbers, or a loss or gradient is not finite on tokens that no run can do
-            without. About others there is a warning, and about a loss that is another for a token
-            alone.
+            random numbers, or a loss or gradient is not finite on tokens that every run meets. For
+            other tokens, and for a loss that differs if a token is alone, it warns.
     """
     ordinary = _ordinary(inputs, top_k)
     with torch.random.fork_rng(devices=[]):
@@ -161,7 +162,7 @@ def try_out(
             if not draws:
                 _try_alone(loss, ordinary, inputs, statistics, origin)
             _try_memory(loss, ordinary, statistics, origin)
-        except Unfit as fault:  # not in its first call
+        except Unfit as fault:  # only when called again
             raise _error(origin, ordinary, "ordinary tokens", fault) from fault.__cause__
     return draws
 
@@ -169,7 +170,7 @@ def try_out(
 def kind_of(
     loss: Loss, inputs: tuple[str, ...], statistics: tuple[str, ...], top_k: int, origin: str
 ) -> str:
-    """What a loss returns one value of that may be of sequences: a key of `KINDS`.
+    """What a loss that takes sequences returns one value for: a key of `KINDS`.
 
     Raises:
         ConfigError: it raises, or returns anything else.
@@ -190,7 +191,7 @@ def _error(origin: str, values: Values, what: str, fault: Unfit) -> ConfigError:
 
 
 def _given(values: Values, statistics: tuple[str, ...]) -> Values:
-    """A copy of `values` as an update has them: what the model computes takes a gradient."""
+    """A copy of `values` as in an update: what the model computes requires a gradient."""
     copies = {
         name: value.clone() if isinstance(value, Tensor) else value
         for name, value in values.items()
@@ -208,18 +209,18 @@ def _try_kinds(
     ordinary: Values,
     origin: str,
 ) -> None:
-    for kinds in (_SURE, _POSSIBLE):
+    for kinds in (_ALWAYS, _OFTEN):
         for what, change in kinds:
             values = change(ordinary)
             if values is not ordinary and all(values[name] is ordinary[name] for name in inputs):
                 continue
             try:
-                _check(loss, function, values, statistics, kinds is _SURE)
+                _check(loss, function, values, statistics, kinds is _ALWAYS)
             except Unfit as fault:
-                if kinds is _SURE:
+                if kinds is _ALWAYS:
                     raise _error(origin, values, what, fault) from fault.__cause__
                 logger.warning(
-                    "%s: on %s, %s; an update that meets one is left out (actor/nonfinite), or "
+                    "%s: on %s, %s; an update with one is left out (actor/nonfinite), or "
                     "stops the run",
                     origin, what, fault,
                 )  # fmt: skip
@@ -232,8 +233,8 @@ def draws_random(
     origin: str,
     effect: str = "results depend on actor.max_length_per_device and on the number of ranks",
 ) -> bool:
-    """Whether a call moves a random generator, of which it warns; ConfigError where it seeds
-    torch's. effect: of drawing from that one."""
+    """Whether a call draws random numbers, with a warning; ConfigError if it seeds torch's
+    generator. effect: what drawing from torch's generator leads to."""
     before, after = [], []
     for seed in (0, 1):
         torch.default_generator.manual_seed(seed)
@@ -251,7 +252,7 @@ def draws_random(
     if others[0] != now[0] or others[1][1] != now[1][1] or (others[1][0] != now[1][0]).any():
         logger.warning(
             "%s: draws random numbers of Python or numpy, which have no seed here and are in no "
-            "checkpoint, so that no run repeats another; use torch's", origin,
+            "checkpoint, so that runs cannot be repeated; use torch's", origin,
         )  # fmt: skip
         return True
     if draws := not torch.equal(before[0], after[0]):
@@ -266,7 +267,7 @@ def _try_alone(
     statistics: tuple[str, ...],
     origin: str,
 ) -> None:
-    """Warn of a loss that is not each token's own, or each sequence's, group's or pair's."""
+    """Warn if the loss of a token, sequence, group or pair depends on the others."""
     together, _ = loss(_given(values, statistics))
     what, parts = _parts(values, inputs)
     try:
@@ -299,9 +300,9 @@ def _parts(values: Values, inputs: tuple[str, ...]) -> tuple[str, list[Values]]:
 
 
 def _try_memory(loss: Loss, values: Values, statistics: tuple[str, ...], origin: str) -> None:
-    """Warn of a loss that holds what it was given, call after call."""
+    """Warn of a loss that keeps its inputs after each call."""
     first: list[weakref.ref[Tensor]] = []
-    for _ in range(4):  # the one before is no leak
+    for _ in range(4):  # keeping only the last one is no leak
         given = _given(values, statistics)
         first = first or [weakref.ref(given[name]) for name in statistics]
         loss(given)
@@ -311,7 +312,7 @@ def _try_memory(loss: Loss, values: Values, statistics: tuple[str, ...], origin:
     if any(one() is not None for one in first):
         logger.warning(
             "%s: keeps tensors of each call, so that memory grows with every step; keep numbers, "
-            "or what .detach().clone() gives, and not of all calls", origin,
+            "or results of .detach().clone(), and not for all calls", origin,
         )  # fmt: skip
 
 
@@ -322,7 +323,7 @@ def _check(
     statistics: tuple[str, ...],
     learns: bool,
 ) -> None:
-    """Raises Unfit, which names the line at which it begins. learns: there must be a gradient."""
+    """Raises Unfit, which names the line that causes it. learns: whether a gradient is needed."""
     values = _given(values, statistics)
     learned = {name: values[name] for name in statistics if name != "ranks"}
     with torch.enable_grad():
@@ -346,7 +347,7 @@ def _check(
 
 
 def where_it_begins(loss: Loss, function: Callable[..., Any], values: Values) -> str:
-    """Where a loss has the first number that is not finite, or begins itself."""
+    """The line with the first number that is not finite, or else that of the loss itself."""
     file = file_of(function)
     if file is None:
         return ""
@@ -368,7 +369,7 @@ class Collectives(TorchDispatchMode):
 
 
 class _Watch(TorchFunctionMode):
-    """Notes the line of a file at which the first nan or infinity comes up, and by what."""
+    """Notes the line of a file at which the first nan or infinity appears, and its operation."""
 
     def __init__(self, file: str):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Models that are spread over all ranks, frozen or trained, and what each does in a step."""
+"""Models spread over all ranks, frozen or trained, and what each does in a step."""
 
 from RL2.workers.actor import Actor
 from RL2.workers.learner import Learner

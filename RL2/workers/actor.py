@@ -1,4 +1,4 @@
-"""The policy: the loss of its tokens, and what is put around it."""
+"""The policy: its token loss, and the corrections around that."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from RL2.runtime.user_code import Unfit
 from RL2.workers.learner import Learner
 from RL2.workers.packs import Pack, scatter_whole
 
-_OF_THE_PACK = {
+_PACK_FIELDS = {
     "states",
     "lengths",
     "start",
@@ -54,7 +54,7 @@ class Actor(Learner):
         return ("advantages", "old_logps", "ref_logps", "llm_logps", *self.loss.fields)
 
     def learns(self, batch: Batch) -> bool:
-        """A loss that advantages multiply does not learn where they are all 0."""
+        """A loss that advantages multiply learns nothing if they are all 0."""
         return not self.loss.is_multiplied or bool(batch["advantages"].any())
 
     @property
@@ -68,7 +68,7 @@ class Actor(Learner):
 
     def losses(self, micro_batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         wanted = tuple(dict.fromkeys((*self.loss.statistics, "logps", "entropy", "max_logps")))
-        fields = {name: micro_batch[name] for name in micro_batch.keys() - _OF_THE_PACK}
+        fields = {name: micro_batch[name] for name in micro_batch.keys() - _PACK_FIELDS}
         if self.segments:
             stats = self.forward(micro_batch, wanted, self.loss.top_k)
             return self._loss_of_segments(fields | stats, micro_batch["pack"])
@@ -94,8 +94,8 @@ class Actor(Learner):
         return weighted_sum(objective, weights), metrics
 
     def _loss_of_segments(self, own: Batch, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same of a loss of sequences, groups or pairs, which is called with all action tokens
-        of a pack; each of the ranks that share it counts its part of what comes of that.
+        """The same for a loss of sequences, groups or pairs, which is called with all action tokens
+        of a pack; each of the ranks that share the pack counts its part of the result.
 
         Entropy bonus and KL penalty are those of this rank's `own` tokens.
         """
@@ -130,18 +130,18 @@ class Actor(Learner):
     def _corrected(
         self, losses: Tensor, tokens: Batch, corrections: Corrections
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`corrected`, and the sums of what there is to tell of any tokens."""
+        """`corrected`, with the sums of the metrics that any tokens have."""
         objective, metrics = corrected(losses, _with_old(tokens), corrections)
-        if self.moved and "old_logps" not in tokens:  # it would be the distance to our own update
+        if self.moved and "old_logps" not in tokens:  # it would measure our own update
             metrics.pop("rollout/llm_kl", None)
         metrics[f"{self.name}/p_max"] = tokens["max_logps"].detach().exp().sum()
         return objective, metrics
 
     def _call_loss(self, tokens: Batch, n: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The `n` losses and metrics that it makes of some tokens; it is not asked about none.
+        """The `n` losses of some tokens, and their metrics; without tokens the loss is not called.
 
-        After a fault a rank goes on without it, so that the others, who wait for its gradients,
-        come to hear of that.
+        After a fault a rank goes on without the loss, so that the others, which wait for its
+        gradients, can be told.
         """
         losses, metrics = tokens["logps"].new_zeros(n), {}
         if n and self.fault is None:
@@ -149,12 +149,12 @@ class Actor(Learner):
                 losses, metrics = self.loss(tokens)
             except Unfit as fault:
                 self.fault = str(fault)
-        if not losses.requires_grad:  # a backward there must be, as others wait for it
+        if not losses.requires_grad:  # others wait for a backward
             everywhere = torch.ones_like(tokens["logps"], dtype=torch.bool)
             losses = losses + tokens["logps"].masked_fill(everywhere, 0.0).sum()
         return losses, metrics
 
 
 def _with_old(tokens: Batch) -> Batch:
-    """The policy before this step is the one of now where nobody has computed it."""
+    """Tokens with `old_logps`; if nothing has computed them, those of the present policy."""
     return {"old_logps": tokens["logps"].detach()} | tokens

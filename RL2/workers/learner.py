@@ -1,4 +1,4 @@
-"""What any learner does: the optimizer steps on a batch, and what is told of them."""
+"""What all learners share: the optimizer steps on a batch, and their metrics."""
 
 import logging
 import math
@@ -41,23 +41,22 @@ def _slice(rows: Tensor) -> Tensor | slice:
 
 
 class Learner(ShardedModel):
-    """A model that is trained: with AdamW over fp32 weights and a schedule of the learning rate.
+    """A model that is trained, with AdamW on fp32 weights and a learning rate schedule.
 
-    A kind of learner says what it learns from: `losses`, `fields` and, where not every batch can
-    change its weights, `learns`. Everything else is the same for all.
+    A subclass defines what it learns from: `losses`, `fields` and, if not every batch can change
+    its weights, `learns`. Everything else is the same for all.
 
     Args:
-        config: its node, such as `actor`.
+        config: the learner's node, such as `actor`.
         device: this rank's device.
-        name: of the node, and so of its metrics (`actor/...`) and in checkpoints.
+        name: the node's name, used for its metrics (`actor/...`) and in checkpoints.
         max_bad_steps: non-finite updates in a row after which `update` raises.
-        traffic: counts what crosses ranks.
-        head: a name of `RL2.models.heads.HEADS`.
+        traffic: counts the bytes that cross ranks.
+        head: a name in `RL2.models.heads.HEADS`.
 
     Attributes:
-        moved: whether the weights are not those any more that the batch met, as an optimizer step
-            on a part of it lies behind.
-        fault: what its loss has done wrong on this rank; `update` raises on all of them then.
+        moved: whether an optimizer step on a part of the batch has already changed the weights.
+        fault: what the loss did wrong on this rank; `update` then raises on all ranks.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Learner(ShardedModel):
         self.bad_steps = 0
         self.moved = False
         self.fault: str | None = None
-        self.warned: set[str] = set()  # metrics of the loss that were not finite once
+        self.warned: set[str] = set()  # metrics of the loss reported as not finite
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=config.lr,
@@ -86,18 +85,18 @@ class Learner(ShardedModel):
 
     @property
     def origin(self) -> str:
-        """What the faults of its loss are told of, such as the key that names the loss."""
+        """How errors of its loss begin, such as with the key that names the loss."""
         return self.name
 
     @property
     def segments(self) -> tuple[str, ...]:
-        """Of `RL2.algorithms.segments.SEGMENTS`, what must not be cut; none where each token is a
-        loss by itself."""
+        """The names in `RL2.algorithms.segments.SEGMENTS` that must not be cut; none if each token
+        has a loss of its own."""
         return ()
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Of a batch, those that `losses` reads where they are there."""
+        """The fields of a batch that `losses` reads if they are there."""
         return ()
 
     def learns(self, batch: Batch) -> bool:
@@ -109,12 +108,12 @@ class Learner(ShardedModel):
         return self.scatter(batch, fields, self.config.max_length_per_device)[0]
 
     def losses(self, micro_batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's share of the batch loss, with its gradient, and of the sums over
-        tokens behind the metrics, by their whole names.
+        """This micro-batch's share of the batch loss, with its gradient, and its sums over tokens
+        for the metrics, by full name.
 
         Args:
-            micro_batch: from `to_device`; its `loss_weights [A]` add up to the batch loss. It may
-                be without any token, and has a backward then, too: other ranks wait for it.
+            micro_batch: from `to_device`; weighted by `loss_weights [A]`, losses add up to the
+                batch loss. It may have no tokens, but needs a backward: other ranks wait for it.
 
         A sum called `bad_losses` counts losses that were not finite, for the error's text.
         """
@@ -127,7 +126,7 @@ class Learner(ShardedModel):
 
     def prepare_scheduler(self, n_updates: int, done: int = 0) -> None:
         """Warm-up and decay of the learning rate over `n_updates` optimizer steps, of which `done`
-        lie behind. Rate and weight decay are the config's, whatever was loaded."""
+        were made. Rate and weight decay come from the config, not from what was loaded."""
         self.n_updates = n_updates
         for group in self.optimizer.param_groups:
             group |= {"lr": self.config.lr, "initial_lr": self.config.lr}
@@ -147,10 +146,10 @@ class Learner(ShardedModel):
     def update(self, batch: Batch | None, step: int) -> dict[str, float]:
         """`updates_per_rollout` optimizer steps on rank 0's batch; metrics on every rank.
 
-        `batch` is None on the other ranks, and on rank 0 where a rollout left nothing to train
-        on. What cannot change the weights (no action, no correct sequence with
-        `avg_level=correct`, `learns` says so) is skipped whole and counted in `<name>/skipped`; a
-        loss or gradient that is not finite likewise in `<name>/nonfinite`.
+        `batch` is None on the other ranks, and on rank 0 if a rollout left nothing to train on. A
+        step that cannot change the weights (no action, no correct sequence with
+        `avg_level=correct`, `learns` says so) is skipped and counted in `<name>/skipped`; one whose
+        loss or gradient is not finite is left out and counted in `<name>/nonfinite`.
 
         Raises:
             TrainingError: `max_bad_steps` non-finite updates in a row, or a loss that breaks
@@ -184,30 +183,30 @@ class Learner(ShardedModel):
         micro_batches = self.scatter_update(batch, fields)
         sums: dict[str, Tensor] = {}
         for number, micro_batch in enumerate(micro_batches, start=1):
-            # Over the replicas (HSDP) once an update; within one after every micro-batch, so that
-            # no rank keeps whole gradients.
+            # Across replicas (HSDP) once per update; within a replica after every micro-batch, so
+            # that no rank keeps whole gradients.
             self.model.set_requires_all_reduce(number == len(micro_batches))
             loss, metrics = self.losses(self.to_device(micro_batch))
             loss.backward()
             for name, value in (metrics | {f"{self.name}/loss": loss}).items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
         grad_norm = self.clip_gradients()
-        # The norm does not see what one replica, or one tensor-parallel rank, has in parameters
-        # that others hold as well: where it is not finite on one rank, all have to skip.
+        # The norm misses what one replica, or one tensor-parallel rank, has in parameters that
+        # others hold as well. If it is not finite on one rank, all must skip.
         sums["bad_ranks"] = (~grad_norm.isfinite()).to(grad_norm)
         sums["bad_calls"] = torch.full_like(grad_norm, self.fault is not None)
-        # One wait for the device, however many metrics there are. A loss may have some on one rank
-        # only: a token that has none counts as 0.
+        # One wait for the device for all metrics. A loss may have some on one rank only: elsewhere
+        # they count as 0.
         names, zero = all_names(sums), torch.zeros_like(grad_norm)
         totals = sum_over_ranks(torch.stack([sums.get(name, zero).double() for name in names]))
-        totals = totals / self.layout.tp_size  # whose ranks counted the same tokens
+        totals = totals / self.layout.tp_size  # these ranks counted the same tokens
         totals, norm = dict(zip(names, totals.tolist(), strict=True)), grad_norm.item()
         if totals.pop("bad_calls"):
             self.optimizer.zero_grad()
             raise TrainingError(f"{self.origin}: {first_reason(self.fault)}")
         loss = totals[f"{self.name}/loss"]
         n_bad, n_ranks = totals.pop("bad_ranks") * self.layout.tp_size, world_size()
-        if n_bad == n_ranks and self._is_too_large_alone(loss):
+        if n_bad == n_ranks and self._may_be_overflow(loss):
             large = self.clip_large_gradients()
             n_bad, norm = sum_over_ranks((~large.isfinite()).to(large)).item(), large.item()
         if n_bad and math.isfinite(norm):
@@ -224,7 +223,7 @@ class Learner(ShardedModel):
         return self._finite(means | {f"{self.name}/{name}": own[name] for name in own})
 
     def _check_segments(self, batch: Batch | None) -> None:
-        """TrainingError on every rank where rank 0's batch has not what must not be cut."""
+        """TrainingError on every rank if rank 0's batch does not fit the segments of the loss."""
         reason = None
         if batch is not None:
             max_length = self.config.max_length_per_device * self.layout.sp_size
@@ -232,16 +231,16 @@ class Learner(ShardedModel):
         if reason := broadcast(reason):
             raise TrainingError(f"{self.origin}: {reason}")
 
-    def _is_too_large_alone(self, loss: float) -> bool:
-        """Whether a norm that is not finite may be one whose squares float32 does not hold, and
-        squares of the clipped gradients, which AdamW takes, are in its reach."""
+    def _may_be_overflow(self, loss: float) -> bool:
+        """Whether a norm that is not finite may only be beyond float32 in its squares, while the
+        squares of the clipped gradients, which AdamW takes, are within it."""
         return math.isfinite(loss) and self.config.max_grad_norm**2 < torch.finfo(torch.float32).max
 
     def _prepare(
         self, batch: Batch | None
     ) -> tuple[Batch | None, tuple[int, tuple[str, ...]] | None]:
         """Rank 0, before the first backward: the batch with the weights of its tokens' losses, how
-        many actions it has, and the fields that ranks need of it; None for both to skip it."""
+        many actions it has, and the fields that ranks need; None instead of both to skip it."""
         level = self.config.avg_level
         if batch is None or not batch["action_mask"].any():
             return batch, None
@@ -253,7 +252,7 @@ class Learner(ShardedModel):
         return batch, (int(batch["action_mask"].sum()), fields)
 
     def clip_gradients(self) -> Tensor:
-        """Bring the gradients to an end and clip them to `max_grad_norm`; returns the norm before
+        """Complete the gradients and clip them to `max_grad_norm`; returns the norm before
         clipping, over all ranks."""
         for parameter in self.partial_gradients:
             if parameter.grad is not None:
@@ -261,12 +260,12 @@ class Learner(ShardedModel):
         return clip_gradients(self.model.parameters(), self.config.max_grad_norm)
 
     def clip_large_gradients(self) -> Tensor:
-        """What `clip_gradients` has left as it was on every rank, in float64."""
+        """Clip in float64 what `clip_gradients` has left unchanged on every rank."""
         parameters = self.model.parameters()
         return clip_gradients(parameters, self.config.max_grad_norm, torch.float64)
 
     def _reject(self, loss: float, norm: float, bad_losses: int) -> dict[str, float]:
-        """bad_losses: how many of those that count were not finite as the loss returned them."""
+        """Leave out an update. bad_losses: how many losses that count were not finite."""
         self.optimizer.zero_grad()
         self.bad_steps += 1
         what = not_finite(loss, norm)
@@ -285,7 +284,7 @@ class Learner(ShardedModel):
         return {f"{self.name}/nonfinite": 1.0, f"{self.name}/skipped": 0.0}
 
     def _finite(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Without the loss's own that are not finite, of each of which one line is said."""
+        """The metrics without those of the loss that are not finite; warns once of each."""
         prefix = f"{self.name}/"
         bad = {
             name: value
@@ -308,26 +307,26 @@ class Learner(ShardedModel):
                 values.setdefault(name, []).append(value)
         counts = (f"{self.name}/skipped", f"{self.name}/nonfinite")
         return {
-            name: sum(them) if name in counts else sum(them) / len(them)
-            for name, them in values.items()
+            name: sum(numbers) if name in counts else sum(numbers) / len(numbers)
+            for name, numbers in values.items()
         }
 
     def load(self, *, optimizer: bool = False) -> None:
-        """Bring what `offload` has put away back to the device, the moments if `optimizer`."""
+        """Move the weights back to the device after `offload`, the moments only if `optimizer`."""
         super().load()
         if optimizer and self.config.offload_optimizer:
             _move_moments(self.optimizer, self.device)
 
     def offload(self) -> None:
-        """Put weights and moments into CPU memory, as far as `offload_model` and
-        `offload_optimizer` say. Only `load` may follow."""
+        """Move weights and moments to CPU memory, as `offload_model` and `offload_optimizer` say.
+        Only `load` may follow."""
         super().offload()
         if self.config.offload_optimizer:
             _move_moments(self.optimizer, torch.device("cpu"))
 
 
 def not_finite(loss: float, norm: float) -> str:
-    """Which of the two, of an update that is left out, was not finite."""
+    """Which of the two was not finite in an update that is left out."""
     values = {"loss": loss, "gradient norm": norm}
     bad = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
     good = [f"{name} {value:.4g}" for name, value in values.items() if math.isfinite(value)]

@@ -1,4 +1,4 @@
-"""Micro-batches whose sequences, groups or pairs are whole, for losses that are of those."""
+"""Micro-batches with whole sequences, groups or pairs, for losses that need them."""
 
 from dataclasses import dataclass
 
@@ -20,14 +20,15 @@ from RL2.workers.sharded_model import ShardedModel
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """What a loss is given of a micro-batch, on all ranks that share it, beside its statistics.
+    """What a loss gets of a micro-batch besides statistics, on all ranks that share it.
 
     Attributes:
-        fields: `[N]` each, of all action tokens of the pack.
-        segments: its `sequences`, and `groups` and `pairs` where the loss names them.
-        sizes: how many of the N tokens each of those ranks has; group: of theirs, None for one.
-        scale: of the sum of a metric, one value each of the loss's kind, as the learner divides it
-            by the action tokens of the whole batch.
+        fields: the fields of all action tokens of the pack, `[N]` each.
+        segments: its `sequences`, and `groups` and `pairs` if the loss names them.
+        sizes: how many of the N tokens each of those ranks has.
+        group: the process group of those ranks; None for one.
+        scale: the factor for the sum of a metric with one value per element of the loss's kind, as
+            the learner divides it by the action tokens of the whole batch.
     """
 
     fields: Batch
@@ -37,8 +38,8 @@ class Pack:
     scale: float
 
     def whole(self, statistics: Batch) -> Batch:
-        """Statistics of this rank's action tokens as `[N]` of all of the pack. Each rank's gradient
-        is what its `1 / len(sizes)` of a loss that all of them compute has."""
+        """From statistics of this rank's action tokens, those of all N tokens of the pack. All
+        ranks compute the same loss from them; each must take `1 / len(sizes)` of it."""
         if self.group is None:
             return statistics
         columns = [x.unsqueeze(-1).flatten(1) for x in statistics.values()]
@@ -57,12 +58,13 @@ def scatter_whole(
     names: tuple[str, ...],
     kind: str,
 ) -> list[Batch]:
-    """This rank's micro-batches of rank 0's batch, each with its `pack`, which is on the device.
+    """This rank's micro-batches of rank 0's batch, each with its `pack` on the device.
 
     Args:
-        model: whose ranks share the work. fields: of the batch, what travels.
-        names: of `SEGMENTS`, what must not be cut.
-        kind: of `KINDS`, what the loss returns one value of.
+        model: the model whose ranks share the work.
+        fields: the fields of the batch to send.
+        names: the names in `SEGMENTS` that must not be cut.
+        kind: what the loss returns one value for, a key of `KINDS`.
     """
     scale = broadcast(None if batch is None else count(batch, "tokens") / count(batch, kind))
     units = None if batch is None else kept_together(batch, names)

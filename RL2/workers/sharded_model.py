@@ -1,4 +1,4 @@
-"""A model spread over all ranks: all that a frozen policy is, and what a learner trains."""
+"""A model spread over all ranks: a frozen policy, or the base of a learner."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,18 +37,18 @@ from RL2.models.self_check import self_check
 ALWAYS = ("states", "actions", "action_mask")
 """Fields of a batch that every forward takes."""
 
-_OF_THE_PACK = {"lengths", "start", "pack"}
+_PACK_FIELDS = {"lengths", "start", "pack"}
 
 
 class ShardedModel:
-    """A model spread over all ranks, frozen where it is no `RL2.workers.learner.Learner`.
+    """A model spread over all ranks, frozen unless it is a `RL2.workers.learner.Learner`.
 
     Args:
         config: an `actor` or `ref_actor` node.
         device: this rank's device.
-        traffic: counts what crosses ranks.
-        head: a name of `RL2.models.heads.HEADS`.
-        train: whether gradients will be asked for.
+        traffic: counts the bytes that cross ranks.
+        head: a name in `RL2.models.heads.HEADS`.
+        train: whether gradients are needed.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ShardedModel:
         attention = resolve_attention(config.attn_implementation, self.dtypes.compute)
         self_check(self.model, attention, device, train)
         self.model.head.check(config)
-        # Whole parameters of which a tensor-parallel rank sees a part of the gradient.
+        # Whole parameters of whose gradient a tensor-parallel rank sees a part.
         self.partial_gradients = [self.hf_model.get_parameter(name) for name in partial]
         self.frozen = not train
         if self.frozen:
@@ -118,7 +118,7 @@ class ShardedModel:
 
     def annotate(self, batch: Batch | None, fields: Mapping[str, str]) -> Batch | None:
         """Add this model's statistics of the actions to rank 0's batch, in one forward. fields:
-        names `[B, T]` of them in the batch, with the statistic that each is."""
+        the names of the new fields `[B, T]`, each with its statistic."""
         length, wanted = self.config.max_inference_length_per_device, (*fields.values(),)
         micro_batches, plan = self.scatter(batch, ALWAYS, length)
         found: dict[str, list[torch.Tensor]] = {statistic: [] for statistic in wanted}
@@ -136,28 +136,28 @@ class ShardedModel:
         return batch | values if values else batch
 
     def scatter(self, batch: Batch | None, fields: tuple[str, ...], max_length: int):
-        """This rank's micro-batches of rank 0's batch, and the plan by which `gather` puts what
-        comes of them together, see `RL2.distributed.comm.scatter`."""
+        """This rank's micro-batches of rank 0's batch, and the plan by which `gather` puts their
+        results together, see `RL2.distributed.comm.scatter`."""
         return scatter(batch, fields, max_length, self.layout, self.attention_cost, self.traffic)
 
     def to_device(self, micro_batch: Batch) -> Batch:
         """Keep what the statistics need of a micro-batch and put it on the device.
 
         Every field but `states` and those of the pack shrinks from all `[N]` tokens to the `[A]`
-        action tokens; `positions [A]` says where those stand.
+        action tokens; `positions [A]` says where those are.
         """
         positions = micro_batch["action_mask"].nonzero().squeeze(-1)
         whole = {"states": micro_batch["states"], "positions": positions}
         chosen = {
             name: field[positions]
             for name, field in micro_batch.items()
-            if name not in ("states", "action_mask", *_OF_THE_PACK)
+            if name not in ("states", "action_mask", *_PACK_FIELDS)
         }
         moved = {
             name: field.to(self.device, non_blocking=True)
             for name, field in (whole | chosen).items()
         }
-        return moved | {name: micro_batch[name] for name in _OF_THE_PACK & micro_batch.keys()}
+        return moved | {name: micro_batch[name] for name in _PACK_FIELDS & micro_batch.keys()}
 
     def forward(
         self,
@@ -166,10 +166,10 @@ class ShardedModel:
         top_k: int = 0,
         loss_fn: LossOfStatistics | None = None,
     ) -> dict[str, torch.Tensor]:
-        """What the head says of the actions of a micro-batch from `to_device`, `{name: [A]}`: what
-        is wanted, of `RL2.ops.token_stats.STATISTICS` or `values`.
+        """What the head computes for the actions of a micro-batch from `to_device`, `{name: [A]}`.
 
-        With `loss_fn` the sum of its loss, as `loss`, and those of its metrics instead.
+        wanted: names in `RL2.ops.token_stats.STATISTICS`, or `values`.
+        loss_fn: if given, the result is the sum of its loss, as `loss`, and those of its metrics.
         """
         return self.model(
             micro_batch["states"],
@@ -185,11 +185,11 @@ class ShardedModel:
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """For forwards to which no backward belongs.
+        """For forwards without a backward.
 
         FSDP keeps the root's weights (embedding, head, last norm) gathered after a forward, for
-        the backward to come, and module parameters are the gathered tensors until then. Whoever
-        reads the weights next, saves or offloads them expects this rank's parts.
+        the backward to come, and module parameters are the gathered tensors until then. Code that
+        reads, saves or offloads the weights next expects this rank's parts.
         """
         self.load()
         self.model.eval()
@@ -198,11 +198,11 @@ class ShardedModel:
         self.model.reshard()
 
     def load(self) -> None:
-        """Bring what `offload` has put away back to the device."""
+        """Move the weights back to the device after `offload`."""
         if self.config.offload_model:
             self.model.to(self.device)
 
     def offload(self) -> None:
-        """Put the weights into CPU memory, if `offload_model`. Only `load` may follow."""
+        """Move the weights to CPU memory, if `offload_model`. Only `load` may follow."""
         if self.config.offload_model:
             self.model.to("cpu")

@@ -121,7 +121,7 @@ POSSIBLE = [
         "def f(rewards, group_ids):\n    x = rewards.sum(-1, keepdim=True)\n"
         "    return (x - x.mean()) / x.std(correction=0) * torch.ones_like(rewards)",
         "on a batch of one sample, 3 of 3 advantages are not finite, the first of them nan in row 0"
-        " (mine.py:5, div); a rollout that is like this ends the run",
+        " (mine.py:5, div); such a rollout ends the run",
     ),
     (
         "def f(rewards): return rewards + torch.rand(rewards.shape)",

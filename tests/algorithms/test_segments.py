@@ -54,10 +54,10 @@ def test_pairs_are_chosen_less_rejected_and_a_side_without_tokens_is_0():
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        ("sequences.sum(logps[:2])", "sequences.sum takes one value a token, [7], and was given"),
-        ("sequences.mean(1.0)", "sequences.sum takes one value a token, [7], and was given float"),
-        ("sequences.spread(logps)", "sequences.spread takes one value a sequence, [4], and was gi"),
-        ("pairs.difference(logps)", "pairs.chosen takes one value a sequence, [4], and was given"),
+        ("sequences.sum(logps[:2])", "sequences.sum takes one value per token, [7], and was given"),
+        ("sequences.mean(1.0)", "sequences.sum takes one value per token, [7], and was given f"),
+        ("sequences.spread(logps)", "sequences.spread takes one value per sequence, [4], and was"),
+        ("pairs.difference(logps)", "pairs.chosen takes one value per sequence, [4], and was g"),
     ],
 )
 def test_values_of_something_else_are_refused_with_the_line(tmp_path, call, said):
@@ -240,9 +240,9 @@ ROLLOUTS = ("group_ids", "llm_logps", "advantages")
 REFUSED = [
     (DPO, {}, ROLLOUTS, "names pairs, which trainer.source=rollouts does not bring (pair_ids, cho"),
     (DPO, {"actor": {"tis_coef": 2.0}}, (*ROLLOUTS, "pair_ids", "chosen"),
-     "actor.tis_coef=2.0: has no effect with the loss f, which returns one value a pair; set it"),
+     "actor.tis_coef=2.0: has no effect with the loss f, which returns one value per pair; set it"),
     (OF_GROUPS, {"actor": {"kl": {"coef": 0.1, "type": "reward"}}}, ROLLOUTS,
-     "actor.kl.type=reward: has no effect with the loss f, which returns one value a group and "
+     "actor.kl.type=reward: has no effect with the loss f, which returns one value per group and "
      "does not read the advantages; use actor.kl.type=loss"),
     (OF_GROUPS, {}, ROLLOUTS, "actor.max_length_per_device=400: the loss f takes groups whole, and "
      "8 answers (train_data.responses_per_prompt) of up to 100 tokens are more than 400"),

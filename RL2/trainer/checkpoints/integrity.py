@@ -2,7 +2,7 @@
 
 There are three kinds of faults. A *damaged* checkpoint contradicts its own manifest. An
 *unreadable* one cannot be read now, because of a permission, a disk or a network; its files may be
-good, so they are left alone. And ranks on several machines may see *different* files under one name.
+good, so they are left alone. And ranks on several machines may see *different* files of one name.
 """
 
 import os

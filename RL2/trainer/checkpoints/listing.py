@@ -55,8 +55,8 @@ def rename_damaged(checkpoint: Path) -> str:
 
 def lost(folder: Path, damaged: list[tuple[Path, str]]) -> str | None:
     """Rank 0: what shows that there was a run to resume, of which no checkpoint loads; None if
-    there was none. The answer stays the same when the command is repeated: a run that starts anew would
-    move that run aside.
+    there was none. The answer stays the same when the command is repeated: a run that starts
+    anew would move that run aside.
 
     damaged: the checkpoints found damaged now, and why.
     """

@@ -6,6 +6,6 @@
         def batch(self, items):
             return super().batch(items[::-1])
 
-lies in a file of its own and trains with `trainer.source=my_source.py:Backwards` of `sft`.
-`RL2.trainer.sources.source` says what a source has to have.
+is a complete file, which `sft` uses with `trainer.source=my_source.py:Backwards`.
+`RL2.trainer.sources.source` describes what a source must have.
 """

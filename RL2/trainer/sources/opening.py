@@ -1,4 +1,4 @@
-"""From the name or file of a source to the source."""
+"""Opens the source that `trainer.source` names."""
 
 import inspect
 
@@ -14,7 +14,7 @@ from RL2.trainer.sources.source import Source
 
 
 def resolve_source(config: DictConfig) -> type[Source]:
-    """The class that `trainer.source` names, from its file where it is no key of `SOURCES`.
+    """The class that `trainer.source` names, from a file if it is no key of `SOURCES`.
 
     Raises:
         ConfigError: a missing file, module or class, one that is no `Source` or lacks parts of it,
@@ -42,7 +42,7 @@ def resolve_source(config: DictConfig) -> type[Source]:
 def open_source(
     make: type[Source], config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens
 ) -> Source:
-    """The source itself; a ConfigError names the line of one's own that fails."""
+    """The source itself; a ConfigError names the line of user code that fails."""
     if config.trainer.source in SOURCES:
         return make(config, tokenizer, ends)
     origin = f"trainer.source={config.trainer.source}"
@@ -53,7 +53,7 @@ def open_source(
         raise
     except Unfit as fault:
         raise ConfigError(f"{origin}: {fault}") from fault
-    except Exception as error:  # of somebody else's code, anything
+    except Exception as error:  # user code may raise anything
         where = place(error, inspect.getfile(make))
         raise ConfigError(
             f"{origin}: making it raised {type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Sources by name, by where they stand: a command line is checked with the names alone."""
+"""Sources by name, not imported: checking a command line needs only the names."""
 
 SOURCES: dict[str, str] = {
     "rollouts": "RL2.trainer.sources.rollouts:RolloutSource",

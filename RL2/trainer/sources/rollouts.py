@@ -47,7 +47,7 @@ class RolloutSource(Source):
     def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens):
         self.config, self.tokenizer = config, tokenizer
         if ":" in (engine := str(config.rollout.engine)):
-            engine_maker(engine)  # a file of the user's own: what is wrong with it, now
+            engine_maker(engine)  # a file of the user: report its faults now
         self.end_tokens, self.end_ids = ends, ends.ids
         self.judges = resolve_judges(config.rollout.get("judges") or ())
         self.environment = load_environment(
@@ -58,7 +58,7 @@ class RolloutSource(Source):
         longest = config.actor.max_length_per_device * config.actor.sp_size
         longest = min(longest, context_length(config.actor.model_name) or longest)
         longest -= config.rollout.train_sampling_params.max_new_tokens
-        # No process, no limit; null means one for each core.
+        # Only worker processes have the limit; null means one for each core.
         limit = None if config.rollout.env_workers == 0 else MAX_ANSWER
         self.train = RLDataset(
             config.train_data, tokenizer, key="train_data", max_extra_info=limit,
@@ -135,8 +135,8 @@ class RolloutSource(Source):
         )
 
     def _drivers(self) -> tuple[int, ...]:
-        """The ranks with an engine: all of them in process, with servers one on each machine, with
-        external servers the first one."""
+        """The ranks with an engine: all of them in process, one per machine with servers, the first
+        one with external servers."""
         if self.config.rollout.engine not in SERVERS or world_size() == 1:
             return tuple(range(world_size()))
         if self.config.rollout.server_url is not None:
@@ -160,7 +160,7 @@ class RolloutSource(Source):
         return batch, metrics
 
     def wait(self) -> None:
-        """Return when what is generated ahead is there; raises its errors."""
+        """Wait for what is generated ahead; raises its errors."""
         if self._pending is not None:
             self._pending[0].result()
 
@@ -169,8 +169,8 @@ class RolloutSource(Source):
         return self.test is not None and frequency is not None and step % frequency == 0
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Greedy score on the whole test set, and with `trainer.test_sampled` the score of one
-        sampled as in training (metrics on rank 0)."""
+        """Greedy score on the whole test set, and with `trainer.test_sampled` also a score sampled
+        as in training (metrics on rank 0)."""
         self.wait()
         self._wake()
         items = [self.test[i] for i in range(len(self.test))]
@@ -183,11 +183,11 @@ class RolloutSource(Source):
         return metrics
 
     def interrupt(self) -> None:
-        """Give up generating: what waits for a rollout or an evaluation, now or later, raises
+        """Stop generating: waiting for a rollout or an evaluation, now or later, raises
         Interrupted on every rank. May be called from any thread.
 
-        What is generated ahead gets some seconds to be complete: a run that resumes has newer
-        weights, and would write something else.
+        What is generated ahead gets some seconds to finish: a resumed run has newer weights, and
+        would generate something else.
         """
         if not self.ahead:
             self.collector.interrupt()
@@ -218,8 +218,8 @@ class RolloutSource(Source):
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides what is generated next: the position in the data, failures counted so
-        far, groups carried to the next step, and what was generated ahead. A run that resumes
-        generates that anew where it is not complete."""
+        far, groups carried to the next step, and what was generated ahead. If the last is not
+        complete, a resumed run generates it again."""
         if self._pending is None:
             return self._state()
         ahead, before = self._pending
@@ -234,10 +234,10 @@ class RolloutSource(Source):
         return state | {"prompts": self.prompts.state_dict()} if rank() == 0 else state
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Continue where `state_dict` was called on all ranks of a run, of however many ranks.
+        """Continue where `state_dict` was called on all ranks of a run with any number of ranks.
 
-        Groups that cannot be carried on, as another number of answers is wanted or the steps do
-        not overlap any more, are drawn again.
+        Groups that cannot be continued, as the number of responses has changed or steps no longer
+        overlap, are drawn again.
         """
         rollouts = [state["rollout"] for state in states]
         carried = [group for rollout in rollouts for group in rollout["carried"]]

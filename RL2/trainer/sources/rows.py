@@ -23,8 +23,8 @@ _ALWAYS = (
 class RowSource(Source):
     """Rows of `data`, every response token an action of advantage 1.
 
-    The last step of an epoch takes what is left of the rows. A class that is derived from this one
-    may `read` a data set of another kind, and make a `batch` of its items in its own way.
+    The last step of an epoch takes the rows that are left. A derived class may `read` another kind
+    of data set, and make a `batch` of its items in its own way.
     """
 
     groups = ("data",)
@@ -53,7 +53,7 @@ class RowSource(Source):
     def read(
         self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens
     ) -> Dataset | list[Any]:
-        """What `data` (`config`) names, item by item; a list holds what JSON does."""
+        """The items of what `data` (`config`) names; a list must hold JSON values."""
         return SFTDataset(config, tokenizer, key="data", ends=ends)
 
     def batch(self, items: list[Any]) -> Batch:

@@ -1,6 +1,6 @@
-"""What a source is: where a step's batch comes from, and who gets the weights after it."""
+"""The interface of sources, which give each step its batch and may serve the weights after it."""
 
-# ruff: noqa: B027  what is empty here is what most sources need not have
+# ruff: noqa: B027  most sources do not need the empty methods
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
@@ -20,23 +20,24 @@ Result = tuple[Batch | None, dict[str, float]]
 
 
 class Source(ABC):
-    """Where batches come from. The loop knows no more of a source than what stands here.
+    """Where batches come from. The loop uses only what is defined here.
 
     `trainer.source` names one: a key of `SOURCES`, or a class of your own that is derived from this
     one (`my_source.py:MySource`). Every rank makes it, before any model loads, with the run's
-    config, the actor's tokenizer and its end tokens; that is where it reads its data and complains
-    of them. Without an engine it needs `collect`, its position (`state_dict`, `load_state_dict`),
+    config, the actor's tokenizer and its end tokens; there it reads its data and checks them.
+    Without an engine it needs `collect`, its position (`state_dict`, `load_state_dict`),
     `steps_per_epoch` and `per_step`. For a data set of another kind it is shorter to derive from
     `RowSource`, which needs `read` and `batch`.
 
     Attributes:
-        groups: of the config, that it reads.
+        groups: the groups of the config that it reads.
         steps_per_epoch: how many steps `trainer.n_epochs` counts as one epoch.
         per_step: what one step takes, in words.
-        datasets: what was read, by the config's node whose `path` names it; each has a length and a
-            `fingerprint`. A run that resumes compares them.
-        rows: how many rows there are, by what they are for.
-        end_ids: tokens at which its sequences end. ends: what ends there, in words.
+        datasets: the data sets that were read, by the config node whose `path` names them; each has
+            a length and a `fingerprint`. A resumed run compares them.
+        rows: the numbers of rows, by their purpose.
+        end_ids: tokens at which its sequences end.
+        ends: what happens there, in words.
     """
 
     groups: tuple[str, ...] = ()
@@ -53,38 +54,38 @@ class Source(ABC):
 
     @classmethod
     def brings(cls, config: DictConfig) -> tuple[str, ...]:
-        """Fields of its batches that a loss or an estimator may ask for. With `advantages` among
-        them, `adv` is not asked for any. `RL2.datasets.collate` makes what every batch has, and
-        `correct [B]` belongs to it."""
+        """Fields of its batches that a loss or an estimator may name. With `advantages` among
+        them, `adv` is not used. Every batch also has the fields of `RL2.datasets.collate` and
+        `correct [B]`."""
         return ()
 
     def start(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Load what generates, once the models are there. dtype: what the actor computes in."""
+        """Load the engine, after the models. dtype: the dtype that the actor computes in."""
 
     @abstractmethod
     def collect(self, step: int, last: bool) -> Result:
         """The batch of a step and its metrics on rank 0, None and {} elsewhere (a collective); None
-        on rank 0, too, where there is nothing to train on. last: no step follows.
+        on rank 0 as well if there is nothing to train on. last: whether it is the last step.
 
         Raises:
-            Interrupted: on every rank, where `interrupt` was called.
+            Interrupted: on every rank, if `interrupt` was called.
         """
 
     def wait(self) -> None:
-        """Return when nothing goes on beside the training; raises the errors of what did."""
+        """Wait for work in the background; raises its errors."""
 
     def interrupt(self) -> None:
-        """Give up what takes long, now and later. May be called from any thread."""
+        """Stop what takes long, now and later. May be called from any thread."""
 
     def serves(self, step: int) -> bool:
-        """Whether somebody gets the weights that `step` has left; step 0: those of the start."""
+        """Whether the weights after `step` are served; step 0 means the initial ones."""
         return False
 
     def publish(self, actor: Actor, step: int) -> None:
-        """Give them the weights (a collective)."""
+        """Serve the actor's weights (a collective)."""
 
     def evaluates(self, step: int) -> bool:
-        """Whether the weights that `step` has left are evaluated."""
+        """Whether the weights after `step` are evaluated."""
         return False
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -98,12 +99,12 @@ class Source(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """All that decides what comes next, of this rank; what is the same on all ranks is kept on
-        rank 0 alone."""
+        """This rank's part of all that decides what comes next; what is the same on all ranks is
+        kept only on rank 0."""
 
     @abstractmethod
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Continue where `state_dict` was called on all ranks of a run, of however many ranks."""
+        """Continue where `state_dict` was called on all ranks of a run with any number of ranks."""
 
     def close(self) -> None:
-        """End what `start` has begun."""
+        """End what `start` began."""

@@ -8,19 +8,19 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 
 class PromptStream:
-    """The batches of a loader as one stream, epoch after epoch, from which any number is drawn.
+    """The items of a loader as one stream, epoch after epoch, from which any number is drawn.
 
-    Its state is exact wherever it stands: that of the loader before the batch that is being used
-    up, and how much of that is gone.
+    Its state is exact at every item: the loader's state before the current batch, and how many
+    items of that batch are used.
     """
 
     def __init__(self, dataset: Dataset, loader: StatefulDataLoader):
         self.dataset, self.loader = dataset, loader
-        self._first: list[Any] = []  # what comes before all else
+        self._first: list[Any] = []  # items to draw before all others
         self._batches: Iterator[list[Any]] | None = None
         self._batch: list[Any] = []
         self._before: dict[str, Any] = {}  # the loader's state before `_batch`
-        self._used = 0  # of `_batch`
+        self._used = 0  # items of `_batch`
 
     def draw(self, n: int) -> list[Any]:
         """The next n items."""
@@ -33,8 +33,8 @@ class PromptStream:
         return drawn
 
     def draw_batch(self) -> list[Any]:
-        """What is left of a batch of the loader, or the next one: the last of an epoch may be
-        smaller than the others."""
+        """The rest of the current batch of the loader, or the next one; the last of an epoch may be
+        smaller."""
         self._need_batch()
         return self.draw(len(self._batch) - self._used)
 
@@ -44,7 +44,7 @@ class PromptStream:
             self._batch, self._used = self._next_batch(), 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands."""
+        """The position in the stream."""
         within = self._used < len(self._batch)
         return {
             "loader": self._before if within else self.loader.state_dict(),
