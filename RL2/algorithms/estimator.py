@@ -75,7 +75,7 @@ class Estimator:
             raise Unfit(f"advantages came back sparse or not on {mask.device}; return them there")
         advantages = advantages.detach().masked_fill(~mask, 0.0)
         bad = ~advantages.isfinite()
-        if bad.any() and all(_is_sound(name, x, mask) for name, x in tensors.items()):
+        if bad.any() and all(_has_no_bad_values(name, x, mask) for name, x in tensors.items()):
             row, token = bad.nonzero()[0].tolist()
             raise Unfit(
                 f"{int(bad.sum())} of {int(mask.sum())} advantages are not finite, the first of "
@@ -84,7 +84,7 @@ class Estimator:
         return advantages
 
 
-def _is_sound(name: str, given: Tensor, mask: Tensor) -> bool:
+def _has_no_bad_values(name: str, given: Tensor, mask: Tensor) -> bool:
     """Whether an input cannot be the reason for advantages that are not finite."""
     if not given.is_floating_point():
         return True

@@ -162,7 +162,7 @@ def parameters_of(
             raise ConfigError(
                 f"{origin}: its parameter {parameter.name} is {kinds}; "
                 f"{did_you_mean(parameter.name, known)}use {', '.join(known)}; "
-                "options stand after a lone *"
+                "options come after a lone *"
             )
         else:
             inputs.append(parameter.name)

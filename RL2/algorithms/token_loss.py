@@ -100,7 +100,7 @@ def resolve_loss(
             a keyword-only parameter of the function, and is bound.
         fallbacks: values for options that the configuration leaves open, such as `actor.clip`
             for both clips; those that the function does not take are ignored.
-        brought: fields `[B, T]` of the run's batches beside `FIELDS`, which it may name as well.
+        brought: fields `[B, T]` of the run's batches besides `FIELDS`, which it may name as well.
 
     The loss is tried on made-up tokens, so that one that cannot train is found here and not after
     the first rollout (`RL2.algorithms.trial`).

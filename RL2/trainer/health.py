@@ -1,8 +1,8 @@
 """Rules that stop an unhealthy run, which would otherwise go on and end as if it had worked.
 
 A rule looks at the metrics of one step. Checkpoints hold how many steps in a row have broken each
-rule, so a resumed run goes on counting. Updates that are not finite are
-counted where they happen (`trainer.max_bad_steps`).
+rule, so a resumed run goes on counting. Updates that are not finite are counted where they happen
+(`trainer.max_bad_steps`).
 """
 
 import logging

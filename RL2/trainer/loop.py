@@ -27,7 +27,7 @@ from RL2.trainer.startup.ends import name_ends
 from RL2.trainer.startup.inputs import read_inputs
 from RL2.trainer.startup.models import load_providers
 from RL2.trainer.startup.shared_folder import check_shared
-from RL2.trainer.startup.started_with import files_behind
+from RL2.trainer.startup.started_with import file_facts
 from RL2.workers import Actor
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Trainer:
         stop: the request to end early; None means never.
 
     Attributes:
-        source: hands out batches, and may serve the weights.
+        source: provides batches, and may serve the weights.
         algorithm: how the run learns from a batch.
         providers: the functions that compute fields for the algorithm, by name.
         learners: the models that are trained, by name, in the order of their updates.
@@ -57,7 +57,7 @@ class Trainer:
 
         inputs = all_or_none(lambda: read_inputs(config))
         self.algorithm, self.source = inputs.algorithm, inputs.source
-        check_same(files_behind(config, inputs.fingerprints, self.source.datasets))
+        check_same(file_facts(config, inputs.fingerprints, self.source.datasets))
         n_steps = config.trainer.n_epochs * self.source.steps_per_epoch
         self.n_steps = min(n_steps, config.trainer.max_steps or n_steps)
         claimed = claim_folder(config, device, inputs.fingerprints)
@@ -100,7 +100,7 @@ class Trainer:
         ):  # fmt: skip
             logger.info("%s", line)
         with logging_redirect_tqdm(), self._bar(start.step) as bar:
-            self._before_the_first_step(start)
+            self._before_first_step(start)
             for step in range(start.step + 1, self.n_steps + 1):
                 with self.timers("step"):
                     metrics = self._serve(step, self._learn(step))
@@ -110,12 +110,12 @@ class Trainer:
                 bar.update()
         self.run.finish(max(start.step, self.n_steps))
 
-    def _before_the_first_step(self, start: Start) -> None:
+    def _before_first_step(self, start: Start) -> None:
         """Finish a step that a stop left unfinished; evaluate the initial weights of a new run."""
         if start.unfinished is not None:
             self._end_step(start.step, self._serve(start.step, start.unfinished))
         elif start.step == 0:
-            with self.run.saved_where_stopped(0):
+            with self.run.save_if_interrupted(0):
                 self.run.raise_if_stopped()
                 metrics = self._evaluate(0)
             if metrics:
@@ -124,12 +124,12 @@ class Trainer:
     def _learn(self, step: int) -> dict[str, float]:
         """Collect a batch and learn from it; returns the step's metrics."""
         before = self.run.position()
-        with self.run.saved_where_stopped(step - 1, before), self.timers("rollout"):
+        with self.run.save_if_interrupted(step - 1, before), self.timers("rollout"):
             batch, metrics = self.source.collect(step, last=step == self.n_steps)
         for name, fields in self._fields_to_compute(batch).items():
             with self.timers(f"compute_{name}"):
                 batch = self.providers[name](batch, fields)
-        with self.run.saved_where_failed(step - 1, before):
+        with self.run.save_if_update_fails(step - 1, before):
             batch = self._with_advantages(batch)
             for name, learner in self.learners.items():
                 with self.timers(f"update_{name}"):
@@ -157,7 +157,7 @@ class Trainer:
     def _serve(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Publish the new weights and evaluate; returns all metrics of the step. A run that is
         stopped in here begins here when it resumes."""
-        with self.run.saved_where_stopped(step, unfinished=metrics):
+        with self.run.save_if_interrupted(step, unfinished=metrics):
             with self.timers("rollout"):
                 self.source.wait()
             self.run.raise_if_stopped()

@@ -201,7 +201,7 @@ class Run:
     # -------------------------------------------------------------------- how it stops
 
     @contextmanager
-    def saved_where_stopped(
+    def save_if_interrupted(
         self,
         step: int,
         position: Position | None = None,
@@ -230,7 +230,7 @@ class Run:
         )
 
     @contextmanager
-    def saved_where_failed(self, step: int, position: Position) -> Iterator[None]:
+    def save_if_update_fails(self, step: int, position: Position) -> Iterator[None]:
         """If the update after `step` fails before it has changed anything, save the state after
         `step`, as it was at `position`."""
         updates = self._updates()
@@ -278,7 +278,7 @@ class Run:
             raise CheckpointError(f"{unwritten}; step {step} is in {saved}")
         raise HealthError(f"{problem}; step {step} is in {saved}")
 
-    # -------------------------------------------------------------------- what it tells
+    # -------------------------------------------------------------------- what it logs
 
     def log(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Write the row of a step; returns it without timings and memory."""

@@ -141,7 +141,7 @@ class Actor(Learner):
         """The `n` losses of some tokens, and their metrics; without tokens the loss is not called.
 
         After a fault a rank goes on without the loss, so that the others, which wait for its
-        gradients, can be told.
+        gradients, learn of it.
         """
         losses, metrics = tokens["logps"].new_zeros(n), {}
         if n and self.fault is None:

@@ -731,7 +731,7 @@ def test_a_loss_in_a_module():
         ),
         (
             dict(import_path="my_loss.py:option_before_star"),
-            ["its parameter beta is neither", "options stand after a lone *"],
+            ["its parameter beta is neither", "options come after a lone *"],
         ),
         (dict(import_path="my_loss.py:no_statistic"), ["takes no token statistic"]),
         (

@@ -175,7 +175,7 @@ class Checkpoints:
                 use_on_all_ranks(lambda folder=folder: self._compare(folder, learners), key, folder)
 
     def about(self, which: str | None) -> dict[str, Any]:
-        """What the manifest of the checkpoint that `load` will take tells about its run; empty if
+        """What the manifest of the checkpoint that `load` will take says about its run; empty if
         none looks whole (a collective)."""
         found: dict[str, Any] = {}
         for folder in [] if which is None else self._candidates(which):

@@ -73,7 +73,7 @@ def damage_on_all_ranks(folder: Path, key: str) -> str | None:
         if view.content is None:
             continue
         # Rank 0 is to rename it, so rank 0 must see the damage as well.
-        if which > 0 and broadcast(_seen_again(folder)) is None:
+        if which > 0 and broadcast(_damage_on_rank_0(folder)) is None:
             raise _different(key, folder, which, views)
         return view.content
     return None
@@ -126,7 +126,7 @@ def _look(folder: Path, part: slice) -> _View:
     return _View(host, digest=digest)
 
 
-def _seen_again(folder: Path) -> str | None:
+def _damage_on_rank_0(folder: Path) -> str | None:
     """Rank 0: what is wrong with any of the files; a missing file counts as well."""
     if rank() != 0:
         return None

@@ -3,7 +3,7 @@ loaded.
 
 Neither `torch.distributed.checkpoint` nor `torch.save` notices a flipped byte in a tensor. The
 manifest has the size and the SHA-256 of every file, and a SHA-256 of itself. It finds accidents,
-not attacks: whatever can write the folder can also write a manifest that fits.
+not attacks: anyone who can write the folder can also write a manifest that fits.
 """
 
 import hashlib

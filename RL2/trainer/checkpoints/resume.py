@@ -106,7 +106,7 @@ def compare(
 
     Args:
         inputs: the present fingerprints, see `fingerprints.of_run`.
-        about: what the checkpoint's manifest tells about its run.
+        about: what the checkpoint's manifest says about its run.
 
     Raises:
         CheckpointError: a key that may not change has changed.
@@ -150,7 +150,7 @@ def compare(
             f"{_key(name)}={as_text(after.get(_key(name)))}: {OTHER_INPUTS[name]}, from here on"
             for name in other
         ]
-        + _of_versions(about)
+        + _version_changes(about)
         + unknown
     )
 
@@ -180,7 +180,7 @@ def versions() -> dict[str, str | None]:
     return {name: found.get(name) for name in PACKAGES}
 
 
-def _of_versions(about: dict[str, Any]) -> list[str]:
+def _version_changes(about: dict[str, Any]) -> list[str]:
     now, before = versions(), about.get("versions") or {}
     return [
         f"{name} {now[name]} from here on, was {before[name]} (results may differ)"

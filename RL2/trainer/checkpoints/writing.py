@@ -35,7 +35,7 @@ class Content:
         position: the source's position, as this rank has it.
         state: the trainer's state, as plain JSON values.
         config: the run's config.
-        about: what the manifest tells about the run.
+        about: what the manifest says about the run.
     """
 
     tensors: dict[str, Any]
@@ -89,7 +89,7 @@ def write(
         )
         parts = of_all(part, group)
         on_all_ranks(first(lambda: _write_rest(temporary, content, parts)), failed, group)
-        on_all_ranks(first(lambda: _find_all(temporary)), unseen, group)
+        on_all_ranks(first(lambda: _wait_for_files(temporary)), unseen, group)
         on_all_ranks(first(lambda: _give_name(temporary, final, tidy)), failed, group)
     except CheckpointError:
         if rank() == 0:
@@ -135,7 +135,7 @@ def _write_rest(temporary: Path, content: Content, parts: list[manifest.Files]) 
     manifest.write(temporary, listed, content.about)
 
 
-def _find_all(temporary: Path) -> None:
+def _wait_for_files(temporary: Path) -> None:
     """Rank 0: wait until all files in the manifest are there. Network file systems show the files
     of other machines late."""
     end = time.monotonic() + PATIENCE

@@ -75,7 +75,7 @@ class SinkProcess:
         process.stdout.close()
         if status is None:
             self._warn(f"was not done {seconds:g} s after the run and was ended")
-        elif status not in (0, runner.TOLD):
+        elif status not in (0, runner.REPORTED):
             self._warn(f"its process ended with status {status}")
 
     def _send(self, words: bytes) -> None:
@@ -84,7 +84,7 @@ class SinkProcess:
         except BlockingIOError:
             pass  # it has thousands of notices, and reads the file when it can
         except BrokenPipeError:
-            if self._process.poll() not in (None, runner.TOLD):
+            if self._process.poll() not in (None, runner.REPORTED):
                 self._warn(f"its process ended with status {self._process.returncode}")
 
     def _pass_on(self) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 GROWN, GOOD, BAD = b"+", b".", b"!"
-TOLD = 3  # exit status after the reason was reported
+REPORTED = 3  # exit status after the reason was reported
 
 
 def new_rows(file: BinaryIO) -> Iterator[dict[str, Any]]:
@@ -55,7 +55,7 @@ def main() -> int:
         why = str(error).strip().partition("\n")[0] or type(error).__name__
         report.write(f"{why}; it gets no more rows, {order['metrics']} has every step\n")
         report.flush()
-        os._exit(TOLD)  # a package's hooks would wait for a process that may be gone
+        os._exit(REPORTED)  # a package's hooks would wait for a process that may be gone
     return 0
 
 

@@ -28,8 +28,8 @@ def use_threads(asked: int | None, about: Mapping[str, Any]) -> int:
     """Set the same number of threads on all ranks (a collective); returns that number.
 
     asked: `trainer.num_threads`.
-    about: what the manifest of the resumed checkpoint tells. With as many ranks as then, its number
-        of threads is kept.
+    about: what the resumed checkpoint's manifest says about its run. Its number of threads is kept
+        if the number of ranks is the same.
     """
     own = min(of_all(asked or torch.get_num_threads()))
     saved = about.get("threads") if about.get("world_size") == world_size() else None
@@ -68,7 +68,8 @@ def changes(about: Mapping[str, Any], threads: int, machines: Sequence[Machine])
     """A line on why the last bits may differ from those of the run that wrote a checkpoint; empty
     if there is no reason. (With another number of ranks they differ in any case.)
 
-    about: what the checkpoint's manifest tells. threads, machines: those of this run.
+    about: what the checkpoint's manifest says about its run.
+    threads, machines: those of this run.
     """
     if about.get("world_size") != world_size() or not about.get("machines"):
         return []

@@ -57,7 +57,7 @@ def started_with(config: DictConfig) -> dict[str, Fact]:
     return dict([*_command(config), *_versions(config), *_variables()])
 
 
-def files_behind(
+def file_facts(
     config: DictConfig, inputs: Mapping[str, str], datasets: Mapping[str, Dataset]
 ) -> dict[str, Fact]:
     """The contents behind the config's paths and names on this machine.

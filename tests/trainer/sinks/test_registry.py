@@ -137,7 +137,7 @@ def test_a_sink_that_raises_is_told_once_and_left_alone(mine, tmp_path, caplog):
     metrics.close()
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
     told = [line for line in caplog.messages if line.startswith("mine: ") and "hello" not in line]
-    assert len(told) == 1 and told[0].startswith("mine: float division by zero; it gets nothing")
+    assert len(told) == 1 and told[0].startswith("mine: float division by zero; it gets no more")
 
 
 def test_a_package_that_is_not_there_is_an_error_by_name(monkeypatch):

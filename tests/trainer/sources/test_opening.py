@@ -145,7 +145,7 @@ def test_a_source_over_pairs_from_a_file(files, tmp_path):
     again = train(files, "sft", tmp_path / "more", **changes, trainer__load_ckpt_from=checkpoint)
     assert [row["actor/loss"] for row in again] == [row["actor/loss"] for row in rows[2:]]
     assert same_weights(weights(tmp_path / "run/final"), weights(tmp_path / "more/final"))
-    with pytest.raises(CheckpointError, match="is of a run on a source of its own; to go on from"):
+    with pytest.raises(CheckpointError, match="its run was on a source of its own; to go on from"):
         train(files, "sft", tmp_path / "more", trainer__load_ckpt_from=checkpoint)
 
 

@@ -13,7 +13,7 @@ from RL2.trainer.sources.opening import resolve_source
 from RL2.trainer.startup import started_with as module
 from RL2.trainer.startup.fingerprints import of_run
 from RL2.trainer.startup.models import load_tokenizer
-from RL2.trainer.startup.started_with import files_behind, started_with
+from RL2.trainer.startup.started_with import file_facts, started_with
 from tests.trainer.support import composed, overrides, write_files, write_rows
 
 HOSTS = ["a", "b"]
@@ -119,7 +119,7 @@ def behind(files, trainer="spo", models=("actor",), **changes):
     ends = load_end_tokens(config.actor, tokenizer)
     source = resolve_source(config)(config, tokenizer, ends)
     inputs = of_run(config, tokenizer, ends, source.datasets, models)
-    return files_behind(config, inputs, source.datasets)
+    return file_facts(config, inputs, source.datasets)
 
 
 def other_weights(folder):
