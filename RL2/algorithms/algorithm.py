@@ -112,9 +112,9 @@ def needed_fields(
     """`Algorithm.needs`: log-probabilities, and other statistics of the policy before its updates,
     that are named and that no batch brings.
 
-    `old_logps` are needed only where an estimator names them, where the policy moves away from the
-    one that sampled (several optimizer steps a rollout, in a loss or importance weights that look
-    back), or where the KL enters rewards or advantages; with one step they are the update's own,
+    `old_logps` are needed only if an estimator names them, if the policy moves away from the one
+    that sampled (several optimizer steps per rollout, with a loss or importance weights that use
+    them), or if the KL enters rewards or advantages. With one step they are the update's own,
     without a second forward.
     """
     actor, named = config.actor, {*loss.fields}

@@ -25,5 +25,5 @@ def registry_of(key: str) -> Mapping[str, Any] | None:
     demand, since torch takes seconds."""
     if key not in REGISTRIES:
         return None
-    location, *beside = REGISTRIES[key]
-    return dict.fromkeys(beside) | pkgutil.resolve_name(location)
+    location, *others = REGISTRIES[key]
+    return dict.fromkeys(others) | pkgutil.resolve_name(location)

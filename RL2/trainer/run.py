@@ -166,7 +166,7 @@ class Run:
     def save_unless_saved(
         self, step: int, position: Position, unfinished: dict[str, float] | None = None
     ) -> Path:
-        """Save the state after `step`, as it was at `position`, if it is not yet; returns where."""
+        """Save the state after `step`, as it was at `position`, unless saved; returns where."""
         folder = self.checkpoints.path(step)
         self.checkpoints.wait()
         if not broadcast(folder.exists()):

@@ -94,6 +94,6 @@ class SinkProcess:
     def _warn(self, what: str) -> None:
         """Warn once that the sink gets no more rows."""
         if not self.given_up:
-            beside = f" ({self._afterwards})" if self._afterwards else ""
-            logger.warning("%s: %s; %s has every step%s", self.name, what, self.path, beside)
+            hint = f" ({self._afterwards})" if self._afterwards else ""
+            logger.warning("%s: %s; %s has every step%s", self.name, what, self.path, hint)
         self.given_up = True

@@ -82,7 +82,7 @@ class RolloutSource(Source):
         self.per_step = (
             f"{self.n_prompts} prompts x {config.train_data.responses_per_prompt} responses each"
         )
-        self._warn_of_no_end()
+        self._warn_if_no_end_token()
         self.collector: Collector | None = None
         self.ahead = config.rollout.staleness > 0
         # What is generated ahead: its result or error, and the state before it.
@@ -93,7 +93,7 @@ class RolloutSource(Source):
         of_judges = fields_of(resolve_judges(config.rollout.get("judges") or ()))
         return ("rewards", "llm_logps", "correct", "group_ids", "turn_ids", *of_judges)
 
-    def _warn_of_no_end(self) -> None:
+    def _warn_if_no_end_token(self) -> None:
         sampling = self.config.rollout.train_sampling_params
         if not self.end_ids and not sampling.stop:
             logger.warning(
