@@ -138,7 +138,7 @@ def main(connection: int, memory: int, path: str) -> None:
     sock.setblocking(False)
     loop = asyncio.new_event_loop()
     serve = _serve(
-        sock, pulse, functions, head["timeout"], head["beat"], streams.look_after_streams
+        sock, pulse, functions, head["timeout"], head["beat"], streams.replace_broken_streams
     )
     loop.run_until_complete(serve)
 

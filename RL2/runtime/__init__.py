@@ -1,1 +1,1 @@
-"""The ground floor: errors, secrets, processes, signals and folders. It imports nothing of RL2."""
+"""The lowest layer: errors, secrets, processes, signals and folders. Imports nothing of RL2."""

@@ -1,4 +1,4 @@
-"""What a stranger's code starts in the trainer's own process ends with the run."""
+"""Processes that user code starts in the trainer's own process end with the run."""
 
 import os
 import subprocess
@@ -8,25 +8,25 @@ from contextlib import contextmanager
 
 from RL2.runtime import process_tree, watcher
 
-_SECONDS = 10.0  # that killed processes may take to be gone
+_SECONDS = 10.0  # that killed processes may take to end
 
 
 @contextmanager
 def children_end(watch: bool) -> Iterator[None]:
-    """When the body ends, kill all that it has started and left behind, but for guards of ours,
-    which do that themselves.
+    """When the body ends, kill all processes that it has left behind, except our guards, which end
+    by themselves.
 
-    watch: whether it shall be so where this process is killed, too.
+    watch: whether to do so even if this process is killed.
     """
     own = os.getpid()
-    before = process_tree.those_below(own)  # none of our business
+    before = process_tree.those_below(own)  # left alone
     process_tree.adopt_orphans()
     watching = _watch(before) if watch else None
     try:
         yield
     finally:
         if os.getpid() == own:  # not in a fork of it
-            spared = process_tree.still(before) | process_tree.end_themselves(own)
+            spared = process_tree.still_running(before) | process_tree.self_ending(own)
             process_tree.kill_below(own, process_tree.reap_each, _SECONDS, spared)
             process_tree.adopt_orphans(False)
             if watching is not None:

@@ -35,7 +35,7 @@ class CheckpointError(RL2Error, RuntimeError):
 
 
 class Interrupted(RL2Error):
-    """The run was asked to stop while it waited for something; what it waited for is given up."""
+    """The run was asked to stop while it was waiting; what it waited for is given up."""
 
 
 class TrainingError(RL2Error, RuntimeError):
@@ -43,18 +43,18 @@ class TrainingError(RL2Error, RuntimeError):
 
 
 class HealthError(TrainingError):
-    """A run that could go on, but has stopped to learn (`trainer.health`)."""
+    """A run that could go on, but has stopped learning (`trainer.health`)."""
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error without line breaks, cut after 240 characters; its type where it says
-    nothing."""
+    """The text of an error without line breaks, cut after 240 characters; its type if it has no
+    text."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 240 else text[:240] + "..."
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, or its type where it says nothing, in one line."""
+    """The first line of another library's error, or its type if it has no text."""
     lines = str(error).strip().splitlines()
     if isinstance(error, (OSError, ValueError)) and lines:
         return lines[0]
@@ -62,7 +62,7 @@ def first_line(error: BaseException) -> str:
 
 
 def place(error: BaseException, file: str | None) -> str | None:
-    """`name:line` of the last place in a stranger's file that an error went through, if any."""
+    """`name:line` of the last place in a user's file that an error passed through, if any."""
     lines = [
         line
         for frame, line in traceback.walk_tb(error.__traceback__)

@@ -1,4 +1,4 @@
-"""One event loop in a thread of its own, which goes on while the main thread trains."""
+"""An event loop in its own thread, which runs while the main thread trains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CANCEL_SECONDS = 10.0  # for coroutines to clean up after themselves
 class EventLoopThread:
     """An asyncio event loop in a daemon thread: requests, environments and servers live there.
 
-    device: what the thread's CUDA calls go to; a new thread would start out on device 0.
+    device: target of the thread's CUDA calls; a new thread would start with device 0.
     """
 
     def __init__(self, device: torch.device | None = None):
@@ -29,11 +29,11 @@ class EventLoopThread:
         self._thread.start()
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine beside what runs already; the future can be waited for anywhere."""
+        """Run a coroutine in the background; any thread can wait for the future."""
         return asyncio.run_coroutine_threadsafe(self._tracked(coroutine), self._loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine and wait for it, outside of the loop's thread.
+        """Run a coroutine and wait for it. Not to be called in the loop's thread.
 
         An interrupt of the waiting thread (Ctrl-C) cancels the coroutine.
         """
@@ -41,15 +41,15 @@ class EventLoopThread:
 
     @staticmethod
     def wait(future: Future[T]) -> T:
-        """The result of what `start` began, as `run` waits for it."""
+        """Wait for a future of `start`, as `run` does."""
         try:
             return future.result()
         except BaseException:
-            future.cancel()  # without effect on one that has ended
+            future.cancel()  # no effect if it has ended
             raise
 
     def cancel(self) -> None:
-        """Cancel what `run` and `start` began and has not ended, and wait until it has."""
+        """Cancel all coroutines of `run` and `start`, and wait until they have ended."""
 
         async def cancel_all() -> None:
             tasks = self._tasks - {asyncio.current_task()}
@@ -99,7 +99,7 @@ def in_thread(function: Callable[[], T], name: str) -> Future[T]:
     def call() -> None:
         try:
             future.set_result(function())
-        except BaseException as error:  # whoever asks for the result gets it
+        except BaseException as error:  # raised again by `result`
             future.set_exception(error)
 
     threading.Thread(target=call, name=name, daemon=True).start()

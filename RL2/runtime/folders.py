@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and a run's folder that has one writer."""
+"""Folders that appear complete or not at all, and the lock on a run's folder."""
 
 import errno
 import fcntl
@@ -13,17 +13,17 @@ from typing import TextIO
 from RL2.runtime.errors import ConfigError
 
 TEMPORARY, REPLACED, REMOVED, TOKEN = ".writing-", ".replaced-", ".removed-", ".seen-"
-"""How the names begin of folders that are not whole yet, make room for another, or go, and of the
+"""Name prefixes of folders that are incomplete, replaced by another, or being removed, and of the
 files by which ranks find out whether they share a folder."""
 
 
 def lock(save_dir: str) -> TextIO:
     """Make this process the only one that writes to a run's folder, until the file is closed.
 
-    The kernel lets go of it when the process ends, however it ends.
+    The kernel releases the lock when the process ends, however it ends.
 
     Raises:
-        ConfigError: another process has it, or the folder cannot be made or written to.
+        ConfigError: another process has the lock, or the folder cannot be created or written to.
     """
     folder = Path(save_dir)
     try:
@@ -51,9 +51,9 @@ def lock(save_dir: str) -> TextIO:
 
 
 def cannot_write(save_dir: Path, path: Path, reason: str, needed: int | None = None) -> str:
-    """What to say of a part of a run's folder for which there is no room, or no right.
+    """The message for a part of a run's folder that cannot be written: no space, or no permission.
 
-    needed: bytes, where that is known.
+    needed: bytes that are needed, if known.
     """
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     free = shutil.disk_usage(existing).free
@@ -67,24 +67,24 @@ def cannot_write(save_dir: Path, path: Path, reason: str, needed: int | None = N
 
 
 def in_the_way(save_dir: Path, error: OSError, path: Path) -> str:
-    """What to say where a run's folder cannot be made ready for a run.
+    """The message for a run's folder that cannot be prepared.
 
-    path: what is to blame where the error does not say it.
+    path: the path to blame if the error does not name one.
     """
     path, reason = Path(error.filename or path), error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return cannot_write(save_dir, path, reason)
     return (
-        f"trainer.save_dir={save_dir}: {path} stands in the way ({reason}); let this user read, "
+        f"trainer.save_dir={save_dir}: {path} is in the way ({reason}); let this user read, "
         "write and move it, move it away yourself, or choose another folder"
     )
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something of that name, be it a link to nothing.
+    """Whether anything has that name, even a broken link.
 
-    `Path.exists` of some versions of Python says no to what it may not look at, and that would be
-    overwritten.
+    In some versions of Python, `Path.exists` returns False without permission to look; such files
+    would be overwritten.
     """
     try:
         path.lstat()
@@ -111,8 +111,8 @@ def fsync(path: Path) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Make a finished folder appear under its name: durable first, then renamed. One that has the
-    name already stays until then; broken off in between, `clean` gives it the name back."""
+    """Make a finished folder appear under its name: flush it to disk, then rename it. A folder that
+    already has the name stays until then; if this is interrupted, `clean` restores it."""
     for path in temporary.rglob("*"):
         fsync(path)
     fsync(temporary)
@@ -123,33 +123,33 @@ def publish(temporary: Path, final: Path) -> None:
         final.rename(old)
     temporary.rename(final)
     fsync(final.parent)
-    with suppress(OSError):  # which `clean` tries again
+    with suppress(OSError):  # `clean` tries again
         discard(old)
 
 
 def try_to_move(path: Path) -> None:
-    """OSError where something cannot be replaced, as `publish` does at the end of a run."""
+    """Raise OSError if `path` cannot be replaced, as `publish` does at the end of a run."""
     if exists(path):
-        aside = path.with_name(f"{REPLACED}{path.name}")  # `clean` gives it the name back
+        aside = path.with_name(f"{REPLACED}{path.name}")  # if interrupted, `clean` restores it
         path.rename(aside)
         aside.rename(path)
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder; broken off, it leaves nothing under its name."""
+    """Delete a folder; if this is interrupted, nothing is left under its name."""
     hidden = folder.with_name(f"{REMOVED}{folder.name}")
     folder.rename(hidden)
     discard(hidden)
 
 
 def clean(parent: Path) -> None:
-    """Delete what a process that was killed left half written or half removed, and undo a
-    replacement that did not come."""
+    """Delete what a killed process left half written or half removed, and undo unfinished
+    replacements."""
     for replaced in parent.glob(f"{REPLACED}*"):
         final = replaced.with_name(replaced.name.removeprefix(REPLACED))
         if not exists(final):
             replaced.rename(final)
-    for unfinished in parent.glob(f"{TEMPORARY}*"):  # ours are no links
+    for unfinished in parent.glob(f"{TEMPORARY}*"):  # never links
         shutil.rmtree(unfinished, ignore_errors=True)
     for prefix in (REPLACED, REMOVED, TOKEN):
         for unfinished in parent.glob(f"{prefix}*"):
@@ -158,7 +158,7 @@ def clean(parent: Path) -> None:
 
 
 def free_name(folder: Path, prefix: str) -> str:
-    """`<prefix><name of the folder>`, with a number behind it where that exists already."""
+    """`<prefix><name of the folder>`, with a number appended if that exists already."""
     plain = f"{prefix}{folder.name}"
     names = chain([plain], (f"{plain}-{number}" for number in count(2)))
     return next(name for name in names if not exists(folder.with_name(name)))

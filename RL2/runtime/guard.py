@@ -1,22 +1,23 @@
-"""A small process between the trainer and one that must not outlive it: a server, an environment, a
-tracker.
+"""A small process between the trainer and a process that must not outlive it: a server, an
+environment or a tracker.
 
     python guard.py <pid of the trainer> [--control=<number>,…] <command> ...
 
-A trainer that is killed cannot clean up after itself, and what it starts has its own children, in
-whatever session they run. The guard ends all of them when the trainer is gone, when it is told to,
-or when the process itself ends. Whoever waits for the guard waits for all of them.
+A killed trainer cannot clean up, and the processes that it started have children of their own,
+possibly in other sessions. The guard ends all of them when the trainer is gone, on request, or when
+the guarded process itself ends. To wait for the guard is to wait for all of them.
 
-Without `--control` it is told by SIGTERM: it asks first and kills what is still there some seconds
-later. Its exit status is 0, or that of a process that ended by itself (128 + the signal's number).
+Without `--control` the request is SIGTERM: the guard sends SIGTERM, and kills what is left some
+seconds later. Its exit status is 0, or that of a process that ended by itself (128 + the signal's
+number).
 
-With `--control` it is told by what comes on its standard input, or the end of that, and kills at
-once. It ends as the process has ended: by the same signal, or with the same status. It closes the
-numbered files, which are for the process alone.
+With `--control` the request is any input on stdin, or its end, and the guard kills at once. It ends
+like the guarded process: by the same signal, or with the same status. It closes the numbered files,
+which are for the guarded process only.
 
-Where the trainer is gone it removes the trainer's copy of the weights as well, which may lie in
-memory. It needs nothing but the standard library, and of that little, as each process waits for its
-guard. It knows children that other children left behind on Linux only.
+When the trainer is gone, the guard also removes the trainer's copy of the weights, which may be in
+shared memory. It uses little of the standard library and nothing else, as each process waits for
+its guard. Orphans of child processes are found on Linux only.
 """
 
 import os
@@ -33,13 +34,13 @@ else:  # it is run by its path, alone
     import process_tree
 
 _GRACE = 3.0  # seconds between asking and killing
-_KILLED = 60.0  # seconds that killed processes may take to be gone, where a disk keeps them
-_POLL = 0.5  # seconds; the end of the input says it at once, unless a fork of the trainer has it
+_KILLED = 60.0  # seconds that killed processes may take to end, e.g. while they wait for a disk
+_POLL = 0.5  # seconds; stdin ends at once with the trainer, unless a fork of it holds the pipe
 _OPTION = "--control="
 
 
 class Child:
-    """The guarded process. status: as os.waitpid has it, None while it runs."""
+    """The guarded process. status: as from os.waitpid, None while it runs."""
 
     def __init__(self, command: list[str], stdin: int | None):
         guard = os.getpid()
@@ -49,10 +50,10 @@ class Child:
             return
         try:
             os.setsid()  # Ctrl-C in the trainer's terminal is for the trainer
-            process_tree.end_with_parent()  # should the guard be killed itself
+            process_tree.end_with_parent()  # in case the guard is killed
             if os.getppid() != guard:
                 os._exit(1)
-            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these
                 signal.signal(number, signal.SIG_DFL)
             if stdin is not None:
                 os.dup2(stdin, 0)
@@ -63,7 +64,7 @@ class Child:
             os._exit(127)
 
     def collect(self) -> int | None:
-        """Its status, with those of orphans that have ended, so that they do not count as alive."""
+        """Its status. Also collects those of ended orphans, so that they do not count as alive."""
         try:
             while (found := os.waitpid(-1, os.WNOHANG))[0]:
                 if found[0] == self.pid:
@@ -73,7 +74,7 @@ class Child:
         return self.status
 
     def ask(self) -> None:
-        """Let it end its own children, which it knows best, and those end themselves."""
+        """Send SIGTERM and give it and its children some seconds to end."""
         if self.status is None:
             os.kill(self.pid, signal.SIGTERM)
         deadline = time.monotonic() + _GRACE
@@ -87,7 +88,7 @@ class Child:
         if self.status is None:
             try:
                 os.killpg(self.pid, signal.SIGKILL)
-            except ProcessLookupError:  # it has just begun
+            except ProcessLookupError:  # it has not made its group yet
                 os.kill(self.pid, signal.SIGKILL)
         process_tree.kill_below(os.getpid(), lambda pids: self.collect(), _KILLED)
         if self.status is None:
@@ -95,30 +96,30 @@ class Child:
 
 
 def main(trainer: int, command: list[str]) -> int | None:
-    """The status of the process; None where it was ended by being asked to."""
+    """The status of the process; None if it ended on request."""
     control = command[0].startswith(_OPTION)
     files = command.pop(0).removeprefix(_OPTION).split(",") if control else []
-    told = []
+    requests = []
     wakes, wake = os.pipe()
     for end in (wakes, wake):
         os.set_blocking(end, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    process_tree.heed_no_signals()
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # which wakes us
+    process_tree.ignore_stop_signals()
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # only to wake up
     for number in () if control else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: told.append(True))
+        signal.signal(number, lambda *_: requests.append(True))
     process_tree.adopt_orphans()
     child = Child(command, os.open(os.devnull, os.O_RDONLY) if control else None)
     for file in filter(None, files):
-        os.close(int(file))  # the trainer sees by them whether the process is there
+        os.close(int(file))  # so that they close with the process, which tells the trainer
     if control:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # and a reader, whether the run is
-    while not told and child.collect() is None and os.getppid() == trainer:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the same for a reader of the run's output
+    while not requests and child.collect() is None and os.getppid() == trainer:
         ready = select.select([wakes, 0] if control else [wakes], [], [], _POLL)[0]
         if wakes in ready:
             os.read(wakes, 512)
         if 0 in ready:
-            told.append(True)
+            requests.append(True)
     by_itself = child.status
     if not control:
         child.ask()
@@ -141,7 +142,7 @@ def _remove_weights(trainer: int) -> None:
 def _exit(status: int | None, as_it_did: bool) -> None:
     code = 0 if status is None else os.waitstatus_to_exitcode(status)
     if code < 0 and as_it_did:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # there is one of the process itself
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the process has its own core dump
         if -code not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)

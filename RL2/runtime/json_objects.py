@@ -1,11 +1,11 @@
-"""JSON objects that say each thing once."""
+"""JSON objects without duplicate keys."""
 
 from typing import Any
 
 
 def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An `object_pairs_hook`: the object of these pairs. json alone would keep the last of two
-    values in silence."""
+    """An `object_pairs_hook` that raises ValueError for a duplicate key. json by itself silently
+    keeps the last value."""
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]

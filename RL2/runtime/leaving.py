@@ -1,4 +1,4 @@
-"""How a trainer's process ends where nothing is being trained, and that it ends at all."""
+"""Ending a trainer's process: on Ctrl-C outside of training, and in spite of hanging threads."""
 
 import os
 import signal
@@ -8,13 +8,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_PATIENCE = 10.0  # seconds that threads may take to end behind the run
+_PATIENCE = 10.0  # seconds that threads may take to end after the run
 
 
 def one_line_for_ctrl_c() -> None:
-    """From here on, Ctrl-C ends this process by one line in place of a traceback.
+    """From here on, Ctrl-C ends this process with one line instead of a traceback.
 
-    While it trains, `stop_signals` listens. An inherited SIG_IGN stays.
+    During training, `stop_signals` handles it. An inherited SIG_IGN stays.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
@@ -25,7 +25,7 @@ def _leave(number: int, frame: object) -> None:
 
 
 def leave_at_once(text: str) -> None:
-    """End this process as Ctrl-C does, so that shells and launchers see why."""
+    """End this process by SIGINT, so that shells and launchers see why."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stderr.write(f"Interrupted: {text}\n")
@@ -35,8 +35,8 @@ def leave_at_once(text: str) -> None:
 
 @contextmanager
 def end_in_time() -> Iterator[None]:
-    """After the body, end this process with the body's status, though a thread that a stranger's
-    code has started would keep it for ever."""
+    """After the body, end this process with the body's status, even if a thread that user code has
+    started would keep it alive forever."""
     status = 1
     try:
         yield
@@ -45,11 +45,11 @@ def end_in_time() -> Iterator[None]:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
         raise
     finally:
-        threading.Thread(target=_insist, args=(status,), name="end", daemon=True).start()
+        threading.Thread(target=_force_exit, args=(status,), name="end", daemon=True).start()
 
 
-def _insist(status: int) -> None:
-    # Python waits for threads that are no daemons, and then ends this one.
+def _force_exit(status: int) -> None:
+    # Python waits for all threads that are not daemons, and then ends this one.
     time.sleep(_PATIENCE)
     left = [one for one in threading.enumerate() if not one.daemon]
     names = ", ".join(one.name for one in left if one is not threading.main_thread())

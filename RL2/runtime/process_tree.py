@@ -1,13 +1,13 @@
-"""What a process has started, all the way down: who it is, and how it is ended.
+"""Find and end all descendants of a process.
 
-A process that begins a session of its own (setsid, a daemon) leaves its process group, but it
-cannot leave its ancestors: where its parent ends, the next ancestor that adopts orphans gets it. On
-Linux that is any process that asks for it; elsewhere it is init, and what has lost its parent is
-found no more. Needs nothing but the standard library: guards load this file by its folder.
+A process that starts its own session (setsid, a daemon) leaves its process group, but not its
+ancestors: if its parent ends, the next ancestor that adopts orphans becomes its parent. On Linux
+any process can ask for that; elsewhere only init adopts, and orphans can no longer be found.
+Standard library only: guards load this file from its folder.
 
-Not psutil: it walks no faster (23 ms against 21 at 190 processes), cannot adopt orphans nor have a
-process end with its parent, and a guard, for which each environment process waits, would start
-three times as slowly (0.6 s against 0.2 on a busy machine), as `-S` leaves out installed packages.
+Not psutil: it is no faster (23 ms against 21 for 190 processes), and can neither adopt orphans nor
+tie a process to its parent. `-S` leaves out installed packages, so a guard would also start three
+times as slowly (0.6 s against 0.2 on a busy machine), and each environment process waits for one.
 """
 
 import ctypes
@@ -18,22 +18,22 @@ import time
 from collections.abc import Callable, Collection, Iterable
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-_PAUSE = 0.005  # seconds between two looks at what is being killed
+_PAUSE = 0.005  # seconds between two checks of what is being killed
 _MOST_PAUSE = 0.25
-# In command lines: our guards, and helpers that end by themselves when nobody needs them.
+# In command lines: our guards, and helpers that end by themselves when no longer needed.
 _OURS = (
     os.path.dirname(os.path.abspath(__file__)).encode() + b"/",
     b"multiprocessing.resource_tracker",
     b"_inductor/compile_worker",
 )
 
-# These say that a process is broken, or cannot be heeded.
+# Signals that report a fault, or cannot or need not be handled.
 _FAULTS = {"SEGV", "BUS", "FPE", "ILL", "TRAP", "SYS", "KILL", "STOP", "CHLD"}
 
 
-def heed_no_signals() -> None:
-    """From here on, what would end or stop this process does not: signals of a terminal, or for all
-    processes of a job, are for the trainer. What it starts heeds them again."""
+def ignore_stop_signals() -> None:
+    """From here on, signals that would end or stop this process do nothing: those of a terminal, or
+    to all processes of a job, are for the trainer. Child processes get the default handlers."""
     left = {getattr(signal, f"SIG{name}", None) for name in _FAULTS}
     for number in signal.valid_signals() - left:
         if signal.getsignal(number) == signal.SIG_DFL or number == signal.SIGINT:
@@ -41,8 +41,8 @@ def heed_no_signals() -> None:
 
 
 class Process:
-    """started: in ticks of the clock since the machine has, or 0 where that cannot be known. ended:
-    only its status is left, which nobody has collected."""
+    """started: start time in clock ticks since boot, or 0 if unknown. ended: whether only its
+    status is left, which nobody has collected."""
 
     __slots__ = ("pid", "parent", "group", "started", "ended")
 
@@ -52,7 +52,7 @@ class Process:
 
 
 def adopt_orphans(yes: bool = True) -> None:
-    """From here on, descendants of this process stay its descendants (Linux)."""
+    """From here on, this process adopts the orphans among its descendants (Linux)."""
     _prctl(_PR_SET_CHILD_SUBREAPER, int(yes))
 
 
@@ -69,34 +69,34 @@ def descendants(root: int) -> list[int]:
 def below(
     roots: Collection[int], table: Iterable[Process], spared: Collection[int] = ()
 ) -> list[Process]:
-    """All of a table below `roots`, parents first; without those in `spared` and below them."""
+    """All processes of a table below `roots`, parents first, without `spared` and those below."""
     children: dict[int, list[Process]] = {}
     for process in table:
         if process.pid not in spared:
             children.setdefault(process.parent, []).append(process)
     found = [child for root in roots for child in children.get(root, [])]
-    for process in found:  # which grows
+    for process in found:  # grows while it is read
         found += children.get(process.pid, [])
     return found
 
 
 def those_below(root: int, spared: Collection[int] = ()) -> dict[int, int]:
-    """When each process below `root` was started, by its number, which another may get later."""
+    """Start time of each process below `root`, by its pid, which another may get later."""
     return {each.pid: each.started for each in below({root}, processes(), spared)}
 
 
-def still(known: dict[int, int]) -> set[int]:
-    """Those of `those_below` that are still there."""
+def still_running(known: dict[int, int]) -> set[int]:
+    """The processes of `those_below` that still exist."""
     return {each.pid for each in processes() if known.get(each.pid) == each.started}
 
 
 def kill_below(
     root: int, reap: Callable[[list[int]], None], seconds: float, spared: Collection[int] = ()
 ) -> bool:
-    """Kill all descendants of `root` until none is left; whether that came true in `seconds`.
+    """Kill all descendants of `root` until none is left; returns whether `seconds` were enough.
 
-    What may not be killed, as it runs for another user, is left out. reap: is called with those
-    that were killed, whose statuses somebody has to collect before they are gone.
+    Processes of other users, which cannot be killed, are left out. reap: called with the pids that
+    were killed; it collects their statuses, as they exist until then.
     """
     return kill_until_gone(lambda: below({root}, processes(), spared), reap, seconds)
 
@@ -104,12 +104,12 @@ def kill_below(
 def kill_until_gone(
     find: Callable[[], list[Process]], reap: Callable[[list[int]], None], seconds: float
 ) -> bool:
-    """The same of whatever `find` finds."""
+    """As `kill_below`, for the processes that `find` returns."""
     deadline, pause = time.monotonic() + seconds, _PAUSE
     while True:
         found = find()
         pids = {process.pid for process in found}
-        # A whole group at once where it is theirs, which outruns one that multiplies.
+        # Whole groups at once where they lead one: faster than processes that fork all the time.
         groups = {process.group for process in found} & pids
         left = [_kill(os.killpg, group) for group in groups]
         left += [_kill(os.kill, pid) for pid in pids]
@@ -123,7 +123,7 @@ def kill_until_gone(
 
 
 def reap_each(pids: list[int]) -> None:
-    """Collect the statuses of those that are children of this process."""
+    """Collect the statuses of the pids that are children of this process."""
     for pid in pids:
         try:
             os.waitpid(pid, os.WNOHANG)
@@ -134,8 +134,8 @@ def reap_each(pids: list[int]) -> None:
 def reap_adopted() -> None:
     """Collect the statuses of orphans that this process has adopted and that have ended.
 
-    Not of those that it may have started itself, for which somebody may wait: a session that is
-    neither ours nor the child's own was begun by a parent that it has lost.
+    Not of those that it may have started itself, as other code may wait for them: a child whose
+    session is neither ours nor its own must have had another parent.
     """
     try:
         if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
@@ -152,9 +152,9 @@ def reap_adopted() -> None:
                 continue
 
 
-def end_themselves(parent: int) -> set[int]:
-    """Children of `parent` that end when it does, and clean up: guards, and what Python and torch
-    have beside them."""
+def self_ending(parent: int) -> set[int]:
+    """Children of `parent` that clean up and end when it does: guards, and helper processes of
+    Python and torch."""
     return {
         process.pid
         for process in processes()
@@ -171,7 +171,7 @@ def _command(pid: int) -> bytes:
 
 
 def _kill(send: Callable[[int, int], None], pid: int) -> bool:
-    """Whether there was somebody to be killed."""
+    """Whether there was a process to kill."""
     try:
         send(pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
@@ -182,13 +182,13 @@ def _kill(send: Callable[[int, int], None], pid: int) -> bool:
 def processes() -> list[Process]:
     """Every process that can be seen."""
     if not os.path.exists("/proc/self/stat"):
-        # macOS and the BSDs. Imported here: who waits for a guard, waits for its imports.
+        # macOS and the BSDs. Imported here, as imports delay the start of a guard.
         import subprocess
 
         command = ["ps", "-A", "-o", "pid=", "-o", "ppid=", "-o", "pgid=", "-o", "stat="]
         try:
             listed = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-        except OSError:  # it cannot be known
+        except OSError:  # no ps
             return []
         rows = [line.split() for line in listed]
         return [Process(*map(int, row[:3]), 0, row[3].startswith("Z")) for row in rows]

@@ -1,8 +1,8 @@
-"""Secrets that only their names tell: fields of JSON and YAML, flags, cookies, headers.
+"""Secrets that are known by their names: fields of JSON and YAML, flags, cookies, headers.
 
-What a value must be depends on how plainly its name and its place say that it is a secret, as
-people and models write of passwords and tokens, too. A pattern is tried only where its name stands,
-which is found without a pattern: most texts hold none.
+People and models also write about passwords and tokens. So the less clearly a name and its place
+mark a secret, the stricter the pattern for the value. A plain text search finds the names first:
+most texts hold none, and then no pattern is tried.
 """
 
 import re
@@ -12,17 +12,17 @@ _TOKENS = ("access", "auth", "api", "refresh", "bearer", "session", "security", 
 
 _ESCAPES = r"\\{0,8}"  # of JSON in JSON
 _END = rf"(?:_?\d{{1,2}})?(?:{_ESCAPES}[\"'])?\s{{0,5}}"
-# A quote, and what it is escaped with. A type, a variable or a gap stands for a secret and is none.
+# A quote, and its escapes. A type, a variable or a placeholder is not a secret.
 _OPENS = (
     rf"(?::|=>?)\s{{0,5}}b?(?P<escapes>{_ESCAPES})(?P<quote>[\"'])"
     r"(?!(?:string|str|text|password|secret|token|null|none|true|false|required|optional)"
     r"(?P=escapes)(?P=quote)|\$\{|\{\{|<[a-z]|\*\*\*)"
 )
-# A quote behind more backslashes than that is a part of the value.
+# A quote after more backslashes is a part of the value.
 _INSIDE = r"(?:(?!(?P=escapes)(?P=quote))(?:\\++[\"']?|[^\\\n]))"
 _NO_SPACE = r"(?:(?!(?P=escapes)(?P=quote))(?:\\++[\"']?|[^\\\s]))"
 _BARE = r"[^\s\"'`&,;()<>{}\[\]\\|]"
-# What ends a value in an address or a call may stand inside of one that is alone on its line.
+# Characters that end a value in an address or a call may be part of one that is alone on its line.
 _WIDE = r"[^\s\"'`<>{}\\]"
 _BARES = ((r"(?:=|%3[AaDd](?:%2[027])?)\s{0,3}", _BARE), (r":\s{0,3}", _WIDE))
 _NO_EXAMPLE = r"(?![<{*]|\$\{|(?-i:[A-Z_]+)(?![\w-]))"
@@ -36,7 +36,7 @@ def _behind(words: tuple[str, ...], before: str = "") -> str:
 
 
 def _plain(name: str, words: tuple[str, ...] = ()) -> list[str]:
-    """Patterns of a name, or of one behind each of the words, that nothing but a secret has."""
+    """Patterns for a name (after one of the words, if any) that only secrets have."""
     field, flag = (f"(?:{_behind(words, before)})" if words else before for before in ("", "-"))
     flag = flag if words else "(?<=-)"
     return [
@@ -52,7 +52,7 @@ def _plain(name: str, words: tuple[str, ...] = ()) -> list[str]:
 
 
 def _less(name: str) -> list[str]:
-    """Patterns of a name that other things have as well."""
+    """Patterns for a name that other values have as well."""
     return [
         rf"({name}{_END}{_OPENS})(?![/~.]){_NO_SPACE}{{8,2000}}",
         *(
@@ -63,11 +63,11 @@ def _less(name: str) -> list[str]:
     ]
 
 
-# Models have tokens that are no secrets.
+# Tokens of a language model are not secrets.
 _TOKEN = "".join(rf"(?<!{word}[_-])" for word in ("pad", "eos", "bos", "unk", "cls", "sep", "mask"))
 _TOKEN += r"(?<![A-Za-z])token"
 
-# By what they begin with: patterns whose first group stands before a secret.
+# Patterns by the word that they begin with. The first group is what comes before the secret.
 _PATTERNS = {
     "password": _plain("password"),
     "passwd": _plain("passwd"),
@@ -113,7 +113,7 @@ FIELDS = {
 
 
 def without_fields(text: str, hidden: str) -> str:
-    """`text` with `hidden` in place of what has the name of a secret."""
+    """`text` with `hidden` in place of every value that has the name of a secret."""
     lower = _lower(text)
     for name, patterns in FIELDS.items():
         if name not in lower:
@@ -132,5 +132,5 @@ def without_fields(text: str, hidden: str) -> str:
 
 
 def _lower(text: str) -> str:
-    """In lower case, each letter at its place (of all letters one becomes two)."""
+    """`text` in lower case, with the same length (only one letter would become two)."""
     return text.replace("\u0130", "I").lower()

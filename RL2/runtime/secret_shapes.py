@@ -1,6 +1,6 @@
-"""What secrets look like, whoever holds them: tokens of well-known services, keys, passwords.
+"""Secrets that are known by their shape: tokens of well-known services, keys, passwords.
 
-A text is searched for a shape only where the shape's mark stands in it, so that a large dump
+A text is searched for a shape only if it contains one of the shape's marks, so that a large dump
 without secrets costs little. Shapes are narrow: what a model writes must stay as it is.
 """
 
@@ -8,12 +8,11 @@ import re
 
 from RL2.runtime.secret_fields import without_fields
 
-# Of an address. The password may hold a slash or an @; a port is none.
+# Parts of an address. The password may hold a slash or an @; a port is not a password.
 USER = r"[^\s/@:\"']{0,100}"
 PASSWORD = r"(?!\d{1,5}(?:[/?#\s]|$))[^\s\"']{0,300}"
 
-# Letters and figures before a token may be the end of an escape: \\n, %3D, \\x22, \\u0022, or of a
-# terminal's colours.
+# Letters and digits before a token may end an escape: \\n, %3D, \\x22, \\u0022, terminal colours.
 _ESCAPES = (
     r"\\[abfnrtv0]", r"%[0-9A-Fa-f]{2}", r"\\x[0-9A-Fa-f]{2}", r"\\u[0-9A-Fa-f]{4}",
     r"\[[01]m", r"\[\d\dm", r"\[\d;\d\dm",
@@ -21,8 +20,8 @@ _ESCAPES = (
 
 
 def _shape(pattern: str) -> re.Pattern[str]:
-    """Of a token, which begins where no other word goes on."""
-    # What it begins with comes first, as `re` looks for that faster than for anything else.
+    """The pattern of a token, which must not begin inside a word."""
+    # The literal start comes first, as `re` searches for that fastest.
     literal = re.match(r"[A-Za-z0-9]*(?![?*+{])", pattern)[0]
     n = "." * len(literal)
     escapes = "".join(rf"|(?<={escape}{n})" for escape in _ESCAPES)
@@ -35,7 +34,7 @@ _QUOTE = r"\\{0,8}[\"']"
 _HEADER = (
     rf"(?:{_QUOTE})?(?:\s{{0,9}}[:=]\s{{0,9}}|(?<=[\"']),\s{{0,9}}(?=b?{_QUOTE}))b?(?:{_QUOTE})?"
 )
-# By mark: the shape. What its first group holds, if it has one, is no secret and stays.
+# Marks and shape. The first group of a shape, if it has one, is not secret and stays.
 _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
     (
         ("PRIVATE KEY",),
@@ -89,7 +88,7 @@ _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
         ("glpat-", "gldt-", "glrt-", "glptt-", "glcbt-", "glft-", "glagent-", "gloas-"),
         _shape(r"gl(?:pat|dt|rt|ptt|cbt|ft|agent|oas)-[\w.-]{16,}"),
     ),
-    # Not hyphened words, as of style sheets.
+    # Not hyphenated words, as in style sheets.
     (
         ("sk-",),
         _shape(r"sk-(?!(?:[a-z]{1,11}-)*[a-z]{1,11}(?![\w-]))[\w-]{16,}"),
@@ -134,8 +133,8 @@ _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
         ),
     ),
     ((":AA",), _shape(r"\d{8,10}:AA[\w-]{32,35}(?![\w-])")),
-    # Of a variable or a connection: PGPASSWORD=…, host=db password=…. With a figure, as words
-    # and calls stand there too, where it is a program.
+    # A variable or a connection: PGPASSWORD=…, host=db password=…. A digit is required: in program
+    # text, words and calls come after such names.
     (
         ("WORD=", "WD=", "PASS=", "CRET=", "KEN=", "KEY=", "word=", "wd=", "ase=", "key=", "cret="),
         re.compile(
@@ -181,7 +180,7 @@ _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
     (("SK",), _shape(r"SK[a-f0-9]{32}(?![A-Za-z0-9])")),
     (("webhook.office.com/",), re.compile(r"(webhook\.office\.com/\w{1,20}/)[\w@/-]{20,}")),
     (("sl.",), _shape(r"sl\.(?:u\.)?[\w-]{100,}")),
-    # Of a bot: number, time and signature.
+    # A bot's token: number, time and signature.
     (
         (".",),
         re.compile(r"[MNO](?<![A-Za-z0-9].)[A-Za-z0-9]{23,27}\.[\w-]{6}\.[\w-]{27,40}(?![\w-])"),
@@ -192,7 +191,7 @@ _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
 
 
 def without_shapes(text: str, hidden: str) -> str:
-    """`text` with `hidden` in place of all that looks like a secret."""
+    """`text` with `hidden` in place of everything that looks like a secret."""
     for marks, shape in _SHAPES:
         if any(mark in text for mark in marks):
             keeps = rf"\g<1>{hidden}" if shape.groups else hidden

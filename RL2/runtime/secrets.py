@@ -1,7 +1,7 @@
-"""Secrets: what counts as one, and text without them.
+"""Secrets: what counts as one, and how to remove them from text.
 
-A secret is the value of an environment variable that is named like one (WANDB_API_KEY, HF_TOKEN,
-PGPASSWORD), the password in such a variable's address, or what has the shape of one
+A secret is the value of an environment variable with a telling name (WANDB_API_KEY, HF_TOKEN,
+PGPASSWORD), the password in an address that a variable holds, or text with the shape of a secret
 (`RL2.runtime.secret_shapes`).
 """
 
@@ -30,22 +30,22 @@ _WORDS = (
     r"webhook(_?url)?$|connection_?string$|database_?url$",
 )
 _NAME = re.compile("|".join(_WORDS), re.I)
-# What models read and write are tokens as well.
+# Tokens of a language model, not secrets.
 _NO_SECRET = re.compile(
     r"(^|[_.])(pad|eos|bos|unk|cls|sep|mask|stop|end|start|image|special)_token$"
 )
-_SHORTEST = 8  # characters; a variable that says "1" or "true" would blank out half of a log
+_SHORTEST = 8  # characters; hiding values such as "1" or "true" would blank out half of a log
 _LIST = re.compile(r"[,;\s]+")
 _PASSWORD = re.compile(rf"://{USER}:({PASSWORD})@")
 _URLSAFE = str.maketrans("+/", "-_")
-# A terminal would act on them; tabs and ends of lines stay. Marks that turn the direction of text
-# show a line as another one.
+# Characters that a terminal would act on, without tab and newline. Marks that change the direction
+# of text can disguise a line.
 _DIRECTIONS = (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _CONTROLS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if n not in (9, 10)}
 _CONTROLS |= {n: f"\\u{n:04x}" for n in (0x2028, 0x2029, *_DIRECTIONS)}
 
 
-@lru_cache(10_000)  # asked about every variable for every line that is written
+@lru_cache(10_000)  # called for every variable and every line that is written
 def is_secret_name(name: str) -> bool:
     """Whether a variable, key or flag of this name holds a secret."""
     name = name.replace("-", "_").lower().strip("_")
@@ -53,38 +53,38 @@ def is_secret_name(name: str) -> bool:
 
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """`text` with `***` for every secret.
+    """`text` with `***` in place of every secret.
 
-    environment: variables whose secrets are meant beside those of this process.
+    environment: more variables whose secrets are hidden, besides those of this process.
     """
     return _without(text, _values(environment))
 
 
 def redact_all(node: Any) -> Any:
-    """Plain data (dicts, lists, scalars) with every text redacted.
+    """Plain data (dicts, lists, scalars) with every string redacted.
 
-    To be used before the data become JSON: escapes would hide a secret from us, not from a reader.
+    Use it before the data become JSON: escapes would hide a secret from us, but not from a reader.
     """
     return _redact_node(node, _values(), by_name=False)
 
 
 def redact_config(node: Any) -> Any:
-    """As `redact_all`, and whole what stands under the name of a secret."""
+    """Like `redact_all`; also hides every value whose key is the name of a secret."""
     return _redact_node(node, _values(), by_name=True)
 
 
 def for_terminal(text: str) -> str:
-    """`text` without secrets, and with escapes for what a terminal would act on."""
+    """`text` without secrets, with control characters escaped."""
     return redact(text).translate(_CONTROLS)
 
 
 def readable(text: str) -> str:
-    """`text` on one line, with escapes for what a terminal would act on, or not show."""
+    """`text` on one line, with all characters escaped that are not printable."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class RedactingFormatter(logging.Formatter):
-    """Log lines, tracebacks among them, as `for_terminal` has them."""
+    """Passes log lines and tracebacks through `for_terminal`."""
 
     def format(self, record: logging.LogRecord) -> str:
         return for_terminal(super().format(record))
@@ -111,7 +111,7 @@ def _without(text: str, values: tuple[str, ...]) -> str:
 
 
 def _values(environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """What variables hide, long ones first, as one may be a part of another."""
+    """The secrets in variables, longest first, as one may be a part of another."""
     variables = [*os.environ.items(), *(environment or {}).items()]
     held = {
         value
@@ -123,7 +123,7 @@ def _values(environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
 
 
 def _secrets_of(value: str, named: bool, several: bool) -> Iterator[str]:
-    """A variable's value, its lines and parts, and the password in its address."""
+    """The variable's value, its lines and list items, and the password in an address."""
     yield from _PASSWORD.findall(value)
     if named:
         yield value
@@ -134,7 +134,7 @@ def _secrets_of(value: str, named: bool, several: bool) -> Iterator[str]:
 
 @lru_cache(16)
 def _forms(values: frozenset[str]) -> tuple[str, ...]:
-    """Each value as it is, and as JSON, Python, addresses and headers write it."""
+    """Each value as it is, and as it is written in JSON, Python, URLs and headers."""
     forms = {form for value in values for form in _forms_of(value)}
     return tuple(sorted((f for f in forms if len(f) >= _SHORTEST), key=len, reverse=True))
 
@@ -148,7 +148,7 @@ def _forms_of(value: str) -> Iterator[str]:
     for safe in ("", "/"):
         quoted = quote(data, safe=safe)
         yield from (quoted, quoted.replace("%20", "+"), re.sub("%..", _lower, quoted))
-    for n_before in range(3):  # as a part of what is encoded, such as user:password
+    for n_before in range(3):  # inside a longer text that is encoded, such as user:password
         encoded = b64encode(bytes(n_before) + data).decode()
         whole = encoded[(8 * n_before + 5) // 6 : 8 * (n_before + len(data)) // 6]
         yield from (whole, whole.translate(_URLSAFE))

@@ -1,7 +1,7 @@
-"""Standard output and error that may go away: a closed terminal, `| head`, a full disk.
+"""Keep running when stdout or stderr goes away: a closed terminal, `| head`, a full disk.
 
-What is written there is for reading along. That nobody can read it any more is no reason to stop.
-Needs nothing but the standard library, as the processes of environments import it.
+Output is for people who watch the run; the run must not fail because nobody can read it.
+Standard library only, as environment processes import this module.
 """
 
 import contextlib
@@ -14,22 +14,22 @@ import sys
 from typing import Any
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_BUSY = 1000  # milliseconds for a reader that is slow, where the file does not block
-_SOON = 100  # where the process is to end
+_BUSY = 1000  # milliseconds to wait for a slow reader of a non-blocking file
+_SOON = 100  # the same when the process is about to end
 _NAMES = {"stdout": 1, "stderr": 2}
 
 
 def keep_streams() -> None:
-    """From here on, what this process writes to stdout and stderr raises nothing.
+    """From here on, writing to stdout and stderr never raises.
 
-    Text that finds no room, or that the encoding cannot show, is dropped or escaped. Where one of
-    them was closed, its number stands for `/dev/null`, lest the next file that is opened, such as a
-    checkpoint, gets what libraries write to it.
+    Text that does not fit is dropped; characters that cannot be encoded are escaped. A stream that
+    was closed is opened on `/dev/null`: otherwise the next file that is opened, such as a
+    checkpoint, would get its number and what libraries write to it.
     """
     for name, fd in _NAMES.items():
         old = getattr(sys, name)
         if old is None:
-            fd = _stand_in(fd)
+            fd = _open_null(fd)
             options = {"encoding": "utf-8", "line_buffering": True}
         elif isinstance(old, io.TextIOWrapper):
             with contextlib.suppress(OSError):
@@ -40,7 +40,7 @@ def keep_streams() -> None:
                 "write_through": old.write_through,
             }
         else:
-            continue  # somebody has put an object of their own there
+            continue  # replaced by user code or a library
         raw = _Unfailing(fd)
         unbuffered = old is not None and isinstance(old.buffer, io.RawIOBase)
         buffer = raw if unbuffered else io.BufferedWriter(raw)
@@ -50,7 +50,7 @@ def keep_streams() -> None:
 
 
 def hurry_streams() -> None:
-    """From here on, wait for no reader that has stopped to read."""
+    """From here on, do not wait for a reader that has stopped reading."""
     for name in _NAMES:
         raw = getattr(getattr(sys, name), "buffer", None)
         raw = getattr(raw, "raw", raw)
@@ -58,19 +58,19 @@ def hurry_streams() -> None:
             raw.hurried = True
 
 
-def look_after_streams() -> None:
-    """Have stdout and stderr be `/dev/null` where nobody will read them any more: what this process
-    starts inherits them, and would fail."""
+def replace_broken_streams() -> None:
+    """Point stdout and stderr to `/dev/null` if their reader is gone: child processes inherit
+    them, and would fail."""
     poll = select.poll()
     for fd in _NAMES.values():
         poll.register(fd, 0)
     for fd, events in poll.poll(0):
         if events & (select.POLLERR | select.POLLHUP):
-            _forget(fd)
+            _point_to_null(fd)
 
 
 class _Open(io.TextIOWrapper):
-    """Stays open: a library or a stranger's code that closes it would end everybody's output."""
+    """Cannot be closed: a library or user code that closes it would end all output."""
 
     def close(self) -> None:
         self.flush()
@@ -80,29 +80,29 @@ class _Open(io.TextIOWrapper):
 
 
 class _Unfailing(io.FileIO):
-    """A file descriptor that takes whatever is written to it."""
+    """A file descriptor; writing to it never fails."""
 
     def __init__(self, fd: int):
         super().__init__(fd, "w", closefd=False)
         self.hurried = False
 
     def write(self, data: Any) -> int:
-        """All of it, or as much as can be."""
+        """Write as much as possible; reports all as written."""
         left = memoryview(data).cast("B")
         size = len(left)
         try:
-            # In pieces: more would block where there is not room for all of it.
+            # In pieces: a larger write would block unless all of it fits.
             while left and self._has_room():
                 left = left[super().write(left[: select.PIPE_BUF]) or 0 :]
         except OSError as error:
             # A disk may have room again.
             if error.errno not in _FULL and not _is_file(self.fileno()):
-                _forget(self.fileno())
+                _point_to_null(self.fileno())
         return size
 
     def _has_room(self) -> bool:
-        """Wait for a reader: as long as it takes, but where somebody who shares the file has made
-        it non-blocking, or this process is to end soon."""
+        """Wait until the reader has room. There is a time limit if this process is about to end,
+        or if another process that shares the file has made it non-blocking."""
         poll = select.poll()
         poll.register(self.fileno(), select.POLLOUT)
         while not poll.poll(_SOON if self.hurried else _BUSY):
@@ -111,12 +111,12 @@ class _Unfailing(io.FileIO):
         return True
 
 
-def _stand_in(fd: int) -> int:
-    """A descriptor of `/dev/null`: `fd`, which was closed, unless it is somebody else's by now."""
+def _open_null(fd: int) -> int:
+    """A descriptor of `/dev/null`: `fd`, which was closed, unless it is in use again."""
     try:
         os.fstat(fd)
     except OSError:
-        _forget(fd)
+        _point_to_null(fd)
         return fd
     return os.open(os.devnull, os.O_WRONLY)
 
@@ -128,8 +128,8 @@ def _is_file(fd: int) -> bool:
         return False
 
 
-def _forget(fd: int) -> None:
-    """`fd` is `/dev/null` from here on."""
+def _point_to_null(fd: int) -> None:
+    """Point `fd` to `/dev/null`."""
     null = os.open(os.devnull, os.O_WRONLY)
     if null != fd:
         os.dup2(null, fd)

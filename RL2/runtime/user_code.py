@@ -1,4 +1,4 @@
-"""A user's code in this process: it may not change what the whole process uses."""
+"""User code in this process: it must not change process-wide settings."""
 
 import inspect
 import os
@@ -17,7 +17,7 @@ import torch
 def _folder() -> str:
     try:
         return os.getcwd()
-    except OSError:  # somebody has removed it
+    except OSError:  # it was removed
         return ""
 
 
@@ -26,7 +26,7 @@ def _go_to(path: str) -> None:
         os.chdir(path)
 
 
-# Of the whole process: how to read what a loss may not change, and how to put it back.
+# Process-wide settings that a loss must not change: how to read each one, and how to restore it.
 _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "torch.set_grad_enabled": (torch.is_grad_enabled, torch.set_grad_enabled),
     "torch.set_default_dtype": (torch.get_default_dtype, torch.set_default_dtype),
@@ -39,7 +39,7 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     ),
     "os.chdir": (_folder, _go_to),
 }  # fmt: skip
-# This takes 40 us to read.
+# Reading this takes 40 us, so it is checked only around imports.
 _OF_AN_IMPORT = {
     "torch.set_default_device": (
         torch.get_default_device, lambda _: torch.set_default_device(None),
@@ -48,13 +48,13 @@ _OF_AN_IMPORT = {
 
 
 class Unfit(Exception):
-    """What a user's code did that it may not do; the text says it."""
+    """User code did something that it must not do; the text says what."""
 
 
 @contextmanager
 def settings_kept(known: Mapping[str, tuple[Callable, Callable]] = _SETTINGS) -> Iterator[None]:
-    """Put back what the body has changed of the whole process, and raise Unfit where it has and
-    comes to its end."""
+    """Restore the process-wide settings that the body has changed. Raises Unfit if it changed any
+    and raised nothing itself."""
     before = {name: read() for name, (read, _) in known.items()}
     changed: list[str] = []
     try:
@@ -69,8 +69,8 @@ def settings_kept(known: Mapping[str, tuple[Callable, Callable]] = _SETTINGS) ->
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """`settings_kept` for the import of a stranger's file, which may well have handlers for signals
-    and seeds by way of what it imports: they are put back without a word."""
+    """`settings_kept` for the import of a user's file. What it imports may install signal handlers
+    and set seeds: these are restored silently."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     states = random.getstate(), np.random.get_state()
     try:
@@ -81,12 +81,12 @@ def undisturbed() -> Iterator[None]:
         np.random.set_state(states[1])
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
-                if handler is not None:  # of a library in C
+                if handler is not None:  # None: installed by C code
                     signal.signal(number, handler)
 
 
 def file_of(function: Callable[..., Any]) -> str | None:
-    """Where a function was written, if that is in Python."""
+    """The file that defines a function, if it is a Python function."""
     while isinstance(function, partial):
         function = function.func
     return getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", None)

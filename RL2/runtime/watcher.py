@@ -1,11 +1,10 @@
-"""A small process that ends what a stranger's code has started in a trainer that is gone.
+"""A small process that ends what user code has started in a trainer that is gone.
 
     python watcher.py <pid of the trainer> [<pid>:<start> of what it had started before ...]
 
-A loss, or an environment that runs in the trainer itself, has the trainer for a parent, which ends
-its children when it ends in order (`RL2.runtime.children`). One that is killed cannot. The watcher
-looks every second who they are, and kills them when the trainer is gone. It needs nothing but the
-standard library.
+Processes that a loss or an in-process environment starts are children of the trainer, which ends
+them when it ends normally (`RL2.runtime.children`). A killed trainer cannot. The watcher lists them
+every second, and kills them when the trainer is gone. Standard library only.
 """
 
 import contextlib
@@ -19,28 +18,28 @@ else:  # it is run by its path, alone
     sys.path.append(os.path.dirname(__file__))
     import process_tree
 
-_POLL = 1.0  # seconds; the end of the input says it at once, unless a fork of the trainer has it
-_KILLED = 60.0  # seconds that killed processes may take to be gone
+_POLL = 1.0  # seconds; stdin ends at once with the trainer, unless a fork of it holds the pipe
+_KILLED = 60.0  # seconds that killed processes may take to end
 
 
 def main(trainer: int, before: dict[int, int]) -> None:
-    """before: these are none of our business. (Who looks only here may be late.)"""
-    process_tree.heed_no_signals()
+    """before: processes to leave alone, listed by the trainer, as listing them here may be late."""
+    process_tree.ignore_stop_signals()
     known: dict[int, int] = {}
     while os.getppid() == trainer:
-        spared = process_tree.still(before) | process_tree.end_themselves(trainer)
+        spared = process_tree.still_running(before) | process_tree.self_ending(trainer)
         known = process_tree.those_below(trainer, spared)
         if select.select([0], [], [], _POLL)[0] and not os.read(0, 512):
             break
 
-    # Whoever ends in order ends us first.
+    # A trainer that ends normally kills this process first.
     with contextlib.suppress(OSError):
-        os.write(2, b"the trainer's process is gone without a word (os._exit, a crash, a kill)\n")
+        os.write(2, b"the trainer's process ended abruptly (os._exit, a crash or a kill)\n")
 
     def find() -> list[process_tree.Process]:
-        """Those that are left, and what they have started since."""
+        """The known processes that are left, and what they have started since."""
         table = [process for process in process_tree.processes() if not process.ended]
-        # Another one may have got its number.
+        # Another process may have got the same pid.
         left = [process for process in table if known.get(process.pid) == process.started]
         left += process_tree.below([process.pid for process in left], table)
         known.update((process.pid, process.started) for process in left)

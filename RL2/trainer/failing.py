@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from RL2.runtime.errors import ConfigError, DataError, RL2Error, TrainingError
-from RL2.runtime.last_words import tell_launcher
+from RL2.runtime.launcher_report import tell_launcher
 from RL2.runtime.leaving import leave_at_once
 from RL2.runtime.secrets import for_terminal, readable, redact
 

@@ -147,7 +147,7 @@ def test_metrics_that_cannot_be_read_are_not_overwritten(files, run):
     _loop(run / "metrics.jsonl")
     line = refused_the_same(files, run)
     assert line.startswith(
-        f"trainer.save_dir={run}: {run / 'metrics.jsonl'} stands in the way (Too"
+        f"trainer.save_dir={run}: {run / 'metrics.jsonl'} is in the way (Too"
     )
 
 

@@ -69,7 +69,7 @@ def test_a_process_that_is_killed_is_watched(folder, capfd):
             os._exit(1)
     os.waitpid(trainer, 0)
     wait_until(lambda: not running(folder))
-    assert "process is gone without a word" in capfd.readouterr().err
+    assert "process ended abruptly" in capfd.readouterr().err
 
 
 def test_a_fork_that_leaves_the_body_ends_nobody(folder):

@@ -54,7 +54,7 @@ def test_the_line_names_what_is_in_the_way(run, stuck, tmp_path, name):
     with pytest.raises(CheckpointError) as caught:
         train(write_files(tmp_path), "sft", run, trainer__max_steps=1)
     assert str(caught.value) == (
-        f"trainer.save_dir={run}: {run / name} stands in the way (Device or resource busy); let "
+        f"trainer.save_dir={run}: {run / name} is in the way (Device or resource busy); let "
         "this user read, write and move it, move it away yourself, or choose another folder"
     )
     assert (run / "metrics.jsonl").read_text() == '{"step": 1}\n'
@@ -65,7 +65,7 @@ def test_what_the_end_will_replace_is_tried_at_the_start(stuck, tmp_path):
     files, run = write_files(tmp_path), tmp_path / "again"
     train(files, "sft", run, trainer__max_steps=1)
     stuck("final")
-    with pytest.raises(CheckpointError, match="/final stands in the way .Device or resource busy"):
+    with pytest.raises(CheckpointError, match="/final is in the way .Device or resource busy"):
         train(files, "sft", run, trainer__max_steps=2, trainer__load_ckpt_from="latest")
     assert [row["step"] for row in rows_of(run)] == [1]
     assert (run / "final/model.safetensors").exists()

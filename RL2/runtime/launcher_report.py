@@ -1,4 +1,4 @@
-"""How a process says why it ends: on stderr, and in the report that torchrun makes of it."""
+"""The reason why a process ends, for torchrun's report."""
 
 import json
 import os
@@ -9,11 +9,11 @@ from RL2.runtime.secrets import redact
 
 
 def tell_launcher(text: str) -> None:
-    """Put the reason into torchrun's report, which comes last and would else have none.
+    """Put the reason into torchrun's report, which is printed last and would otherwise have none.
 
-    torchrun names a file to each of its processes; what `torch.distributed.elastic` would write
-    there is written here, without an import of torch, which takes seconds. The first process that
-    has a reason gives the report its root cause.
+    torchrun gives each of its processes the name of a file. This writes what
+    `torch.distributed.elastic` would write there, without importing torch, which takes seconds. The
+    first process with a reason becomes the root cause in the report.
     """
     name = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not name:
@@ -24,4 +24,4 @@ def tell_launcher(text: str) -> None:
     try:
         Path(name).write_text(json.dumps(content))
     except OSError:
-        pass  # it stands on stderr all the same
+        pass  # it is on stderr anyway
