@@ -1,6 +1,6 @@
 """The functions of an environment file: how they are loaded and called, and what they may answer.
 
-Standard library only: processes of environments import it, and shall be there at once.
+Standard library only: environment processes import this module, and must start fast.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from collections.abc import Awaitable, Callable
 from numbers import Real
 from typing import Any
 
-# Bytes of a text or of an extra_info (pickled) that an environment may return: what the trainer's
-# event loop handles well within 100 ms.
+# Most bytes of a text or a pickled extra_info that an environment may return: the trainer's event
+# loop handles these well within 100 ms.
 MAX_ANSWER = 4 * 2**20
-# Rewards are trained on in float32: what is beyond it would make all of a step infinite.
+# Rewards become float32: a larger one would make a whole step infinite.
 LARGEST = (2 - 2.0**-23) * 2.0**127
 TOO_LARGE = f"too large: beyond {LARGEST:.2g}, the largest float32"
-_MAX_MESSAGE = 500  # characters of somebody else's text in an error
-_MOST_UNKNOWN = 8  # keys of an answer that are named
+_MAX_MESSAGE = 500  # characters of an error's text that are shown
+_MOST_UNKNOWN = 8  # unknown keys of an answer that are shown
 _TICKS = 8  # parts of a time limit
 
-# Keys of what `step` answers: those that it has to have, and all.
+# Keys of an answer of `step`: the required ones, and all.
 NEEDED = ("reward", "score", "done")
 GIVES = ("next_state", *NEEDED, "extra_info")
 _TAKES = {"step": ("state", "action", "extra_info"), "reset": ("extra_info",)}
 
 Functions = dict[str, Callable[..., Awaitable[Any]]]
-# Text (the state to go on with), numbers by name, extra_info, and keys that nobody knows.
+# Text (the next state), numbers by name, extra_info, unknown keys.
 Answer = tuple[str | None, dict[str, float | bool], Any, tuple[str, ...]]
 
 
@@ -42,38 +42,38 @@ class Failed(Exception):
 
 
 def load(path: str, source: bytes) -> Functions:
-    """`step` and `reset` (where there is one) of an environment file whose text is `source`.
+    """`step` and `reset` (if there is one) of an environment file whose text is `source`.
 
     Raises Failed.
     """
-    # Two files of one name must not share a module.
+    # Two files with the same name must not share a module.
     digest = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:8]
     name = f"rl2_environment_{os.path.splitext(os.path.basename(path))[0]}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
         raise Failed("not a Python file; give a .py file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look their module up by name
+    sys.modules[name] = module  # dataclasses and pickle look it up by name
     try:
-        # Not by the loader: a file that is edited during a run must not change what it rewards.
+        # Not by the loader: edits to the file during a run must not change the rewards.
         exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
         step, reset = getattr(module, "step", None), getattr(module, "reset", None)
-    except BaseException as error:  # exit() and what else a file may raise, or define
+    except BaseException as error:  # exit(), and anything else that the file may raise
         del sys.modules[name]
         raise Failed(f"cannot import: {describe(error)}") from error
     if not inspect.iscoroutinefunction(step):
         raise Failed("must define `async def step(state, action, extra_info)`")
     _check_signature("step", step)
     if reset is None:
-        return {"step": _told(step)}
+        return {"step": _with_finish_reason(step)}
     if not inspect.iscoroutinefunction(reset):
         raise Failed("`reset` must be `async def`")
     _check_signature("reset", reset)
-    return {"step": _told(step), "reset": reset}
+    return {"step": _with_finish_reason(step), "reset": reset}
 
 
-def _told(step: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """`step` as it is called here, with the finish reason, which it is told if it names it."""
+def _with_finish_reason(step: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """`step` with an argument `finish_reason`, which is dropped if the user's `step` has none."""
     if "finish_reason" not in inspect.signature(step).parameters:
         return lambda state, action, finish_reason, extra_info: step(state, action, extra_info)
     return lambda state, action, finish_reason, extra_info: step(
@@ -87,7 +87,7 @@ def _check_signature(name: str, function: Callable[..., Any]) -> None:
         named = {"finish_reason"} & signature.parameters.keys() if name == "step" else ()
         signature.bind(*_TAKES[name], **dict.fromkeys(named))
     except ValueError:
-        return  # there is none to be had
+        return  # it has no signature
     except TypeError as error:
         raise Failed(
             f"is called as {name}({', '.join(_TAKES[name])}), but defines {name}{signature}; "
@@ -96,10 +96,10 @@ def _check_signature(name: str, function: Callable[..., Any]) -> None:
 
 
 async def call(functions: Functions, name: str, arguments: tuple, timeout: float) -> Answer:
-    """Call `step` or `reset`, for `timeout` seconds at most, and check what it answers.
+    """Call `step` or `reset`, for at most `timeout` seconds, and check the answer.
 
-    The seconds count from when the call begins, and not while something blocks the event loop.
-    Raises Failed, whatever the environment does: one that will not be cancelled is left behind.
+    The time starts when the call begins, and stops while something blocks the event loop. Raises
+    Failed in any case: a call that cannot be cancelled is abandoned.
     """
     if name not in functions:
         raise Failed("a row has no prompt and the file defines no `async def reset`")
@@ -114,7 +114,7 @@ async def call(functions: Functions, name: str, arguments: tuple, timeout: float
 
     def tick(n_left: int) -> None:
         nonlocal limit
-        if n_left:  # being late, as the loop was held up, does not count
+        if n_left:  # in parts, so that a blocked loop costs at most one of them
             limit = loop.call_later(timeout / _TICKS, tick, n_left - 1)
         else:
             settle(Failed(f"timed out after {timeout:g} s"))
@@ -136,26 +136,26 @@ async def call(functions: Functions, name: str, arguments: tuple, timeout: float
         except Failed as error:
             settle(error)
         except Exception as error:  # a number too large for a float, a `__repr__` that raises
-            settle(Failed(f"returned what cannot be checked: {describe(error)}"))
+            settle(Failed(f"returned a value that cannot be checked: {describe(error)}"))
 
-    # A task of its own, so that an environment which cancels itself is not taken for us.
+    # A separate task, so that an environment that cancels its own task does not cancel ours.
     task = loop.create_task(run())
     try:
         result = await outcome
     finally:
-        task.cancel()  # without effect on one that has ended
+        task.cancel()  # no effect if it has ended
     if isinstance(result, Failed):
         raise result
     return result
 
 
 def describe(error: BaseException) -> str:
-    """Type and text of an error, short and in one line, with the last line of the environment that
-    it went through, and the place that this led to."""
+    """Type and text of an error in one short line, with the last line of the environment that it
+    passed through, and the place where it was raised."""
     try:
         text = str(error)[:_MAX_MESSAGE]
     except Exception:
-        text = "(its text cannot be had)"
+        text = "(its text cannot be read)"
     text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     said = f"{type(error).__name__}: {text}".removesuffix(": ")
     places = [
@@ -180,7 +180,7 @@ def _checked_step(answer: Any, extra_info: Any) -> Answer:
     try:
         return _known_keys(answer, extra_info, unknown)
     except Failed as error:
-        also = f"; it has the unknown {', '.join(unknown)}" if unknown else ""
+        also = f"; unknown keys: {', '.join(unknown)}" if unknown else ""
         raise Failed(f"{error}{also}") from error
 
 
@@ -214,11 +214,11 @@ def _checked_extra_info(extra_info: Any) -> dict[str, Any]:
 
 
 def _text(name: str, text: str) -> str:
-    """A plain str, of a subclass as well."""
+    """`text` as a plain str, even if it is of a subclass."""
     try:
         encoded = str.encode(text) if str.__len__(text) <= MAX_ANSWER else b"." * (MAX_ANSWER + 1)
     except UnicodeEncodeError as error:
-        raise Failed(f"{name} is no text that can be encoded: {error}") from error
+        raise Failed(f"{name} cannot be encoded: {error}") from error
     if len(encoded) > MAX_ANSWER:
         raise Failed(f"{name} is longer than {MAX_ANSWER} bytes")
     return encoded.decode()
@@ -230,7 +230,7 @@ def _finite(key: str, value: Any) -> float:
         raise Failed(f"{key}={value!r:.80} is not a number")
     try:
         number = float(number)
-    except OverflowError:  # an int or a fraction, which may have more digits than can be shown
+    except OverflowError:  # an int or a fraction, possibly too long to show
         raise Failed(f"{key} is {TOO_LARGE}") from None
     if not math.isfinite(number):
         raise Failed(f"{key}={number} is not finite")
@@ -240,6 +240,6 @@ def _finite(key: str, value: Any) -> float:
 
 
 def _scalar(value: Any) -> Any:
-    """The Python value of a numpy or torch scalar; anything else as it is."""
+    """The Python value of a numpy or torch scalar; other values unchanged."""
     is_scalar = getattr(value, "shape", None) == () and hasattr(value, "item")
     return value.item() if is_scalar else value

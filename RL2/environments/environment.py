@@ -18,12 +18,12 @@ from RL2.runtime.user_code import Unfit, undisturbed
 
 @dataclass(frozen=True)
 class Step:
-    """What `step` answered, checked.
+    """The checked answer of `step`.
 
     next_state: text that the policy sees next; None when `done`.
     reward, score: finite floats; the reward is trained on, the score is reported.
     done: whether the sample ends here.
-    extra_info: what the next `step` gets. Of an environment in a process of its own: bytes.
+    extra_info: passed to the next `step`; bytes if the environment runs in a separate process.
     """
 
     next_state: str | None
@@ -39,19 +39,19 @@ class Environment:
     `step(state, action, extra_info)` must return a dict with `next_state` (str; may be missing or
     None when done), `reward` and `score` (finite numbers), `done` (bool), and `extra_info` (dict;
     when missing, the one passed in goes on).
-    A `step` with a parameter `finish_reason` gets by that name why the action ended: "stop" (an end
-    token or a stop text) or "length" (cut off at the most tokens of a turn).
+    If `step` has a parameter `finish_reason`, it gets the reason why the action ended: "stop" (an
+    end token or a stop text) or "length" (the token limit of a turn).
     `reset(extra_info)`, needed only where rows have no prompt, must return the first state (str)
     or a pair of it and a dict.
 
-    runs: makes the calls: `Processes`, which a call may block, crash or leave hanging, or
-        `InProcess`. Use the environment, and close it, on one event loop.
+    runs: what makes the calls: `Processes`, where a call may block, crash or hang, or `InProcess`.
+        Use and close the environment on one event loop.
     """
 
     def __init__(self, path: str, runs: Processes | InProcess):
         self.path = path
         self._runs = runs
-        self.unknown: dict[str, None] = {}  # keys that answers had and nobody knows, in order
+        self.unknown: dict[str, None] = {}  # unknown keys of answers, in order
 
     async def step(
         self,
@@ -91,8 +91,8 @@ class Environment:
 
 
 class InProcess:
-    """Makes calls on the event loop of whoever asks. One that blocks holds up all the others, and
-    its limit of `timeout` seconds holds where it awaits."""
+    """Makes calls on the caller's event loop. A call that blocks holds up all others; the limit of
+    `timeout` seconds can only interrupt it where it awaits."""
 
     def __init__(self, functions: Functions, timeout: float):
         self._functions = functions
@@ -101,8 +101,8 @@ class InProcess:
     async def call(
         self, key: int, name: str, texts: tuple[str, ...], extra_info: dict[str, Any] | bytes
     ) -> Answer:
-        """As `Processes.call`; extra_info stays what it is."""
-        if isinstance(extra_info, bytes):  # of a sample that was begun with processes
+        """Like `Processes.call`, but extra_info is not pickled."""
+        if isinstance(extra_info, bytes):  # of a sample that was begun with `Processes`
             extra_info = unpickled(extra_info)
         start = time.monotonic()
         answer = await calls.call(self._functions, name, (*texts, extra_info), self._timeout)
@@ -112,7 +112,7 @@ class InProcess:
         return answer
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to close."""
 
 
 def load_environment(
@@ -120,11 +120,10 @@ def load_environment(
 ) -> Environment:
     """Load the environment file at `path`; `timeout` (seconds) bounds each call.
 
-    workers: processes for it (`rollout.env_workers`); 0 runs it in this one, None chooses.
+    workers: number of processes (`rollout.env_workers`); 0 runs it in this one, None chooses.
 
     Raises ConfigError naming `rollout.env_path` when the file is missing, cannot be imported, has
-    no `async def step` that can be called, or one that returns something else, as far as its
-    source shows that.
+    no `async def step` that can be called, or one whose source shows a wrong answer.
     """
     path = Path(path)
     if not path.is_file():

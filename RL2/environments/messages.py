@@ -1,6 +1,6 @@
-"""What goes over the socket between the trainer and a process of an environment.
+"""Messages on the socket between the trainer and an environment process.
 
-Standard library only, as `calls`.
+Standard library only, like `calls`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 from RL2.environments.calls import MAX_ANSWER, Failed, describe
 
-_MAX_FRAME = 2**31  # bytes; the trainer sends what it has, a worker never more than two answers
+_MAX_FRAME = 2**31  # bytes; for messages of the trainer, those of workers have a lower limit
 _LENGTH = struct.Struct("!I")
 
 
 def frame(head: dict[str, Any], *bodies: bytes) -> bytes:
-    """A message: a head that JSON can hold, and bytes. Nobody unpickles the head."""
+    """A message: a JSON head, and bytes. The head is never unpickled."""
     parts = (json.dumps(head | {"bodies": len(bodies)}).encode(), *bodies)
     content = b"".join(piece for part in parts for piece in (_LENGTH.pack(len(part)), part))
     return _LENGTH.pack(len(content)) + content
@@ -29,8 +29,8 @@ def frame(head: dict[str, Any], *bodies: bytes) -> bytes:
 async def receive(
     reader: asyncio.StreamReader, limit: int = _MAX_FRAME
 ) -> tuple[dict[str, Any], list[bytes]]:
-    """Head and bodies of the next message. Raises EOFError, OSError, or ValueError for what is no
-    message or longer than `limit`."""
+    """Head and bodies of the next message. Raises EOFError, OSError, or ValueError for data that is
+    not a message or is longer than `limit`."""
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
     if length > limit:
         raise ValueError(f"a message of {length} bytes")
@@ -71,7 +71,7 @@ def parts_of(content: bytes) -> tuple[dict[str, Any], list[bytes]]:
 
 
 def pickled(extra_info: dict[str, Any]) -> bytes:
-    """An extra_info, pickled: the trainer hands it on as it is. Raises Failed."""
+    """An extra_info, pickled. The trainer passes it on without unpickling it. Raises Failed."""
     buffer = _Bounded()
     try:
         pickle.Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(extra_info)
@@ -86,7 +86,7 @@ def pickled(extra_info: dict[str, Any]) -> bytes:
 
 
 def unpickled(data: bytes) -> dict[str, Any]:
-    """What `pickled` was given. Raises Failed."""
+    """The extra_info that `pickled` was called with. Raises Failed."""
     try:
         return pickle.loads(data)
     except Exception as error:

@@ -1,7 +1,7 @@
-"""Modules of a user's own that an environment imports: every process of it gets the same ones.
+"""The user's modules that an environment imports: all of its processes get the same text.
 
-Processes are started amid a run, for the first time or where one has ended. A helper that was
-edited by then would give other rewards. It needs nothing but the standard library.
+Processes are also started during a run. A module that was edited since would change the rewards.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from collections.abc import Container, Sequence
 from types import ModuleType
 from typing import Any
 
-# By name: the file, its text (latin-1, so that JSON holds any bytes), whether it is a package. A
-# package without a file (a namespace) has no text.
+# By module name: the file, its text (latin-1, so that JSON can hold any bytes), whether it is a
+# package. A namespace package has no file and no text.
 Modules = dict[str, tuple[str, str | None, bool]]
 
 
 def imported_since(before: Container[str]) -> Modules:
-    """The modules that were imported since `before` from files outside of Python's installation."""
+    """The modules imported since `before` that do not belong to Python or an installed package."""
     found: Modules = {}
     for name, module in list(sys.modules.items()):
         if name in before or name == "__main__":
@@ -39,7 +39,7 @@ def imported_since(before: Container[str]) -> Modules:
                 with open(file, "rb") as opened:
                     found[name] = (file, opened.read().decode("latin-1"), places is not None)
             except OSError:
-                pass  # made up, or gone
+                pass  # not a real file, or removed
     return found
 
 
@@ -51,7 +51,7 @@ def installed(file: str) -> bool:
 
 
 class Remembered(importlib.abc.MetaPathFinder):
-    """Finds modules as `imported_since` has kept them."""
+    """Finds modules as `imported_since` has recorded them."""
 
     def __init__(self, modules: Modules):
         self._modules = modules

@@ -1,4 +1,4 @@
-"""What the processes of an environment print, on its way to the terminal."""
+"""Passes the output of environment processes on to the terminal."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import threading
 
 from RL2.runtime.secrets import for_terminal
 
-_PIECE = 2**16  # bytes that are read at once, and of a line that are waited for
+_PIECE = 2**16  # most bytes per read; a longer line is passed on in pieces
 
 
 def passed_on(target: int) -> tuple[int, threading.Thread]:
-    """A file to write to, whose lines go on to the file `target` without secrets and what a
-    terminal would obey, and the thread that does so until nobody has it open for writing.
+    """A pipe to write to, and the thread that passes its lines on to the file `target`, redacted
+    and with control characters escaped. The thread ends when all writers have closed the pipe.
 
-    It writes past Python's streams: a thread that holds the lock of one is fatal where the
-    interpreter ends. Where `target` takes nothing more, lines are dropped; where its reader is
-    slow, writers wait as they would without us.
+    It does not use Python's streams: a thread that holds the lock of one when the interpreter ends
+    is fatal. If `target` cannot be written to, lines are dropped; if its reader is slow, writers
+    wait.
 
-    Raises OSError: a limit of files or threads.
+    Raises OSError for a limit on files or threads.
     """
     source, writes = os.pipe()
     thread = threading.Thread(target=_pass_on, args=(source, target), daemon=True)
@@ -33,7 +33,7 @@ def passed_on(target: int) -> tuple[int, threading.Thread]:
 
 
 def _pass_on(source: int, target: int) -> None:
-    with open(source, "rb", buffering=0) as pipe:  # closed whatever happens: nobody waits for us
+    with open(source, "rb", buffering=0) as pipe:  # closed in any case: writers must not block
         left = b""
         while data := pipe.read(_PIECE):
             lines, end, left = (left + data).rpartition(b"\n")

@@ -1,7 +1,7 @@
-"""Environments in processes of their own, which may hang, crash or be killed.
+"""Environments in separate processes, which may hang, crash or be killed.
 
-Calls of one sample go to one process, as long as it lives. Where a process has to be killed, or
-ends by itself, only the call at fault fails; the others are made again.
+All calls of a sample go to one process, as long as it lives. If a process is killed, or ends by
+itself, only the call at fault fails; the others are repeated.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ from RL2.runtime import guard
 
 logger = logging.getLogger(__name__)
 
-# Seconds beyond the limit of a call after which a process that stands still is killed.
+# Seconds beyond the time limit of a call after which a process without progress is killed.
 _MARGIN = 1.0
-_POLL = 0.25  # seconds between looks at it, and between its signs of life
-_IMPORT_SECONDS = 60.0  # for the file to be imported, at least; and the limit of a call
-_LAST_WORDS = 1.0  # for what all have printed, where the terminal takes it
-_END_SECONDS = 10.0  # a killed process may take, where a disk keeps it
-_REPEATS = 3  # times that a call is lost, by the fault of others, before it gets a process alone
+_POLL = 0.25  # seconds between two checks of a process, and between its beats
+_IMPORT_SECONDS = 60.0  # least time for the import of the file; the limit of a call may be longer
+_OUTPUT_SECONDS = 1.0  # to pass on remaining output, for all processes together
+_END_SECONDS = 10.0  # that a killed process may take to end, e.g. while it waits for a disk
+_REPEATS = 3  # tries of a call that is lost by the fault of others, before it runs alone
 _MOST_PROCESSES = 8
 
 
 @dataclass(eq=False)
 class _Lost(Exception):
-    """The process of a call is gone. guilty: the call is why. suspect: it may be why."""
+    """The process of a call is gone. guilty: whether the call is the cause. suspect: whether it may
+    be the cause."""
 
     reason: str
     guilty: bool = False
@@ -50,35 +51,35 @@ class _Lost(Exception):
 
 
 def default_processes() -> int:
-    """As many as this rank has CPU cores, eight at most."""
+    """The number of CPU cores for this rank, at most eight."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(_MOST_PROCESSES, (cores or 1) // ranks))
 
 
 class Processes:
-    """Up to `n` processes that run the environment file at `path`, started when there is a call
-    for them, but the first, which is started here. Use its methods on one event loop.
+    """Up to `n` processes that run the environment file at `path`. The first is started here, the
+    others when they get a call. Use the methods on one event loop.
 
     timeout: seconds for one call.
 
-    Raises Failed where the file cannot be used.
+    Raises Failed if the file cannot be used.
     """
 
     def __init__(self, path: str, timeout: float, n: int):
         self.timeout = timeout
         self.n = n
         self._launch = _Launcher(path, Path(path).read_bytes(), timeout)
-        # Whoever forgets to close us, or cannot, leaves nothing behind.
+        # Ends the processes even if `close` is never called.
         self._end = weakref.finalize(self, self._launch.end)
         self._first: _Process | None = self._launch()
         self._workers: dict[int, asyncio.Task[_Worker]] = {}
         self._alone = asyncio.Semaphore(n)
 
     async def call(self, key: int, name: str, texts: tuple[str, ...], extra_info: Any) -> Answer:
-        """The checked answer of `step` or `reset`; its extra_info is bytes, to be passed on.
+        """The checked answer of `step` or `reset`; its extra_info is bytes for the next call.
 
-        key: chooses the process. extra_info: a dict, or what an earlier call gave.
+        key: chooses the process. extra_info: a dict, or the bytes of an earlier call.
 
         Raises Failed.
         """
@@ -103,7 +104,7 @@ class Processes:
                 await process.close()
 
     async def close(self) -> None:
-        """End all processes, whatever they do. Later calls raise Failed."""
+        """End all processes, even busy ones. Later calls raise Failed."""
         starts = list(self._workers.values())
         await asyncio.to_thread(self._end)
         if self._first is not None:
@@ -113,11 +114,11 @@ class Processes:
                 await started.close()
 
     async def _worker(self, slot: int) -> _Worker:
-        """The running process of a slot; starts it where there is none."""
+        """The running process of a slot; starts one if there is none."""
         start = self._workers.get(slot)
         if start is None or start.done() and (start.exception() or start.result().ended):
             start = self._workers[slot] = asyncio.create_task(self._start())
-        return await asyncio.shield(start)  # others may wait for it, too
+        return await asyncio.shield(start)  # other calls may wait for it
 
     async def _start(self) -> _Worker:
         process, self._first = self._first, None
@@ -129,7 +130,7 @@ class Processes:
 
 
 class _Worker:
-    """A process, as the event loop sees it."""
+    """The calls to one process, on the event loop."""
 
     def __init__(self, process: _Process, timeout: float):
         self._process = process
@@ -146,7 +147,7 @@ class _Worker:
         self._serving = asyncio.create_task(self._serve(reader))
 
     async def call(self, name: str, bodies: tuple[bytes, ...]) -> Answer:
-        """Raises Failed, and _Lost when the process ends before it answers."""
+        """Raises Failed, and _Lost if the process ends before it answers."""
         if self.ended:
             raise _Lost("its process ended")
         self._n_calls = number = self._n_calls + 1
@@ -167,12 +168,12 @@ class _Worker:
         return text, head["numbers"], extra_info, tuple(head["unknown"])
 
     async def close(self) -> None:
-        """Kill the process; returns when it is gone."""
+        """Kill the process and wait until it is gone."""
         await asyncio.to_thread(self._process.end)
         await self._serving
 
     async def _serve(self, reader: asyncio.StreamReader) -> None:
-        """Give answers to whoever waits for them, until the process has ended."""
+        """Deliver answers to the waiting calls, until the process has ended."""
         watch = asyncio.create_task(self._watch())
         try:
             while True:
@@ -197,13 +198,13 @@ class _Worker:
         if self._stuck:
             reason = f"blocked for {self._timeout:g} s without awaiting; its process was killed"
         else:
-            reason = f"its process ended ({_of_status(status)})"
+            reason = f"its process ended ({_exit_text(status)})"
         if self._calls:
             logger.warning(
                 "environment process %d ended (%s) with %d calls in flight",
-                self._process.pid, _of_status(status), len(self._calls),
+                self._process.pid, _exit_text(status), len(self._calls),
             )  # fmt: skip
-        # One of the environment's own threads may have stopped it while a call was executed.
+        # With threads, one of them may have blocked the process while a call was executed.
         known = executed and not threads
         for number, future in self._calls.items():
             suspect = number == executed if known else number <= begun
@@ -211,20 +212,20 @@ class _Worker:
                 future.set_exception(_Lost(reason, suspect and known and self._stuck, suspect))
 
     async def _watch(self) -> None:
-        """Kill the process when nothing moved in it for longer than a call may take."""
-        still, last = 0.0, None
-        while still <= self._timeout + _MARGIN:
+        """Kill the process when it made no progress for longer than a call may take."""
+        idle, last = 0.0, None
+        while idle <= self._timeout + _MARGIN:
             before = time.monotonic()
             await asyncio.sleep(_POLL)
             pulse = self._process.pulse.read()
-            # Where this loop was held up, or all of us were, the process is not to blame.
-            still = still + min(time.monotonic() - before, 2 * _POLL) if pulse == last else 0.0
+            # The process is not to blame if this loop, or the whole machine, was held up.
+            idle = idle + min(time.monotonic() - before, 2 * _POLL) if pulse == last else 0.0
             last = pulse
         self._stuck = True
         await asyncio.to_thread(self._process.end)
 
 
-def _of_status(status: int | None) -> str:
+def _exit_text(status: int | None) -> str:
     if status is None:
         return "it cannot be killed"
     if status >= 0:
@@ -233,24 +234,24 @@ def _of_status(status: int | None) -> str:
 
 
 class _Launcher:
-    """Starts processes, remembers and ends them. From any thread."""
+    """Starts processes and ends them. For use from any thread."""
 
     def __init__(self, path: str, source: bytes, timeout: float):
         self._path, self._source, self._timeout = path, source, timeout
-        self._modules = b""  # what the file has imported the first time, see `modules`
+        self._modules = b""  # what the first process has imported, see `modules`
         self._processes: set[_Process] = set()
         self._lock = threading.RLock()  # the garbage collector may call `end` anywhere
         self._ended = False
         self._pid = os.getpid()
 
     def __call__(self) -> _Process:
-        """A process that has imported the file. Raises Failed."""
+        """Start a process and have it import the file. Raises Failed."""
         with self._lock:
             if self._ended:
                 raise Failed("not called: the environment is closed")
             try:
                 process = _Process(self._path)
-            except OSError as error:  # a limit of files or processes
+            except OSError as error:  # a limit on files or processes
                 raise Failed(f"cannot be run: no process can be started ({error})") from error
             self._processes = {one for one in self._processes if not one.gone} | {process}
         try:
@@ -269,18 +270,18 @@ class _Launcher:
                 process.ask()
             for process in self._processes:
                 process.end()
-            until = time.monotonic() + _LAST_WORDS
+            until = time.monotonic() + _OUTPUT_SECONDS
             for printed in (one for process in self._processes for one in process.printed):
                 printed.join(max(0.0, until - time.monotonic()))
 
 
 class _Process:
-    """A process that runs an environment file, under a guard (`guard`): the end of one is the
-    end of the other, and of all that they have started."""
+    """A process that runs an environment file, and its guard (`guard`): when one of them ends, so
+    do the other and all processes that they have started."""
 
     def __init__(self, path: str):
         self._lock = threading.Lock()
-        self.pid = 0  # as soon as it has said it
+        self.pid = 0  # set by `greet`
         with contextlib.ExitStack() as stack:
             self.connection, theirs = socket.socketpair()
             stack.enter_context(theirs)
@@ -322,8 +323,8 @@ class _Process:
         return self._guard.returncode is not None
 
     def greet(self, source: bytes, modules: bytes, timeout: float) -> bytes:
-        """Have the file imported, with its modules as they were when it was the first time (empty:
-        this is that). Returns these modules. Raises Failed."""
+        """Have the process import the file, with the modules that the first process found (empty:
+        this is the first). Returns these modules. Raises Failed."""
         seconds = max(_IMPORT_SECONDS, timeout)
         head = {"sys_path": sys.path, "timeout": timeout, "beat": _POLL}
         self.connection.settimeout(seconds)
@@ -333,7 +334,7 @@ class _Process:
         except TimeoutError as error:
             raise Failed(f"cannot import: not done after {seconds:g} s") from error
         except (EOFError, OSError, ValueError) as error:
-            raise Failed(f"cannot import: its process ended ({_of_status(self.end())})") from error
+            raise Failed(f"cannot import: its process ended ({_exit_text(self.end())})") from error
         if "error" in answer:
             raise Failed(answer["error"])
         self.pid = answer["pid"]
@@ -341,14 +342,14 @@ class _Process:
         return bodies[0]
 
     def ask(self) -> None:
-        """Have it killed, and all that it has started. Waits for nobody."""
+        """Have the guard kill it and all that it has started, without waiting."""
         if not self.gone:
-            self._guard.send_signal(signal.SIGCONT)  # somebody may have stopped it
+            self._guard.send_signal(signal.SIGCONT)  # in case it was stopped
             with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended, or is closed
                 self._guard.stdin.write(b"end")
 
     def end(self) -> int | None:
-        """Kill it and all that it has started; its exit status, None where it does not end."""
+        """Kill it and all that it has started; returns its exit status, None if it does not end."""
         with self._lock:
             if not self.gone:
                 self.ask()
@@ -357,7 +358,7 @@ class _Process:
             return self._guard.returncode
 
     def close(self) -> None:
-        """The same, and nothing of it is open here."""
+        """As `end`, and close all files that belong to it."""
         self.end()
         self._guard.stdin.close()
         self.pulse.close()

@@ -1,11 +1,11 @@
-"""What a process of an environment was doing last, which it tells without a word.
+"""What an environment process was doing last, in memory that the trainer shares.
 
 Code that blocks (a regular expression, a C library) holds the interpreter: no thread of that
-process can send anything then, and what it sent before may lie unread in the socket. So each step
-writes down which call it belongs to, in memory that the trainer shares, which costs no system call
-and can be read when the process hangs or is gone.
+process can send anything then, and what it sent before may be unread in the socket. So each step
+records which call it belongs to in shared memory. This costs no system call, and the trainer can
+read it when the process hangs or is gone.
 
-Standard library only, as `calls`.
+Standard library only, like `calls`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 class Pulse:
     """What a worker was doing last, in memory that the trainer reads.
 
-    beats: changes as long as the process moves. call: number of the call whose code is being
-    executed, 0 while none is. begun: the last call that was begun. threads: whether threads of the
-    environment ran beside it then, which may be what stopped the process.
+    beats: a counter that grows while the process makes progress. call: number of the call whose
+    code is being executed, 0 if none. begun: the last call that was begun. threads: whether threads
+    of the environment ran at the same time, as one of them may have blocked the process.
     """
 
     _FIELDS = struct.Struct("=QQQQ")
@@ -34,12 +34,12 @@ class Pulse:
         self.beats = self.call = self.begun = self.threads = 0
 
     def read(self) -> tuple[int, int, int, bool]:
-        """beats, call, begun, threads as the other process wrote them."""
+        """The last beats, call, begun and threads that the other process wrote."""
         *numbers, threads = self._FIELDS.unpack_from(self._memory)
         return *numbers, bool(threads)
 
     def enter(self, call: int) -> int:
-        """The code of a call is executed from here on (0: none); returns which was before."""
+        """Note that the code of `call` runs from here on (0: none); returns the one before."""
         before, self.call = self.call, call
         if call > self.begun:
             self.begun = call
@@ -59,10 +59,10 @@ CURRENT_CALL: contextvars.ContextVar[int] = contextvars.ContextVar("call", defau
 
 
 class Traced(Coroutine):
-    """A coroutine that notes in the pulse for which call it is executed, at each of its steps.
+    """A coroutine that records in the pulse, at each of its steps, for which call it is executed.
 
-    All tasks of the event loop are such ones, those that an environment makes itself as well: they
-    inherit the number of the call that made them.
+    All tasks of the event loop are traced, including those that an environment makes: they inherit
+    the number of the call that made them.
     """
 
     def __init__(self, coroutine: Coroutine, pulse: Pulse):

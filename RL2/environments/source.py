@@ -1,6 +1,6 @@
-"""What an environment's source shows before a model loads.
+"""Checks of an environment's source, before a model loads.
 
-It is read, not tried: a call of `step` might cost money, or change something.
+The source is only read: a call of `step` might cost money, or change something.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from RL2.environments.calls import GIVES, NEEDED
 
 
 def fault_of_returns(source: bytes) -> str | None:
-    """What is wrong with an answer that `step` has written out, such as `return 1.0` or a dict
-    without a key that is needed; None where nothing is seen.
+    """What is wrong with a literal answer of `step`, such as `return 1.0` or a dict without a
+    required key; None if nothing is found.
 
-    A `step` that is decorated, or made in another way, may answer something else.
+    A decorated `step` is not checked, as the decorator may change the answer.
     """
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
-        return None  # the import says it
+        return None  # reported by the import
     makes = [node for node in tree.body if "step" in _names(node)]
     if len(makes) != 1 or not isinstance(makes[0], ast.AsyncFunctionDef):
         return None
     if makes[0].decorator_list:
         return None
     returns = list(_returns(makes[0]))
-    if not all(map(_is_none, returns)):  # some samples are dropped on purpose, then
+    if not all(map(_is_none, returns)):  # otherwise some samples are dropped on purpose
         returns = [found for found in returns if not _is_none(found)]
     for found in returns:
         if (fault := _fault(found.value)) is not None:
@@ -37,7 +37,7 @@ def fault_of_returns(source: bytes) -> str | None:
 
 
 def hints(keys: Iterable[str], known: Iterable[str] = GIVES) -> str:
-    """Unknown keys of an answer, each with the one that may be meant."""
+    """Unknown keys of an answer, each with the closest known one."""
     said = []
     for key in keys:
         close = difflib.get_close_matches(key.strip("'\""), list(known), n=1)
@@ -46,7 +46,7 @@ def hints(keys: Iterable[str], known: Iterable[str] = GIVES) -> str:
 
 
 def _names(node: ast.stmt) -> set[str]:
-    """Names that a statement of a module binds."""
+    """Names that a module-level statement binds."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return {node.name}
     return {
@@ -74,7 +74,7 @@ def _is_none(found: ast.Return) -> bool:
     return found.value is None or getattr(found.value, "value", ...) is None
 
 
-_KINDS = {ast.Tuple: "a tuple", ast.List: "a list", ast.Set: "a set", ast.JoinedStr: "a text"}
+_KINDS = {ast.Tuple: "a tuple", ast.List: "a list", ast.Set: "a set", ast.JoinedStr: "a string"}
 
 
 def _fault(value: ast.expr | None) -> str | None:
@@ -85,7 +85,7 @@ def _fault(value: ast.expr | None) -> str | None:
         return f"{_KINDS[type(value)]}, not a dict with {needed}"
     if not isinstance(value, ast.Dict):
         return None
-    if not all(isinstance(key, ast.Constant) for key in value.keys):  # None stands for `**other`
+    if not all(isinstance(key, ast.Constant) for key in value.keys):  # None: `**other`
         return None
     keys = [key.value for key in value.keys]
     missing = [key for key in NEEDED if key not in keys]

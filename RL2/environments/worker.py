@@ -1,9 +1,9 @@
 """A process that runs the functions of an environment file for the trainer.
 
-`command` starts it. It imports nothing but the standard library, a few files of RL2 that do the
-same, and what the environment does, so that it is there at once. It makes the calls that come in
-over the socket, many at a time, on an event loop in its main thread (where SIGALRM works), and
-checks the answers before it sends them.
+`command` starts it. To start fast, it imports only the standard library, a few files of RL2 that do
+the same, and what the environment imports. It makes the calls that arrive on the socket, many at a
+time, on an event loop in its main thread (where SIGALRM works), and checks the answers before it
+sends them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from RL2.runtime import streams
 
 _FOR_THE_TRAINER = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "XCPU", "PWR")
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-# RL2 need not be installed where Python looks without the trainer's sys.path, which comes later.
+# The trainer's sys.path arrives later; RL2 may not be importable without it.
 _START = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -38,8 +38,8 @@ run()
 
 
 def command(connection: int, memory: int, path: str) -> list[str]:
-    """What starts the process. connection, memory: numbers of the socket and of the pulse's file.
-    path: the environment file."""
+    """The command line of the process. connection, memory: file descriptors of the socket and the
+    pulse. path: the environment file."""
     return [sys.executable, "-P", "-c", _START, _ROOT, str(connection), str(memory), path]
 
 
@@ -94,7 +94,7 @@ async def _serve(
     while True:
         head, bodies = await receive(reader)
         number = head["number"]
-        if "name" not in head:  # nobody waits for it any more
+        if "name" not in head:  # the trainer no longer waits for this call
             if number in tasks:
                 tasks[number].cancel()
             continue
@@ -105,15 +105,15 @@ async def _serve(
 
 
 def main(connection: int, memory: int, path: str) -> None:
-    # The trainer ends its workers; a signal for all processes of a job is for the trainer. Not
-    # SIG_IGN, which what the environment starts would inherit.
+    # The trainer handles signals to all processes of a job, and ends its workers. Not SIG_IGN, as
+    # child processes of the environment would inherit it.
     for name in _FOR_THE_TRAINER:
         if number := getattr(signal, f"SIG{name}", None):
             signal.signal(number, lambda *_: None)
-    streams.keep_streams()  # what cannot be printed is no fault of a call
+    streams.keep_streams()  # a failed print must not fail a call
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # a process that is killed has said what it said
-    try:  # where memory runs out, it is not the trainer that has to go
+        stream.reconfigure(line_buffering=True)  # so that output is not lost in a kill
+    try:  # when memory runs out, Linux should kill this process, not the trainer
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
     except OSError:
@@ -144,13 +144,12 @@ def main(connection: int, memory: int, path: str) -> None:
 
 
 def run() -> NoReturn:
-    """What the process does, until it is killed or the trainer has gone."""
+    """Run until this process is killed or the trainer is gone."""
     try:
         main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
     except (EOFError, ConnectionError):
-        # The trainer is gone. This process ends and what the environment has started there,
-        # whatever they are doing.
+        # The trainer is gone: kill this process and all in its group.
         os.killpg(os.getpid(), signal.SIGKILL)
-    except BaseException:  # of a task that the environment left alone
+    except BaseException:  # from a task that the environment started and does not await
         traceback.print_exc()
-    os._exit(1)  # threads of the environment shall not keep us
+    os._exit(1)  # without waiting for threads of the environment

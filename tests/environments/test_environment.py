@@ -119,7 +119,7 @@ async def step(state, action, extra_info):
         (f"{{{GOOD}, 'score': None}}", "score=None is not a number"),
         (f"{{{GOOD}, 'done': 'no'}}", "done='no' is not a bool"),
         (f"{{{GOOD}, 'next_state': None}}", "next_state=None is not a str"),
-        (f"{{{GOOD}, 'next_state': chr(0xD800)}}", "next_state is no text that can be encoded"),
+        (f"{{{GOOD}, 'next_state': chr(0xD800)}}", "next_state cannot be encoded"),
         (f"{{{GOOD}, 'next_state': 'x' * 2**30}}", "next_state is longer than 4194304 bytes"),
         (f"{{{GOOD}, 'reward': 10**400}}", "reward is too large: beyond 3.4e+38"),
         (f"{{{GOOD}, 'score': -(10**5000)}}", "score is too large"),  # has no text
@@ -170,7 +170,7 @@ def test_what_an_import_raises_names_the_line(tmp_path, workers):
     ("answer", "said"),
     [
         (f"{{{GOOD}, 'scroe': 1, 'info': 2}}", None),
-        ("{'rewards': 1.0, 'score': 1.0, 'done': True}", "lacks reward; it has the unknown 'rewar"),
+        ("{'rewards': 1.0, 'score': 1.0, 'done': True}", "lacks reward; unknown keys: 'rewar"),
         (f"{{{GOOD}, 'reward': None, 'rewards': 1}}", "reward=None is not a number; it has the un"),
         ("{'next': 'x', 'reward': 0, 'score': 0, 'done': False}", "next_state=None is not a str; "),
         ("0.5", "returned float, not a dict with reward, score, done"),

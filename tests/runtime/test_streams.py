@@ -90,7 +90,10 @@ def test_a_closed_terminal(tmp_path):
 
 
 def test_processes_that_it_starts_find_a_stream_that_works():
-    text = "time.sleep(0.2); streams.replace_broken_streams(); subprocess.run(['echo', 'x'], check=True)"
+    text = (
+        "time.sleep(0.2); streams.replace_broken_streams(); "
+        "subprocess.run(['echo', 'x'], check=True)"
+    )
     assert talk("> >(true)", text).returncode == 0
     assert talk("> >(true)", text.replace("streams.replace_broken_streams()", "0")).returncode != 0
 
