@@ -1,7 +1,7 @@
 """The engine protocol: token ids in, token ids and their log-probabilities out.
 
-The collector, the environments and the training loop know an engine by this protocol only. The
-engines by name: `RL2.engines.registry`.
+The collector and the training loop use engines through this protocol only. Engines by name:
+`RL2.engines.registry`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from RL2.runtime.errors import ConfigError, EngineError
 
 
 class MalformedReply(EngineError):
-    """An engine's reply that cannot be what a model wrote: wrong counts, NaN, no JSON, nothing.
+    """An engine's reply that no model can have written: wrong counts, NaN, not JSON, or empty.
 
-    It says nothing about the weights or the prompt, so the sample goes and the run stays.
+    Neither the weights nor the prompt are to blame, so the sample is dropped and the run goes on.
     """
 
 
@@ -29,14 +29,14 @@ class SamplingParams:
     """How a completion is sampled.
 
     temperature: divides the logits; 0 is greedy decoding.
-    max_new_tokens: upper bound of the completion, in tokens, the end-of-sequence token included.
+    max_new_tokens: most tokens of a completion, including the end-of-sequence token.
     stop: strings that end a completion; the tokens that spell one stay in `token_ids`.
     no_stop_trim: whether the text that an environment gets keeps the stop string (never
         changes token ids).
-    top_p: nucleus of the tempered distribution that is sampled from; 1 is all of it.
-    stop_token_ids: end the completion, beside the end tokens that the engine finds itself.
+    top_p: share of the tempered distribution that is sampled from (nucleus sampling); 1 is all.
+    stop_token_ids: more tokens that end a completion, besides the end tokens that the engine finds.
 
-    Raises ConfigError for values without a meaning.
+    Raises ConfigError for invalid values.
     """
 
     temperature: float
@@ -77,12 +77,12 @@ class SamplingParams:
 class Completion:
     """What an engine wrote after a prompt.
 
-    token_ids: the sampled tokens, the end-of-sequence token included when it was sampled.
+    token_ids: the sampled tokens, including the end-of-sequence token if it was sampled.
     logps: fp32 log-probability of each token under softmax(logits / temperature), before top_p;
         at temperature 0 under the untempered distribution.
-    finish_reason: "stop" (end-of-sequence token or stop string), "length", or "abort": what was
-        written until then, which may be nothing.
-    weight_versions: version of the weights that wrote each token.
+    finish_reason: "stop" (end-of-sequence token or stop string), "length", or "abort" (the tokens
+        that were written before the abort, possibly none).
+    weight_versions: for each token, the version of the weights that wrote it.
     """
 
     token_ids: list[int]
@@ -94,7 +94,7 @@ class Completion:
 def check_request(
     token_ids: list[int], sampling: SamplingParams, context_length: int | None
 ) -> None:
-    """Raises EngineError for a prompt without tokens, and for one that leaves no room."""
+    """Raises EngineError for a prompt without tokens, and for one that is too long."""
     if not token_ids:
         raise EngineError("generate: the prompt has no tokens")
     needed = len(token_ids) + sampling.max_new_tokens
@@ -109,11 +109,11 @@ def check_request(
 class Engine(Protocol):
     """An inference engine. Every method raises EngineError, naming what went wrong.
 
-    One that derives from this class leaves out what it has nothing to do for.
+    A class that derives from this one can leave out methods that would do nothing.
 
-    context_length: most tokens of prompt and completion together, known after `start`; None where
-        there is no limit.
-    weight_version: of the weights that write now.
+    context_length: most tokens of prompt and completion together, known after `start`; None for no
+        limit.
+    weight_version: version of the current weights.
     """
 
     context_length: int | None = None
@@ -122,8 +122,8 @@ class Engine(Protocol):
     async def start(self, settled: asyncio.Event | None = None) -> None:
         """Get ready to generate. Called once, on the event loop that all other calls come from.
 
-        settled: set while no sample is between two requests; an engine that batches can wait for
-            it, so that its batches do not depend on how fast an environment is.
+        settled: set while no sample is between two requests. An engine that batches can wait for
+            it, so that its batches do not depend on the speed of an environment.
         """
         ...
 
@@ -133,8 +133,7 @@ class Engine(Protocol):
     ) -> Completion:
         """Complete one prompt. Equal arguments and weights give equal tokens.
 
-        Raises MalformedReply where the engine's answer makes no sense, after the engine's own
-        retries.
+        Raises MalformedReply if the engine's answer makes no sense, after the engine's own retries.
         """
         ...
 
@@ -144,16 +143,16 @@ class Engine(Protocol):
     ) -> None:
         """Replace the weights; tokens that are written afterwards carry `version`.
 
-        Between `pause` and `resume` requests may be open; they go on with the new weights.
+        Requests may be open between `pause` and `resume`; they go on with the new weights.
         """
         ...
 
     async def abort(self) -> None:
-        """Every open request returns soon, finish reason "abort", with what it has so far."""
+        """End every open request soon, with the tokens so far and finish reason "abort"."""
         ...
 
     async def pause(self) -> None:
-        """When this returns nothing is written until `resume`; open requests stay open."""
+        """Once this returns, no token is written until `resume`; open requests stay open."""
         ...
 
     async def resume(self) -> None:
@@ -161,7 +160,7 @@ class Engine(Protocol):
         ...
 
     async def sleep(self) -> None:
-        """Release memory that training can use, where the engine can."""
+        """Release memory for training, if the engine can."""
         ...
 
     async def wake(self) -> None:
@@ -173,7 +172,7 @@ class Engine(Protocol):
         return True
 
     def metrics(self) -> dict[str, float]:
-        """What it counts over the run, as `rollout/…`."""
+        """Metrics of the engine over the run, named `rollout/…`."""
         return {}
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""From the name or file of an engine to an engine."""
+"""Builds an engine from its name or file."""
 
 import inspect
 import pkgutil
@@ -19,10 +19,10 @@ PARTS = {name for name in {**vars(Engine), **Engine.__annotations__} if not name
 
 
 def engine_maker(name: str) -> Callable[..., Any]:
-    """What makes the engine that `rollout.engine` names: of a server its dialect, else a function
+    """What makes the engine that `rollout.engine` names: the dialect of a server, else a function
     (config, tokenizer, device) -> Engine.
 
-    Raises ConfigError for a file, module or function that is not there.
+    Raises ConfigError for a file, module or function that does not exist.
     """
     if ":" in name:
         return import_function(name, f"rollout.engine={name}", "my_engine.py:make")
@@ -34,9 +34,9 @@ def build_engine(
 ) -> Engine:
     """The engine that `rollout.engine` names. Servers start at once; `Engine.start` waits for them.
 
-    config: of the whole run, checked and resolved (`RL2.config`).
+    config: the config of the whole run, checked and resolved (`RL2.config`).
 
-    Raises EngineError for an engine of a user's own that lacks a part of the protocol.
+    Raises EngineError for a user's engine that lacks a part of the protocol.
     """
     name = str(config.rollout.engine)
     maker = engine_maker(name)
@@ -48,7 +48,7 @@ def build_engine(
         engine = maker(config, tokenizer, device)
     except RL2Error:
         raise
-    except Exception as error:  # a user's code may raise anything
+    except Exception as error:  # user code may raise anything
         where = place(error, inspect.getfile(maker))
         raise EngineError(
             f"rollout.engine={name}: making it raised {type(error).__name__}: {error}"

@@ -322,5 +322,5 @@ def test_a_value_that_differs_is_named(served, weights):
 def test_a_version_that_differs_is_told(served, weights):
     served.load(0, weights)
     weights.fill([(n, t.clone()) for n, t in weights], served.version + 1)
-    expected = f"the server has version {served.version}, published is {served.version + 1}"
+    expected = f"the server has version {served.version}, but {served.version + 1} was published"
     assert served.mismatch(weights) == expected

@@ -1,18 +1,18 @@
 """Starts an SGLang server for RL2: `python -m rl2_sglang <arguments of sglang.launch_server>`.
 
-It stands alone: the environment of the server holds SGLang and not RL2. Every process of the
-server imports this module, as each is spawned from the main one. What differs from SGLang's own
-launcher, by the hooks that SGLang offers to plugins:
+It imports nothing of RL2, which is not installed in the server's environment. Every process of the
+server imports this module, as each is spawned from the main one. It uses the hooks that SGLang
+offers to plugins. What differs from SGLang's own launcher:
 
 - The key that clients must send comes from the variable RL2_SERVER_KEY, not from the command line,
-  which everybody on the machine can read, and does not stand in the log.
-- The context length is that of prompt and completion together. SGLang itself keeps a few
-  positions back, and cuts a completion short in silence.
-- A request's `sampling_seed` counts. SGLang heeds it with deterministic inference only, which
-  not every attention backend can do.
+  which every user of the machine can read. The key is not logged.
+- The context length is that of prompt and completion together. SGLang itself reserves a few
+  positions, and silently cuts a completion short.
+- A request's `sampling_seed` is always used. SGLang uses it with deterministic inference only,
+  which not every attention backend supports.
 - /weights_checker answers the action "rl2_checksums": see `checksums`.
-- /update_weights_from_tensor takes the names of tensors in a file, too, which each rank maps. A
-  tensor that does not fit is an HTTP error and not the end of the server.
+- /update_weights_from_tensor also takes the names of tensors in a file, which each rank maps. A
+  tensor that does not fit causes an HTTP error and does not end the server.
 - Waking a server that is awake does nothing.
 - The store of the server's own process group listens on loopback only.
 """
@@ -55,7 +55,7 @@ def checksum(tensor: Tensor) -> int:
 def parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter, once: `(name, tensor)`, a fused one in pieces named `name#0`, `name#1`, …
 
-    A fused linear layer says how its outputs are divided; its weight and bias are rows of them.
+    A fused linear layer has the sizes of its outputs; its weight and bias are split by rows.
     """
     sizes = {
         name: list(module.output_partition_sizes)
@@ -80,7 +80,7 @@ def checksums(model: nn.Module) -> dict[str, str]:
 
 
 def answer_checksums(original: Callable, checker: Any, action: str, *args: Any, **kwargs: Any):
-    """SGLang's WeightChecker.handle, with one action more."""
+    """SGLang's WeightChecker.handle, with one more action."""
     if action != "rl2_checksums":
         return original(checker, action, *args, **kwargs)
     return {
@@ -93,7 +93,7 @@ def answer_checksums(original: Callable, checker: Any, action: str, *args: Any, 
 # ---------------------------------------------------------------------- other hooks
 
 
-def heed_seeds(info: Any, cls: type, batch: Any, *args: Any, **kwargs: Any) -> Any:
+def use_seeds(info: Any, cls: type, batch: Any, *args: Any, **kwargs: Any) -> Any:
     """After SamplingBatchInfo.from_schedule_batch: give the sampler the requests' seeds.
 
     A token is then a function of the seed, its position and the distribution. Requests without a
@@ -106,22 +106,22 @@ def heed_seeds(info: Any, cls: type, batch: Any, *args: Any, **kwargs: Any) -> A
 
 
 def without_keys(logged: dict[str, Any], *args: Any) -> dict[str, Any]:
-    """After the server has gathered its arguments for the log."""
+    """After _server_args_for_logging: remove the keys."""
     return {name: value for name, value in logged.items() if not name.endswith("api_key")}
 
 
 def read_place(original: Callable, worker: Any, payloads: list[bytes]) -> Any:
-    """deserialize_own_rank, for payloads that name tensors of a file as well."""
+    """deserialize_own_rank, also for payloads that name tensors of a file."""
     if payloads[0][:1] == b"{":
         return json.loads(payloads[0])
     return original(worker, payloads)
 
 
 def load_mapped(original: Callable, updater: Any, named_tensors: Any, **kwargs: Any):
-    """WeightUpdater.update_weights_from_tensor, for tensors of a file as well.
+    """WeightUpdater.update_weights_from_tensor, also for tensors of a file.
 
-    named_tensors: SGLang's own kinds, or {"path": of a safetensors file, "names": in it}. Returns
-    (success, message); exceptions, which would end the server, are such an answer.
+    named_tensors: what SGLang takes, or {"path": of a safetensors file, "names": in it}. Returns
+    (success, message), also for exceptions, which would end the server.
     """
     try:
         if isinstance(named_tensors, dict) and "path" in named_tensors:
@@ -132,8 +132,8 @@ def load_mapped(original: Callable, updater: Any, named_tensors: Any, **kwargs: 
         return False, f"{type(error).__name__}: {error}"
 
 
-def wake_what_sleeps(original: Callable, manager: Any, request: Any) -> Any:
-    """resume_memory_occupation of the parts that were released, which may be none."""
+def wake_released(original: Callable, manager: Any, request: Any) -> Any:
+    """resume_memory_occupation, only for the parts that were released, if any."""
     from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqOutput
 
     request.tags = [tag for tag in request.tags or ALL_MEMORY if tag in manager.offload_tags]
@@ -144,7 +144,7 @@ ALL_MEMORY = ("kv_cache", "weights", "cuda_graph")
 
 
 class LoopbackStore(dist.TCPStore):
-    """A store whose server, for an address on loopback, does not listen on all addresses."""
+    """A store that listens on loopback only, if its address is on loopback."""
 
     def __init__(self, host_name: str, port: int, world_size: int, is_master: bool, **kwargs: Any):
         if is_master and host_name in _LOOPBACK:
@@ -159,12 +159,12 @@ class LoopbackStore(dist.TCPStore):
 
 def install() -> None:
     """Register the hooks; SGLang applies them as each of its processes starts."""
-    # The module; the attribute of the same name is a function.
+    # By `import_module`, as the attribute of this name is a function.
     importlib.import_module("torch.distributed.rendezvous").TCPStore = LoopbackStore
     around, after = HookType.AROUND, HookType.AFTER
     for target, hook, kind in (
         ("utils.weight_checker.WeightChecker.handle", answer_checksums, around),
-        ("sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", heed_seeds, after),
+        ("sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", use_seeds, after),
         ("managers.tp_worker.BaseTpWorker.deserialize_own_rank", read_place, around),
         ("entrypoints.engine._server_args_for_logging", without_keys, after),
         (
@@ -176,7 +176,7 @@ def install() -> None:
         (
             "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
             ".resume_memory_occupation",
-            wake_what_sleeps,
+            wake_released,
             around,
         ),
     ):
@@ -187,7 +187,7 @@ def install() -> None:
 
 
 def context_length(args: Any) -> int:
-    """Of prompt and completion: what the command line asks for, else the model's."""
+    """The limit for prompt and completion: from the command line, else from the model."""
     from sglang.srt.utils.hf_transformers.common import get_context_length, get_hf_text_config
     from sglang.srt.utils.hf_transformers.config import get_config
 
@@ -196,7 +196,7 @@ def context_length(args: Any) -> int:
     )
     limit = get_context_length(get_hf_text_config(config))
     if args.context_length is not None and args.context_length > limit:
-        sys.exit(f"--context-length {args.context_length}: the model ends at {limit}")
+        sys.exit(f"--context-length {args.context_length}: the model's limit is {limit}")
     return args.context_length or limit
 
 

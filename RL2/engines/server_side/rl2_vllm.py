@@ -1,17 +1,17 @@
-"""Inside a vLLM server: a worker that takes weights and tells checksums and log-probabilities.
+"""Inside a vLLM server: a worker that takes weights and returns checksums and log-probabilities.
 
-The server is started with `--worker-cls rl2_vllm.Worker`, this folder on PYTHONPATH. Methods that
-start with `rl2_` are called through /collective_rpc, which passes strings only. It stands alone:
-the environment of the server holds vLLM and not RL2.
+The server is started with `--worker-cls rl2_vllm.Worker` and this folder on PYTHONPATH. Methods
+that start with `rl2_` are called through /collective_rpc, which passes strings only. This module
+imports nothing of RL2, which is not installed in the server's environment.
 
 Three things differ from vLLM's own worker:
 
 - Log-probabilities are those of softmax(logits / temperature), before top-p. vLLM offers the
   untempered ones or those after top-p.
-- On the CPU, linear layers keep their weights as they are. vLLM packs them for oneDNN and throws
-  the originals away, after which nobody can say what the layer holds; and a reload leaves the
-  packed copy of a tied head behind.
-- It joins a process group with the trainer, on the CPU, too.
+- On the CPU, linear layers keep their weights unpacked. vLLM packs them for oneDNN and drops the
+  originals, so that they could not be compared; and a reload does not update the packed copy of a
+  tied head.
+- It joins a process group with the trainer, also on the CPU.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ if current_platform.is_cpu():
 else:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 
-# Of vLLM's load formats, those whose loader we stand in for on the CPU, and our names for them.
+# vLLM's load formats that we replace on the CPU, and our names for them.
 _PLAIN_FORMATS = {"auto": "rl2_plain_auto", "safetensors": "rl2_plain_safetensors"}
 _BACKEND_DEVICE = {"gloo": "cpu", "nccl": "cuda"}
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Worker(_Worker):
-    """vLLM's worker of this platform, with what the module's docstring lists."""
+    """vLLM's worker for this platform, with the changes that the module's docstring lists."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         if current_platform.is_cpu():
@@ -68,15 +68,15 @@ class Worker(_Worker):
         self._rl2_reload(weights_iterator=tensors())
 
     def rl2_load_folder(self, path: str) -> None:
-        """Take all weights from a checkpoint, by vLLM's own loader."""
+        """Take all weights from a checkpoint, with vLLM's own loader."""
         self._rl2_reload(weights_path=path)
 
     def rl2_device(self) -> str:
-        """Where this worker keeps its weights: "cpu" or "cuda"."""
+        """The kind of device that holds the weights: "cpu" or "cuda"."""
         return self.device.type
 
     def rl2_receive(self, plan: str) -> None:
-        """Join the trainer's process group for once and take all weights from its broadcasts.
+        """Join a process group with the trainer and take all weights from its broadcasts.
 
         plan: JSON object: address, port, world_size, name, backend and timeout of the group, where
         the trainer is rank 0 and our workers follow, and tensors: [name, dtype, shape] in the
@@ -98,15 +98,15 @@ class Worker(_Worker):
             self._rl2_reload(weights_iterator=received())
         finally:
             if wanted["backend"] == "nccl":
-                group.abort()  # does not wait for a trainer that is gone
+                group.abort()  # does not wait for the trainer, which may be gone
 
     def rl2_checksums(self) -> list[tuple[list[str], int, str]]:
-        """What this worker holds: (names in the checkpoint, elements, checksum) of each part.
+        """The weights of this worker: (names in the checkpoint, elements, checksum) of each part.
 
         The checksum is the sum of the elements' bit patterns as signed integers modulo 2^64, as a
-        decimal string. A part of a fused parameter has its own entry; where a parameter cannot be
-        taken apart, its entry has several names. Raises ValueError naming an embedding whose
-        padding is not zero.
+        decimal string. Each part of a fused parameter has its own entry; a parameter that cannot be
+        split has one entry with several names. Raises ValueError naming an embedding whose padding
+        is not zero.
         """
         model = self.model_runner.get_model()
         fused = getattr(model, "packed_modules_mapping", {})
@@ -148,7 +148,7 @@ def _own_address(peer: str) -> str:
 
 
 class _TemperedLogps(nn.Module):
-    """Around vLLM's sampler: its logits are tempered and not yet cut by top-p when it gets them."""
+    """Wraps vLLM's sampler, which gets logits that are tempered and not yet cut by top-p."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class _TemperedLogps(nn.Module):
 @register_model_loader(_PLAIN_FORMATS["auto"])
 @register_model_loader(_PLAIN_FORMATS["safetensors"])
 class _PlainLoader(DefaultModelLoader):
-    """The default loader; on the CPU the weights of linear layers are kept and not packed."""
+    """The default loader, except that it does not pack the weights of linear layers on the CPU."""
 
     def __init__(self, load_config: Any) -> None:
         wanted = load_config.load_format.removeprefix("rl2_plain_")
@@ -179,9 +179,9 @@ class _PlainLoader(DefaultModelLoader):
 
 
 def _use_plain_weights(model: nn.Module) -> None:
-    """Let embeddings and heads multiply with their parameter instead of a packed copy of it.
+    """Have embeddings and heads multiply with their parameter instead of a packed copy of it.
 
-    vLLM keeps both, and renews the copy of a tied head only when that head itself is loaded.
+    vLLM keeps both, and updates the copy of a tied head only when that head itself is loaded.
     """
     for module in model.modules():
         if hasattr(module, "cpu_linear") and module.weight.numel():
@@ -191,7 +191,7 @@ def _use_plain_weights(model: nn.Module) -> None:
 def _parts(
     path: str, name: str, module: nn.Module, tensor: Tensor, fused: dict[str, list[str]]
 ) -> Iterator[tuple[list[str], Tensor]]:
-    """Cut a parameter into what the checkpoint calls by own names: ([names], rows) each."""
+    """Cut a parameter into the parts that have names in the checkpoint: ([names], rows) each."""
     parent, _, leaf = path.rpartition(".")
     if isinstance(module, VocabParallelEmbedding):
         rows = module.shard_indices.num_org_elements

@@ -1,7 +1,7 @@
-"""Inside a vLLM server: no endpoint but the health check answers without the key.
+"""Inside a vLLM server: all endpoints but the health check require the key.
 
-vLLM's own key guards /v1 and /inference only, and leaves open what development mode adds: weights
-could be replaced and code run in the workers by anyone who reaches the port.
+vLLM itself protects /v1 and /inference only, and not what development mode adds: anyone who can
+reach the port could replace weights and run code in the workers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _OPEN = frozenset({"/health"})
 class RequireKey:
     """ASGI middleware (`--middleware`): 401 without the bearer token of `VLLM_API_KEY`.
 
-    Raises RuntimeError where that variable is empty: the server must not start unguarded.
+    Raises RuntimeError if that variable is empty: the server must not start unprotected.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
@@ -36,5 +36,5 @@ class RequireKey:
             headers = [(b"content-type", b"application/json"), (b"content-length", b"24")]
             await send({"type": "http.response.start", "status": 401, "headers": headers})
             return await send({"type": "http.response.body", "body": b'{"error":"Unauthorized"}'})
-        # A websocket: none of the endpoints that we use is one.
+        # A websocket: we use no such endpoint.
         await send({"type": "websocket.close", "code": 1008})

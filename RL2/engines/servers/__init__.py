@@ -1,1 +1,1 @@
-"""Engines made of inference servers: SGLang and vLLM."""
+"""Engines that use inference servers: SGLang and vLLM."""

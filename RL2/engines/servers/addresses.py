@@ -11,14 +11,14 @@ from RL2.runtime.errors import EngineError
 
 HOST = "127.0.0.1"
 _PORTS_OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_PORTS = 16384  # how many below those are tried
+_PORTS = 16384  # size of the range below them that is tried
 
 
 def free_port() -> int:
-    """A port on loopback that nobody listens on now.
+    """A port on loopback that is free now.
 
-    Not one of those that the kernel gives to outgoing connections, where there are others: until a
-    server listens, seconds later, one of them could have it.
+    If possible not one of those that the kernel gives to outgoing connections: a connection could
+    take it before the server listens, seconds later.
     """
     first = _first_of_connections()
     candidates = (max(1024, first - _PORTS) + secrets.randbelow(_PORTS) for _ in range(100))
@@ -40,8 +40,8 @@ def _first_of_connections() -> int:
 
 
 def address_towards(url: str) -> str:
-    """The address of this machine from which it reaches a server: loopback for one beside us."""
+    """The address from which this machine reaches a server; loopback for a local one."""
     parts = urlsplit(url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname, parts.port or 80))  # sends nothing, but takes a route
+        probe.connect((parts.hostname, parts.port or 80))  # sends nothing, only picks a route
         return probe.getsockname()[0]

@@ -1,4 +1,4 @@
-"""The engine of servers that a run's config asks for."""
+"""Builds the server engine that a run's config asks for."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from RL2.runtime.errors import ConfigError
 def server_engine(
     dialect: Dialect, config: DictConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> ServerEngine:
-    """The engine of this node, as the config of a run wants it; its servers start at once.
+    """The server engine of this node that a run's config asks for; its servers start at once.
 
     Each server gets `rollout.tp_size` GPUs of this machine; clients of `rollout.server_url` send
     the key that RL2_SERVER_KEY holds.
@@ -38,7 +38,7 @@ def server_engine(
         generation = GenerationConfig.from_pretrained(
             rollout.model_name, revision=config.actor.revision
         )
-    # What is compared bit for bit must be in the servers' type.
+    # Weights are compared bit for bit, so the copy must have the servers' dtype.
     dtype = str(model.dtype).removeprefix("torch.") if rollout.dtype == "auto" else rollout.dtype
     urls = rollout.server_url
     urls = [] if urls is None else [urls] if isinstance(urls, str) else list(urls)
@@ -75,8 +75,8 @@ def _server_options(
             f"rollout.servers_per_node={n_servers}: with rollout.tp_size={size} needs "
             f"{n_servers * size} GPUs, and this machine has {torch.cuda.device_count()}"
         )
-    # The longest sequence that training takes, or an evaluation writes; a server would else plan
-    # for all that the model can read.
+    # The longest sequence that training or an evaluation needs; otherwise a server would reserve
+    # memory for the model's full context.
     train, test = rollout.train_sampling_params, rollout.test_sampling_params
     prompt = config.actor.max_length_per_device - train.max_new_tokens
     prompt = max(prompt, config.test_data.max_prompt_length or prompt)
@@ -96,7 +96,7 @@ def _server_options(
             revision=config.actor.revision,
             allow_pickle=config.actor.allow_pickle,
             seed=config.trainer.seed,
-            # Not resolved: the python of a virtual environment is a link to another one.
+            # Links are not resolved: the python of a virtual environment is a link.
             python=os.path.abspath(rollout.server_python or sys.executable),
             extra_args=tuple(rollout.server_args),
             gpus=tuple(range(i * size, (i + 1) * size)) if device.type == "cuda" else (),

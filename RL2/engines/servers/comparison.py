@@ -1,4 +1,4 @@
-"""Whether a server holds the weights that were published, by checksums of its parameters."""
+"""Checks by checksums whether a server holds the weights that were published."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 Part = tuple[tuple[str, ...], int, int]
-"""Names by which a part of a parameter was published (several where it is fused and cannot be taken
-apart), number of elements, `weights.checksum`."""
+"""Published names of a part of a parameter (several if it is fused and cannot be split), number of
+elements, `weights.checksum`."""
 
 
 def first_difference(
@@ -15,13 +15,13 @@ def first_difference(
 ) -> str | None:
     """Compare what a server holds with what was published.
 
-    Checksums are sums: those of shards add up to the whole's, and what n ranks hold whole has n
-    times the elements and n times the checksum. Padding is of zeros.
+    Checksums are sums: those of shards add up to that of the whole parameter, and a parameter that
+    n ranks hold has n times the elements and n times the checksum. Padding is zeros.
 
     held: the parts of all its ranks. checksums, sizes: checksum and number of elements by published
     name.
 
-    Returns None or a line that names the first parameter that differs.
+    Returns None, or a line that names the first parameter that differs.
     """
     totals: dict[tuple[str, ...], list[int]] = defaultdict(lambda: [0, 0])
     for names, count, checksum in held:
@@ -46,7 +46,7 @@ def first_difference(
 
 
 def _as_published(names: tuple[str, ...], published: Mapping[str, int]) -> tuple[str, ...]:
-    """A head that is tied to the embedding is published as the embedding only."""
+    """The published names of a part: a head that is tied to the embedding has that name only."""
     if len(names) == 1 and names[0].endswith("lm_head.weight") and names[0] not in published:
         embeddings = [name for name in published if name.endswith("embed_tokens.weight")]
         if len(embeddings) == 1:

@@ -1,4 +1,4 @@
-"""What differs between kinds of servers."""
+"""The differences between kinds of servers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from RL2.engines.servers.weights import HostWeights
 
 
 class Dialect(Protocol):
-    """What one kind of server wants to hear, and how its answers are read. Without state.
+    """How to talk to one kind of server: requests, and how to read the answers. Has no state.
 
     name: "sglang" or "vllm". health_path: answers GET with 200 once the server can generate.
-    weight_methods: of "tensor", "distributed" and "disk", those it can do, the best on one machine
-    first.
+    weight_methods: those of "tensor", "distributed" and "disk" that it supports; first the best one
+    on a single machine.
     """
 
     name: str
@@ -23,15 +23,15 @@ class Dialect(Protocol):
     weight_methods: tuple[str, ...]
 
     def command(self, options: ServerOptions, port: int) -> list[str]:
-        """argv of a server on loopback; without a secret, as every user can read it."""
+        """argv of a server on loopback; without secrets, as every user can read it."""
         ...
 
     def environment(self, options: ServerOptions, key: str) -> dict[str, str]:
-        """Variables of the server's process; the key that it asks of its clients among them."""
+        """Environment variables of the server, including the key that clients must send."""
         ...
 
     def headers(self, key: str) -> dict[str, str]:
-        """Headers of a request that carry the key."""
+        """Request headers with the key."""
         ...
 
     async def context_length(self, server: Server) -> int | None:
@@ -45,33 +45,33 @@ class Dialect(Protocol):
         ...
 
     def completion(self, reply: Any, sampling: SamplingParams, version: int) -> Completion:
-        """Read the answer. `version`: of the weights, where the server does not tell.
+        """Read the answer. version: version of the weights, if the server does not report it.
 
-        Raises MalformedReply for one that cannot be trained on: another number of
-        log-probabilities than tokens, one that is not finite, a field that is missing or odd.
+        Raises MalformedReply for an answer that cannot be trained on: log-probabilities that do not
+        match the tokens or are not finite, a field that is missing or invalid.
         """
         ...
 
     async def abort(self, server: Server) -> None:
-        """End all requests; each answers with what it has."""
+        """End all requests; each answers with the tokens so far."""
         ...
 
     async def pause(self, server: Server) -> None:
-        """Nothing is written until `resume`; requests stay open."""
+        """Once this returns, no token is written until `resume`; requests stay open."""
         ...
 
     async def resume(self, server: Server) -> None: ...
 
     async def sleep(self, server: Server) -> None:
-        """Release weights and key-value cache."""
+        """Release the memory of the weights and the key-value cache."""
         ...
 
     async def wake(self, server: Server) -> None: ...
 
     async def load_weights(self, server: Server, weights: HostWeights, method: str) -> None:
-        """Bring `weights` into an idle or paused server and drop what it has cached."""
+        """Load `weights` into an idle or paused server and drop its caches."""
         ...
 
     async def mismatch(self, server: Server, weights: HostWeights) -> str | None:
-        """None where the server holds `weights` exactly, else a line that names a parameter."""
+        """None if the server holds exactly `weights`, else a line that names a parameter."""
         ...

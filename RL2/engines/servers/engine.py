@@ -1,12 +1,12 @@
-"""An engine made of servers: requests spread over them, failures repaired, weights delivered.
+"""An engine that uses servers: it distributes requests, retries failures and delivers weights.
 
-What differs between SGLang and vLLM is a `Dialect` (dialect.py). Everything else is the same:
+The differences between SGLang and vLLM are in a `Dialect` (dialect.py). The rest is the same:
 
-- A request goes to the server with the fewest open ones. It has a deadline and a bounded number
-  of repetitions; a server that died under it does not count, as restarts have a bound of their own.
-- A server of ours that ends, or no longer answers, is started again (pool.py), gets the current
-  weights from `HostWeights`, and only then gets requests.
-- Weights go to all servers at once, and what has arrived is compared, bit for bit.
+- A request goes to the server with the fewest open requests. It has a deadline and a limited number
+  of retries; attempts on a server that died do not count, as restarts have their own limit.
+- If one of our own servers ends or no longer answers, it is restarted (pool.py) and gets the
+  current weights from `HostWeights` before it gets requests.
+- Weights go to all servers at once, and are then compared bit for bit.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from RL2.runtime.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
-_BACKOFF = (0.2, 5.0)  # seconds before the first repetition, and at most
-_ABORT_AGAIN = 0.5  # a request may reach its server after the abort did
+_BACKOFF = (0.2, 5.0)  # seconds before the first retry, and at most
+_ABORT_AGAIN = 0.5  # seconds; a request may reach its server after the abort
 
 
 class ServerEngine:
     """Engine over one or more servers (see `protocol.Engine`). Use it on one event loop.
 
     Args:
-        dialect: of the servers.
-        weights: where this node's copy of the weights is kept; closed with the engine.
+        dialect: the servers' dialect.
+        weights: this node's copy of the weights; closed with the engine.
         servers, urls, key, log_dir, base_port, limits: see `ServerPool`.
         weight_sync: "auto" or one of the dialect's `weight_methods`.
 
@@ -105,7 +105,7 @@ class ServerEngine:
 
     @property
     def restarts(self) -> int:
-        """Of all servers in the run so far."""
+        """Number of restarts of all servers in the run so far."""
         return sum(member.restarts for member in self._pool.members)
 
     def metrics(self) -> dict[str, float]:
@@ -113,7 +113,7 @@ class ServerEngine:
         return {"rollout/server_restarts": float(self.restarts)}
 
     async def healthy(self) -> bool:
-        """Whether a request would find a server."""
+        """Whether a server is available for a request."""
         return bool(self._pool.serving)
 
     # ------------------------------------------------------------------ requests
@@ -123,9 +123,9 @@ class ServerEngine:
     ) -> Completion:
         """Complete `token_ids` on the least busy server. See `Engine.generate`.
 
-        Raises EngineError for a prompt that is empty or does not fit, when a request failed
-        `Limits.retries` times, and when no server is left; MalformedReply when the last of these
-        attempts brought an answer that makes no sense.
+        Raises EngineError for a prompt that is empty or does not fit, when all retries
+        (`Limits.retries`) have failed, and when no server is left; MalformedReply if the answer to
+        the last attempt made no sense.
         """
         if self._closed:
             raise EngineError(f"{self.dialect.name} engine: generate called after close")
@@ -159,7 +159,7 @@ class ServerEngine:
     async def _attempt(
         self, member: Member, token_ids: list[int], sampling: SamplingParams, seed: int
     ) -> Completion:
-        # A new name for each attempt: a server may still hold the one before.
+        # A new id for each attempt: a server may still hold the one before.
         path, body = self.dialect.request(token_ids, sampling, seed, uuid.uuid4().hex)
         member.open_requests += 1
         try:
@@ -175,11 +175,11 @@ class ServerEngine:
         return completion
 
     async def _pick(self, stop: Callable[[], bool]) -> Member | None:
-        """The least busy server; waits while there is none, or a pause. None when `stop`."""
+        """The least busy server; waits while there is none, or while paused. None when `stop`."""
         async with self._pool.changed:
             while not stop():
                 serving = self._pool.serving
-                # A server that is paused would take a request and might not let go of it.
+                # A paused server would accept a request and might not release it.
                 if serving and not self._paused:
                     return min(serving, key=lambda member: member.open_requests)
                 self._pool.check_left()
@@ -234,13 +234,13 @@ class ServerEngine:
     async def update_weights(
         self, named_tensors: Iterable[tuple[str, Tensor]], version: int
     ) -> None:
-        """Take a copy, send it to all servers, and compare what arrived.
+        """Copy the weights, send them to all servers, and compare what arrived.
 
-        A server that dies over it gets the new weights when it is back; this waits for it.
+        A server that dies meanwhile gets the new weights when it is back; this waits for it.
         Raises EngineError naming a parameter that did not arrive, and when no server is left.
         """
         async with self._weights_lock:
-            # The iteration may be a collective, which holds up this loop and nobody else.
+            # Iterating may be a collective; it blocks only this event loop.
             self.weights.fill(named_tensors, version)
             self.weight_version = version
             await asyncio.gather(*map(self._update, self._pool.serving))
@@ -256,7 +256,7 @@ class ServerEngine:
                 ) from error
 
     async def _deliver(self, member: Member) -> None:
-        """Weights into one server, stopped meanwhile; it is running again afterwards."""
+        """Load the weights into one server, which is paused meanwhile."""
         await self.dialect.pause(member.server)
         await self.dialect.load_weights(member.server, self.weights, self._method)
         problem = await self.dialect.mismatch(member.server, self.weights)
@@ -270,7 +270,7 @@ class ServerEngine:
             await self.dialect.resume(member.server)
 
     async def _restore(self, member: Member) -> None:
-        """Bring a server that has just started, or answers again, to where the others are."""
+        """Bring a server that was restarted, or answers again, to the state of the others."""
         async with self._weights_lock:
             if self.weights.version is not None:
                 await self._deliver(member)
@@ -282,7 +282,7 @@ class ServerEngine:
 
 
 def weight_method(asked: str, dialect: Dialect, urls: Sequence[str]) -> str:
-    """`auto` resolved: only servers of this machine can be reached in other ways than a group."""
+    """Resolve `auto`: on other machines, servers can be reached only by "distributed"."""
     if asked == "auto":
         near = all(urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") for url in urls)
         asked = dialect.weight_methods[0] if near else "distributed"

@@ -1,4 +1,4 @@
-"""Talking to an inference server over HTTP."""
+"""HTTP requests to an inference server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ServerUnreachable(EngineError):
 
 
 class ServerRefused(EngineError):
-    """An answer that is an HTTP error. status: its code. text: what the server said."""
+    """An answer that is an HTTP error. status: the HTTP status. text: the body of the answer."""
 
     def __init__(self, message: str, status: int, text: str):
         super().__init__(message)
@@ -24,14 +24,14 @@ class ServerRefused(EngineError):
 
 
 def bearer(key: str) -> dict[str, str]:
-    """Headers that carry a key, where there is one."""
+    """Headers with a key, if there is one."""
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 class Server:
     """HTTP access to one server, our own or an external one. Use it on one event loop.
 
-    url: such as http://127.0.0.1:30000. headers: sent with each request (the key, say).
+    url: address, such as http://127.0.0.1:30000. headers: sent with each request, e.g. the key.
     """
 
     def __init__(self, url: str, headers: dict[str, str] | None = None):
@@ -65,8 +65,9 @@ class Server:
         if self._closed:
             raise ServerUnreachable(f"{self.url}{path}: closed")
         if self._session is None:
-            # The engine bounds how many requests there are; a second bound could only deadlock.
-            # Idle connections go before a server drops them (uvicorn: after 5 s) under a request.
+            # The engine limits the number of requests; a second limit could only deadlock. Idle
+            # connections are closed before the server does it (uvicorn: after 5 s), which could
+            # hit a request.
             self._session = aiohttp.ClientSession(
                 headers=self._headers,
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),

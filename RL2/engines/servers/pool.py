@@ -1,7 +1,7 @@
-"""The servers of an engine: started, watched, and brought back when they end or fall silent.
+"""The servers of an engine: started, watched, and restarted when they end or stop answering.
 
-A server is "starting", "serving", "lost" (it gets no requests, and is brought back) or "gone"
-(given up, or closed).
+A server is "starting", "serving", "lost" (it gets no requests until it is back) or "gone" (given up
+or closed).
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from RL2.runtime.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
-_WATCH_EVERY = 0.5  # seconds between looks at a process of ours
-_HEALTH_EVERY = 10.0  # seconds between questions whether it answers
+_WATCH_EVERY = 0.5  # seconds between checks whether our own process still runs
+_HEALTH_EVERY = 10.0  # seconds between health checks
 _HEALTH_TIMEOUT = 20.0
-_UNHEALTHY = 3  # questions in a row without an answer after which a server counts as dead
-_FAILED_STARTS = 2  # in a row, after which a server is given up
-_LOST_FOR = 30.0  # seconds without an answer after which an external server is given up
+_UNHEALTHY = 3  # failed health checks in a row before a server counts as dead
+_FAILED_STARTS = 2  # failed starts in a row before a server is given up
+_LOST_FOR = 30.0  # seconds without an answer before an external server is given up
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on waiting and repeating.
+    """Limits on waiting and retries.
 
     request_timeout: seconds for one attempt at a completion. retries: attempts after the first.
-    max_restarts: of one server in a run. start_timeout: seconds until a server must answer.
+    max_restarts: restarts of one server in a run. start_timeout: seconds for a server to start.
     """
 
     request_timeout: float = 1800.0
@@ -46,8 +46,8 @@ class Limits:
 
 @dataclass
 class Member:
-    """One server of a pool. process: None for an external one. problem: why it is not serving.
-    version: of its weights. since: when it was started."""
+    """One server of a pool. process: None for an external server. problem: why it is not serving.
+    version: version of its weights. since: when it was started."""
 
     name: str
     server: Server
@@ -63,19 +63,19 @@ class Member:
 
 
 class ServerPool:
-    """Servers of one kind. Ours start at once. Use it on one event loop.
+    """Servers of one kind. Our own servers start at once. Use it on one event loop.
 
     Args:
-        dialect: of the servers.
-        restore: called with a server that is back; brings it to where the others are and then sets
-            it to "serving".
-        model_folder: the run's own copy of the model, once there is one.
-        servers: what to start, one entry for each; or
-        urls: of external servers.
+        dialect: the servers' dialect.
+        restore: called with a server that is back; brings it to the state of the others and then
+            sets it to "serving".
+        model_folder: returns the run's own copy of the model, once there is one.
+        servers: options of the servers to start, one entry for each; or
+        urls: addresses of external servers.
         key: what clients must send; passed to our servers in their environment.
-        log_dir: for the logs of our servers.
-        base_port: of our first server, the next ones follow; None takes free ones.
-        limits: on waiting and repeating.
+        log_dir: folder for the logs of our servers.
+        base_port: port of our first server, the others use the next ones; None takes free ports.
+        limits: limits on waiting and retries.
 
     changed: notified whenever a server's state changes.
     """
@@ -111,11 +111,11 @@ class ServerPool:
         return [member for member in self.members if member.state == "serving"]
 
     async def wait_until_ready(self) -> None:
-        """Return when all servers answer. Raises EngineError with the log of one that does not."""
+        """Wait until all servers answer. Raises EngineError with the log of one that does not."""
         await asyncio.gather(*map(self._until_ready, self.members))
 
     async def serve(self) -> None:
-        """All servers may get requests from now on, and are watched."""
+        """Let all servers get requests from now on, and watch them."""
         for member in self.members:
             await self.set_state(member, "serving")
             self._watchers.append(asyncio.create_task(self._watch(member)))
@@ -139,7 +139,7 @@ class ServerPool:
             self.changed.notify_all()
 
     async def on_all(self, action: Callable[[Server], Awaitable[None]]) -> None:
-        """Do it on all servers that serve. One that dies over it is brought back by its watcher."""
+        """Run `action` on all servers that serve. If one dies, its watcher brings it back."""
 
         async def on(member: Member) -> None:
             try:
@@ -151,7 +151,7 @@ class ServerPool:
         await asyncio.gather(*map(on, self.serving))
 
     async def wait_for_all(self) -> None:
-        """Return when every server serves or is given up. Raises EngineError where none is left."""
+        """Wait until every server serves or is given up. Raises EngineError if none is left."""
         async with self.changed:
             while any(member.state in ("starting", "lost") for member in self.members):
                 self.check_left()
@@ -159,20 +159,20 @@ class ServerPool:
             self.check_left()
 
     def check_left(self) -> None:
-        """Raise EngineError where no server is left. Call with `changed` held."""
+        """Raise EngineError if no server is left. Call with `changed` held."""
         if all(member.state == "gone" for member in self.members):
             problems = "\n".join(f"{member.name}: {member.problem}" for member in self.members)
             raise EngineError(f"no {self.dialect.name} server is left\n{problems}")
 
     async def has_died(self, member: Member, error: ServerUnreachable | ServerRefused) -> bool:
-        """Whether a request failed for that reason; if so, nobody asks the server again until it
-        is back."""
+        """Whether a request failed because its server died; if so, the server gets no requests
+        until it is back."""
         if member.state != "serving":
             return True
         if isinstance(error, ServerRefused) and error.status < 500:
             return False
         if member.process is not None and isinstance(error, ServerUnreachable):
-            # Its connections close before it has ended.
+            # Its connections close before the process ends.
             for _ in range(10):
                 if member.process.status is not None:
                     await self._lost(member, f"ended with status {member.process.status}")
@@ -184,7 +184,7 @@ class ServerPool:
         return True
 
     async def _watch(self, member: Member) -> None:
-        """Notice that a server is gone, and bring it back, for as long as the engine lives."""
+        """Detect when a server is gone, and bring it back, as long as the engine lives."""
         silent, asked = 0, time.monotonic()
         while member.state != "gone":
             await asyncio.sleep(_WATCH_EVERY)
@@ -216,7 +216,7 @@ class ServerPool:
         logger.warning("%s %s%s", member.name, why, end)
 
     async def _try_to_bring_back(self, member: Member) -> None:
-        """Leaves it serving, lost for another attempt, or gone."""
+        """Sets it to "serving", "lost" (for another attempt), or "gone"."""
         if member.process is not None and member.restarts >= self._limits.max_restarts:
             problem = (
                 f"{member.problem}; it was restarted {member.restarts} times already "
@@ -228,7 +228,7 @@ class ServerPool:
                 await self._bring_back(member)
                 member.failed_starts = 0
                 return
-            except Exception as error:  # those who wait for this server would wait for ever
+            except Exception as error:  # otherwise requests would wait for this server forever
                 problem = str(error) if isinstance(error, EngineError) else repr(error)
                 member.failed_starts += 1 if member.process is not None else _FAILED_STARTS
         if member.failed_starts >= _FAILED_STARTS:
@@ -244,7 +244,7 @@ class ServerPool:
             await member.process.stop()
             await member.server.close()
             index = self.members.index(member)
-            fresh = self._launch(index, self._as_it_was(member.options))
+            fresh = self._launch(index, self._restart_options(member.options))
             member.server, member.process = fresh.server, fresh.process
             member.restarts += 1
             await self.set_state(member, "starting", member.problem)
@@ -258,9 +258,9 @@ class ServerPool:
         await self._restore(member)
         logger.info("%s is back, weights of version %d", member.name, member.version)
 
-    def _as_it_was(self, options: ServerOptions) -> ServerOptions:
-        """For a server that starts anew: the run's own copy of the model, whatever has become of
-        the files by now. Code that comes with a model is not in the copy."""
+    def _restart_options(self, options: ServerOptions) -> ServerOptions:
+        """Options for a restart, from the run's own copy of the model, as the original files may
+        have changed. Code that comes with a model is not in the copy."""
         own = self._model_folder()
         if own is None or options.trust_remote_code:
             return options

@@ -1,4 +1,4 @@
-"""An inference server as a process of ours."""
+"""An inference server as a child process."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from RL2.runtime.secrets import redact
 logger = logging.getLogger(__name__)
 
 _LOG_LINES = 12
-_STOP_GRACE = 15.0  # seconds for the guard, which kills after three of its own
+_STOP_GRACE = 15.0  # seconds for the guard, which kills the server after three
 _PROGRESS_EVERY = 10.0
 
 
-# The folder of the modules that run inside of servers.
+# The folder of the modules that run inside servers.
 SERVER_SIDE = Path(__file__).parents[1] / "server_side"
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What a server is started with.
+    """Options that a server is started with.
 
     dtype: "float32", "bfloat16" or "auto". device: "cpu" or "cuda". gpus: CUDA devices of this
-    server, one for each of tp_size. context_length: None is the model's. max_in_flight: most
-    requests at a time. sleep: whether it must be able to release its memory. revision: commit of a
-    hub id. allow_pickle: whether weights may be other files than safetensors. python: interpreter
-    of the environment that holds the engine. extra_args: appended to its command line.
+    server, `tp_size` of them. context_length: None takes the model's. max_in_flight: most requests
+    at a time. sleep: whether it must be able to release its memory. revision: commit of a hub
+    model. allow_pickle: whether weights may be in other files than safetensors. python: interpreter
+    of the environment in which the server is installed. extra_args: appended to its command line.
     """
 
     model_name: str
@@ -58,7 +58,7 @@ class ServerOptions:
 
 
 def variables_of(options: ServerOptions) -> dict[str, str]:
-    """Of any kind of server's process: our modules on its path, and its GPUs."""
+    """Environment variables for any kind of server: the path of our modules, and its GPUs."""
     path = [str(SERVER_SIDE), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {"PYTHONPATH": os.pathsep.join(path)}
     if options.device == "cuda":
@@ -67,21 +67,21 @@ def variables_of(options: ServerOptions) -> dict[str, str]:
 
 
 class ServerProcess:
-    """A server as a process of ours: it ends when we do, however that happens (`guard`).
+    """A server as a child process; it ends when this process ends, however that happens (`guard`).
 
     Starts at once, in the background.
 
     Args:
         command: argv of the server.
-        environment: variables beside our own.
-        log: file for what it writes; appended to.
+        environment: variables in addition to our own.
+        log: file for its output, which is appended.
     """
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path):
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        # torchrun's variables would make the server believe that it is one of our ranks.
-        # And no server logs to wandb.
+        # With torchrun's variables the server would take itself for one of our ranks. And no
+        # server logs to wandb.
         inherited = {
             k: v for k, v in os.environ.items() if not _of_torchrun(k) and k != "WANDB_API_KEY"
         }
@@ -99,7 +99,7 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Process id of the guard, whose only child is the server."""
+        """Pid of the guard, whose only child is the server."""
         return self._process.pid
 
     @property
@@ -108,7 +108,7 @@ class ServerProcess:
         return self._process.poll()
 
     def end_of_log(self) -> str:
-        """What to say of its log: the last lines, indented, or that there are none."""
+        """The last lines of its log, indented, as part of a message; or that there are none."""
         try:
             with self.log.open(errors="replace") as file:
                 lines = deque(file, maxlen=_LOG_LINES)
@@ -132,12 +132,12 @@ class ServerProcess:
 async def wait_until_healthy(
     server: Server, process: ServerProcess, path: str, name: str, timeout: float
 ) -> None:
-    """Return when `path` answers. A progress line every ten seconds.
+    """Wait until `path` answers, with a progress line every ten seconds.
 
-    Raises EngineError with the end of the log when the process ends, or is not there in `timeout`
+    Raises EngineError with the end of the log if the process ends, or is not ready in `timeout`
     seconds.
     """
-    start = said = time.monotonic()
+    start = logged = time.monotonic()
     while True:
         if process.status is not None:
             raise EngineError(
@@ -148,7 +148,7 @@ async def wait_until_healthy(
             await server.get(path, timeout=5.0)
             return
         except MalformedReply:
-            return  # it answered; what it said does not matter here
+            return  # any answer will do
         except (ServerUnreachable, ServerRefused):
             now = time.monotonic()
         if now - start > timeout:
@@ -156,8 +156,8 @@ async def wait_until_healthy(
                 f"{name} was not ready after {timeout:g} s (rollout.server_start_timeout); "
                 f"{process.end_of_log()}"
             )
-        if now - said >= _PROGRESS_EVERY:
-            said = now
+        if now - logged >= _PROGRESS_EVERY:
+            logged = now
             logger.info("%s: starting, %.0f s; log: %s", name, now - start, process.log)
         await asyncio.sleep(0.25)
 

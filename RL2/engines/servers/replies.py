@@ -1,4 +1,4 @@
-"""What is asked of a completion that a server sends, whatever kind of server it is."""
+"""Checks of completions from any kind of server."""
 
 from __future__ import annotations
 
@@ -9,55 +9,55 @@ from typing import Any
 from RL2.engines.protocol import Completion, MalformedReply
 
 _FINISH_REASONS = ("stop", "length", "abort")
-_ROUNDING = 1e-4  # a log-probability may be above 0 by so much
+_ROUNDING = 1e-4  # a log-probability may be above 0 by this much
 
 
 def completion_of(
     name: str,
     token_ids: Any,
-    told: Iterable[tuple[Any, Any]],
+    logps: Iterable[tuple[Any, Any]],
     finish_reason: Any,
     spans: list[dict[str, Any]],
     version: int,
     lowest: float = -math.inf,
 ) -> Completion:
-    """The completion of a reply, whose parts may still be anything.
+    """The completion of a reply, from parts that are not checked yet.
 
-    name: of the kind of server. told: a token id and a log-probability for each token, the latter
+    name: name of the kind of server. logps: (token id, log-probability) of each token, the latter
     above `lowest`. spans, version: see `token_versions`.
 
-    Raises MalformedReply for what cannot be trained on.
+    Raises MalformedReply for a reply that cannot be trained on.
     """
 
-    def odd(what: str) -> MalformedReply:
+    def malformed(what: str) -> MalformedReply:
         return MalformedReply(f"{name}: {what}")
 
     if finish_reason not in _FINISH_REASONS:
-        raise odd(f"finish reason {finish_reason!r}, not one of {', '.join(_FINISH_REASONS)}")
+        raise malformed(f"finish reason {finish_reason!r}, not one of {', '.join(_FINISH_REASONS)}")
     if not isinstance(token_ids, list) or not all(type(i) is int and i >= 0 for i in token_ids):
-        raise odd(f"no token ids: {token_ids!r:.200}")
+        raise malformed(f"no token ids: {token_ids!r:.200}")
     if not token_ids and finish_reason != "abort":
-        raise odd(f"no token, finish reason {finish_reason!r}")
-    told = list(told)
-    if [token for token, _ in told] != token_ids:
-        raise odd(f"{len(told)} log-probabilities that are not of the {len(token_ids)} tokens")
-    for position, (_, logp) in enumerate(told):
+        raise malformed(f"no token, finish reason {finish_reason!r}")
+    logps = list(logps)
+    if [token for token, _ in logps] != token_ids:
+        raise malformed(f"{len(logps)} log-probabilities do not match {len(token_ids)} tokens")
+    for position, (_, logp) in enumerate(logps):
         if type(logp) not in (float, int) or not lowest < logp <= _ROUNDING:
-            raise odd(f"log-probability {logp!r} of token {position}")
+            raise malformed(f"log-probability {logp!r} of token {position}")
     return Completion(
         token_ids,
-        [min(float(logp), 0.0) for _, logp in told],
+        [min(float(logp), 0.0) for _, logp in logps],
         finish_reason,
         token_versions(name, spans, len(token_ids), version),
     )
 
 
 def token_versions(name: str, spans: list[dict[str, Any]], count: int, version: int) -> list[int]:
-    """Version of the weights of each of `count` tokens, from spans that follow one another.
+    """The version of the weights of each of `count` tokens, from consecutive spans.
 
-    name: of the kind of server. spans: {"version", "start", "end"} each, as SGLang and vLLM tell
-    them; the version "default" of a server that was never told one stands for `version`. A span
-    may be empty: SGLang sends one with a request that is aborted before its first token.
+    name: name of the kind of server. spans: {"version", "start", "end"} each, as SGLang and vLLM
+    send them; "default", from a server whose version was never set, stands for `version`. A span
+    may be empty: SGLang sends one for a request that is aborted before its first token.
 
     Raises MalformedReply for spans that leave a gap, overlap, or cover another number of tokens.
     """

@@ -1,7 +1,7 @@
-"""What an SGLang server wants to hear, and how its answers are read (`dialect.Dialect`).
+"""Requests to an SGLang server, and how its answers are read (`dialect.Dialect`).
 
-Nothing of SGLang is imported: its servers run in an environment of their own, started by the
-module `server_side/rl2_sglang.py`. An external server is started with it, too:
+Nothing of SGLang is imported: its servers run in a separate environment, started by the module
+`server_side/rl2_sglang.py`. External servers must be started with it, too:
 
     RL2_SERVER_KEY=<key> PYTHONPATH=<RL2>/engines/server_side python -m rl2_sglang --model-path ...
 
@@ -46,13 +46,13 @@ _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 class SGLang:
     """The dialect of SGLang (see `dialect.Dialect` for the methods).
 
-    Weights: for "tensor" the server maps the file of `HostWeights`, which is shared memory where
-    there is some, and takes it bucket by bucket; for "disk" it loads the folder as it loads any
-    model; both want a server on this machine. "distributed" is a process group with the server
-    (gloo, or nccl, which wants other GPUs than the trainer's).
+    Weights: for "tensor" the server maps the file of `HostWeights` (in shared memory, if possible)
+    and loads it bucket by bucket; for "disk" it loads the folder like any model; both need a server
+    on this machine. "distributed" uses a process group with the server (gloo, or nccl, which needs
+    other GPUs than the trainer's).
 
-    A pause retracts the requests that run: their key-value cache is made anew when they go on, so
-    that all of a context is seen through the new weights.
+    A pause retracts running requests: their key-value cache is computed again when they go on, so
+    that the new weights apply to the whole context.
     """
 
     name = "sglang"
@@ -73,7 +73,7 @@ class SGLang:
             "context-length": options.context_length,
             "weight-version": 0,
             "log-level-http": "warning",
-            # The one that heeds seeds.
+            # The backend that uses seeds.
             "sampling-backend": "pytorch",
             "mem-fraction-static": options.gpu_memory_utilization,
             "revision": options.revision,
@@ -90,23 +90,23 @@ class SGLang:
         if options.trust_remote_code:
             command.append("--trust-remote-code")
         if options.sleep:
-            # With a copy of the weights, so that a server wakes up as it fell asleep.
+            # With a copy of the weights, which is restored when the server wakes up.
             command += ["--enable-memory-saver", "--enable-weights-cpu-backup"]
         return command + list(options.extra_args)
 
     def environment(self, options: ServerOptions, key: str) -> dict[str, str]:
         variables = variables_of(options) | {
             KEY_VARIABLE: key,
-            # Health is then whether the server answers; a completion would wait for a pause.
+            # The health check must not generate a completion, which would wait for a pause to end.
             "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
-            # A server that closes a connection as a request is on its way on it looks like one
-            # that died: it leaves closing to us.
+            # Only the client closes connections: a server that closes one while a request is on
+            # its way looks like a dead server.
             "SGLANG_TIMEOUT_KEEP_ALIVE": "86400",
-            # Process groups of a server, ours with it among them, stay on this machine.
+            # A server's process groups, also the one with us, stay on this machine.
             "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         }
         if options.device == "cpu":
-            # Compiling wants a C++ compiler, for one small function.
+            # Compiling one small function would need a C++ compiler.
             variables |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
         return variables
 
@@ -114,8 +114,8 @@ class SGLang:
         return bearer(key)
 
     async def context_length(self, server: Server) -> int | None:
-        # The longest prompt that SGLang takes is one shorter. Prompt and completion may have a
-        # few tokens more, so this is right for both.
+        # SGLang's longest prompt is one token shorter; prompt and completion together may have a
+        # few tokens more. So this limit is safe for both.
         return _field(await server.get("/server_info"), "max_req_input_len", int)
 
     # ------------------------------------------------------------------ completions
@@ -130,10 +130,10 @@ class SGLang:
             "stop": list(sampling.stop),
             "stop_token_ids": list(sampling.stop_token_ids),
             "sampling_seed": (seed + 2**63) % 2**64 - 2**63,
-            # The tokens are what counts; what an environment reads is decoded from them.
+            # Only the tokens are used; the text for an environment is decoded from them.
             "no_stop_trim": True,
             "skip_special_tokens": False,
-            # Nothing of the checkpoint's own sampling settings.
+            # Override the checkpoint's own sampling settings.
             "top_k": -1,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
@@ -159,13 +159,13 @@ class SGLang:
                 f"{sampling.max_new_tokens}"
             )
         try:  # each is [log-probability, token id, text]
-            told = [(entry[1], entry[0]) for entry in entries]
+            logps = [(entry[1], entry[0]) for entry in entries]
         except (IndexError, KeyError, TypeError) as error:
             raise MalformedReply(f"sglang: log-probabilities: {entries!r:.200}") from error
         spans = meta.get("weight_versions") or []
-        if not spans and token_ids:  # without an update in between there may be none
+        if not spans and token_ids:  # there may be none if no update came in between
             spans = [{"version": meta.get("weight_version"), "start": 0, "end": len(token_ids)}]
-        return completion_of("sglang", token_ids, told, reason, spans, version)
+        return completion_of("sglang", token_ids, logps, reason, spans, version)
 
     # ------------------------------------------------------------------ control
 
@@ -174,7 +174,7 @@ class SGLang:
 
     async def pause(self, server: Server) -> None:
         await server.post("/pause_generation", {"mode": "retract"})
-        # The call before is only passed on. This one waits for the scheduler, which takes them in
+        # The call above returns at once. This one waits for the scheduler, which handles both in
         # order.
         await server.get("/server_info")
 
@@ -182,8 +182,8 @@ class SGLang:
         await server.post("/continue_generation", {})
 
     async def sleep(self, server: Server) -> None:
-        # Pausing empties the running batch, which SGLang asserts; a server that is asleep is
-        # paused.
+        # SGLang asserts that the running batch is empty, and pausing empties it. A sleeping server
+        # stays paused.
         await self.pause(server)
         await server.post("/release_memory_occupation", {}, timeout=_UPDATE_TIMEOUT)
 
@@ -222,7 +222,7 @@ class SGLang:
             )
         except ServerRefused as error:
             raise EngineError(
-                f"{server.url}: tells no checksums of its weights ({error.text:.200}); start it "
+                f"{server.url}: does not report checksums ({error.text:.200}); start it "
                 f"with `python -m rl2_sglang`, which is in {SERVER_SIDE}"
             ) from error
         ranks = [_field(rank, "checksums", dict) for rank in _field(reply, "ranks", list)]
@@ -231,7 +231,7 @@ class SGLang:
             return problem
         version = _field(await server.get("/model_info"), "weight_version", str)
         if version != str(weights.version):
-            return f"the server says version {version} of its weights, not {weights.version}"
+            return f"the server has version {version}, but {weights.version} was published"
         return None
 
 
@@ -249,7 +249,7 @@ def _field(reply: Any, name: str, kind: type[T]) -> T:
 
 
 def difference(ranks: list[dict[str, str]], weights: HostWeights) -> str | None:
-    """First parameter that the server's ranks do not hold as it is in `weights`, and how.
+    """The first parameter of the server's ranks that differs from `weights`, and how; or None.
 
     ranks: for each rank `name -> "checksum numel dtype"`, fused parameters in pieces (see
     `rl2_sglang.checksums`).
@@ -258,14 +258,14 @@ def difference(ranks: list[dict[str, str]], weights: HostWeights) -> str | None:
     held: list[Part] = []
     dtypes: dict[str, torch.dtype] = {}
     for rank in ranks:
-        for told, line in rank.items():
+        for server_name, line in rank.items():
             try:
                 value, numel, dtype = line.split()
-                name = _trainer_name(told, ours)
+                name = _trainer_name(server_name, ours)
                 held.append(((name,), int(numel), int(value)))
                 dtypes[name] = getattr(torch, dtype)
             except (AttributeError, ValueError) as error:
-                raise MalformedReply(f"sglang: checksum of {told}: {line!r:.100}") from error
+                raise MalformedReply(f"sglang: checksum of {server_name}: {line!r:.100}") from error
     expected = weights.checksums() | {
         name: checksum(ours[name].to(dtype))  # cast on arrival
         for name, dtype in dtypes.items()
@@ -275,7 +275,7 @@ def difference(ranks: list[dict[str, str]], weights: HostWeights) -> str | None:
 
 
 def _trainer_name(name: str, ours: dict[str, Tensor]) -> str:
-    """The name in the checkpoint of what the server calls `name`, a piece's with its number."""
+    """The checkpoint's name of the parameter (or numbered piece) that the server calls `name`."""
     base, _, piece = name.partition("#")
     module, _, kind = base.rpartition(".")
     prefix, _, leaf = module.rpartition(".")
@@ -289,11 +289,11 @@ def _trainer_name(name: str, ours: dict[str, Tensor]) -> str:
 
 @asynccontextmanager
 async def _weight_update(server: Server) -> AsyncIterator[None]:
-    """The session that SGLang wants around tensors. Closed in any case: another could not begin."""
+    """The session that SGLang requires for tensors. Always closed, as it would block the next."""
     try:
         await server.post("/begin_weight_update", {}, timeout=_UPDATE_TIMEOUT)
     except ServerRefused:
-        # One that ended badly may be open still.
+        # A session that failed may still be open.
         await server.post("/end_weight_update", {}, timeout=_UPDATE_TIMEOUT)
         await server.post("/begin_weight_update", {}, timeout=_UPDATE_TIMEOUT)
     try:
@@ -308,7 +308,7 @@ async def _weight_update(server: Server) -> AsyncIterator[None]:
 def _buckets(
     weights: HostWeights, version: str
 ) -> Iterable[tuple[list[tuple[str, Tensor]], dict[str, Any]]]:
-    """Buckets, and what to say with each: the last brings the version and drops old caches."""
+    """Buckets, and more fields for each request: the last sets the version and drops caches."""
     buckets = list(weights.buckets(_BUCKET_BYTES))
     for index, bucket in enumerate(buckets):
         last = index == len(buckets) - 1
@@ -322,10 +322,10 @@ async def _send_by_memory(
     path: Path,
     more: dict[str, Any],
 ) -> None:
-    """Name tensors of a file that the server maps; one copy, from there into its parameters.
+    """Send names of tensors in a file that the server maps, and copies into its parameters.
 
-    SGLang itself would take tensors of torch.multiprocessing, which need a helper process that
-    stays for as long as the server has the memory.
+    SGLang itself would take tensors of torch.multiprocessing, which need a helper process as long
+    as the server uses the memory.
     """
     place = json.dumps({"path": str(path), "names": [name for name, _ in bucket]})
     payload = base64.b64encode(place.encode()).decode()
@@ -338,7 +338,7 @@ async def _send_by_memory(
 
 @asynccontextmanager
 async def _group(server: Server, ranks: int, device: str) -> AsyncIterator[tuple[WeightGroup, str]]:
-    """A process group with the server's ranks, and its name there."""
+    """A process group with the server's ranks, and its name on the server."""
     plan = group_with(server.url, ranks, device)
     join = {
         "master_address": plan["address"], "master_port": plan["port"], "rank_offset": 1,
@@ -375,13 +375,13 @@ async def _send_by_group(
 
 
 async def _beside(request: Coroutine[Any, Any, Any], ours: Coroutine[Any, Any, T]) -> T:
-    """Result of `ours`, which runs beside `request`; the first error of the two, at once."""
+    """Run both concurrently; returns the result of `ours`, or raises the first error at once."""
     tasks = [asyncio.ensure_future(request), asyncio.ensure_future(ours)]
     try:
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
-            # A thread cannot be cancelled: it ends with its own timeout, and nobody asks for it.
+            # A thread cannot be cancelled: it ends by its own timeout, and its error is ignored.
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
     return tasks[1].result()

@@ -1,9 +1,9 @@
-"""vLLM servers: what they are started with, what they want to hear, how their answers are read.
+"""vLLM servers: their command line, requests to them, and how their answers are read.
 
-vLLM runs in an environment of its own and is never imported here. Our part of the server is
+vLLM runs in a separate environment and is never imported here. Our part of the server is
 `server_side/rl2_vllm.py` (weights, checksums, log-probabilities before top-p) and
-`server_side/rl2_vllm_http.py` (no endpoint without the key). An external server needs
-them as well: `VLLM.command` and `VLLM.environment` say how.
+`server_side/rl2_vllm_http.py` (requires the key on all endpoints). An external server needs both
+as well: see `VLLM.command` and `VLLM.environment`.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from RL2.runtime.errors import ConfigError, EngineError
 _WEIGHTS_TIMEOUT = 1800.0  # seconds for one step of a weight update
 _GROUP_TIMEOUT = 120.0  # for joining the process group, and for each tensor
 _MIN_TEMPERATURE = 0.01  # vLLM silently raises lower ones
-_NO_LOGP = -9999.0  # what vLLM writes for a log-probability that is no number
+_NO_LOGP = -9999.0  # what vLLM writes for a log-probability that is not a number
 _CPU_CACHE_BYTES = 2**30
-_MOST_SEQUENCES = {"cpu": 256, "cuda": 1024}  # more in one step is slower or does not fit
+_MOST_SEQUENCES = {"cpu": 256, "cuda": 1024}  # more per step are slower or do not fit
 
 
 class VLLM:
     """Dialect of vLLM 0.32 (see `dialect.Dialect`).
 
-    Weights: "tensor" maps the file in which `HostWeights` lie, "distributed" is a process group
-    with the trainer, "disk" is vLLM's own loader on the folder of that file.
+    Weights: "tensor" maps the file of `HostWeights`, "distributed" uses a process group with the
+    trainer, "disk" uses vLLM's own loader on the folder of that file.
     """
 
     name = "vllm"
@@ -49,12 +49,12 @@ class VLLM:
         """See `Dialect.command`."""
         sequences = min(options.max_in_flight, _MOST_SEQUENCES[options.device])
         command = [
-            # The `vllm` command of the CPU package does not find its own package.
+            # Not the `vllm` command: that of the CPU package does not find its own package.
             options.python, "-m", "vllm.entrypoints.openai.api_server",
             "--model", options.model_name, "--host", HOST, "--port", str(port),
             "--dtype", options.dtype, "--seed", str(options.seed),
             "--tensor-parallel-size", str(options.tp_size), "--max-num-seqs", str(sequences),
-            "--enable-scale-out",  # /inference/v1/generate, without --tokens-only's loss of `stop`
+            "--enable-scale-out",  # for /inference/v1/generate; --tokens-only would ignore `stop`
             "--logprobs-mode", "processed_logprobs",
             "--worker-cls", "rl2_vllm.Worker", "--middleware", "rl2_vllm_http.RequireKey",
             "--disable-uvicorn-access-log", "--uvicorn-log-level", "warning",
@@ -66,10 +66,10 @@ class VLLM:
         elif options.device == "cpu":
             command += ["--kv-cache-memory-bytes", str(_CPU_CACHE_BYTES)]
         if options.device == "cpu":
-            # A prompt cut in two and a seed end the server: the CPU's generators have no offset.
+            # A chunked prompt with a seed ends the server: CPU generators have no offset.
             command += ["--enforce-eager", "--no-enable-chunked-prefill"]
             if options.tp_size == 1:
-                # One process less: a third of the time to start, and no queue in every step.
+                # One process less: starts in a third of the time, and steps need no queue.
                 command += ["--distributed-executor-backend", "uni"]
         if options.sleep:
             command += ["--enable-sleep-mode"]
@@ -87,12 +87,12 @@ class VLLM:
         variables = variables_of(options) | {
             "VLLM_API_KEY": key,
             "VLLM_SERVER_DEV_MODE": "1",  # pause, abort, collective_rpc
-            "VLLM_USE_V2_MODEL_RUNNER": "0",  # rl2_vllm.py knows the sampler of the first
-            # Longer than a client keeps a connection: it must not send on one that we just closed.
+            "VLLM_USE_V2_MODEL_RUNNER": "0",  # rl2_vllm.py supports only the sampler of V1
+            # Longer than a client keeps a connection: it must not send on one that was just closed.
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_DO_NOT_TRACK": "1",
-            # All processes of a server are on one machine: none shall listen on anything else.
+            # All processes of a server are on one machine: they need no other interface.
             "VLLM_HOST_IP": HOST,
             "VLLM_LOOPBACK_IP": HOST,
         }
@@ -101,7 +101,7 @@ class VLLM:
         if Path(options.model_name).is_dir():
             variables["HF_HUB_OFFLINE"] = "1"
         if options.device == "cpu":
-            # Threads as OMP_NUM_THREADS says, instead of one core each for vLLM to bind.
+            # Use OMP_NUM_THREADS; vLLM would bind each thread to a core.
             variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
             if options.tp_size == 1:
                 variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # allows the backend `uni`
@@ -137,10 +137,10 @@ class VLLM:
             "min_p": 0.0,
             "seed": seed % 2**63,
             "max_tokens": sampling.max_new_tokens,
-            "logprobs": 0,  # of the sampled token, and of no other
+            "logprobs": 0,  # of the sampled token only
             "stop": list(sampling.stop),
             "stop_token_ids": list(sampling.stop_token_ids),
-            # Stop strings are looked for in text; one that a special token spells is none else.
+            # Stop strings are searched in the text; special tokens must be in it.
             "detokenize": bool(sampling.stop),
             "skip_special_tokens": False,
             "spaces_between_special_tokens": False,
@@ -154,14 +154,14 @@ class VLLM:
             [choice] = reply["choices"]
             token_ids, reason = choice["token_ids"], choice["finish_reason"]
             content = choice["logprobs"]["content"]
-            told = [(entry["token_id"], entry["logprob"]) for entry in content or []]
+            logps = [(entry["token_id"], entry["logprob"]) for entry in content or []]
             spans = choice["weight_versions"] or [
                 {"version": version, "start": 0, "end": len(token_ids)}
             ]
         except (KeyError, TypeError, ValueError) as error:
             raise MalformedReply(f"{self.name}: no completion in {str(reply)[:200]}") from error
         spans = spans if token_ids else []
-        return completion_of(self.name, token_ids, told, reason, spans, version, _NO_LOGP)
+        return completion_of(self.name, token_ids, logps, reason, spans, version, _NO_LOGP)
 
     # ------------------------------------------------------------------ control
 
@@ -178,9 +178,9 @@ class VLLM:
         await server.post("/resume")
 
     async def sleep(self, server: Server) -> None:
-        """See `Dialect.sleep`. The weights go to the CPU's memory, so that `wake` restores them."""
+        """See `Dialect.sleep`. The weights move to CPU memory, and `wake` restores them."""
         await self.pause(server)
-        await self._forget(server)
+        await self._drop_cache(server)
         await server.post("/sleep?level=1&mode=keep", timeout=_WEIGHTS_TIMEOUT)
 
     async def wake(self, server: Server) -> None:
@@ -192,7 +192,7 @@ class VLLM:
     async def load_weights(self, server: Server, weights: HostWeights, method: str) -> None:
         """See `Dialect.load_weights`.
 
-        Open requests are paused; what they have in the key-value cache is computed anew.
+        Open requests are paused; their key-value cache is computed again.
         """
         if method == "tensor":
             await _call(server, "rl2_load_file", str(weights.folder / "model.safetensors"))
@@ -204,14 +204,14 @@ class VLLM:
             raise EngineError(
                 f"rollout.weight_sync={method}: use one of {', '.join(self.weight_methods)}"
             )
-        await self._forget(server)
+        await self._drop_cache(server)
         await server.post("/update_weight_version", {"new_version": str(weights.version)})
 
     async def mismatch(self, server: Server, weights: HostWeights) -> str | None:
         """See `Dialect.mismatch`."""
         version = (await server.get("/weight_info"))["weight_version"]
         if version != str(weights.version):
-            return f"the server has version {version}, published is {weights.version}"
+            return f"the server has version {version}, but {weights.version} was published"
         published, workers = await asyncio.gather(
             asyncio.to_thread(weights.checksums), _call(server, "rl2_checksums")
         )
@@ -221,7 +221,7 @@ class VLLM:
         return first_difference(held, published, {name: t.numel() for name, t in weights})
 
     async def _broadcast(self, server: Server, weights: HostWeights) -> None:
-        """Send all weights through a process group of this server's own."""
+        """Send all weights through a process group with this server."""
         [device, *_] = await _call(server, "rl2_device")
         n_ranks = (await server.get("/get_world_size?include_dp=false"))["world_size"]
         plan = group_with(server.url, n_ranks, device) | {"timeout": _GROUP_TIMEOUT}
@@ -231,12 +231,12 @@ class VLLM:
             asyncio.to_thread(_send, plan, weights),
             return_exceptions=True,
         )
-        for result in (received, sent):  # where both failed, the server knows why
+        for result in (received, sent):  # if both failed, the server knows the reason
             if isinstance(result, BaseException):
                 raise result
 
-    async def _forget(self, server: Server) -> None:
-        """Drop the key-value cache, that of paused requests included: they compute it anew."""
+    async def _drop_cache(self, server: Server) -> None:
+        """Drop the key-value cache, also that of paused requests, which compute it again."""
         reply = await server.post("/reset_prefix_cache?reset_running_requests=true")
         if not reply["success"]:
             raise EngineError(f"{server.url}: the key-value cache could not be dropped")
@@ -252,7 +252,7 @@ def _send(plan: dict[str, Any], weights: HostWeights) -> None:
 
 
 async def _call(server: Server, method: str, *args: str) -> list[Any]:
-    """Call a method of all workers; their results."""
+    """Call a method of all workers; returns their results."""
     body = {"method": method, "args": list(args)}
     reply = await server.post("/collective_rpc", body, timeout=_WEIGHTS_TIMEOUT)
     return reply["results"]

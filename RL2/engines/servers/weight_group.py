@@ -1,9 +1,9 @@
-"""The trainer's side of a process group that it shares with a server, to send weights through.
+"""The trainer's side of a process group with a server, for sending weights.
 
-It stands beside torch's default group and leaves that alone: the trainer is rank 0, the server's
-ranks follow. torch has no public call for a group of processes that have no default group in
-common; servers take the inner half of `init_process_group`. Here are the same parts, put together
-so that nothing listens on any address but the one that is given.
+The trainer is rank 0, the server's ranks follow; torch's default group is not touched. torch has no
+public function for a group of processes without a common default group; servers use the inner part
+of `init_process_group`. This module combines the same parts, so that it listens only on the address
+that is given.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from torch import Tensor
 from RL2.engines.servers.addresses import address_towards, free_port
 from RL2.runtime.errors import EngineError
 
-# The device whose backend a group of one backend registers first; a part of its keys in the store.
+# The device that a backend registers first; a part of the group's keys in the store.
 _DEVICE = {"gloo": "cpu", "nccl": "cuda"}
 
 
 class WeightGroup:
     """Process group of the trainer (rank 0) and one server (ranks 1 to world_size - 1).
 
-    Hosts the store at address:port and blocks until the others have joined: make it in a thread.
+    Hosts the store at address:port and blocks until the others have joined: create it in a thread.
     They join as `init_process_group` would with tcp://address:port, `name` and their rank.
 
     Args:
-        address: of this machine, as the server sees it; 127.0.0.1 for one beside us.
-        port: a free one. world_size: 1 + ranks of the server. name: of the group, of its own.
-        backend: "gloo" or "nccl". nccl wants another GPU on each rank, the current one here, and
-            joins at the first broadcast only.
+        address: address of this machine, as the server sees it; 127.0.0.1 for a local server.
+        port: a free port. world_size: 1 + ranks of the server. name: a unique name of the group.
+        backend: "gloo" or "nccl". nccl needs a different GPU for each rank (here the current one),
+            and joins only at the first broadcast.
         timeout: seconds for joining and for each broadcast.
 
     Raises EngineError when the port is taken and when the others have not joined in time.
@@ -77,8 +77,8 @@ class WeightGroup:
     def broadcast(self, tensor: Tensor) -> None:
         """Send a contiguous tensor to all ranks; returns when it may be overwritten.
 
-        With nccl it goes by way of the current GPU. Raises EngineError when the others do not
-        take it in time, or are gone; the group is of no use afterwards.
+        With nccl it is copied to the current GPU first. Raises EngineError when the others do not
+        receive it in time, or are gone; the group cannot be used afterwards.
         """
         if self._group is None:
             raise EngineError(f"{self._what}: broadcast after close")
@@ -94,7 +94,7 @@ class WeightGroup:
             raise EngineError(f"{self._what}: broadcast failed: {error}") from error
 
     def close(self) -> None:
-        """Leave the group and close its ports. May be called while a broadcast hangs, and again."""
+        """Leave the group and close its ports. May be called during a broadcast, and twice."""
         group, self._group = self._group, None
         if group is not None and self._backend == "nccl":
             group.abort()  # does not wait for ranks that are gone
@@ -102,7 +102,7 @@ class WeightGroup:
 
 
 def group_with(url: str, n_ranks: int, device: str) -> dict[str, Any]:
-    """Arguments of a new `WeightGroup` with a server that has n_ranks on its kind of `device`."""
+    """Arguments for a new `WeightGroup` with a server that has `n_ranks` ranks on `device`."""
     return {
         "address": address_towards(url),
         "port": free_port(),
@@ -113,7 +113,7 @@ def group_with(url: str, n_ranks: int, device: str) -> dict[str, Any]:
 
 
 def _store(address: str, port: int, world_size: int, limit: timedelta) -> dist.TCPStore:
-    """A key-value server that listens on this one address; torch's own listens on all."""
+    """A key-value store that listens on this address only; torch's own listens on all."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

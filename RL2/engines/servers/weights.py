@@ -1,9 +1,9 @@
-"""The published weights: one whole copy per node, in a file that servers can map.
+"""The published weights: one full copy per node, in a file that servers can map.
 
-Ranks hold shards, servers want the whole model, and a server that is restarted in the middle of a
-rollout wants it when no other rank can help to gather it. So the driver of a node keeps a copy in
-the engine's dtype. It lives in a safetensors file in memory (`/dev/shm`) where that has room: what
-is written into the tensors stands in the file, and every way of sending the weights starts here.
+Ranks hold shards, but servers need the whole model, and a server that is restarted during a rollout
+needs it when other ranks cannot help to gather it. So the driver of a node keeps a copy in the
+engine's dtype. It is a safetensors file, in memory (`/dev/shm`) if there is room. The tensors are
+views of the file, and every way of sending the weights starts from it.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def checksum(tensor: Tensor) -> int:
     """Sum of the elements' bit patterns as signed integers, modulo 2^64.
 
-    Equal tensors have equal sums; the sum of a concatenation is the sum of the sums, whatever the
-    order, so that fused or sharded parameters can be compared with their parts.
+    Equal tensors have equal sums. The sum of a concatenation is the sum of the sums, in any order,
+    so that fused or sharded parameters can be compared with their parts.
     """
     bits = tensor.detach().contiguous().view(_BITS[tensor.element_size()])
     return int(bits.sum(dtype=torch.int64)) % 2**64
 
 
 class HostWeights:
-    """A whole copy of the weights on the CPU, filled by each publication.
+    """A full copy of the weights on the CPU, filled by each publication.
 
     Args:
-        dtype: what floating-point tensors are cast to; None keeps theirs.
-        config, tokenizer, generation: of the model; saved beside the weights, so that the folder is
-            a model. generation: its generation config, where it has one.
-        folder: where the file lies. None makes a folder of its own, in shared memory where the
-            model fits there twice, else in the temporary directory, which `close` removes.
+        dtype: dtype that floating-point tensors are cast to; None keeps theirs.
+        config, tokenizer, generation: the model's config, tokenizer and generation config (if any);
+            saved with the weights, so that the folder is a complete model.
+        folder: folder of the file. None makes a new one, which `close` removes: in shared memory if
+            the model fits there twice, else in the temporary directory.
 
     version is None until the first `fill`.
     """
@@ -69,24 +69,21 @@ class HostWeights:
 
     @property
     def folder(self) -> Path:
-        """A folder with `model.safetensors`, complete after the first `fill`.
-
-        Raises EngineError before.
-        """
+        """The folder of `model.safetensors`. Raises EngineError before the first `fill`."""
         if self._folder is None or not self._tensors:
             raise EngineError("no weights have been published yet")
         return self._folder
 
     @property
     def model_folder(self) -> Path | None:
-        """The folder, where it is a whole model by now."""
+        """The folder, if it is a complete model by now."""
         return self._folder if self._config is not None and self.version is not None else None
 
     def fill(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take over all tensors; in place after the first time.
+        """Copy all tensors; in place after the first time.
 
         Raises EngineError naming a parameter that is new, missing or has another shape. The copy
-        is then partly new and keeps the old version.
+        is then partly new and keeps the old version number.
         """
         if not self._tensors:
             self._create({name: self._cast(tensor) for name, tensor in named_tensors})
@@ -110,8 +107,8 @@ class HostWeights:
         self.version, self._checksums = version, None
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """`(name, tensor)` in the order of the first publication; names as transformers has them,
-        a tied parameter once."""
+        """`(name, tensor)` in the order of the first publication, with the names of transformers;
+        a tied parameter comes once."""
         return iter(self._tensors.items())
 
     def __len__(self) -> int:
@@ -122,7 +119,7 @@ class HostWeights:
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def buckets(self, max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """Neighbours together up to `max_bytes`; a larger tensor is a bucket of its own."""
+        """Consecutive tensors, up to `max_bytes` together; a larger tensor is a bucket alone."""
         bucket, size = [], 0
         for name, tensor in self:
             if bucket and size + tensor.nbytes > max_bytes:
@@ -140,7 +137,7 @@ class HostWeights:
         return self._checksums
 
     def close(self) -> None:
-        """Forget the tensors and remove the folder if it is our own."""
+        """Drop the tensors, and remove the folder if this object made it."""
         self._tensors = {}
         if self._own_folder and self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -152,10 +149,10 @@ class HostWeights:
 
     def _create(self, tensors: dict[str, Tensor]) -> None:
         if not tensors:
-            raise EngineError("weight update: there is no parameter in it")
+            raise EngineError("weight update: it has no parameters")
         n_bytes = sum(tensor.nbytes for tensor in tensors.values())
         if self._folder is None:
-            # With the process id, by which a guard finds what a killed trainer left (guard.py).
+            # With the pid, by which a guard finds the folder of a killed trainer (guard.py).
             prefix = f"rl2-weights-{os.getpid()}-"
             self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=_parent(2 * n_bytes)))
         path = self._folder / "model.safetensors"
@@ -175,7 +172,7 @@ class HostWeights:
 
 
 def _parent(need: int) -> str | None:
-    """Shared memory where `need` bytes fit, else None, the temporary directory."""
+    """Shared memory if `need` bytes fit, else None for the temporary directory."""
     if _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > need:
         return str(_SHARED_MEMORY)
     return None
@@ -184,8 +181,8 @@ def _parent(need: int) -> str | None:
 def _mapped(path: Path, names: list[str]) -> dict[str, Tensor]:
     """The tensors of a safetensors file as views that write through to it.
 
-    The format: 8 bytes, the little-endian length of a JSON header with each tensor's dtype, shape
-    and place; the rest is data.
+    The format: 8 bytes with the little-endian length of a JSON header, the header with each
+    tensor's dtype, shape and offsets, and the data.
     """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")

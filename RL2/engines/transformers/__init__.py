@@ -1,1 +1,1 @@
-"""The engine that runs in the trainer: transformers."""
+"""The engine that runs in the trainer's process, on transformers."""

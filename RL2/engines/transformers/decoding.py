@@ -1,4 +1,4 @@
-"""A batch of requests, completed by transformers' `generate`."""
+"""Completes a batch of requests with transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from RL2.engines.transformers.requests import Request
 from RL2.engines.transformers.sampling import RowEnds, Sampler
 from RL2.runtime.errors import EngineError
 
-# transformers 5.24 gave it a shorter name, and warns of the other one.
+# transformers 5.24 renamed it, and warns about the old name.
 _CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 
 class Decoder:
     """A model and the version of its weights.
 
-    model: its generation config is replaced. pause: asked before each call of the model.
-    eos_ids: tokens that end every completion.
+    model: the model; its generation config is replaced. pause: checked before each call of the
+    model. eos_ids: tokens that end every completion.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class Decoder:
         self._pause = pause
         self._n_updates = 0
         self.eos_ids = end_tokens(tokenizer, model.generation_config, model.config).ids
-        # The checkpoint's own sampling settings (top_k, repetition penalty, …) must not slip in:
-        # `generate` takes from here whatever a call does not set.
-        rows = model.get_input_embeddings().num_embeddings  # a tokenizer may have tokens beyond
+        # The checkpoint's own sampling settings (top_k, repetition penalty, …) must not be used:
+        # `generate` takes from the generation config all that a call does not set.
+        rows = model.get_input_embeddings().num_embeddings  # a tokenizer may have more tokens
         known = [token for token in (tokenizer.pad_token_id, *self.eos_ids) if token is not None]
         self._fill = fill = next((token for token in known if token < rows), 0)
         model.generation_config = GenerationConfig(
@@ -60,7 +60,7 @@ class Decoder:
     ) -> list[Completion]:
         """Complete a batch of requests with equal sampling parameters (worker thread).
 
-        so_far: called with what is complete each time that the batch gets smaller.
+        so_far: called with the finished completions each time that the batch gets smaller.
         """
         sampling = batch[0].sampling
         device = self.model.device
@@ -83,7 +83,7 @@ class Decoder:
         completions: list[Completion | None] = [None] * len(batch)
         rows = torch.arange(len(batch), device=device)
         logps = torch.empty((len(batch), 0), device=device)
-        versions: list[int] = []  # of the weights, by token: all rows are equally far
+        versions: list[int] = []  # weight version of each token, the same for all rows
         cache, n_updates = None, self._n_updates
         while rows.numel():
             if not self._pause.begin(unwanted):
@@ -95,7 +95,7 @@ class Decoder:
                 )  # fmt: skip
                 break
             if n_updates != self._n_updates:
-                cache, n_updates = None, self._n_updates  # it was made by other weights
+                cache, n_updates = None, self._n_updates  # made with the old weights
             if cache is None:
                 cache = self._read(ids, mask)
             sampler = Sampler(sampling, seeds, width)
@@ -117,7 +117,7 @@ class Decoder:
             finally:
                 version = self.weight_version
                 self._pause.end()
-            # A model that does not know how to return its cache reads its rows again.
+            # A model that does not return its cache reads its rows again.
             ids, cache = output.sequences, output.get(_CACHE)
             logps = torch.cat([logps, torch.stack(sampler.logps, 1)], 1)
             written = ids.shape[1] - width
@@ -140,10 +140,9 @@ class Decoder:
         return completions
 
     def _read(self, ids: Tensor, mask: Tensor) -> Cache | None:
-        """The cache of all tokens but the last; rows that are alike until there are read once.
+        """The cache of all tokens but the last; rows that are equal up to there are read once.
 
-        None where there is nothing to read, and for models without a cache that rows can be taken
-        from.
+        None if there is nothing to read, and for models without a cache that can be reordered.
         """
         if ids.shape[1] < 2:
             return None
@@ -174,9 +173,9 @@ class Decoder:
         versions: list[int],
         otherwise: str = "length",
     ) -> None:
-        """Write the completions of rows that ended; `rows` are their places in the batch.
+        """Fill in the completions of rows that ended; `rows` are their places in the batch.
 
-        otherwise: finish reason of those that did not stop.
+        otherwise: finish reason of rows that did not stop.
         """
         table = zip(rows.tolist(), ended.tolist(), stopped.tolist(), lengths.tolist(), strict=True)
         tokens, logps = tokens.cpu(), logps.cpu()
@@ -197,7 +196,7 @@ class Decoder:
             )
 
     def _stop_strings(self, stop: tuple[str, ...]) -> StopStringCriteria | None:
-        """transformers' matcher for these strings; made once, as it walks the vocabulary."""
+        """transformers' matcher for these strings; made once, as it goes through the vocabulary."""
         if not stop:
             return None
         if stop not in self._stop_criteria:
@@ -216,7 +215,9 @@ class Decoder:
         for name, tensor in named_tensors:
             target = targets.get(name)
             if target is None:
-                raise EngineError(f"weight update {version}: {name} is no parameter of the engine")
+                raise EngineError(
+                    f"weight update {version}: {name} is not a parameter of the engine"
+                )
             if target.shape != tensor.shape:
                 raise EngineError(
                     f"weight update {version}: {name} has shape {tuple(tensor.shape)}, "

@@ -1,21 +1,21 @@
 """The in-process engine: padded `generate` of transformers over batches of waiting requests.
 
-Three things make it more than a call of `generate`:
+It differs from a plain call of `generate` in three ways:
 
-- Requests arrive one by one and are batched: `generate` enqueues, a coroutine waits until no
-  environment is being asked and the event loop has brought no new request for a few turns, sorts
-  by prompt length and runs the batches one after the other in a worker thread, so that
-  environments go on meanwhile. Which requests share a batch does not depend on how fast an
-  environment answers. Prompts that are alike, as those of a group, are read once.
-- A token depends on its request's seed and its position alone. The noise is a hash of (seed,
-  position, vocabulary index) and the token is the first to arrive in an exponential race, which
-  is an exact sample (the Gumbel-max trick without its outer logarithm; Maddison et al. 2014,
-  arXiv:1411.0030). Neither the other rows of a batch nor the global generator enter. What remains
-  is floating-point noise: the last bits of a logit do depend on the shape of a batch, so that two
+- Requests arrive one by one and are batched. `generate` enqueues them. A coroutine waits until no
+  environment is working and no new request has come for a few turns of the event loop, sorts the
+  requests by prompt length and runs the batches one after the other in a worker thread, so that
+  environments can run meanwhile. Which requests share a batch does not depend on the speed of an
+  environment. Equal prompts, such as those of a group, are read once.
+- A token's randomness depends only on its request's seed and its position. The noise is a hash of
+  (seed, position, vocabulary index) and the token is the first to arrive in an exponential race,
+  which is an exact sample (the Gumbel-max trick without its outer logarithm; Maddison et al. 2014,
+  arXiv:1411.0030). Other rows of the batch and the global generator have no influence. What remains
+  is floating-point noise: the last bits of a logit depend on the shape of a batch, so that two
   candidates closer than about 1e-6 may swap.
 - When half of a batch's rows have ended, the rest goes on as a smaller batch with its part of
   the key-value cache, so that a few long responses do not cost a full batch of steps. `abort` and
-  `pause` break a batch off in the same way, between two tokens.
+  `pause` interrupt a batch in the same way, between two tokens.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from RL2.models.saved import load_whole, own_memory
 from RL2.ops.fp32 import accelerate_linears
 from RL2.runtime.errors import EngineError
 
-# Event-loop turns without a new request after which the waiting ones are run. A sample whose
-# environment has answered brings its next request within a few turns.
+# Event-loop turns without a new request before the waiting requests are run. A sample whose
+# environment has answered sends its next request within a few turns.
 _QUIET_TURNS = 16
 
 
@@ -49,14 +49,14 @@ class TransformersEngine:
     """Engine over a transformers causal language model in this process (see `protocol.Engine`).
 
     model_name: folder or hub name. The engine loads its own copy of the weights.
-    dtype, device, attn_implementation: as `from_pretrained` takes them, but that "auto" is
+    dtype, device, attn_implementation: as for `from_pretrained`, except that the dtype "auto" is
         float32 on a CPU; "auto" for the attention leaves the choice to transformers.
     max_batch_size: most requests in one batch (bounds the key-value cache).
-    options: further ones of `from_pretrained`, see `RL2.config.models.weight_options`.
-    eager: what partial rollouts need: first come, first served, and completions are handed out
-        while the rest of their batch goes on, each time that it gets smaller. Else requests of
-        similar length share a batch, which comes back as a whole, so that requests of a next
-        turn come in an order that does not depend on what was written.
+    options: more options of `from_pretrained`, see `RL2.config.models.weight_options`.
+    eager: for partial rollouts: requests are served in order of arrival, and finished completions
+        are returned each time that their batch gets smaller. Otherwise requests of similar length
+        share a batch, which is returned as a whole, so that the order of the next turn's requests
+        does not depend on what was written.
 
     Raises EngineError when the model cannot be loaded.
     """
@@ -95,7 +95,7 @@ class TransformersEngine:
         text_config = model.config.get_text_config()
         self.context_length: int | None = getattr(text_config, "max_position_embeddings", None)
         self._waiting: list[Request] = []
-        self._open: list[Request] = []  # in a batch, or in line for one
+        self._open: list[Request] = []  # in a batch, or about to be
         self._pause = PauseSwitch()
         self.decoder = Decoder(model, tokenizer, self._pause)
         self._batcher: asyncio.Task | None = None
@@ -117,7 +117,7 @@ class TransformersEngine:
         """Complete `token_ids`. See `Engine.generate`; seed: any 64-bit integer.
 
         Raises EngineError for an empty prompt, a request that does not fit the model's context,
-        a model that gives NaN, and a closed engine.
+        NaN logits, and a closed engine.
         """
         if self._closed:
             raise EngineError("transformers engine: generate called after close")
@@ -136,18 +136,18 @@ class TransformersEngine:
         """Copy tensors into the model by parameter name, cast to the model's dtype.
 
         Waits until no request is open, unless paused: then open requests go on with the new
-        weights after `resume`, on a key-value cache that is made anew. A tied parameter may come
-        under one of its names.
-        Raises EngineError naming a parameter that is unknown, misshapen or missing; the weights
-        are then partly new, and the run should stop.
+        weights after `resume`, with a new key-value cache. A tied parameter may come under any one
+        of its names.
+        Raises EngineError naming a parameter that is unknown, missing or has the wrong shape; the
+        weights are then partly new, and the run should stop.
         """
         if not self._pause.paused:
             await self._idle()
-        # In the caller's thread, as drawing the tensors may be a collective that needs its device.
+        # In the caller's thread: iterating may be a collective that needs its device.
         self.decoder.copy_weights(named_tensors, version)
 
     async def abort(self) -> None:
-        """End every open request: with what is written, or with nothing where it only waits."""
+        """End every open request, with the tokens so far; waiting requests have none."""
         for request in self._waiting:
             if not request.future.done():
                 request.future.set_result(aborted())
@@ -157,20 +157,20 @@ class TransformersEngine:
         self._pause.poke()
 
     async def pause(self) -> None:
-        """Nothing is written from the return of this until `resume`."""
+        """Once this returns, no token is written until `resume`."""
         self._pause.set_paused(True)
         await asyncio.to_thread(self._pause.wait_until_still)
 
     async def resume(self) -> None:
-        """Go on where `pause` broke off."""
+        """Continue after `pause`."""
         self._pause.set_paused(False)
 
     def metrics(self) -> dict[str, float]:
-        """Nothing to count."""
+        """No metrics."""
         return {}
 
     async def healthy(self) -> bool:
-        """Whether it is open."""
+        """Whether the engine is open."""
         return not self._closed
 
     async def sleep(self) -> None:
@@ -197,7 +197,7 @@ class TransformersEngine:
             await asyncio.wait([self._batcher])
 
     async def _run_batches(self) -> None:
-        """Run what waits, until nothing waits."""
+        """Run waiting requests until there are none."""
         loop = asyncio.get_running_loop()
         while self._waiting:
             await self._quiet()
@@ -225,13 +225,13 @@ class TransformersEngine:
                             self._worker, self.decoder.complete, batch, deliver_soon
                         )
                     )
-                except Exception as error:  # belongs to whoever waits for the batch
+                except Exception as error:  # raised in the requests of the batch
                     fail(batch, error)
             self._open = []
 
     async def _quiet(self) -> None:
-        """Return when all samples wait for the engine, or, if it is `eager`, for something else,
-        and `_QUIET_TURNS` turns of the event loop brought no new request."""
+        """Return when all samples wait for the engine (unless it is `eager`), and `_QUIET_TURNS`
+        turns of the event loop brought no new request."""
         count, quiet = -1, 0
         while quiet < _QUIET_TURNS:
             if not (self.eager or self._settled is None or self._settled.is_set()):
@@ -245,7 +245,7 @@ class TransformersEngine:
 def transformers_engine(
     config: DictConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> TransformersEngine:
-    """The engine of this process, as the config of a run wants it."""
+    """The in-process engine that a run's config asks for."""
     return TransformersEngine(
         config.rollout.model_name,
         tokenizer=tokenizer,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class PauseSwitch:
-    """Lets the worker thread run the model, or not: pause, and the wait until it has paused."""
+    """Lets other threads pause the worker thread and wait until it has paused."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -19,19 +19,19 @@ class PauseSwitch:
             self._changed.notify_all()
 
     def poke(self) -> None:
-        """Have `begin` look again whether its work is still wanted."""
+        """Have `begin` check again whether its work is still wanted."""
         with self._changed:
             self._changed.notify_all()
 
     def begin(self, unwanted: Callable[[], bool]) -> bool:
-        """Worker: wait while paused. False where the work has become unwanted."""
+        """Worker: wait while paused. Returns False if the work is no longer wanted."""
         with self._changed:
             self._changed.wait_for(lambda: not self.paused or unwanted())
             self._running = not unwanted()
             return self._running
 
     def end(self) -> None:
-        """Worker: the model does not run any more."""
+        """Worker: the model has stopped running."""
         with self._changed:
             self._running = False
             self._changed.notify_all()

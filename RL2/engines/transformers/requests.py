@@ -1,4 +1,4 @@
-"""Requests that wait for the model, and the batches that are made of them."""
+"""Requests that wait for the model, and the batches made from them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def aborted() -> Completion:
 
 
 def plan_batches(requests: list[Request], max_batch_size: int, sort: bool) -> list[list[Request]]:
-    """Cut requests into batches: equal sampling parameters, with `sort` neighbours in length."""
+    """Cut requests into batches with equal sampling parameters; with `sort`, by length."""
     groups: dict[SamplingParams, list[Request]] = {}
     for request in requests:
         groups.setdefault(request.sampling, []).append(request)
     batches = []
     for group in groups.values():
         if sort:
-            # Not by arrival, which depends on how fast environments answer.
+            # Not in order of arrival, which depends on the speed of environments.
             group.sort(key=lambda one: (len(one.token_ids), one.token_ids, one.seed))
         batches += [group[i : i + max_batch_size] for i in range(0, len(group), max_batch_size)]
     return batches

@@ -1,4 +1,4 @@
-"""One token for each row of a batch: how it is drawn, and which rows have ended."""
+"""Sampling of one token for each row of a batch, and detection of the rows that have ended."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _MIN_SHRINK_ROWS = 4
 class Sampler(LogitsProcessor):
     """Turns logits [B, V] into scores whose argmax is the sample, and keeps its log-probability.
 
-    A token of probability p arrives after E / p, E exponential; the first to arrive is token i with
-    probability p_i. Scores are p / E.
-    logps: one [B] fp32 tensor for each step, of the distribution before `top_p` cuts it; no [B, V]
-    tensor outlives its step.
+    A token of probability p arrives at time E / p, where E is exponential noise; token i arrives
+    first with probability p_i. Scores are p / E.
+    logps: one [B] fp32 tensor for each step, before `top_p` cuts the distribution; no [B, V] tensor
+    outlives its step.
     """
 
     def __init__(self, sampling: SamplingParams, seeds: Tensor, prompt_width: int):
@@ -50,10 +50,10 @@ class Sampler(LogitsProcessor):
 
 
 class RowEnds(StoppingCriteria):
-    """Marks rows that wrote an end-of-sequence token or a stop string, and where.
+    """Records where rows wrote an end-of-sequence token or a stop string.
 
-    lengths: [B] number of response tokens of a row at its end, 0 while it goes on.
-    When at most half of the rows go on, it ends the whole call so that the caller can continue
+    lengths: [B] number of response tokens at the end of a row, 0 while it goes on.
+    When at most half of the rows go on, it ends the whole call, so that the caller can continue
     the rest as a smaller batch; likewise when `interrupted()`.
     """
 
@@ -75,7 +75,7 @@ class RowEnds(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         ended = torch.isin(input_ids[:, -1], self.eos_ids)
         if self.stop_strings is not None:
-            # Only the response is looked at: a stop string must not begin in the prompt.
+            # Only in the response: a stop string must not begin in the prompt.
             ended |= self.stop_strings(input_ids[:, self.prompt_width :], scores)
         length = input_ids.shape[1] - self.prompt_width
         self.lengths.masked_fill_(ended & (self.lengths == 0), length)

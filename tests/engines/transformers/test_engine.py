@@ -265,7 +265,7 @@ def test_a_tied_parameter_may_come_under_one_name(engine, byte_model):
 
 def test_wrong_weights_are_named(engine, byte_model):
     weights = weights_of(byte_model)
-    with pytest.raises(EngineError, match="strange.weight is no parameter"):
+    with pytest.raises(EngineError, match="strange.weight is not a parameter"):
         asyncio.run(engine.update_weights({**weights, "strange.weight": torch.ones(1)}.items(), 1))
     with pytest.raises(EngineError, match=r"model.norm.weight has shape \(5,\)"):
         asyncio.run(engine.update_weights([("model.norm.weight", torch.ones(5))], 1))
