@@ -1,5 +1,4 @@
-"""Rollouts: samples played by engine and environment, and the collector that makes batches of
-them."""
+"""Rollouts: engine and environment play samples, and the collector makes batches of them."""
 
 from RL2.rollout.collector import Collector
 

@@ -1,9 +1,9 @@
 """The collector: prompts in, a batch of judged token sequences and metrics out.
 
 Some ranks drive an engine. Each of them answers its share of the prompts; rank 0 gets everything.
-What is sampled depends on the run's seed, the step and a prompt's place in the step, not on the
-number of drivers, nor on which answer comes first: a batch holds the first groups, in the order
-of the prompts, that teach something. (`rollout.partial_rollout` alone goes by who is first.)
+Samples depend on the run's seed, the step and a prompt's place in the step, not on the number of
+drivers or the order of answers: a batch holds the first groups, in the order of the prompts, that
+teach something. (Only with `rollout.partial_rollout`, the order of answers counts.)
 """
 
 from __future__ import annotations
@@ -42,34 +42,33 @@ T = TypeVar("T")
 
 
 class Collector:
-    """Collects rollouts; every rank makes one and calls its methods together.
+    """Collects rollouts. Every rank creates one, and all ranks call its methods together.
 
-    Its event loop runs in a thread of its own, for the whole run: what an engine supervises there
-    goes on while this thread trains.
+    Its event loop runs in a separate thread for the whole run, so that an engine can watch its
+    servers while this thread trains.
 
     Args:
         config: the `rollout` node: env_path, env_timeout, env_workers, max_env_errors,
             max_malformed, max_turns, max_in_flight, responses_per_prompt, truncated,
             dynamic_filtering, max_resampled, partial_rollout, over_sampling, train_sampling_params,
             test_sampling_params.
-        tokenizer: of the policy.
-        engine: this rank's engine, None where it does not drive one; the collector starts and
-            closes it.
-        seed: of the run.
-        environment: None loads `config.env_path`; the collector closes it.
-        rollouts_dir: where rank 0 writes every rollout as jsonl; None writes nothing. The same
-            on every rank, as the lines are made where the samples are.
-        n_ranks, rank: of the default process group, or of `group`.
+        tokenizer: the policy's tokenizer.
+        engine: this rank's engine, None if it has none; the collector starts and closes it.
+        seed: the run's seed.
+        environment: the environment, which the collector closes; None loads `config.env_path`.
+        rollouts_dir: folder in which rank 0 writes every rollout as jsonl; None writes nothing. The
+            same on every rank, as each rank makes the lines of its samples.
+        n_ranks, rank: size and rank in `group`.
         drivers: the ranks that have an engine, None for all.
-        group: process group that can carry CPU tensors; None is the default group. A rollout in
-            another thread than the one that trains needs a group of its own.
+        group: process group that supports CPU tensors; None is the default group. A rollout in
+            another thread than training needs a separate group.
         test_responses_per_prompt: answers per prompt in evaluation.
         max_length: most tokens in one sequence; a sample whose next turn might not fit ends.
-        progress: True shows a progress bar, False does not, None does on a terminal.
-        device: of this rank.
-        ends: end tokens of the policy; None: what the tokenizer alone says.
-        n_shown: answers that each evaluation logs, in readable form.
-        judges: of the groups of training.
+        progress: whether to show a progress bar; None shows it on a terminal.
+        device: this rank's device.
+        ends: end tokens of the policy; None takes those of the tokenizer.
+        n_shown: number of answers that each evaluation logs in readable form.
+        judges: judges of training groups.
 
     Raises ConfigError for an environment file that cannot be used, EngineError when the engine
     does not start.
@@ -127,7 +126,7 @@ class Collector:
         reports = Reports(self.failures, self.environment.path, rank, n_ranks, group)
         ranks = tuple(range(n_ranks)) if drivers is None else drivers
         if engine is None:
-            self.run(self.environment.close())  # nobody calls it here
+            self.run(self.environment.close())  # not used on this rank
         else:
             settled = asyncio.Event()
             settled.set()
@@ -153,12 +152,12 @@ class Collector:
 
     @property
     def carried(self) -> list[Item]:
-        """Prompts that were begun and whose answers are in no batch yet, the same on all ranks."""
+        """Prompts that were begun and are in no batch yet, the same on all ranks."""
         return self._rounds.carried
 
     def state_dict(self) -> dict[str, Any]:
-        """Failures counted so far, and the groups that this rank carries to the next step, with
-        all that is written of them."""
+        """The failure counts, and the groups that this rank carries to the next step, with
+        everything written so far."""
         return {
             "env_errors": self.failures.of_run["env"],
             "malformed": self.failures.of_run["malformed"],
@@ -166,10 +165,10 @@ class Collector:
         }
 
     def load_state_dict(self, states: list[dict[str, Any]], items: list[Item]) -> None:
-        """Go on from what `state_dict` gave on all ranks of a run, on however many ranks.
+        """Continue from what `state_dict` returned on all ranks; the number of ranks may differ.
 
-        items: the prompts of all groups that were carried, rank by rank. Without
-            `rollout.partial_rollout` there must be none.
+        items: the prompts of all carried groups, rank by rank. Must be empty without
+            `rollout.partial_rollout`.
         """
         self.failures.of_run = {"env": states[0]["env_errors"], "malformed": states[0]["malformed"]}
         groups = [group for state in states for group in state["carried"]]
@@ -177,18 +176,18 @@ class Collector:
         self._rounds.load_state_dict(groups, items, self.sampling[True], filtering)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine (of the engine, say) on the collector's event loop."""
+        """Run a coroutine, e.g. of the engine, on the collector's event loop."""
         return self._loop.run(coroutine)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Give the engines new weights: a collective where drawing the tensors is one, which a
-        rank without an engine takes part in. Raises EngineError naming a parameter."""
+        """Give the engines new weights. Iterating over the tensors may be a collective, so ranks
+        without an engine do it, too. Raises EngineError naming a parameter."""
 
-        async def draw() -> None:
+        async def iterate() -> None:
             for _ in named_tensors:
                 pass
 
-        update = self.engine.update_weights(named_tensors, version) if self.engine else draw()
+        update = self.engine.update_weights(named_tensors, version) if self.engine else iterate()
         self.run(update)
 
     def sleep(self) -> None:
@@ -202,12 +201,12 @@ class Collector:
             self.run(self.engine.wake())
 
     def interrupt(self) -> None:
-        """Give up the rollout or evaluation that goes on, and every later one: on all ranks
-        `collect` and `collect_step` raise Interrupted. May be called from any thread."""
+        """Abandon the current rollout or evaluation and all later ones: `collect` and
+        `collect_step` raise Interrupted on all ranks. May be called from any thread."""
         self._rounds.interrupt()
 
     def close(self) -> None:
-        """Close the engine and the event loop, whatever runs there. May be called twice."""
+        """Close the engine and the event loop, even while they work. May be called twice."""
         if self._loop is None:
             return
         loop, self._loop = self._loop, None
@@ -230,21 +229,20 @@ class Collector:
         responses_per_prompt: int | None = None,
         sampled: bool = False,
     ) -> tuple[dict[str, Tensor] | None, dict[str, float]]:
-        """Answer and judge `items`, exactly these, the same list on every rank (a collective).
+        """Answer and judge exactly `items`, the same list on every rank (a collective).
 
-        items: dicts with `extra_info`, and `prompt` and `prompt_ids` where the environment's
-            `reset` does not give them.
-        sampled: in evaluation, by `train_sampling_params`; dumped under a name of its own.
+        items: dicts with `extra_info`, and with `prompt` and `prompt_ids` unless the environment's
+            `reset` returns them.
+        sampled: evaluate with `train_sampling_params`; such rollouts get a file of their own.
 
-        Returns (batch, metrics) on rank 0 and (None, {}) on the others. The batch holds the
-        fields of `to_batch`; it is None in evaluation and when no sample is left to learn from.
+        Returns (batch, metrics) on rank 0 and (None, {}) on the others. The batch has the fields of
+        `to_batch`; it is None in evaluation and when no sample is left to learn from.
 
         `rollout/env_errors` and `rollout/malformed` count the whole run so far.
 
-        Raises EnvError when environments failed for more of the samples than
-        `rollout.max_env_errors` allows, EngineError when an engine failed, or answered without
-        sense more often than `rollout.max_malformed` allows, Interrupted after `interrupt`; on
-        every rank.
+        Raises on every rank: EnvError when environments failed for more samples than
+        `rollout.max_env_errors` allows, EngineError when an engine failed or sent more malformed
+        replies than `rollout.max_malformed` allows, Interrupted after `interrupt`.
         """
         left = iter(items)
         n_responses = responses_per_prompt or self.responses_per_prompt[train]
@@ -266,15 +264,15 @@ class Collector:
     ) -> tuple[dict[str, Tensor] | None, dict[str, float]]:
         """A training batch of `n_prompts` groups, as far as the settings allow (a collective).
 
-        With `rollout.dynamic_filtering` up to `rollout.max_resampled` further prompts take the
-        place of those that teach nothing. With `rollout.partial_rollout` more prompts than needed
-        are in flight; the step ends with the last group that it needs, and what is unfinished
-        then goes on in the next.
+        With `rollout.dynamic_filtering`, up to `rollout.max_resampled` prompts are drawn in place
+        of those that teach nothing. With `rollout.partial_rollout`, more prompts than needed are in
+        flight; the step ends when it has the groups that it needs, and unfinished ones continue in
+        the next step.
 
-        draw: `draw(n)` gives the next n prompts, the same on every rank; it is called by this
-            thread or, while this thread waits, by the event loop's.
+        draw: `draw(n)` returns the next n prompts, the same on every rank. It is called in this
+            thread or, while this thread waits, in that of the event loop.
 
-        Returns and raises as `collect`.
+        Returns and raises like `collect`.
         """
         n_responses = self.responses_per_prompt[True]
         spare = 0
@@ -297,7 +295,7 @@ class Collector:
         )
 
     def _filters(self, n_responses: int) -> bool:
-        # One answer to a prompt leaves nothing to compare.
+        # With one answer per prompt there is nothing to compare.
         return self.dynamic_filtering and n_responses > 1
 
     def _collect(self, step: Step) -> tuple[dict[str, Tensor] | None, dict[str, float]]:
@@ -319,7 +317,7 @@ class Collector:
             path = self.rollouts_dir / f"step{step.number:06d}_{kind}.jsonl"
             try:
                 dump(table, path)
-            except OSError as error:  # the other ranks do not know of it: no time to raise
+            except OSError as error:  # not raised here, as the other ranks do not know of it
                 self.unwritten = self.unwritten or (path, error)
         good = table.good()
         metrics = summarise(good, name)

@@ -1,4 +1,4 @@
-"""What a rank with an engine does: it has samples played, and keeps the groups that go on."""
+"""The part of a rank with an engine: it plays samples, and keeps the groups that continue."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from RL2.rollout.step import Item, Step
 
 
 class TooManyFailures(Exception):
-    """Environments failed more often in this step than `rollout.max_env_errors` allows. failed: the
-    samples of this round."""
+    """Environments failed more often in this step than `rollout.max_env_errors` allows. failed:
+    failures of this round."""
 
     def __init__(self, failed: list[Failure]):
         super().__init__(failed)
@@ -21,11 +21,11 @@ class TooManyFailures(Exception):
 
 
 class Driver:
-    """Has one engine's samples played.
+    """Plays one engine's samples.
 
-    player: plays them. max_in_flight: most requests at a time. failures: those counted so far.
-    judges: of the groups of training.
-    carried: the groups that go on from step to step; None before there are any.
+    player: plays single samples. max_in_flight: most requests at a time. failures: the failures
+    counted so far. judges: judges of training groups.
+    carried: the groups that continue from step to step; None before there are any.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Driver:
         self.carried: GroupsInFlight | None = None
 
     def groups_of(self, step: Step) -> GroupsInFlight:
-        """Where a step's groups are played, with those that were carried to it."""
+        """What plays a step's groups; it holds the groups carried over from the last step."""
         if not step.carries:
             return self.new_groups(step.train, step.sampling, step.filtering)
         if self.carried is None:
@@ -65,8 +65,8 @@ class Driver:
         return groups
 
     def _stop_if_too_many(self, groups: GroupsInFlight) -> None:
-        """Raise TooManyFailures as soon as that is sure: if every call of an environment takes
-        until its time limit, the end of the round may be hours away."""
+        """Raise TooManyFailures as soon as it is certain: if every call of an environment runs into
+        its time limit, the round may take hours to end."""
         samples = [sample for group in groups.groups for sample in group.samples]
         failed = [Failure.of(sample) for sample in samples if sample.cause == "env"]
         if self.failures.exceeded("env", len(failed)):

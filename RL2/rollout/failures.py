@@ -1,4 +1,4 @@
-"""Samples that failed: how many a step may lose, and what is said of them."""
+"""Samples that failed: how many a step may lose, and the messages about them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from RL2.rollout.samples import Sample
 from RL2.runtime.errors import EngineError, EnvError
 
-# What differs from sample to sample in one and the same failure: addresses, numbers, quoted text.
+# Parts that differ between samples with the same failure: addresses, numbers, quoted text.
 _VARIES = re.compile(r"0x[0-9a-fA-F]+|'[^']*'|\"[^\"]*\"|(?<!\.py:)\b\d+(\.\d+)?")
-_FEW = 1  # a share allows so many at least: a small step does not end by one failure
-# By cause: the key that bounds it, the error, and what happened to the samples.
+_FEW = 1  # least number that a share allows: one failure must not end a small step
+# By cause: the key of the limit, the error, and what happened to the samples.
 _CAUSES = {
     "env": ("max_env_errors", EnvError, "the environment failed for"),
-    "malformed": ("max_malformed", EngineError, "the engine answered without sense for"),
+    "malformed": ("max_malformed", EngineError, "the engine's replies made no sense for"),
 }
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a sample counts for nothing.
+    """Why a sample failed.
 
-    cause: as in `Sample`. born: step and place in it of the prompt.
+    cause: as in `Sample`. born: the prompt's step and its place there.
     """
 
     cause: str | None
@@ -39,7 +39,7 @@ class Failure:
 def too_many(n_failed: int, bound: float | None, n_samples: int) -> bool:
     """Whether more samples of a step failed than `bound` allows.
 
-    bound: below 1 a share of the step's samples, from 1 on their number; 0 allows none, None all.
+    bound: below 1 a share of the step's samples, from 1 on a number; 0 allows none, None all.
     """
     if bound is None:
         return False
@@ -47,7 +47,7 @@ def too_many(n_failed: int, bound: float | None, n_samples: int) -> bool:
 
 
 class FailureCount:
-    """Failures by cause, of the run and of the step at hand, and whether they are too many.
+    """Counts failures by cause, in the run and in the current step, and limits them.
 
     bounds: `rollout.max_env_errors` and `max_malformed`, by cause.
     """
@@ -58,19 +58,19 @@ class FailureCount:
         self._of_step, self._n_samples = dict.fromkeys(_CAUSES, 0), 0
 
     def begin(self, n_samples: int) -> None:
-        """A step begins, for which so many samples are asked."""
+        """Begin a step with `n_samples` samples."""
         self._of_step, self._n_samples = dict.fromkeys(_CAUSES, 0), n_samples
 
     def draw(self, n_samples: int) -> None:
-        """So many more are asked for."""
+        """Add `n_samples` samples to the step."""
         self._n_samples += n_samples
 
     def exceeded(self, cause: str, n_more: int = 0) -> bool:
-        """Whether the step has lost too many, `n_more` included that are not counted yet."""
+        """Whether the step has too many failures, including `n_more` that are not counted yet."""
         return too_many(self._of_step[cause] + n_more, self.bounds[cause], self._n_samples)
 
     def count(self, failures: Iterable[Failure]) -> None:
-        """Raises EnvError or EngineError where they are too many."""
+        """Count failures. Raises EnvError or EngineError if there are too many."""
         last: dict[str, Failure] = {}
         for failure in failures:
             if failure.cause in _CAUSES:
@@ -87,7 +87,7 @@ class FailureCount:
 
 
 def lines(failures: Iterable[Failure]) -> list[str]:
-    """One line for each kind of failure, with how many samples it took."""
+    """One line for each kind of failure, with the number of samples."""
     kinds: dict[str, list[Failure]] = {}
     for failure in failures:
         kinds.setdefault(_VARIES.sub("#", failure.error), []).append(failure)

@@ -1,4 +1,4 @@
-"""Groups in flight on one driver: begun, judged as they complete, and carried to the next step."""
+"""Groups in flight on one driver: started, judged when complete, and carried to the next step."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ JudgeGroup = Callable[[Group, Gate], Coroutine[Any, Any, None]]
 class GroupsInFlight:
     """The groups that one driver answers. All of its methods run on one event loop.
 
-    play: plays one sample to its end. engine: what the samples' requests go to.
+    play: plays one sample to its end. engine: gets the samples' requests.
     limit: most requests at a time.
-    filtering: whether groups of equal rewards count for nothing.
-    judge: looks at a group when all of its samples have ended; None: nobody does.
+    filtering: whether groups with equal rewards teach nothing.
+    judge: called with a group when all of its samples have ended; None for no judges.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class GroupsInFlight:
 
     @property
     def groups(self) -> list[Group]:
-        """All that it holds, by position."""
+        """All groups, by position."""
         return sorted(self._complete + self._open, key=lambda group: group.position)
 
     async def answer(
@@ -57,21 +57,22 @@ class GroupsInFlight:
         refill: Callable[[], Group | None] = lambda: None,
         progress: Callable[[], object] = lambda: None,
     ) -> list[Group]:
-        """Answer groups, new ones and those that were carried here; returns what the step gets.
+        """Answer new and carried groups; returns the groups for the step.
 
-        wanted: groups that shall teach something. Without `carries` all groups are finished.
+        wanted: number of groups that must teach something. Without `carries` all groups are
+            finished.
         carries: stop as soon as `wanted` is reached. The rest stays here: samples in the engine are
-            aborted and wait, with what is written, for the next `answer`; those in an environment
-            go on there.
-        refill: asked for another group, until it has none, as soon as `wanted` is out of reach
-            because groups came out that teach nothing.
+            aborted, keep what is written and wait for the next `answer`; those in an environment go
+            on there.
+        refill: called for more groups, until it has none, as soon as `wanted` cannot be reached
+            because finished groups teach nothing.
         progress: called once for each sample that ends.
 
         A failure of the engine ends all groups and is raised.
         """
         self._progress = progress
         try:
-            self.gate.open()  # first, so that what was carried here comes first
+            self.gate.open()  # before new groups start, so that carried ones come first
             for group in groups:
                 self._start(group)
             n_seen = n_teach = 0
@@ -103,11 +104,11 @@ class GroupsInFlight:
             self._start(group)
 
     async def state_dict(self) -> list[dict[str, Any]]:
-        """Of all that it holds, by position."""
+        """State of all groups, by position."""
         return [group.state_dict() for group in self.groups]
 
     async def cancel(self) -> None:
-        """Stop all samples and forget the groups."""
+        """Stop all samples and drop the groups."""
         tasks, self._tasks = list(self._tasks), {}
         for task in tasks:
             task.cancel()
@@ -139,7 +140,7 @@ class GroupsInFlight:
             self._finish(group)
 
     def _finish(self, group: Group) -> None:
-        """All samples have ended: it is judged, where that is not done, and then complete."""
+        """All samples have ended: judge the group, unless that is done, and then complete it."""
         if self.judge is None or group.judged:
             self._open.remove(group)
             self._complete.append(group)
@@ -164,8 +165,8 @@ class GroupsInFlight:
             raise self._failure
 
     def _take_complete(self, wanted: int | None) -> list[Group]:
-        """Remove what is complete: all of it, or the first `wanted` that teach something and
-        what teaches nothing."""
+        """Remove and return complete groups: all, or the first `wanted` that teach something and
+        those that teach nothing."""
         taken, kept, n_teach = [], [], 0
         for group in sorted(self._complete, key=lambda group: group.position):
             teaches = group.teaches(self.filtering)

@@ -1,4 +1,4 @@
-"""One sample from its prompt to its end: the engine writes, the environment answers."""
+"""Plays one sample from prompt to end: the engine writes, the environment answers."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from RL2.rollout.samples import (
 from RL2.runtime.errors import EnvError
 
 _LONG_TEXT = 2**16  # characters
-_HIGHEST_LOGP = 1.0  # a probability of 1, and more than engines round in 16 bits
+_HIGHEST_LOGP = 1.0  # 0, plus more than the rounding errors of engines in 16 bits
 
 
 class Gate:
-    """Lets requests through to an engine: at most `limit` at a time, and none while closed."""
+    """Lets requests pass to an engine: at most `limit` at a time, and none while closed."""
 
     def __init__(self, limit: int):
         self._slots = asyncio.Semaphore(limit)
@@ -51,12 +51,12 @@ class Gate:
 
     @asynccontextmanager
     async def passing(self) -> AsyncIterator[None]:
-        """Wait until the gate is open and there is room; the body is one request."""
+        """Wait until the gate is open and has a free slot; the body is one request."""
         while True:
             await self._opened.wait()
             async with self._slots:
                 if not self.is_open:
-                    continue  # it closed while we waited for room
+                    continue  # it closed while we waited for a slot
                 self._inside += 1
                 self._empty.clear()
                 try:
@@ -71,14 +71,14 @@ class Gate:
         self._opened.set()
 
     def close(self) -> None:
-        """Let nothing in any more."""
+        """Let no more requests in."""
         self._opened.clear()
 
     async def drain(self, engine: Engine) -> None:
-        """Close the gate and abort what is inside; returns when nothing is."""
+        """Close the gate, abort all requests inside, and wait until they have ended."""
         self.close()
         if self._inside:
-            await engine.abort()  # which ends all that is open, late arrivals at a server included
+            await engine.abort()  # also ends requests that reach a server late
         await self._empty.wait()
 
 
@@ -86,14 +86,14 @@ class Player:
     """Plays samples.
 
     Args:
-        engine: answers; environment: judges.
-        tokenizer: of the policy. seed: of the run.
-        max_turns: model turns in one sample at most.
+        engine: writes the answers. environment: judges them.
+        tokenizer: the policy's tokenizer. seed: the run's seed.
+        max_turns: most model turns in one sample.
         max_length: most tokens in one sequence; a sample whose next turn might not fit ends.
-        ends: end tokens of the policy; None: what the tokenizer alone says.
-        truncated: what becomes of samples with a turn that was cut off at its longest: "keep",
+        ends: end tokens of the policy; None takes those of the tokenizer.
+        truncated: what happens to samples with a turn that was cut off at the token limit: "keep",
             "mask" (left out of the batch) or "zero" (their reward is 0).
-        settled: is kept set while no sample is between two requests, with its environment or its
+        settled: set while no sample is between two requests, i.e. uses its environment or its
             tokenizer.
     """
 
@@ -133,8 +133,8 @@ class Player:
         *,
         train: bool,
     ) -> None:
-        """Play a sample to its end, from wherever it stands. A failure of its environment, or a
-        reply that makes no sense, ends this sample only."""
+        """Play a sample from its current state to its end. A failure of its environment, or a
+        malformed reply, ends only this sample."""
         sampling = replace(sampling, stop_token_ids=self.ends.ids)
         try:
             await self._play(sample, item, sampling, gate, train)
@@ -143,7 +143,7 @@ class Player:
         except MalformedReply as error:
             sample.fail(str(error), "malformed")
         sample.ended = True
-        self.forfeit_truncated(sample)
+        self.zero_if_truncated(sample)
         sample.masked = sample.truncated and self.truncated == "mask"
 
     async def _play(
@@ -154,7 +154,7 @@ class Player:
         gate: Gate,
         train: bool,
     ) -> None:
-        # What stands in the sample between two awaits is enough to go on with in another process.
+        # At each await the sample holds all that is needed to continue it in another process.
         step, position = sample.born
         # All calls of a sample go to one process of the environment.
         key = stable_seed(step, int(train), position, sample.response)
@@ -179,17 +179,17 @@ class Player:
                     ends = result.done or turn + 1 == self.max_turns
                     continues = not ends and result.next_state.startswith(prefix)
                     text = "" if ends else result.next_state
-                    if continues:  # the state says what the tokens say: with the stop text
+                    if continues:  # the state gets the stop text, as the tokens have it
                         added = without_echo(text[len(prefix) :], hidden, sampling.stop)
                         text = prefix + hidden + added
                     new = await self._encode(added if continues else text, continues)
-                    if not (ends or continues or new):  # an engine has no answer to nothing
+                    if not (ends or continues or new):  # engines cannot answer an empty prompt
                         raise EnvError(
-                            f"{self.environment.path}: step returned next_state={text!r:.80} "
-                            "without a token and done=False; return a text to go on with, or "
+                            f"{self.environment.path}: step returned next_state={text!r:.80}, "
+                            "which has no tokens, and done=False; return text to go on with, or "
                             "done=True"
                         )
-                finally:  # a sample that has failed shows what was judged
+                finally:  # so that a failed sample shows what was judged
                     extend(sequence, completion.token_ids, completion)
                     sample.written = None
                 add_reward(sequence, result.reward)
@@ -235,13 +235,13 @@ class Player:
         sample.extra_info = extra_info
         sample.sequences.append(start_sequence(ids))
 
-    def forfeit_truncated(self, sample: Sample) -> None:
-        """With `rollout.truncated=zero` a sample that was cut off has the reward 0."""
+    def zero_if_truncated(self, sample: Sample) -> None:
+        """With `rollout.truncated=zero`, set the reward of a sample that was cut off to 0."""
         if sample.truncated and self.truncated == "zero":
             sample.zero_rewards()
 
     def _check_sums(self, sample: Sample) -> None:
-        """Raise EnvError where turns that are finite in float32 do not add up to what is."""
+        """Raise EnvError if the sum over turns is not finite in float32."""
         for name, sum_ in (("reward", sample.reward), ("score", sample.score)):
             if abs(sum_) > LARGEST:
                 raise EnvError(
@@ -268,11 +268,11 @@ class Player:
         seed: tuple[int, ...],
         gate: Gate,
     ) -> Completion:
-        """One whole completion, such as an action of a sample, which is `holder.written` until
-        somebody takes it. Where a closing gate cuts it off, it goes on when the gate opens.
+        """One complete completion, such as an action of a sample. What is written so far is kept in
+        `holder.written`. If a closing gate interrupts it, it continues when the gate opens.
 
-        A continuation has a seed of its own: noise is a function of seed and place in the
-        response, so the same seed would repeat the noise of the beginning.
+        A continuation has another seed: noise is a function of seed and place in the response, so
+        the same seed would repeat the noise of the beginning.
         """
         holder.written = written = holder.written or Completion([], [], "abort", [])
         while written.finish_reason == "abort":
@@ -291,15 +291,15 @@ class Player:
                 written = end_at_stop(written, n, sampling.stop, self.tokenizer)
             holder.written = written
             if gate.is_open:
-                break  # an abort that nobody here asked for
+                break  # an abort that was not requested here
         return written
 
     async def _encode(self, text: str, continues: bool = False) -> list[int]:
-        """Tokens of a text at the beginning of a sequence, or of one that follows another."""
+        """The tokens of a text at the beginning of a sequence, or (`continues`) after another."""
         encode = partial(self.tokenizer.encode, text, add_special_tokens=False)
         if continues:
             encode = partial(self._encode_behind, text)
-        # The event loop cannot wait for the tokens of a book.
+        # A very long text would block the event loop.
         return encode() if len(text) < _LONG_TEXT else await asyncio.to_thread(encode)
 
 
@@ -324,7 +324,7 @@ def check(completion: Completion) -> None:
 
 
 def join(first: Completion, then: Completion) -> Completion:
-    """One completion of a beginning and its continuation."""
+    """Join a completion and its continuation."""
     return Completion(
         first.token_ids + then.token_ids,
         first.logps + then.logps,
@@ -341,8 +341,8 @@ def end_at_stop(
 ) -> Completion:
     """End a completion that was joined from parts at its first stop string.
 
-    An engine looks for stop strings in what it writes itself, so it misses one that begins in
-    the first `n_before` tokens and ends after them.
+    An engine searches for stop strings only in what it writes itself, so it misses one that begins
+    in the first `n_before` tokens and ends after them.
     """
 
     def stops(n_tokens: int) -> bool:

@@ -1,4 +1,4 @@
-"""What the ranks tell each other after a round of a rollout, so that all of them stop together."""
+"""Reports that the ranks exchange after each round of a rollout, so that all stop together."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Report:
-    """Of one rank.
+    """The report of one rank.
 
-    n_teach: groups for the batch. kept: positions of groups that stay in flight there, in order.
-    n_refilled: prompts that it drew on its own. failed: samples that count for nothing. unknown:
-    keys of the environment's answers that nobody reads. failure: of the rank itself.
+    n_teach: number of groups for the batch. kept: positions of the groups that stay in flight, in
+    order. n_refilled: number of prompts that it drew by itself. failed: failures of samples.
+    unknown: unknown keys of the environment's answers. failure: error of the rank itself.
     """
 
     n_teach: int = 0
@@ -33,10 +33,11 @@ class Report:
 
 
 class Reports:
-    """The reports of all ranks.
+    """Exchanges the reports of all ranks.
 
-    failures: counts the failed samples of all of them. env_path: of the environment, for messages.
-    rank, n_ranks: of `group`, which can carry CPU tensors; None is the default process group.
+    failures: counts the failed samples of all ranks. env_path: the environment's file, for
+    messages. rank, n_ranks: rank and size in `group`, which supports CPU tensors; None is the
+    default process group.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Reports:
         self._warned_of: set[str] = set()  # unknown keys
 
     def exchange(self, own: Report, failure: Exception | None) -> list[Report]:
-        """All ranks' reports, by rank (a collective). Rank 0 warns of what was dropped.
+        """All ranks' reports, by rank (a collective). Rank 0 warns about dropped samples.
 
         failure: why this rank's round failed.
 
@@ -76,12 +77,12 @@ class Reports:
         return reports
 
     def _warn(self, reports: list[Report]) -> None:
-        """Name what was dropped, once for each kind, and keys that nobody reads."""
+        """Log dropped samples, one line for each kind of failure, and new unknown keys."""
         for line in lines(failed for report in reports for failed in report.failed):
             logger.warning("%s", line)
         unknown = {key: None for report in reports for key in report.unknown}
         if new := [key for key in unknown if key not in self._warned_of]:
             logger.warning(
-                "%s: step returned keys that nobody reads: %s", self.env_path, hints(new)
+                "%s: step returned keys that are not used: %s", self.env_path, hints(new)
             )
         self._warned_of |= set(new)

@@ -1,4 +1,4 @@
-"""The rounds in which a step's prompts are answered by all drivers."""
+"""The rounds in which all drivers answer a step's prompts."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from RL2.runtime.event_loop import EventLoopThread
 
 
 class Rounds:
-    """Has the groups of a step answered.
+    """Answers the groups of a step.
 
-    The drivers answer in rounds; a second one is for the prompts that take the place of those that
-    taught nothing. (A single driver draws them as it goes.) Every rank keeps the same books: what
-    was drawn, who has it, what is left.
+    The drivers answer in rounds; later rounds are for prompts that replace those that taught
+    nothing. (A single driver draws these at once.) All ranks keep the same records: which prompts
+    were drawn, which driver has them, how many are left.
 
     Args:
-        driver: of this rank, None where it has no engine.
-        drivers: the ranks that have one.
-        loop: the event loop that the driver lives on.
-        reports: of all ranks.
-        environment: of this rank.
-        progress: True shows a progress bar, False does not, None does on a terminal.
+        driver: this rank's driver, None if it has no engine.
+        drivers: the ranks that have a driver.
+        loop: the event loop that the driver runs on.
+        reports: exchanges the ranks' reports.
+        environment: this rank's environment.
+        progress: whether to show a progress bar; None shows it on a terminal.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Rounds:
 
     @property
     def carried(self) -> list[Item]:
-        """Prompts that were begun and whose answers are in no batch yet, the same on all ranks."""
+        """Prompts that were begun and are in no batch yet, the same on all ranks."""
         return [item for items in self._carried for item in items]
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """The groups that this rank carries to the next step, with all that is written of them."""
+        """The groups that this rank carries to the next step, with everything written so far."""
         if self._driver is None or self._driver.carried is None:
             return []
         return self._loop.run(self._driver.carried.state_dict())
@@ -71,7 +71,7 @@ class Rounds:
         sampling: SamplingParams,
         filtering: bool,
     ) -> None:
-        """Carry what `state_dict` gave on all ranks of a run, on however many ranks.
+        """Carry the groups that `state_dict` returned on all ranks; the number of ranks may differ.
 
         items: the prompts of the groups.
         """
@@ -87,7 +87,7 @@ class Rounds:
             self._loop.run(self._driver.carried.take_over(own))
 
     def answer(self, step: Step) -> tuple[list[Sample], int]:
-        """This rank's samples of a step, and how many prompts were drawn to replace others (a
+        """This rank's samples of a step, and the number of prompts drawn to replace others (a
         collective)."""
         self._reports.failures.begin(step.wanted * step.n_responses)
         in_flight = None if self._driver is None else self._driver.groups_of(step)
@@ -106,7 +106,7 @@ class Rounds:
             answering.cancel()
 
     def close(self) -> None:
-        """Stop what goes on and forget what is carried."""
+        """Stop the running round and drop the carried groups."""
         self._closed = True
         self._loop.cancel()
         if self._driver is not None and self._driver.carried is not None:
@@ -171,10 +171,10 @@ class Rounds:
     def _refill(
         self, step: Step, first: int, limit: int, refilled: list[Item]
     ) -> Callable[[], Group | None]:
-        """For `GroupsInFlight.answer`: what a single driver draws at once, several draw in the next
-        round.
+        """For `GroupsInFlight.answer`: a single driver draws replacements at once; several drivers
+        draw them in the next round.
 
-        first: position of the first one. limit: how many at most. refilled: filled with them.
+        first: position of the first replacement. limit: most replacements. refilled: collects them.
         """
 
         def refill() -> Group | None:
@@ -205,9 +205,9 @@ class Rounds:
             if in_flight is not None:
                 report.n_teach = sum(group.teaches(in_flight.filtering) for group in groups)
                 report.kept = [group.position for group in in_flight.groups]
-        except TooManyFailures as error:  # all ranks raise it, below
+        except TooManyFailures as error:  # raised on all ranks below
             failed = error.failed
-        except Exception as error:  # engines may fail because their servers were asked to stop, too
+        except Exception as error:  # e.g. because servers were asked to stop, too
             failure, report.failure = error, f"{type(error).__name__}: {error}"
         report.interrupted = self._interrupted
         report.n_refilled = len(refilled)
@@ -217,7 +217,7 @@ class Rounds:
         return groups, self._reports.exchange(report, failure)
 
     def _interruptibly(self, answer: Coroutine[Any, Any, list[Group]]) -> list[Group]:
-        """The groups, unless `interrupt` is called meanwhile."""
+        """Wait for the groups; `interrupt` cancels it."""
         self._answering = self._loop.start(answer)
         if self._interrupted:
             self.interrupt()
@@ -233,6 +233,6 @@ class Rounds:
             desc=f"{'rollout' if step.train else 'evaluation'} {step.number}",
             unit="sample",
             leave=False,
-            # None: as tqdm finds a terminal or not
+            # None: tqdm shows the bar only on a terminal
             disable=None if shown and self._progress is None else not shown,
         )

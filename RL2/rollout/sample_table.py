@@ -1,7 +1,7 @@
-"""Samples as columns of numbers: how they come to rank 0, and the batch, metrics and files there.
+"""Samples as columns of numbers: gathering them on rank 0, and the batch, metrics and files there.
 
-Nothing here goes through the samples' tokens one by one, but for `SampleTable.of`, by which every
-driver turns its own lists into tensors.
+Only `SampleTable.of`, with which every driver turns its lists into tensors, goes through the tokens
+one by one.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from RL2.runtime.secrets import redact_all
 
 _TYPECODES = {torch.int32: "i", torch.float32: "f", torch.float64: "d", torch.uint8: "B"}
 
-# What travels, and in which dtype; wide columns first, so that all are aligned.
+# The columns that are sent, and their dtypes; wide ones first, so that all are aligned.
 _SAMPLES = {
     "position": torch.int64,
     "response": torch.int64,
     "length": torch.int64,
     "n_turns": torch.int64,
     "empty_actions": torch.int64,
-    "clipped": torch.int64,  # whether a turn was cut off at its longest
+    "clipped": torch.int64,  # whether a turn was cut off at the token limit
     "failed": torch.int64,
-    "n_bytes": torch.int64,  # of its line
+    "n_bytes": torch.int64,  # length of its line
     "reward": torch.float64,
     "score": torch.float64,
 }
@@ -56,7 +56,7 @@ Columns = dict[str, Tensor]
 
 
 def _token_columns(fields: Iterable[str]) -> dict[str, torch.dtype]:
-    """With those of judges; the narrow one stays last."""
+    """The token columns with those of judges; the narrow column stays last."""
     return {"rewards": _TOKENS["rewards"]} | dict.fromkeys(fields, torch.float32) | _TOKENS
 
 
@@ -65,11 +65,11 @@ class SampleTable:
     """Some samples.
 
     Attributes:
-        samples: `[S]` columns, see `_SAMPLES`, and `start`, of its line in the text.
-        sequences: `[Q]` columns: number of the `sample`, `n_tokens`, and `start` in the tokens.
-            Ordered by sample.
-        tokens: columns of the tokens of all sequences. text: UTF-8, one line of a dump for each
-            sample, or nothing. Both may hold more than the samples at hand.
+        samples: `[S]` columns, see `_SAMPLES`, and `start`, the offset of its line in the text.
+        sequences: `[Q]` columns: number of the `sample`, `n_tokens`, and `start`, the offset in the
+            tokens. Ordered by sample.
+        tokens: columns of the tokens of all sequences. text: UTF-8, one line for each sample for
+            `dump`, or empty. Both may also hold data of other samples.
     """
 
     samples: Columns
@@ -81,8 +81,8 @@ class SampleTable:
     def of(
         cls, samples: list[Sample], lines: bool = False, fields: tuple[str, ...] = ()
     ) -> SampleTable:
-        """A table of samples; `lines`: with what `dump` writes, `fields`: with what judges say of
-        their tokens."""
+        """A table of samples. lines: whether to make the text for `dump`. fields: names of judges'
+        fields to include."""
         text = [_line(sample) if lines else b"" for sample in samples]
         rows = [(i, one) for i, sample in enumerate(samples) for one in sample.sequences]
         per_sample = [
@@ -106,7 +106,7 @@ class SampleTable:
         for name, dtype in _TOKENS.items():
             of_rows = [one["action_mask" if name == "roles" else name] for _, one in rows]
             if [len(values) for values in of_rows] != n_tokens:
-                raise ValueError(f"a sequence has another number of {name} than tokens")
+                raise ValueError(f"a sequence does not have as many {name} as tokens")
             tokens[name] = _flat(of_rows, dtype)
         actions = tokens["roles"].nonzero().squeeze(1)
         tokens["roles"] = _with_turns(tokens["roles"], rows, samples)
@@ -142,7 +142,7 @@ class SampleTable:
         return len(self.samples["position"])
 
     def select(self, which: Tensor) -> SampleTable:
-        """The samples of these numbers `[k]`, in this order."""
+        """The samples with these indices `[k]`, in this order."""
         place = torch.full((len(self),), -1)
         place[which] = torch.arange(len(which))
         of_sequence = place[self.sequences["sample"]]
@@ -157,22 +157,22 @@ class SampleTable:
         )
 
     def sorted(self) -> SampleTable:
-        """By position and response."""
+        """All samples, ordered by position and response."""
         order = self.samples["response"].argsort(stable=True)
         return self.select(order[self.samples["position"][order].argsort(stable=True)])
 
     def good(self) -> SampleTable:
-        """Those that did not fail."""
+        """The samples that did not fail."""
         return self.select((self.samples["failed"] == 0).nonzero().squeeze(1))
 
     def whole(self) -> SampleTable:
-        """Those of which no turn was cut off."""
+        """The samples without a turn that was cut off."""
         return self.select((self.samples["clipped"] == 0).nonzero().squeeze(1))
 
     def without_equal_groups(self) -> tuple[SampleTable, float]:
-        """Drop the groups in which all rewards are equal, which teach nothing against their mean.
+        """Drop the groups with equal rewards, which teach nothing relative to their mean.
 
-        Returns the samples that stay and the fraction of groups that went (0 without groups).
+        Returns the remaining samples and the fraction of groups dropped (0 without groups).
         """
         positions, group = self.samples["position"].unique(return_inverse=True)
         equal = all_equal(self.samples["reward"], group, len(positions))
@@ -185,7 +185,7 @@ def gather_samples(
 ) -> SampleTable | None:
     """The samples of all ranks of a group on its rank 0, by rank; None elsewhere (a collective).
 
-    Two steps: everybody's sizes, then one message from each rank that has samples.
+    Two steps: the sizes of all ranks, then one message from each rank that has samples.
     """
     if n_ranks == 1:
         traffic.add("samples", 0)
@@ -200,7 +200,7 @@ def gather_samples(
     sizes = [torch.empty_like(own) for _ in range(n_ranks)]
     dist.all_gather(sizes, own, group=group)
     *n_rows, n_bytes = torch.stack(sizes).T.tolist()
-    # The sizes of the others come here, and all sizes go back to them.
+    # Rank 0 gets the sizes of the others, and sends all sizes to each of them.
     traffic.add("samples", sum(n_bytes[1:]) + (n_ranks - 1) * (n_ranks + 1) * 8 * len(own))
     buffer = concatenate_on_rank_0(buffer, n_bytes, group)
     if buffer is None:
@@ -236,10 +236,10 @@ def _unpack(
 def to_batch(table: SampleTable, n_responses: int) -> dict[str, Tensor] | None:
     """One row per sequence, in the samples' order; None without samples.
 
-    The fields of `RL2.datasets.collate`, with rewards in float64, and sample_ids, group_ids [B]
-    int64, correct [B] bool, turn_ids [B, T] int64: in which of its sample's turns, from 0, the
-    policy wrote the token, and weight_versions [B, T] int64: which weights wrote it; both -1 where
-    the policy did not. What judges say is [B, T] float32.
+    The fields of `RL2.datasets.collate`, with rewards in float64, and: sample_ids, group_ids [B]
+    int64; correct [B] bool; turn_ids [B, T] int64, the turn (from 0) of its sample in which the
+    policy wrote the token; weight_versions [B, T] int64, the weights that wrote it. The last two
+    are -1 for tokens that the policy did not write. Judges' fields are [B, T] float32.
     """
     sample, starts = table.sequences["sample"], table.sequences["start"]
     lengths = table.sequences["n_tokens"] - 1
@@ -249,7 +249,7 @@ def to_batch(table: SampleTable, n_responses: int) -> dict[str, Tensor] | None:
     valid = torch.arange(n_tokens) < lengths[:, None]
     place = valid.flatten().nonzero().squeeze(1)
     states = ranges(starts, lengths)
-    actions = states + 1  # all that belongs to a token stands at the position before it
+    actions = states + 1  # the data of a token are at the position before it
 
     def padded(name: str, which: Tensor, dtype: torch.dtype, fill: float = 0) -> Tensor:
         field = torch.full((len(sample) * n_tokens,), fill, dtype=dtype)
@@ -259,7 +259,7 @@ def to_batch(table: SampleTable, n_responses: int) -> dict[str, Tensor] | None:
     roles = padded("roles", actions, torch.uint8)
     mask, begins = roles > 0, roles == 2
     before = begins.sum(1).cumsum(0) - begins.sum(1)  # turns in the rows above
-    before = before - before[torch.searchsorted(sample, sample)]  # which are this sample's
+    before = before - before[torch.searchsorted(sample, sample)]  # only those of this sample
     turn_ids = begins.cumsum(1) + before[:, None] - 1
     position = table.samples["position"][sample]
     return {
@@ -317,8 +317,8 @@ def dump(table: SampleTable, path: Path) -> None:
 def _with_turns(
     actions: Tensor, rows: list[tuple[int, dict[str, list]]], samples: list[Sample]
 ) -> Tensor:
-    """`roles` of the tokens of all rows, of which `actions` says which the policy wrote. rows:
-    number of the sample, sequence."""
+    """The `roles` of the tokens of all rows. actions: 1 for tokens that the policy wrote. rows:
+    (number of the sample, sequence)."""
     positions = actions.nonzero().squeeze(1)
     n_actions = [0] * len(samples)
     for number, sequence in rows:
@@ -335,7 +335,7 @@ def _with_turns(
 def _of_actions(
     name: str, rows: list[tuple[int, dict[str, list]]], samples: list[Sample]
 ) -> Tensor:
-    """What judges call `name`, of every token that the policy wrote; 0 in samples that failed."""
+    """The judges' field `name` for every token that the policy wrote; 0 in samples that failed."""
     n_actions = [0] * len(samples)
     for number, sequence in rows:
         n_actions[number] += sum(sequence["action_mask"])
@@ -349,10 +349,10 @@ def _of_actions(
 
 def _line(sample: Sample) -> bytes:
     line = json.dumps(redact_all(_record(sample)), ensure_ascii=False) + "\n"
-    # JSON may hold them as they are, but str.splitlines and much else would cut the line there.
+    # JSON allows them unescaped, but str.splitlines and other tools would split the line there.
     for separator in "\x85\u2028\u2029":
         line = line.replace(separator, f"\\u{ord(separator):04x}")
-    # An answer may hold half a surrogate pair; its escape is JSON's own.
+    # An answer may contain a lone surrogate; it becomes an escape that is valid JSON.
     return line.encode(errors="backslashreplace")
 
 
@@ -385,7 +385,7 @@ def _record(sample: Sample) -> dict[str, Any]:
 
 
 def _flat(lists: Iterable[list], dtype: torch.dtype) -> Tensor:
-    """The numbers of all lists in one tensor (an array takes a third of `torch.tensor`'s time)."""
+    """The numbers of all lists in one tensor (an array is three times as fast as torch.tensor)."""
     numbers = array(_TYPECODES[dtype])
     for one in lists:
         numbers.extend(one)

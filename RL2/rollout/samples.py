@@ -1,7 +1,7 @@
-"""What the policy wrote: samples, and groups of them.
+"""Samples that the policy wrote, and groups of them.
 
-Token ids go in and come out: the ids that an engine sampled are the ids that are trained on; text
-is made from them for the environment only.
+The token ids that an engine sampled are trained on unchanged; text is decoded from them only for
+the environment.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NOT_THE_POLICY = -1  # weight version of a token that the policy did not write
 def stable_seed(*parts: int) -> int:
     """Mix integers into one of 63 bits; the same on every machine and in every process.
 
-    A chain of splitmix64 steps, so that neighbouring samples get unrelated seeds.
+    A chain of splitmix64 steps, so that neighboring samples get unrelated seeds.
     """
     state = 0
     for part in parts:
@@ -42,19 +42,18 @@ def action_parts(
     tokenizer: PreTrainedTokenizerBase,
     ends: EndTokens,
 ) -> tuple[str, str]:
-    """The text of a completion that an environment judges, and the stop text behind it that is cut
-    off.
+    """The text of a completion for the environment, and the stop text that was cut off after it.
 
-    The token that ended the completion is in neither; every other special token (`</think>` where
-    it is one) stays. The first ends before a stop text with `no_stop_trim=False`, and always before
-    one that special tokens spell, as those end a turn and say nothing.
+    The token that ended the completion is in neither; all other special tokens stay (`</think>` may
+    be one). A stop text is cut off with `no_stop_trim=False`, and always if it consists of special
+    tokens, which only mark the end of a turn.
     """
     ids = completion.token_ids
     whole = _decode(tokenizer, ids)
     if completion.finish_reason != "stop":
         return whole, ""
     last = ids[-1] if ids else None
-    # An external server may stop at more tokens than we know of: such a token is an end, too.
+    # An external server may know more end tokens than we do; these count as well.
     by_token = last in ends.ids or (
         last in ends.special and not any(stop in whole for stop in sampling.stop)
     )
@@ -69,8 +68,8 @@ def action_parts(
 
 
 def without_echo(text: str, hidden: str, stops: tuple[str, ...]) -> str:
-    """What an environment wrote behind an action whose stop text it was not shown (`hidden`),
-    without that stop text, if it begins with it."""
+    """What an environment wrote after an action, without a leading copy of the stop text that was
+    cut off (`hidden`)."""
     for echo in (hidden, *(stop for stop in stops if hidden.startswith(stop))):
         if text.startswith(echo):
             return text[len(echo) :]
@@ -83,8 +82,8 @@ def _is_special(stop: str, tokenizer: PreTrainedTokenizerBase, ends: EndTokens) 
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of tokens that follow others: at the beginning of a text, decoders of the
-    sentencepiece kind drop the space of the first token."""
+    """Decode tokens that follow others: at the beginning of a text, sentencepiece decoders would
+    drop the space of the first token."""
 
     def text_of(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -96,7 +95,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 @dataclass
 class Turn:
-    """One action and what the environment said to it."""
+    """One action and the environment's judgment."""
 
     state: str
     action: str
@@ -111,18 +110,19 @@ class Sample:
     """One answer to one prompt, over all its turns.
 
     position: place of the prompt in the step. response: number of the answer to that prompt.
-    sequences: token sequences as `RL2.datasets.base.collate` takes them; more than one where a
-        turn's state does not continue the turn before.
-    error: why the sample counts for nothing (None for a good one).
-    cause: of the error: "env" (the environment failed), "malformed" (the engine's reply made no
-        sense) or "abort" (the engine gave up).
-    born: step and place in it in which the sample began, which seed it; None: `position` is it.
-    state, extra_info: what the next turn begins with; None before the first one. (The latter is
-        bytes where the environment runs in a process of its own.)
-    written: of the next turn, as long as the environment has not answered it.
-    ended: whether nothing more comes.
-    masked: whether it takes no part in a batch, as it was cut off.
-    fields: what judges say of it: a number, or one for each token that the policy wrote.
+    sequences: token sequences as for `RL2.datasets.base.collate`; more than one if a turn's state
+        does not continue the turn before.
+    error: why the sample failed and is dropped; None for a good one.
+    cause: cause of the error: "env" (the environment failed), "malformed" (the engine's reply made
+        no sense) or "abort" (the engine gave up).
+    born: the step in which the sample began and its place there, which give its seed; None:
+        `position` is the place.
+    state, extra_info: start of the next turn; None before the first one. extra_info is bytes if the
+        environment runs in a separate process.
+    written: the completion of the next turn, until the environment has answered it.
+    ended: whether the sample is finished.
+    masked: whether it is left out of the batch, because it was cut off.
+    fields: values from judges: a number, or one for each token that the policy wrote.
     """
 
     position: int
@@ -143,7 +143,7 @@ class Sample:
 
     @property
     def truncated(self) -> bool:
-        """Whether a turn was cut off at its longest."""
+        """Whether a turn was cut off at the token limit."""
         return any(turn.finish_reason == "length" for turn in self.turns)
 
     @property
@@ -166,7 +166,7 @@ class Sample:
             sequence["rewards"] = [0.0] * len(sequence["rewards"])
 
     def set_reward(self, reward: float) -> None:
-        """Make this the reward, given for the last action; the score stays."""
+        """Set the sample's reward, on the last action; the score stays."""
         self.zero_rewards()
         self.turns[-1].reward = reward
         acted = [one for one in self.sequences if any(one["action_mask"])]
@@ -176,12 +176,12 @@ class Sample:
         self.error, self.cause = error, cause
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy in plain values, from which the sample goes on; one whose environment keeps
-        anything else in `extra_info` begins again."""
+        """A copy in plain values, from which the sample can continue. If `extra_info` has other
+        values, the sample starts again."""
         if not self.ended and not _is_plain(self.extra_info):
             return {"response": self.response, "born": self.born}
         state = {item.name: getattr(self, item.name) for item in fields(self)}
-        del state["position"]  # its group's
+        del state["position"]  # given by its group
         state["turns"] = [asdict(turn) for turn in self.turns]
         state["sequences"] = [
             {name: list(values) for name, values in sequence.items()} for sequence in self.sequences
@@ -194,20 +194,20 @@ class Sample:
 
     @classmethod
     def from_state_dict(cls, position: int, state: dict[str, Any]) -> Sample:
-        """The sample whose `state_dict` it is, at another place."""
+        """The sample of a `state_dict`, at a new position."""
         sample = cls(position, **state)
         sample.turns = [Turn(**turn) for turn in sample.turns]
         sample.written = Completion(**sample.written) if sample.written else None
         return sample
 
 
-@dataclass(eq=False)  # a group is itself, not what it holds
+@dataclass(eq=False)  # compared by identity
 class Group:
     """All answers to one prompt.
 
-    position: place of the prompt in the step; `renumber` moves the group to another step.
-    item: the prompt, as the data set gives it. unfinished: samples that are being played.
-    judged: whether the run's judges, if there are any, have seen it.
+    position: place of the prompt in the step; changed by `renumber` in a later step.
+    item: the prompt, as the data set gives it. unfinished: number of samples that are being played.
+    judged: whether the run's judges, if any, are done with it.
     """
 
     position: int
@@ -218,20 +218,20 @@ class Group:
 
     @classmethod
     def begin(cls, position: int, item: dict[str, Any], n_responses: int, step: int) -> Group:
-        """A group that nobody has answered yet."""
+        """A new group, without answers."""
         samples = [
             Sample(position, response, born=(step, position)) for response in range(n_responses)
         ]
         return cls(position, item, samples)
 
     def state_dict(self) -> dict[str, Any]:
-        """In plain values. The prompt is there by its number in the data set."""
+        """The group in plain values, with the prompt's index in the data set."""
         samples = [sample.state_dict() for sample in self.samples]
         return {"index": self.item["index"], "samples": samples, "judged": self.judged}
 
     @classmethod
     def from_state_dict(cls, position: int, item: dict[str, Any], state: dict[str, Any]) -> Group:
-        """The group whose `state_dict` it is, at another place; `item` is its prompt."""
+        """The group of a `state_dict`, at a new position; `item` is its prompt."""
         samples = [Sample.from_state_dict(position, sample) for sample in state["samples"]]
         return cls(position, item, samples, judged=state.get("judged", False))
 
@@ -249,7 +249,7 @@ class Group:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a checkpoint can hold a value: it is loaded without pickle."""
+    """Whether a checkpoint, which is loaded without pickle, can hold the value."""
     if isinstance(value, dict):
         return all(_is_plain(part) for pair in value.items() for part in pair)
     if isinstance(value, (list, tuple)):
@@ -258,7 +258,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def start_sequence(token_ids: list[int]) -> dict[str, list]:
-    """A sequence that so far holds only what the policy was given."""
+    """A sequence with only the tokens that the policy was given."""
     names = ("token_ids", "action_mask", "llm_logps", "rewards", "weight_versions")
     sequence: dict[str, list] = {name: [] for name in names}
     extend(sequence, token_ids)
@@ -268,7 +268,7 @@ def start_sequence(token_ids: list[int]) -> dict[str, list]:
 def extend(
     sequence: dict[str, list], token_ids: list[int], completion: Completion | None = None
 ) -> None:
-    """Append tokens: those of a completion, or the environment's."""
+    """Append tokens of a completion or of the environment."""
     n = len(token_ids)
     wrote = completion is not None
     sequence["token_ids"] += token_ids
@@ -279,9 +279,9 @@ def extend(
 
 
 def add_reward(sequence: dict[str, list], reward: float) -> None:
-    """Put a turn's reward on the last action token; an empty action leaves it to the one before.
+    """Put a turn's reward on the last action token; for an empty action, on the one before.
 
-    A sequence without any action token has nowhere to put it, and nothing to learn.
+    A sequence without action tokens gets no reward, as there is nothing to learn.
     """
     for index in range(len(sequence["action_mask"]) - 1, -1, -1):
         if sequence["action_mask"][index]:
@@ -290,7 +290,7 @@ def add_reward(sequence: dict[str, list], reward: float) -> None:
 
 
 def staleness(batch: dict[str, Tensor], version: int) -> float:
-    """By how many versions the weights that wrote a token are behind `version`, mean over the
-    action tokens; 0 without any."""
+    """How many versions the weights that wrote a token are behind `version`: the mean over the
+    action tokens, 0 if there are none."""
     written = batch["weight_versions"][batch["action_mask"]]
     return (version - written.double()).mean().item() if len(written) else 0.0

@@ -1,8 +1,8 @@
-"""Which driver gets which groups."""
+"""Distribution of groups over drivers."""
 
 
 def spread(held: list[int], n: int) -> list[int]:
-    """Who gets each of n more groups: whoever has the fewest, the first among equals."""
+    """The owner of each of n more groups: the driver with the fewest, the first among equals."""
     held = list(held)
     owners = []
     for _ in range(n):
@@ -13,8 +13,7 @@ def spread(held: list[int], n: int) -> list[int]:
 
 
 def shares(held: list[int], n: int) -> list[int]:
-    """How many of its groups each driver has to bring to an end, n in all: as evenly as what they
-    hold allows."""
+    """How many of its groups each driver must finish, n in all, as evenly as possible."""
     left, share = list(held), [0] * len(held)
     for _ in range(min(n, sum(held))):
         owner = left.index(max(left))

@@ -1,4 +1,4 @@
-"""Answers as a person reads them on a terminal."""
+"""Answers in readable form, for the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LINES = 12
 
 
 def shown(samples: Iterable[Sample], n: int) -> list[str]:
-    """The first answers to the first prompts, n at most: end of the prompt, answer and score."""
+    """At most n answers, first those to the first prompts: end of the prompt, answer, score."""
     good = [sample for sample in samples if sample.error is None and sample.turns]
     good.sort(key=lambda sample: (sample.response, sample.position))
     return [_text(sample) for sample in good[:n]]

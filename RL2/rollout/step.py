@@ -1,4 +1,4 @@
-"""What a step of training, or an evaluation, asks of the engines."""
+"""The request of a training step or an evaluation to the collector."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ Draw = Callable[[int], list[Item]]
 class Step:
     """One call of the collector.
 
-    draw: gives the next prompts. wanted: groups that shall teach something. spare: prompts in
-    flight beyond those. budget: prompts to draw at most for those that teach nothing.
-    filtering: whether groups of equal rewards teach nothing. carries: the step ends with the last
-    group wanted, and the others go on in the next. sampled: an evaluation that samples as training
-    does.
+    draw: returns the next prompts. wanted: number of groups that must teach something. spare: more
+    prompts in flight. budget: most prompts to draw in place of those that teach nothing.
+    filtering: whether groups with equal rewards count as teaching nothing. carries: whether the
+    step ends when it has the wanted groups, and the others continue in the next. sampled: whether
+    an evaluation samples as training does.
     """
 
     number: int

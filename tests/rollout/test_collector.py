@@ -339,7 +339,7 @@ async def step(state, action, extra_info):
     for step in (1, 2):
         collector.collect(make_items(2), step=step, train=True)
     (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert line.endswith("keys that nobody reads: 'extra_inf' (did you mean extra_info?)")
+    assert line.endswith("keys that are not used: 'extra_inf' (did you mean extra_info?)")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

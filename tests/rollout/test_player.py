@@ -411,8 +411,8 @@ def test_a_state_without_a_token_ends_its_sample_by_name(tmp_path, byte_tokenize
     sample = play(max_turns=2)
     assert (sample.cause, len(engine.calls)) == ("env", 2)
     assert sample.error == (
-        f"{path}: step returned next_state='' without a token and done=False; "
-        "return a text to go on with, or done=True"
+        f"{path}: step returned next_state='', which has no tokens, and done=False; "
+        "return text to go on with, or done=True"
     )
     assert sample.sequences[0]["token_ids"][-2:] == [70, EOS]  # what was judged
 

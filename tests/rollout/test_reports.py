@@ -47,4 +47,4 @@ def test_what_was_dropped_is_said_and_unknown_keys_once(reports, caplog):
     reports.exchange(Report(unknown=["scores"]), None)
     dropped, unknown = caplog.messages
     assert "sample dropped: prompt 0, response 0 of step 1: env.py: step raised" in dropped
-    assert unknown.startswith("env.py: step returned keys that nobody reads: scores")
+    assert unknown.startswith("env.py: step returned keys that are not used: scores")

@@ -278,5 +278,5 @@ def test_a_sum_that_is_zero_on_paper_is_no_correct_sample():
 def test_a_sequence_with_a_column_too_short_is_refused():
     sample = next(s for s in make_samples(range(5)) if s.sequences)
     sample.sequences[0]["llm_logps"].pop()
-    with pytest.raises(ValueError, match="another number of llm_logps than tokens"):
+    with pytest.raises(ValueError, match="does not have as many llm_logps as tokens"):
         SampleTable.of([sample])

@@ -1,4 +1,4 @@
-"""What a judge may ask the engine."""
+"""A judge's access to the engine."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from RL2.runtime.errors import EngineError, EnvError
 
 
 @dataclass
-class _Open:
-    """A request: what is written of it."""
+class _Request:
+    """An open request. written: the tokens so far."""
 
     written: Completion | None = None
 
 
 class Asking:
-    """The engine of one call of a judge.
+    """The engine, as one call of a judge sees it.
 
     Args:
-        player: has the engine. gate: what all requests pass, `rollout.max_in_flight` at a time.
-        sampling: of the step.
-        seed: of the call; what is asked adds to it, so that answers depend neither on the order of
-            requests nor on the number of engines.
+        player: sends the requests. gate: limits all requests to `rollout.max_in_flight` at a time.
+        sampling: sampling parameters of the step.
+        seed: seed of the call. Each request's tokens are mixed into it, so that answers depend
+            neither on the order of requests nor on the number of engines.
     """
 
     def __init__(self, player: Player, gate: Gate, sampling: SamplingParams, seed: tuple[int, ...]):
@@ -40,7 +40,7 @@ class Asking:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of the policy."""
+        """The policy's tokenizer."""
         return self._player.tokenizer
 
     async def generate(
@@ -51,10 +51,10 @@ class Asking:
         max_new_tokens: int | None = None,
         number: int = 0,
     ) -> Completion:
-        """What the policy writes after `token_ids`, with its log-probabilities.
+        """A completion of `token_ids` by the policy, with log-probabilities.
 
-        temperature, max_new_tokens: as in training (`rollout.train_sampling_params`) by default.
-        number: asks for another answer to the same tokens.
+        temperature, max_new_tokens: by default as in training (`rollout.train_sampling_params`).
+        number: different numbers give different answers to the same tokens.
         """
         changes = {"temperature": temperature, "max_new_tokens": max_new_tokens}
         sampling = replace(
@@ -62,18 +62,18 @@ class Asking:
         )
         try:
             check_request(token_ids, sampling, self._player.engine.context_length)
-        except EngineError as error:  # of this judge, and not of the engine
+        except EngineError as error:  # the judge is at fault, not the engine
             raise EnvError(str(error)) from error
         digest = sha256(array("q", token_ids).tobytes()).digest()[:7]
         seed = (*self._seed, number, int.from_bytes(digest, "big"))
         self._count(1)
         try:
-            return await self._player.write(_Open(), token_ids, sampling, seed, self._gate)
+            return await self._player.write(_Request(), token_ids, sampling, seed, self._gate)
         finally:
             self._count(-1)
 
     def _count(self, change: int) -> None:
-        """A judge without an open request is between two of them: batches wait for it."""
+        """Count open requests. A judge with none is between two requests: batches wait for it."""
         if not self._n_open:
             self._between.close()
         self._n_open += change

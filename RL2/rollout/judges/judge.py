@@ -1,4 +1,4 @@
-"""From the names and files of judges to what a finished group passes."""
+"""Finds judges by name or file, and runs them on finished groups."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REWARD = "reward"
 JUDGES: dict[str, Callable[..., Coroutine[Any, Any, Mapping[str, Sequence]]]] = {
     "agreement": agreement
 }
-# A judge's field is one more beside these.
+# Names that a judge's field cannot have.
 _TAKEN = {
     *FIELDS, *ESTIMATOR_FIELDS, *STATISTICS, "states", "actions", "weight_versions", "loss_weights",
     "pair_ids", "chosen", "positions", "start", "sequences", "groups", "pairs",
@@ -33,8 +33,8 @@ _TAKEN = {
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge, and the names of what it adds to samples. origin: the key and value that chose it.
-    number: its place among those of the run."""
+    """A judge, and the names of the fields that it adds to samples. origin: the config key and
+    value that chose it. number: its place among the run's judges."""
 
     function: Callable[..., Coroutine[Any, Any, Mapping[str, Sequence]]]
     fields: tuple[str, ...]
@@ -42,10 +42,10 @@ class Judge:
     number: int
 
     async def __call__(self, group: Group, engine: Asking) -> None:
-        """Put its fields into the samples of a group, and its rewards.
+        """Add its fields to the samples of a group, and set its rewards.
 
         Raises:
-            EnvError: it raises, or returns something else.
+            EnvError: it raises, or returns something invalid.
         """
         try:
             found = await self.function(group, engine)
@@ -53,12 +53,12 @@ class Judge:
             raise EnvError(f"{self.origin}: {error}") from error
         except (EngineError, asyncio.CancelledError):
             raise
-        except BaseException as error:  # also of exit(), which would end the event loop
-            said = " ".join(str(error).split())
+        except BaseException as error:  # even exit(), which would end the event loop
+            text = " ".join(str(error).split())
             where = place(error, file_of(self.function))
             at = f" ({where})" if where else ""
             raise EnvError(
-                f"{self.origin}: it raised {type(error).__name__}{said and f': {said:.300}'}{at}"
+                f"{self.origin}: it raised {type(error).__name__}{text and f': {text:.300}'}{at}"
             ) from error
         values = self._checked(found, group.samples)
         for name, of_samples in values.items():
@@ -81,7 +81,7 @@ class Judge:
         values = values.tolist() if hasattr(values, "tolist") else values
         if not isinstance(values, (list, tuple)) or len(values) != len(samples):
             raise EnvError(
-                f"{self.origin}: {name} has to be a list of {len(samples)}, one entry for each "
+                f"{self.origin}: {name} must be a list of {len(samples)}, one entry for each "
                 f"sample of the group, and is {values!r:.80}"
             )
         whole = []
@@ -91,13 +91,13 @@ class Judge:
             numbers = [value] if one else value
             n = 1 if one else sample.length
             if name == REWARD and not one or len(numbers) != n:
-                expected = "one number" if name == REWARD else f"one number, or {n}, one a token"
+                expected = "one number" if name == REWARD else f"one number, or {n}, one per token"
                 raise EnvError(
-                    f"{self.origin}: {name} of a sample has to be {expected}, and has {len(value)}"
+                    f"{self.origin}: {name} of a sample must be {expected}, and has {len(value)}"
                 )
             if not all(_is_number(x) for x in numbers):
                 raise EnvError(
-                    f"{self.origin}: {name} of a sample is {value!r:.80}, which is no finite "
+                    f"{self.origin}: {name} of a sample is {value!r:.80}, which is not a finite "
                     "number in float32"
                 )
             whole.append(float(value) if one else [float(x) for x in value])
@@ -113,8 +113,8 @@ def resolve_judges(names: Iterable[str]) -> tuple[Judge, ...]:
     `package.module:function`.
 
     Raises:
-        ConfigError: there is none, it is no async function of two parameters, or does not say its
-            fields.
+        ConfigError: a judge does not exist, is not an async function with two parameters, or has no
+            valid fields.
     """
     judges: list[Judge] = []
     for number, name in enumerate(names):
@@ -129,9 +129,9 @@ def resolve_judges(names: Iterable[str]) -> tuple[Judge, ...]:
                 "my_judge.py:my_judge for your own"
             )
         if not inspect.iscoroutinefunction(function):
-            raise ConfigError(f"{origin}: is no async function; write async def before it")
+            raise ConfigError(f"{origin}: is not an async function; define it with async def")
         if len(inspect.signature(function).parameters) != 2:
-            raise ConfigError(f"{origin}: has to take two parameters, (group, engine)")
+            raise ConfigError(f"{origin}: must take two parameters, (group, engine)")
         fields = getattr(function, "fields", ())
         fields = (fields,) if isinstance(fields, str) else tuple(fields)
         what = getattr(function, "__name__", "it")
@@ -142,24 +142,24 @@ def resolve_judges(names: Iterable[str]) -> tuple[Judge, ...]:
             )
         for field in fields:
             if not (isinstance(field, str) and field.isidentifier()) or field in _TAKEN:
-                why = "is a name already" if field in _TAKEN else "is no name of a parameter"
-                raise ConfigError(f"{origin}: its field {field} {why}; give it another one")
+                why = "is already in use" if field in _TAKEN else "is not a valid parameter name"
+                raise ConfigError(f"{origin}: its field {field} {why}; give it another name")
         if twice := [one for one in fields for other in judges if one in other.fields]:
-            raise ConfigError(f"{origin}: another judge adds {twice[0]} already; keep one of them")
+            raise ConfigError(f"{origin}: another judge already adds {twice[0]}; keep one of them")
         judges.append(Judge(function, fields, origin, number))
     return tuple(judges)
 
 
 def fields_of(judges: Iterable[Judge]) -> tuple[str, ...]:
-    """The fields of batches that judges add."""
+    """The batch fields that judges add."""
     return tuple(name for judge in judges for name in judge.fields if name != REWARD)
 
 
 async def judge_group(
     group: Group, judges: Sequence[Judge], player: Player, gate: Gate, sampling: SamplingParams
 ) -> None:
-    """Have a finished group judged, by one judge after the other. Where one fails, so do the
-    group's samples."""
+    """Run the judges on a finished group, one after the other. If one fails, so do the group's
+    samples."""
     good = [sample for sample in group.samples if sample.error is None]
     if not good:
         group.judged = True
@@ -175,5 +175,5 @@ async def judge_group(
         for sample in good:
             sample.fail(str(error), "env")
     for sample in good:
-        player.forfeit_truncated(sample)
+        player.zero_if_truncated(sample)
     group.judged = True

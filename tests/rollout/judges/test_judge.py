@@ -110,9 +110,9 @@ def test_seeds_depend_on_what_is_asked_and_not_on_when(tmp_path):
         ("exit(1)", "it raised SystemExit: 1 (judge.py:2)"),
         ("return 3", "it returned int; return {name: values} with the names of its fields, x"),
         ("return {'y': [1]}", "it returned ['y']; return {name: values}"),
-        ("return {'x': [1]}", "x has to be a list of 3, one entry for each sample of the group"),
-        ("return {'x': [1, 2, [3]]}", "x of a sample has to be one number, or 2, one a token, and"),
-        ("return {'x': [1, 2, float('nan')]}", "x of a sample is nan, which is no finite number"),
+        ("return {'x': [1]}", "x must be a list of 3, one entry for each sample of the group"),
+        ("return {'x': [1, 2, [3]]}", "x of a sample must be one number, or 2, one per token, and"),
+        ("return {'x': [1, 2, float('nan')]}", "x of a sample is nan, which is not a finite"),
         ("await engine.generate([])", "generate: the prompt has no tokens"),
     ],
 )
@@ -137,8 +137,8 @@ def test_an_engine_that_fails_is_not_the_judges_fault(tmp_path):
             ["agrement"],
             "rollout.judges=agrement: unknown; did you mean agreement? use agree",
         ),
-        (["agreement", "agreement"], "another judge adds agreement already; keep one of them"),
-        (["math:sin"], "rollout.judges=math:sin: is no async function"),
+        (["agreement", "agreement"], "another judge already adds agreement; keep one of them"),
+        (["math:sin"], "rollout.judges=math:sin: is not an async function"),
     ],
 )
 def test_names_that_are_none(names, said):
@@ -151,8 +151,8 @@ def test_names_that_are_none(names, said):
     ("fields", "said"),
     [
         ("()", 'does not say what it adds to samples; write f.fields = ("my_field",) below it'),
-        ("('entropy',)", "its field entropy is a name already; give it another one"),
-        ("('a b',)", "its field a b is no name of a parameter; give it another one"),
+        ("('entropy',)", "its field entropy is already in use; give it another name"),
+        ("('a b',)", "its field a b is not a valid parameter name; give it another name"),
     ],
 )
 def test_fields_that_cannot_be(tmp_path, fields, said):
