@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from RL2.runtime.errors import ConfigError, one_line
-from RL2.runtime.json_objects import no_key_twice
+from RL2.runtime.json_objects import reject_duplicate_keys
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _ADAPTER = "adapter_config.json"
@@ -266,7 +266,7 @@ def _check_text(data: bytes, path: Path, key: str) -> None:
 
 def _object(data: bytes, path: Path, key: str) -> dict[str, Any]:
     try:
-        content = json.loads(data.decode(), object_pairs_hook=no_key_twice)
+        content = json.loads(data.decode(), object_pairs_hook=reject_duplicate_keys)
     except json.JSONDecodeError as error:
         place, reason = f"{path}:{error.lineno}:{error.colno}", error.msg
     except RecursionError:

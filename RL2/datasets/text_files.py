@@ -19,7 +19,7 @@ from typing import Any
 
 from RL2.datasets.rows import Rows, type_name
 from RL2.runtime.errors import DataError, one_line
-from RL2.runtime.json_objects import no_key_twice
+from RL2.runtime.json_objects import reject_duplicate_keys
 
 _GZIP = b"\x1f\x8b"  # how a compressed file begins, whatever its name
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -64,7 +64,7 @@ def _parse_jsonl(text: str, name: str, key: str) -> Rows:
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line, object_pairs_hook=no_key_twice))
+            rows.append(json.loads(line, object_pairs_hook=reject_duplicate_keys))
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{key}.path: {_place(name, number, error)}; each line holds one object, for "
@@ -83,7 +83,7 @@ def read_json(name: str, key: str) -> Rows:
     begin = _BEGIN.match(text)
     if begin is None:
         return _parse_jsonl_or_object(text, name, key)
-    decoder = json.JSONDecoder(object_pairs_hook=no_key_twice)
+    decoder = json.JSONDecoder(object_pairs_hook=reject_duplicate_keys)
     rows, lines = [], []
     position, is_last, line, counted = begin.end(), begin[1], 1, 0
     try:

@@ -117,7 +117,7 @@ class Player:
         self.max_turns = max_turns
         self.max_length = max_length
         continuations = continuation_encoder(tokenizer)
-        self._encode_behind = lambda text: continuations([text])[0]
+        self._encode_continuation = lambda text: continuations([text])[0]
         self.ends = ends or end_tokens(tokenizer)
         self.truncated = truncated
         self._settled = settled or asyncio.Event()
@@ -298,7 +298,7 @@ class Player:
         """The tokens of a text at the beginning of a sequence, or (`continues`) after another."""
         encode = partial(self.tokenizer.encode, text, add_special_tokens=False)
         if continues:
-            encode = partial(self._encode_behind, text)
+            encode = partial(self._encode_continuation, text)
         # A very long text would block the event loop.
         return encode() if len(text) < _LONG_TEXT else await asyncio.to_thread(encode)
 

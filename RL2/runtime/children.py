@@ -19,7 +19,7 @@ def children_end(watch: bool) -> Iterator[None]:
     watch: whether to do so even if this process is killed.
     """
     own = os.getpid()
-    before = process_tree.those_below(own)  # left alone
+    before = process_tree.start_times_below(own)  # left alone
     process_tree.adopt_orphans()
     watching = _watch(before) if watch else None
     try:

@@ -3,7 +3,7 @@
 from typing import Any
 
 
-def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An `object_pairs_hook` that raises ValueError for a duplicate key. json by itself silently
     keeps the last value."""
     content = dict(pairs)

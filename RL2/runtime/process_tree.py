@@ -80,13 +80,13 @@ def below(
     return found
 
 
-def those_below(root: int, spared: Collection[int] = ()) -> dict[int, int]:
+def start_times_below(root: int, spared: Collection[int] = ()) -> dict[int, int]:
     """Start time of each process below `root`, by its pid, which another may get later."""
     return {each.pid: each.started for each in below({root}, processes(), spared)}
 
 
 def still_running(known: dict[int, int]) -> set[int]:
-    """The processes of `those_below` that still exist."""
+    """The pids of `start_times_below` that still exist."""
     return {each.pid for each in processes() if known.get(each.pid) == each.started}
 
 

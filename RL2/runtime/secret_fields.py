@@ -30,14 +30,14 @@ _FLAG_VALUE = rf"(?:=|[\"'],\s{{0,3}}[\"'])[\"']?){_NO_EXAMPLE}[^\s\"']{{4,2000}
 _FLAG_WORD = rf"\s{{1,3}}[\"']?)(?!-){_NO_EXAMPLE}(?=[^\s\"']{{0,200}}\d)[^\s\"']{{6,2000}}"
 
 
-def _behind(words: tuple[str, ...], before: str = "") -> str:
+def _after(words: tuple[str, ...], before: str = "") -> str:
     """Where one of the words ends, with a hyphen, an underscore or nothing after it."""
     return "|".join(rf"(?<={before}{word}{sign})" for word in words for sign in ("", "[_-]"))
 
 
-def _plain(name: str, words: tuple[str, ...] = ()) -> list[str]:
+def _clear(name: str, words: tuple[str, ...] = ()) -> list[str]:
     """Patterns for a name (after one of the words, if any) that only secrets have."""
-    field, flag = (f"(?:{_behind(words, before)})" if words else before for before in ("", "-"))
+    field, flag = (f"(?:{_after(words, before)})" if words else before for before in ("", "-"))
     flag = flag if words else "(?<=-)"
     return [
         rf"({field}{name}{_END}{_OPENS}){_INSIDE}{{6,2000}}",
@@ -51,7 +51,7 @@ def _plain(name: str, words: tuple[str, ...] = ()) -> list[str]:
     ]
 
 
-def _less(name: str) -> list[str]:
+def _ambiguous(name: str) -> list[str]:
     """Patterns for a name that other values have as well."""
     return [
         rf"({name}{_END}{_OPENS})(?![/~.]){_NO_SPACE}{{8,2000}}",
@@ -69,27 +69,27 @@ _TOKEN += r"(?<![A-Za-z])token"
 
 # Patterns by the word that they begin with. The first group is what comes before the secret.
 _PATTERNS = {
-    "password": _plain("password"),
-    "passwd": _plain("passwd"),
-    "passphrase": _plain("passphrase"),
-    "key": _plain("key", _KEYS),
+    "password": _clear("password"),
+    "passwd": _clear("passwd"),
+    "passphrase": _clear("passphrase"),
+    "key": _clear("key", _KEYS),
     "token": [
-        *_plain("token", _TOKENS),
+        *_clear("token", _TOKENS),
         rf"({_TOKEN}{_END}{_OPENS})(?={_NO_SPACE}{{0,200}}\d)(?=[^\s\"']{{0,200}}[a-z])"
         rf"{_NO_SPACE}{{8,2000}}",
-        *_less(_TOKEN)[1:],
+        *_ambiguous(_TOKEN)[1:],
         rf"((?<=-){_TOKEN}{_FLAG_VALUE}",
         rf"((?<=-){_TOKEN}{_FLAG_WORD}",
     ],
     "secret": [
-        *_plain("secret", ("client",)),
-        *_less("secret"),
+        *_clear("secret", ("client",)),
+        *_ambiguous("secret"),
         rf"((?<=-)secret{_FLAG_VALUE}",
         rf"((?<=-)secret{_FLAG_WORD}",
     ],
-    "pwd": _less("(?<![A-Za-z])pwd"),
-    "credential": _less("credentials?"),
-    "session": _less("session[_-]?id"),
+    "pwd": _ambiguous("(?<![A-Za-z])pwd"),
+    "credential": _ambiguous("credentials?"),
+    "session": _ambiguous("session[_-]?id"),
     "cookie": [
         rf"(cookie{_END}[:=,]\s{{0,3}}b?(?:{_ESCAPES}[\"'])?)"
         r"(?=[\w.-]{1,80}=[^\s;\"'=]{8,})[^\r\n\"'\\]{8,}"

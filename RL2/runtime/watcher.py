@@ -28,7 +28,7 @@ def main(trainer: int, before: dict[int, int]) -> None:
     known: dict[int, int] = {}
     while os.getppid() == trainer:
         spared = process_tree.still_running(before) | process_tree.self_ending(trainer)
-        known = process_tree.those_below(trainer, spared)
+        known = process_tree.start_times_below(trainer, spared)
         if select.select([0], [], [], _POLL)[0] and not os.read(0, 512):
             break
 

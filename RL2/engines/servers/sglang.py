@@ -344,7 +344,7 @@ async def _group(server: Server, ranks: int, device: str) -> AsyncIterator[tuple
         "master_address": plan["address"], "master_port": plan["port"], "rank_offset": 1,
         "world_size": plan["world_size"], "group_name": plan["name"], "backend": plan["backend"],
     }  # fmt: skip
-    group = await _beside(
+    group = await _concurrently(
         server.post("/init_weights_update_group", join, timeout=_JOIN_TIMEOUT),
         asyncio.to_thread(WeightGroup, **plan, timeout=_JOIN_TIMEOUT),
     )
@@ -368,13 +368,13 @@ async def _send_by_group(
         for _, tensor in bucket:
             group.broadcast(tensor)
 
-    await _beside(
+    await _concurrently(
         server.post("/update_weights_from_distributed", body | more, timeout=_UPDATE_TIMEOUT),
         asyncio.to_thread(broadcast),
     )
 
 
-async def _beside(request: Coroutine[Any, Any, Any], ours: Coroutine[Any, Any, T]) -> T:
+async def _concurrently(request: Coroutine[Any, Any, Any], ours: Coroutine[Any, Any, T]) -> T:
     """Run both concurrently; returns the result of `ours`, or raises the first error at once."""
     tasks = [asyncio.ensure_future(request), asyncio.ensure_future(ours)]
     try:
