@@ -146,9 +146,7 @@ def test_a_good_one_that_cannot_be_loaded_is_not_skipped(files, run, monkeypatch
 def test_metrics_that_cannot_be_read_are_not_overwritten(files, run):
     _loop(run / "metrics.jsonl")
     line = refused_the_same(files, run)
-    assert line.startswith(
-        f"trainer.save_dir={run}: {run / 'metrics.jsonl'} is in the way (Too"
-    )
+    assert line.startswith(f"trainer.save_dir={run}: {run / 'metrics.jsonl'} is in the way (Too")
 
 
 # ------------------------------------------------------------------------------ links
