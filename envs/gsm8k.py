@@ -1,10 +1,10 @@
 """Grade-school maths: the reward is 1.0 if the answer after the last `####` is the gold one.
 
-This file stands alone: copy it to begin an environment of your own. The library calls `step` with
-the text of the conversation so far (`state`), what the policy wrote (`action`, without the token
-that ended it), and the `extra_info` of the data set row, here {"answer": gold answer}.
+This file is self-contained: copy it to start an environment of your own. The library calls `step`
+with the text of the conversation so far (`state`), what the policy wrote (`action`, without the
+token that ended it), and the `extra_info` of the data set row, here {"answer": gold answer}.
 
-Nothing that the policy wrote is evaluated, and every function is linear in the length of the text.
+Nothing that the policy wrote is executed, and every function is linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from fractions import Fraction
 THOUGHT_END = "</think>"
 ANSWER_MARK = "####"
 
-_LONGEST = 1000  # characters beside a number
-# What is only dress, and what it amounts to.
+_LONGEST = 1000  # characters before or after a number
+# Formatting, and what it is replaced with.
 _PLAIN = [
     (re.compile(pattern), plain)
     for pattern, plain in (
         (r"</?[A-Za-z_]+>|<\|[A-Za-z_]+\|>", ";"),  # <answer>, <|im_end|>
         (r"\\[dt]?frac\{(-?[0-9]+)\}\{([0-9]+)\}", r" \1/\2"),
         (r"\\[dt]?frac ?([0-9])([0-9])(?![0-9])", r" \1/\2"),
-        (r"(?<=[0-9])\{,\}(?=[0-9])", ","),  # a comma without a space behind it
+        (r"(?<=[0-9])\{,\}(?=[0-9])", ","),  # a comma without a space after it
         (r"\\(?:[fm]box|boxed|emph|underline|left|right)(?![A-Za-z])", ""),
         (r"\\(?:text|math)(?:bf|it|rm)?(?![A-Za-z])", ""),
         (r"\^\{?\\circ\}?|\\degree(?![A-Za-z])", "°"),
@@ -37,7 +37,7 @@ _PLAIN = [
         (r"/(?= ?[A-Za-z])", " "),  # km/h
     )
 ]
-# Words that make another value of the number beside them.
+# Words that change the value of the number next to them.
 _CHANGES_VALUE = frozenset(
     "not minus negative plus and or than least most half twice double point k hundred thousand "
     "million billion trillion lakh crore dozen hundreds thousands millions billions dozens".split()
@@ -46,7 +46,7 @@ _WRAPPING = " \t*_`\"'([{"
 
 
 def extract_answer(text: str) -> str | None:
-    """What follows the last `####` on its line, after the last `</think>`; None if nothing does."""
+    """The text after the last `####` on its line, after the last `</think>`; None if empty."""
     conclusion = text.rpartition(THOUGHT_END)[2]
     _, mark, rest = conclusion.rpartition(ANSWER_MARK)
     answer = rest.partition("\n")[0].strip()
@@ -54,12 +54,12 @@ def extract_answer(text: str) -> str | None:
 
 
 def normalize_number(text: str) -> str | None:
-    """Canonical form of the one number in a text, None if it does not hold exactly one.
+    """Canonical form of the one number in a text, None if there is not exactly one.
 
-    All digits of the text have to belong to that number, so that "5" is never taken for "15", nor
-    either of "5 or 6". Words, currencies, units, Markdown and LaTeX around it do not matter, unless
-    they say another value (`_CHANGES_VALUE`). Of an equation the last side with digits counts.
-    docs/gsm8k.md has a table of what that means.
+    All digits of the text must belong to that number, so that "5" is never read as "15", nor "5 or
+    6" as either. Words, currencies, units, Markdown and LaTeX around it do not matter, unless they
+    change the value (`_CHANGES_VALUE`). In an equation the last side with digits counts.
+    docs/gsm8k.md has a table of examples.
     """
     text = text.strip().replace("\N{MINUS SIGN}", "-")
     if len(text) <= _LONGEST:
@@ -84,8 +84,8 @@ def normalize_number(text: str) -> str | None:
 
 
 def _canonical(text: str) -> str | None:
-    """A number without sign: no separators, no zeros that do not count; a fraction is reduced, and
-    a decimal where it has one."""
+    """A number without sign, separators and redundant zeros; a fraction is written as a decimal if
+    it has one, else reduced."""
     fraction = re.fullmatch(r"([0-9,]{1,20}) ?/ ?([0-9,]{1,20})", text)
     if fraction:
         above, below = map(_join_groups, fraction.groups())
@@ -106,7 +106,7 @@ def _canonical(text: str) -> str | None:
 
 
 def _take_sign(before: str) -> tuple[str | None, str]:
-    """The sign (`-`, `+`, none, or None where it may be a dash) and the text before it."""
+    """The sign (`-`, `+`, none, or None if it may be a dash) and the text before it."""
     rest = before.rstrip(_WRAPPING)
     while rest and unicodedata.category(rest[-1]) == "Sc":  # a currency
         rest = rest[:-1].rstrip(_WRAPPING)
@@ -118,7 +118,7 @@ def _take_sign(before: str) -> tuple[str | None, str]:
 
 
 def _is_plain(text: str) -> bool:
-    """Whether the text beside a number leaves its value alone: no operator, no other number."""
+    """Whether the text next to a number keeps its value: no operator, no other number."""
     says_more = any(
         char in "/\\^‰‱"
         or char.isnumeric()
@@ -129,12 +129,12 @@ def _is_plain(text: str) -> bool:
 
 
 def _is_digits(text: str) -> bool:
-    # isdigit() alone takes superscripts and the digits of all scripts.
+    # isdigit() alone accepts superscripts and the digits of all scripts.
     return not text or (text.isascii() and text.isdigit())
 
 
 def _join_groups(text: str) -> str | None:
-    """Digits without separators of thousands (`1,234,567`, Indian `12,34,567`), or None."""
+    """Digits without thousands separators (`1,234,567`, Indian `12,34,567`), or None."""
     first, *others = text.split(",") if "," in text else text.split() or [""]
     groups_fit = not others or (
         1 <= len(first) <= 3
@@ -146,7 +146,7 @@ def _join_groups(text: str) -> str | None:
 
 
 def is_correct(answer: str, gold: str) -> bool:
-    """Whether the two are the same number, or the same text where either is not a number."""
+    """Whether the two are the same number, or the same text if either is not a number."""
     number, gold_number = normalize_number(answer), normalize_number(gold)
     if number is None or gold_number is None:
         return answer.strip() == gold.strip()
@@ -154,12 +154,12 @@ def is_correct(answer: str, gold: str) -> bool:
 
 
 async def step(state: str, action: str, extra_info: dict, *, finish_reason: str = "stop") -> dict:
-    """Grade one response. One that was cut off has not come to its answer: what stands behind
-    `####` may be a thought, or the beginning of a number.
+    """Grade one response. One that was cut off has no answer: the text after `####` may be a
+    thought, or the beginning of a number.
 
     Raises:
-        ValueError: extra_info holds no gold answer. Only the data set can be at fault, so this is
-            an error of the sample and not a reward of zero.
+        ValueError: extra_info has no gold answer. The data set is at fault, so this is an error of
+            the sample and not a reward of zero.
     """
     gold = extra_info.get("answer")
     if gold is None or not str(gold).strip():

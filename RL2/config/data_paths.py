@@ -1,12 +1,12 @@
 """What `train_data.path` names: the syntax, and the files behind it. Nothing is read here.
 
-This is the one place that says why a path names no rows: configs are checked by it before a run,
-and readers ask it for the files. (`datasets` finds the splits of a folder as well, but its import
-costs a second, and it takes a file that names no split for a part of train.)
+All errors about paths that name no rows come from here: it checks configs before a run, and gives
+readers their files. (`datasets` also finds the splits of a folder, but its import takes a second,
+and it counts a file that names no split as part of train.)
 
 rows.jsonl   train@rows.jsonl   train[:100]@rows.jsonl        a file
 shards/      train@shards/      train@shards/*.jsonl          many files, read as one
-train@openai/gsm8k:main                                       a data set of the hub
+train@openai/gsm8k:main                                       a data set on the hub
 """
 
 import os
@@ -22,13 +22,13 @@ from RL2.runtime.errors import ConfigError
 TEXT_EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv")  # each may be gzipped: .jsonl.gz
 EXTENSIONS = (*TEXT_EXTENSIONS, ".parquet", ".arrow")
 FILES = f"{', '.join(EXTENSIONS)}, text ones also with .gz"
-"""What a data file is, in words."""
+"""The types of data files, in words."""
 
 # A split name with an optional slice, several of them joined by "+": train, train[:100], a[1:]+b.
 _SPLIT = re.compile(r"\w+(\[[^\]@]*\])?(\+\w+(\[[^\]@]*\])?)*")
 _HUB_DATA = re.compile(rf"({HUB_NAME}/)?{HUB_NAME}(:[^:/]+)?")
 
-# Words by which the files of a folder tell their splits, as on the hub.
+# Words in the names of files that tell their split, as on the hub.
 _SPLIT_WORDS = {
     "train": "train", "training": "train",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
@@ -50,7 +50,7 @@ _CARD = re.compile(r"\A---\n.*?^(configs|dataset_info):.*?^---$", re.DOTALL | re
 class DataPath:
     """What a path stands for.
 
-    files: in the order in which they are read; none where `datasets` is to load `split@name`.
+    files: the files in reading order; empty if `datasets` is to load `split@name`.
     """
 
     split: str | None
@@ -59,10 +59,10 @@ class DataPath:
 
 
 def find_data(group: str, path: str) -> DataPath:
-    """The files that `{group}.path` names; a data set of the hub is not asked for.
+    """The files that `{group}.path` names; the hub is not queried.
 
     Raises:
-        ConfigError: it can name no rows.
+        ConfigError: the path cannot name any rows.
     """
     key = f"{group}.path={path}"
     try:
@@ -74,14 +74,13 @@ def find_data(group: str, path: str) -> DataPath:
         files = data_files(split, name, key)
     except OSError as error:  # a folder that may not be read
         raise ConfigError(
-            f"{key}: cannot be looked for ({error.strerror}); give a file or folder that can be "
-            "read"
+            f"{key}: cannot be accessed ({error.strerror}); give a file or folder that can be read"
         ) from error
     for file in files:
         if not os.path.isfile(file):
             raise ConfigError(f"{key}: is a pipe or a device; write the rows to a file")
         if not is_data_file(file):
-            raise ConfigError(f"{key}: {file} is of an unknown file type; use {FILES}")
+            raise ConfigError(f"{key}: {file} has an unknown file type; use {FILES}")
     if files:
         if not any(os.path.getsize(file) for file in files):
             raise ConfigError(f"{key}: the file is empty; give one with rows")
@@ -96,8 +95,8 @@ def find_data(group: str, path: str) -> DataPath:
 
 
 def split_data_path(path: str) -> tuple[str | None, str]:
-    """Split and name of `split@name`; no split where the whole text is the name of something that
-    is there, or where what stands before the first `@` cannot be one."""
+    """Split and name of `split@name`; no split if the whole text names an existing file or folder,
+    or if the text before the first `@` cannot be a split."""
     split, at, name = path.partition("@")
     if not at or not _SPLIT.fullmatch(split) or os.path.exists(path) or glob(path):
         return None, path
@@ -105,7 +104,7 @@ def split_data_path(path: str) -> tuple[str | None, str]:
 
 
 def extension_of(name: str) -> str:
-    """The extension in lower case, `.jsonl.gz` whole."""
+    """The extension in lower case; both parts of `.jsonl.gz`."""
     stem, extension = os.path.splitext(name.lower())
     return os.path.splitext(stem)[1] + extension if extension == ".gz" else extension
 
@@ -117,13 +116,13 @@ def is_data_file(name: str) -> bool:
 
 
 def is_hub_name(split: str | None, name: str) -> bool:
-    """Whether `split@name` can only be a data set of the hub, as far as its form tells."""
+    """Whether `split@name`, by its form, can only be a data set on the hub."""
     return split is not None and not is_data_file(name) and bool(_HUB_DATA.fullmatch(name))
 
 
 def is_described(name: str) -> bool:
-    """Whether `name` is a local copy of a data set of the hub that says itself which files belong
-    to a config (`folder:config`, or a README.md that lists configs)."""
+    """Whether `name` is a local copy of a data set on the hub that lists the files of each config
+    itself (`folder:config`, or a README.md that lists configs)."""
     folder, _, config = name.partition(":")
     if os.path.isdir(name):
         card = Path(name, "README.md")
@@ -135,15 +134,15 @@ def data_files(split: str | None, name: str, key: str) -> list[str]:
     """The files that a local name stands for, in the order in which they are read.
 
     Args:
-        split: as `split_data_path` gives it; a folder's files of that split are meant.
+        split: the split from `split_data_path`, which selects files of a folder.
         name: a file, a folder, or a pattern (`*`, `?`, `[…]`, `**` for folders in folders).
         key: `train_data.path=…`, for messages.
 
     Returns:
-        [] where there is nothing of that name.
+        [] if nothing has that name.
 
     Raises:
-        ConfigError: a folder that does not say which of its files are meant.
+        ConfigError: a folder for which it is not clear which files are meant.
     """
     if os.path.isdir(name):
         return _files_of_folder(split, name, key)
@@ -160,7 +159,7 @@ def _files_of_folder(split: str | None, folder: str, key: str) -> list[str]:
         if is_data_file(path.name)
         and path.name not in _ABOUT
         and path.is_file()
-        # What programs leave for themselves: .cache, __MACOSX, the maps of `datasets`.
+        # Not the files that programs keep for themselves: .cache, __MACOSX, caches of `datasets`.
         and not any(part.startswith((".", "__")) for part in path.relative_to(root).parts)
         and not re.fullmatch(r"(cache|tmp).*\.arrow", path.name)
     )
@@ -174,7 +173,7 @@ def _files_of_folder(split: str | None, folder: str, key: str) -> list[str]:
         wanted, *others = {name.lower() for name in re.findall(r"(?:^|\+)(\w+)", split)}
         if others:
             raise ConfigError(
-                f"{key}: one split of a folder at a time; or a pattern, such as *.jsonl"
+                f"{key}: give only one split of a folder, or a pattern, such as *.jsonl"
             )
         chosen = [file for file in files if wanted in _split_names(file)]
         chosen = chosen or [
@@ -202,7 +201,7 @@ def _files_of_folder(split: str | None, folder: str, key: str) -> list[str]:
 
 
 def _split_names(file: Path) -> set[str]:
-    """Names that this file may have from its split: its folders', and its own before the number."""
+    """The splits that this file may belong to: its folders' names, and its own without a number."""
     stem = file.name.lower().removesuffix(extension_of(file.name))
     return {part.lower() for part in file.parts[:-1]} | {stem, _SHARD.sub("", stem)}
 
@@ -213,9 +212,9 @@ def _words(file: Path) -> set[str]:
 
 
 def _with_split(group: str, path: str) -> str:
-    """The way out for the name of a data set alone."""
+    """The advice for the name of a data set without its split."""
     if not _HUB_DATA.fullmatch(path):
         return ""
     split = "test" if group == "test_data" else "train"
     config = "" if ":" in path else "[:config]"
-    return f"; a data set of the hub needs its split: {group}.path='{split}@{path}{config}'"
+    return f"; a data set on the hub needs its split: {group}.path='{split}@{path}{config}'"

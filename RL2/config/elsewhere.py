@@ -1,9 +1,9 @@
-"""What keys and values are called in TRL, verl and transformers, for those who come from there."""
+"""Names of keys and values in TRL, verl and transformers, for users who know those libraries."""
 
 from collections.abc import Container
 
-# Their name -> the key here, with what goes with it after a comma. `|` separates the keys of the
-# trainers with rollouts and of sft. What has no key stands behind a dash.
+# Their name -> the key here, with a note after a comma. `|` separates the key of the trainers with
+# rollouts from that of sft. A dash is followed by the reason why there is no key.
 KEYS: dict[str, str] = {
     # model
     "model_name_or_path": "actor.model_name",
@@ -16,7 +16,7 @@ KEYS: dict[str, str] = {
     "ref_model": "ref_actor.model_name",
     "torch_dtype": "actor.dtype",
     "bf16": "actor.dtype, bfloat16",
-    "fp16": "actor.dtype, bfloat16 or float32: fp16 is not trained in",
+    "fp16": "actor.dtype, bfloat16 or float32: fp16 training is not supported",
     "tf32": "actor.dtype, bfloat16 or float32",
     "mixed_precision": "actor.dtype",
     "precision": "actor.dtype",
@@ -103,8 +103,8 @@ KEYS: dict[str, str] = {
     "max_tokens": "rollout.train_sampling_params.max_new_tokens",
     "max_length": "rollout.train_sampling_params.max_new_tokens | data.max_length",
     "max_prompt_len": "train_data.max_prompt_length",
-    "top_k": "- tokens are drawn from all, or from those of top_p",
-    "min_p": "- tokens are drawn from all, or from those of top_p",
+    "top_k": "- tokens are drawn from the whole vocabulary, or from the part that top_p leaves",
+    "min_p": "- tokens are drawn from the whole vocabulary, or from the part that top_p leaves",
     "repetition_penalty": "- tokens are drawn by the model's own probabilities",
     "presence_penalty": "- tokens are drawn by the model's own probabilities",
     "frequency_penalty": "- tokens are drawn by the model's own probabilities",
@@ -177,9 +177,9 @@ KEYS: dict[str, str] = {
     "exp_name": "trainer.experiment_name",
     "log_completions": "trainer.dump_rollouts",
     "logging_steps": "- every step is logged",
-    "n_gpus_per_node": "- torchrun says it: --nproc_per_node",
-    "nnodes": "- torchrun says it: --nnodes",
-    "num_processes": "- torchrun says it: --nproc_per_node",
+    "n_gpus_per_node": "- torchrun sets it: --nproc_per_node",
+    "nnodes": "- torchrun sets it: --nnodes",
+    "num_processes": "- torchrun sets it: --nproc_per_node",
 }
 
 # By the last part of a key: their value -> what it is here.
@@ -196,8 +196,8 @@ VALUES: dict[str, dict[str, str]] = {
         "grpo": "its clipped loss is ppo, its advantages are adv.norm_var=true",
         "dr_grpo": "its clipped loss is ppo",
         "dapo": "its clipped loss is ppo, with actor.loss.clip_high above actor.loss.clip_low",
-        "reinforce": "with one update a rollout that is ppo",
-        "policy_gradient": "with one update a rollout that is ppo",
+        "reinforce": "with one update per rollout that is ppo",
+        "policy_gradient": "with one update per rollout that is ppo",
         "sft": "that is nll",
         "cross_entropy": "that is nll",
     },
@@ -210,8 +210,8 @@ VALUES: dict[str, dict[str, str]] = {
         "bf16": "that is bfloat16",
         "fp32": "that is float32",
         "float": "that is float32",
-        "fp16": "fp16 would need a scaled loss, which there is not",
-        "float16": "fp16 would need a scaled loss, which there is not",
+        "fp16": "fp16 would need loss scaling, which is not implemented",
+        "float16": "fp16 would need loss scaling, which is not implemented",
     },
     "device": {"gpu": "that is cuda"},
     "engine": {"hf": "that is transformers"},
@@ -221,7 +221,7 @@ VALUES: dict[str, dict[str, str]] = {
 
 
 def key_here(key: str, known: Container[str]) -> str | None:
-    """What a key of another library is here, None for one that nobody has.
+    """The key here for a key of another library, None for an unknown one.
 
     known: the keys of the trainer.
     """
@@ -238,5 +238,5 @@ def key_here(key: str, known: Container[str]) -> str | None:
 
 
 def value_here(name: str, value: object) -> str | None:
-    """What a value of another library is here, None where nobody has it. name: of the key's end."""
+    """The value here for a value of another library, or None. name: the end of the key."""
     return VALUES.get(name, {}).get(str(value).lower())

@@ -8,12 +8,12 @@ class EngineKind:
     """An engine that `rollout.engine` can name.
 
     Attributes:
-        made_by: module:name of what makes one, for `RL2.engines.registry`: of a server its dialect,
-            else a function (config, tokenizer, device) -> engine. It is imported when it is asked
-            for, so that a machine without one engine's packages runs the others.
-        help: a few words on what it is.
-        server: whether it is a program of its own that the trainer talks to. Its package has the
-            engine's name then, as has the extra of RL2 that installs it.
+        made_by: the factory as module:name, for `RL2.engines.registry`: for a server its dialect,
+            else a function (config, tokenizer, device) -> engine. It is imported only when used, so
+            that a machine without one engine's packages can run the others.
+        help: a short description.
+        server: whether it is a separate program that the trainer talks to. Its package, and the
+            extra of RL2 that installs it, then have the engine's name.
     """
 
     made_by: str
@@ -31,6 +31,6 @@ ENGINES: dict[str, EngineKind] = {
 }
 
 EMBEDDED = "transformers"
-"""What `auto` takes where there is no server."""
+"""The engine that `auto` takes if no server is installed."""
 
 SERVERS = tuple(name for name, kind in ENGINES.items() if kind.server)

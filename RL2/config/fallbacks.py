@@ -1,4 +1,4 @@
-"""`auto` resolved for the machine at hand, and what cannot take effect on it said once."""
+"""Resolve `auto` for this machine, and report once each setting that has no effect on it."""
 
 from collections.abc import Set
 
@@ -12,7 +12,7 @@ from RL2.runtime.errors import ConfigError
 
 
 def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list[str]:
-    """Resolve `auto` and what this machine cannot do, in place.
+    """Resolve `auto`, and replace settings that this machine does not support, in place.
 
     Afterwards `device` is cpu or cuda, `rollout.engine` names an engine, `attn_implementation` is
     what transformers takes, `use_liger_kernel` is true or false, `dtype` is float32 or bfloat16.
@@ -26,15 +26,15 @@ def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list
             `liger_kernel`, `peft`, `sglang`, `triton`, `vllm`).
 
     Returns:
-        One line for each thing that was asked for and has no effect here.
+        One line for each setting that has no effect here.
 
     Raises:
         ConfigError: `device=cuda` without a CUDA device; `token_stats=triton` or `triton_fused`
             without CUDA or triton; `actor.lora` without peft; `rollout.engine=sglang` or `vllm`
-            where it is neither installed nor pointed to; `rollout.tp_size` above 1 without servers.
+            where it is neither installed nor given; `rollout.tp_size` above 1 without servers.
     """
     lines = call_each(
-        (_without_peft, _saved_dtype, _actor, _ref_actor, _rollout, _spelt_out_stops),
+        (_without_peft, _saved_dtype, _actor, _ref_actor, _rollout, _escaped_stops),
         config,
         cuda=cuda,
         available=available,
@@ -66,21 +66,21 @@ def _ref_actor(ref_actor: DictConfig, cuda: bool, available: Set[str]) -> list[s
     return _model(ref_actor, "ref_actor", cuda, available)
 
 
-def _spelt_out_stops(rollout: DictConfig) -> list[str]:
-    """Stop texts with a backslash and a letter where a newline or a tab is meant: neither a shell
-    nor hydra makes one of it."""
+def _escaped_stops(rollout: DictConfig) -> list[str]:
+    """Warn of stop texts with a backslash and a letter where a newline or a tab is meant: neither
+    the shell nor hydra converts them."""
     warnings = []
     for name in ("train_sampling_params", "test_sampling_params"):
         stop = rollout[name].stop
         texts = [stop] if isinstance(stop, str) else stop or []
         if OmegaConf.is_interpolation(rollout[name], "stop"):
-            continue  # said of the other
+            continue  # reported for the other key
         for letter, what in (("n", "newline"), ("t", "tab"), ("r", "carriage return")):
             if any(f"\\{letter}" in text for text in texts):
                 quoted = ",".join('"{}"'.format(text.replace("'", "\\'")) for text in texts)
                 quoted = quoted if isinstance(stop, str) else f"[{quoted}]"
                 warnings.append(
-                    f"rollout.{name}.stop={as_text(stop)}: holds a backslash and the letter "
+                    f"rollout.{name}.stop={as_text(stop)}: has a backslash and the letter "
                     f"{letter}, which a model hardly ever writes; for a {what} write "
                     f"rollout.{name}.stop=$'{quoted}' in bash, or \"\\{letter}\" in YAML"
                 )
@@ -112,7 +112,7 @@ def _model(node: DictConfig, group: str, cuda: bool, available: Set[str]) -> lis
     if own("attn_implementation"):
         flash = on_cuda and "flash_attn" in available
         if node.attn_implementation == "auto":
-            # Flash attention has no fp32 kernels; a checkpoint says later whether it is fp32.
+            # Flash attention has no fp32 kernels; with auto, the checkpoint decides later.
             if not flash or node.dtype == Dtype.float32:
                 node.attn_implementation = "sdpa_varlen"
             elif node.dtype == Dtype.bfloat16:
@@ -184,10 +184,10 @@ def _rollout(rollout: DictConfig, actor: DictConfig, available: Set[str]) -> lis
 
 
 def _without_servers(rollout: DictConfig, on_cuda: bool) -> list[str]:
-    """What only servers have, taken back."""
+    """Reset the options that only servers have."""
     if rollout.tp_size > 1:
         raise ConfigError(
-            f"rollout.tp_size={rollout.tp_size}: belongs to server engines, and rollout.engine is "
+            f"rollout.tp_size={rollout.tp_size}: is only for server engines, and rollout.engine is "
             f"{rollout.engine}; use 1"
         )
     warnings = []
@@ -198,7 +198,7 @@ def _without_servers(rollout: DictConfig, on_cuda: bool) -> list[str]:
             f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization}: {why}; ignored"
         )
         rollout.gpu_memory_utilization = None
-    for key, off in _OF_SERVERS.items():
+    for key, off in _SERVER_OPTIONS.items():
         if rollout[key] not in (None, off):
             warnings.append(
                 f"rollout.{key}={as_text(rollout[key])}: the {rollout.engine} engine starts no "
@@ -208,7 +208,7 @@ def _without_servers(rollout: DictConfig, on_cuda: bool) -> list[str]:
     return warnings
 
 
-_OF_SERVERS = {
+_SERVER_OPTIONS = {
     "base_port": None,
     "server_python": None,
     "server_args": [],

@@ -12,7 +12,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{name}.")
-        elif name == "target_modules":  # in whatever order, and one text is a list of one
+        elif name == "target_modules":  # order does not matter, and a text is a list of one
             yield prefix + name, sorted([value] if isinstance(value, str) else value)
         else:
             yield prefix + name, value

@@ -10,9 +10,8 @@ from omegaconf import DictConfig
 def call_each(
     functions: Iterable[Callable[..., Any]], config: DictConfig, **others: Any
 ) -> Iterator[Any]:
-    """The results of functions whose parameters are names of groups, or of `others`, in turn. One
-    that names a group which the config does not have is left out: `rollout` does not concern sft.
-    """
+    """Call each function with the groups, or `others`, that its parameters name; yield the results.
+    A function that names a group missing from the config is skipped (`rollout` in sft)."""
     for function in functions:
         wanted = inspect.signature(function).parameters
         if all(name in config or name in others for name in wanted):

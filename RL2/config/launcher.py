@@ -1,4 +1,4 @@
-"""What a process is told about its place among the others of a run, by torchrun or by hand."""
+"""The variables that give a process its place in a run, set by torchrun or by hand."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from RL2.runtime.errors import ConfigError
 
-# The least that each can be, and the most.
+# The smallest and the largest value of each.
 _NUMBERS = {
     "RANK": (0, None),
     "LOCAL_RANK": (0, None),
@@ -16,21 +16,21 @@ _NUMBERS = {
     "LOCAL_WORLD_SIZE": (1, None),
     "MASTER_PORT": (1, 65535),
 }
-_NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # beside RANK
-# How many they are, as mpirun, srun and jsrun tell each process. Not SLURM_NTASKS, which the script
-# of a job has too, where it is one process.
-_OF_OTHERS = (
+_NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # besides RANK
+# The number of processes, as mpirun, srun and jsrun set it. Not SLURM_NTASKS, which is also set in
+# the script of a job, a single process.
+_OTHER_LAUNCHERS = (
     "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE",
     "SLURM_STEP_NUM_TASKS",
 )  # fmt: skip
-_REACHED = 10.0  # seconds in which rank 0 has to reach itself by its address
+_REACH_TIMEOUT = 10.0  # seconds in which rank 0 must reach itself at its address
 _WAY_OUT = "start it with torchrun, which sets all of them, or unset it"
 
 
 def check_launch_variables(environ: Mapping[str, str] | None = None) -> None:
-    """ConfigError where what a process is told about its place cannot be.
+    """Raise ConfigError if the variables that give a process its place cannot be right.
 
-    It would wait for processes that never come, or be one of several that each train alone. Needs
+    It would wait for processes that never start, or be one of several that each train alone. Needs
     no torch; looks up an address and tries a port.
     """
     environ = os.environ if environ is None else environ
@@ -56,17 +56,17 @@ def check_launch_variables(environ: Mapping[str, str] | None = None) -> None:
 
 
 def hosts_store(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether this process listens where all others look for it (else torchrun or rank 0 does)."""
+    """Whether this process hosts the store of all ranks (else torchrun or rank 0 does)."""
     environ = os.environ if environ is None else environ
     return environ["RANK"] == "0" and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def check_gpu(n_gpus: int, environ: Mapping[str, str] | None = None) -> None:
-    """ConfigError where this machine has no GPU for its process of this number."""
+    """Raise ConfigError if this machine has no GPU for the process's LOCAL_RANK."""
     local_rank = (os.environ if environ is None else environ).get("LOCAL_RANK", "0")
     if int(local_rank) >= n_gpus:
         raise ConfigError(
-            f"LOCAL_RANK={local_rank}: takes the GPU of that number, and this machine has {n_gpus} "
+            f"LOCAL_RANK={local_rank}: uses the GPU of that number, but this machine has {n_gpus} "
             f"(CUDA_VISIBLE_DEVICES may hide some); start at most {n_gpus} processes on it "
             f"(--nproc_per_node={n_gpus}), or train with actor.device=cpu"
         )
@@ -75,7 +75,7 @@ def check_gpu(n_gpus: int, environ: Mapping[str, str] | None = None) -> None:
 def _number(name: str, text: str) -> int:
     least, most = _NUMBERS[name]
     number = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else -1
-    if str(number) != text:  # 007, which others do not take for 7
+    if str(number) != text:  # 007, which other programs do not read as 7
         number = -1
     if number < least or most is not None and number > most:
         upto = "on" if most is None else f"to {most}"
@@ -92,8 +92,8 @@ def _check_alone(environ: Mapping[str, str], numbers: dict[str, int]) -> None:
             raise ConfigError(
                 f"{name}={numbers[name]} without RANK: this process would train alone; {_WAY_OUT}"
             )
-    # torchrun is the one to start there, one a machine.
-    for name in _OF_OTHERS:
+    # These launchers must start torchrun, once per machine.
+    for name in _OTHER_LAUNCHERS:
         if environ.get(name, "1") not in ("", "1"):
             raise ConfigError(
                 f"{name}={environ[name]} without RANK: each of these processes would train alone; "
@@ -104,7 +104,7 @@ def _check_alone(environ: Mapping[str, str], numbers: dict[str, int]) -> None:
 def _check_address(address: str, port: int, hosts: bool) -> None:
     try:
         families = {found[0] for found in socket.getaddrinfo(address, port)}
-    except (OSError, UnicodeError) as error:  # the latter of what can be no name
+    except (OSError, UnicodeError) as error:  # the latter for an invalid name
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
             f"MASTER_ADDR={address}: no machine of that name is known here ({reason}); "
@@ -128,23 +128,23 @@ def _check_address(address: str, port: int, hosts: bool) -> None:
 
 
 def _check_reached(probe: socket.socket, address: str, port: int) -> None:
-    """ConfigError where who looks for rank 0 at its address does not get to `probe`, which listens
-    at its port: all ranks would wait for long."""
-    end = time.monotonic() + _REACHED
-    probe.settimeout(_REACHED / 5)
-    while True:  # an address may take a moment to lead here
+    """Raise ConfigError if a connection to the address of rank 0 does not reach `probe`, which
+    listens at its port: all ranks would wait for a long time."""
+    end = time.monotonic() + _REACH_TIMEOUT
+    probe.settimeout(_REACH_TIMEOUT / 5)
+    while True:  # it may take a moment until the address is reachable
         reason = None
         try:
-            with socket.create_connection((address, port), timeout=_REACHED / 5):
-                reason = "somebody else answers"
+            with socket.create_connection((address, port), timeout=_REACH_TIMEOUT / 5):
+                reason = "another process answers"
                 probe.accept()[0].close()
                 return
         except OSError as error:
             reason = reason or error.strerror or str(error)
         if time.monotonic() > end:
             break
-        time.sleep(_REACHED / 50)
+        time.sleep(_REACH_TIMEOUT / 50)
     raise ConfigError(
-        f"MASTER_ADDR={address}: rank 0 listens at port {port}, but is not found at that address "
+        f"MASTER_ADDR={address}: rank 0 listens at port {port}, but is not reached at that address "
         f"({reason}); give the name or number of the machine where rank 0 runs"
     )

@@ -1,8 +1,8 @@
-"""What the files of a model's folder say, read before anything heavy is imported.
+"""The files of a model's folder, read and checked before anything heavy is imported.
 
-Each that transformers would read has to be a file that can be read, and what RL2 itself goes by has
-to be of the right kind: a list where a number is meant, or a pipe, would else be a traceback, or a
-wait without end, minutes later.
+Each file that transformers would read must be readable, and the values that RL2 uses must have the
+right type. Otherwise a list in place of a number would be a traceback minutes later, and a pipe an
+endless wait.
 """
 
 import json
@@ -40,7 +40,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_token(value: Any) -> bool:
-    return _is_whole(value) and -1 <= value < 2**31  # -1 in some: there is none
+    return _is_whole(value) and -1 <= value < 2**31  # -1 in some models: no such token
 
 
 def _is_number(value: Any) -> bool:
@@ -57,14 +57,14 @@ _SIZE: _Rule = (lambda x: _is_whole(x) and x > 0, "must be a whole number, 1 or 
 _WHOLE: _Rule = (_is_whole, "must be a whole number")
 _TOKENS: _Rule = (
     lambda x: _is_token(x) or isinstance(x, list) and all(map(_is_token, x)),
-    "must be the number of a token, or a list of such",
+    "must be a token id, or a list of token ids",
 )
 _NUMBER: _Rule = (_is_number, "must be a finite number")
 _OBJECT: _Rule = (lambda x: isinstance(x, dict), "must be an object")
 _TEXT: _Rule = (lambda x: isinstance(x, str), "must be a text")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _DTYPE: _Rule = (_DTYPES.__contains__, f"must be one of {', '.join(_DTYPES)}")
-# What is null or missing is left to transformers.
+# Null or missing values are left to transformers.
 _RULES: dict[str, dict[str, _Rule]] = {
     "config.json": {
         **dict.fromkeys(["vocab_size", "max_position_embeddings", "n_positions"], _SIZE),
@@ -96,11 +96,11 @@ _RULES: dict[str, dict[str, _Rule]] = {
 
 
 def read_folder(folder: Path, key: str, pickle_key: str, allow_pickle: bool) -> dict[str, Any]:
-    """The contents of the JSON files of a model's folder, by name, once all of it is checked.
+    """Check a model's folder and return the contents of its JSON files, by name.
 
     Args:
         key: `actor.model_name=…`, for messages.
-        pickle_key: that of `allow_pickle`.
+        pickle_key: the key of `allow_pickle`.
 
     Raises:
         ConfigError: naming the file and what is wrong with it.
@@ -135,7 +135,7 @@ def read_folder(folder: Path, key: str, pickle_key: str, allow_pickle: bool) -> 
 
 
 def check_quantization(quantization: Any, where: str) -> None:
-    """ConfigError for weights that cannot be trained. transformers can turn mxfp4 into floats.
+    """Raise ConfigError for quantised weights, except mxfp4, which transformers turns into floats.
 
     where: the model's config.json, for the message.
     """
@@ -150,9 +150,9 @@ def check_quantization(quantization: Any, where: str) -> None:
 def _with_adapter(folder: Path, key: str, whole: bool) -> str:
     if whole:
         return (
-            f"holds whole weights and {_ADAPTER}, an adapter, which may be meant on top of them "
-            "or be in them already; merge it into the weights, and remove the file or give a "
-            "folder without it"
+            f"has full weights and an adapter ({_ADAPTER}), which may or may not be merged into "
+            "them already; merge it into the weights, and remove the file or give a folder "
+            "without it"
         )
     base = _object(_read(folder / _ADAPTER, key), folder / _ADAPTER, key)
     base = base.get("base_model_name_or_path")
@@ -177,7 +177,7 @@ def _check_values(
 def _check_weights(
     folder: Path, names: set[str], key: str, pickle_key: str, allow_pickle: bool
 ) -> None:
-    parts: dict[str, set[str]] = {_SINGLE: set()}  # the names that each file has to hold
+    parts: dict[str, set[str]] = {_SINGLE: set()}  # the names that each file must have
     if _INDEX in names:
         index = _object(_read(folder / _INDEX, key), folder / _INDEX, key).get("weight_map")
         files = set(index.values()) if isinstance(index, dict) and _all_texts(index) else set()
@@ -196,7 +196,7 @@ def _check_weights(
         if pickled:
             raise ConfigError(
                 f"{key}: its weights are pickled ({pickled[0]}), which can run any code; save them "
-                "as safetensors (load, then save_pretrained, where nothing is at stake), or set "
+                "as safetensors (load, then save_pretrained, in a safe environment), or set "
                 f"{pickle_key}=true"
             )
         raise ConfigError(
@@ -213,7 +213,7 @@ def _all_texts(index: dict[str, Any]) -> bool:
 def _check_safetensors(path: Path, held: set[str], key: str) -> None:
     _stat(path, key)
     try:
-        path.open("rb").close()  # of one that may not be read safetensors says that it is not there
+        path.open("rb").close()  # safetensors reports an unreadable file as missing
         with safe_open(path, "np") as file:  # reads the header, and compares it with the size
             missing = held.difference(file.keys())
     except OSError as error:
@@ -230,11 +230,11 @@ def _check_safetensors(path: Path, held: set[str], key: str) -> None:
 
 
 def _stat(path: Path, key: str) -> None:
-    """ConfigError unless there is a file: a pipe would be waited for without end."""
+    """Raise ConfigError unless this is a regular file: reading a pipe would never end."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError as error:
-        what = "a link to nothing" if os.path.islink(path) else "not there"
+        what = "a broken link" if os.path.islink(path) else "missing"
         raise ConfigError(f"{key}: {path} is {what}; {_AGAIN}") from error
     except OSError as error:
         raise _unreadable(path, key, error) from error
@@ -252,8 +252,8 @@ def _read(path: Path, key: str) -> bytes:
 
 def _unreadable(path: Path, key: str, error: OSError) -> ConfigError:
     return ConfigError(
-        f"{key}: {path} cannot be read ({error.strerror or one_line(error)}); let this user read "
-        "it, or copy the model to where it can be"
+        f"{key}: {path} cannot be read ({error.strerror or one_line(error)}); make it "
+        "readable for this user, or copy the model to a place where it is"
     )
 
 
@@ -270,7 +270,7 @@ def _object(data: bytes, path: Path, key: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         place, reason = f"{path}:{error.lineno}:{error.colno}", error.msg
     except RecursionError:
-        place, reason = str(path), "lists or objects in each other, too deep"
+        place, reason = str(path), "lists or objects are nested too deeply"
     except ValueError as error:
         place, reason = str(path), one_line(error)
     else:

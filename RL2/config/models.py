@@ -1,7 +1,7 @@
-"""What a model's files tell without loading it: whether they are whole, and whether they are code.
+"""Checks of a model without loading it: whether its files are whole, and whether they run code.
 
 Pickled weights and Python files that come with a model run with the rights of the user who loads
-them. Both are off by default, and code of the hub is taken from one commit alone.
+them. Both are off by default, and code from the hub needs a fixed commit.
 """
 
 import json
@@ -23,10 +23,10 @@ HUB_TIMEOUT = 5.0  # seconds for the one request that finds out whether the hub 
 
 
 def hub_options(node: DictConfig) -> dict[str, Any]:
-    """How `from_pretrained` of a config, tokenizer or model is to read `node.model_name`.
+    """Arguments of `from_pretrained` of a config, tokenizer or model for `node.model_name`.
 
-    `code_revision` is of the repository that holds the code, which can be another one than the
-    model's: the commit does not exist there then, and nothing is loaded.
+    `code_revision` belongs to the repository that holds the code. If that is not the model's, the
+    commit does not exist there, and nothing is loaded.
     """
     options = {"trust_remote_code": node.trust_remote_code}
     if node.revision is not None:
@@ -35,21 +35,21 @@ def hub_options(node: DictConfig) -> dict[str, Any]:
 
 
 def weight_options(node: DictConfig) -> dict[str, Any]:
-    """As `hub_options`, for weights: transformers else falls back to pickled ones."""
+    """As `hub_options`, for weights: by default transformers falls back to pickled ones."""
     return hub_options(node) | ({} if node.allow_pickle else {"use_safetensors": True})
 
 
 def check_model(node: DictConfig, group: str) -> None:
-    """A model is a folder whose files are whole, or has the form of a hub id.
+    """Check that a model is a folder whose files are whole, or has the form of a hub id.
 
     Raises:
-        ConfigError: it is neither, or its code or pickled weights would be run unasked.
+        ConfigError: it is neither, or its code or pickled weights would run without permission.
     """
     name = node.model_name
     key = f"{group}.model_name={name}"
     folder = Path(name)
     local = bool(name) and os.path.isdir(folder)
-    # `models/tiny` has the form of a hub id too, but beside an existing `models` it is a typing
+    # `models/tiny` also has the form of a hub id, but if there is a folder `models`, it is a typing
     # error that must not turn into a download.
     if not local and (not _HUB_MODEL.fullmatch(name) or os.path.isdir(folder.parent)):
         raise ConfigError(
@@ -63,8 +63,8 @@ def check_model(node: DictConfig, group: str) -> None:
 
 
 def ask_hub(node: DictConfig, group: str) -> None:
-    """One short question to the hub about a model that is no folder: `from_pretrained` repeats its
-    own for most of a minute where there is no network. A copy in the cache is good enough.
+    """Ask the hub once for a model that is not a folder: without a network `from_pretrained`
+    repeats its own request for most of a minute. A cached copy is enough.
 
     Raises:
         ConfigError: the hub has no such model, or does not answer and nothing is cached.
@@ -72,7 +72,7 @@ def ask_hub(node: DictConfig, group: str) -> None:
     name = node.model_name
     if os.path.isdir(name):
         return
-    # Imported here: runs on folders do without.
+    # Imported here, as runs on folders do not need it.
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -82,12 +82,12 @@ def ask_hub(node: DictConfig, group: str) -> None:
 
     key = f"{group}.model_name={name}"
     try:
-        # The first request of from_pretrained, so that whatever serves that one serves this.
+        # The same request as the first one of from_pretrained, so that it has the same answer.
         url = hf_hub_url(name, "config.json", revision=node.revision)
         get_hf_file_metadata(url, timeout=HUB_TIMEOUT)
     except EntryNotFoundError as error:
         raise ConfigError(
-            f"{key}: the hub has no config.json there, so it is no model of transformers; give one "
+            f"{key}: the hub has no config.json there, so it is not a transformers model; give one "
             "that is, or a folder made by save_pretrained"
         ) from error
     except RepositoryNotFoundError as error:
@@ -97,14 +97,14 @@ def ask_hub(node: DictConfig, group: str) -> None:
         ) from error
     except RevisionNotFoundError as error:
         raise ConfigError(
-            f"{group}.revision={node.revision}: {name} has no such commit; the hub shows those it "
-            "has under the model's history"
+            f"{group}.revision={node.revision}: {name} has no such commit; the hub lists its "
+            "commits under the model's history"
         ) from error
     except Exception as error:  # no network, a proxy, offline mode: many unrelated classes
         cached = try_to_load_from_cache(name, "config.json", revision=node.revision)
         if not isinstance(cached, str):
             raise ConfigError(
-                f"{key}: the hub cannot be asked for it ({first_line(error)}), and no "
+                f"{key}: the request to the hub failed ({first_line(error)}), and no "
                 "copy is cached; give a folder made by save_pretrained"
             ) from error
 
@@ -121,14 +121,14 @@ def context_length(name: str) -> int | None:
 
 
 def _check_revision(node: DictConfig, group: str, contents: dict[str, Any] | None) -> None:
-    """contents: of the files of a local folder; None for a hub id."""
+    """contents: the JSON files of a local folder; None for a hub id."""
     revision, key = node.revision, f"{group}.revision"
     if revision is not None and not _COMMIT.fullmatch(revision):
         raise ConfigError(
             f"{key}={revision}: must be a commit, 40 digits of 0-9 and a-f, as branches and tags "
             "move; the hub shows it under the model's history"
         )
-    # A folder is what it is, but may name code of the hub: "owner/name--file.Class".
+    # A folder has no revisions, but may name code on the hub: "owner/name--file.Class".
     files = [(contents or {}).get(name, {}) for name in ("config.json", "tokenizer_config.json")]
     elsewhere = any("--" in json.dumps(file.get("auto_map")) for file in files)
     if contents is not None and not elsewhere:
@@ -138,7 +138,7 @@ def _check_revision(node: DictConfig, group: str, contents: dict[str, Any] | Non
             )
     elif node.trust_remote_code and revision is None:
         raise ConfigError(
-            f"{group}.trust_remote_code=true: would run whatever code stands on the hub on the "
-            f"day of the run; set {key} to the commit that you have read, or download the model "
+            f"{group}.trust_remote_code=true: would run whatever code is on the hub at the time "
+            f"of the run; set {key} to the commit that you have read, or download the model "
             "with its code and give the folder"
         )

@@ -1,8 +1,8 @@
-"""Keys whose value is a name out of a few: what to say of one that is not.
+"""Keys whose value is one of a few names: the check, and the message about any other value.
 
-Some of these names are those of a registry, such as the token losses. A registry stands further up
-than this package, so that the functions here are given `registry_of`, which finds the registry of a
-key (`RL2.trainer.registries`).
+Some of these names come from a registry, such as the token losses. Registries are in higher layers
+than this package, so the functions here are given `registry_of`, which finds the registry of a key
+(`RL2.trainer.registries`).
 """
 
 import difflib
@@ -17,19 +17,19 @@ from RL2.config.schema import Key, keys_of, schema_of
 from RL2.runtime.errors import ConfigError
 
 RegistryOf = Callable[[str], Mapping[str, Any] | None]
-"""The registry that a key names an entry of; None where any value of its type will do."""
+"""Finds the registry of a key; None if the key takes any value of its type."""
 
 
 def check_names(config: DictConfig, registry_of: RegistryOf) -> None:
-    """ConfigError for the first value of a composed config that no registry has."""
+    """Raise ConfigError for the first value of a composed config that its registry lacks."""
     for key, entry in keys_of(schema_of(config)).items():
         if (known := registry_of(key)) is not None:
             check_name(key, OmegaConf.select(config, key), entry, known)
 
 
 def check_name(key: str, value: Any, entry: Key, known: Collection[str]) -> None:
-    """ConfigError where a value, or one of a list, is none of the `known` names. A key that may
-    name a file takes file.py:name and package.module:name as well."""
+    """Raise ConfigError if a value, or one of a list, is not among the `known` names. A key that
+    may name a file also takes file.py:name and package.module:name."""
     several = isinstance(value, (list, ListConfig))
     for name in value if several else [value]:
         if name is None or name in known or (entry.code and ":" in str(name)):
@@ -39,8 +39,8 @@ def check_name(key: str, value: Any, entry: Key, known: Collection[str]) -> None
 
 
 def advice(key: str, value: Any, choices: Sequence[str], own: str | None = None) -> str:
-    """What to say of a value that is none of the choices: what another library means by it, or
-    what may have been meant. own: how to name what is none of them."""
+    """The message about a value that is not one of the choices: its meaning in another library, or
+    a similar choice. own: how to name an entry of the user's own."""
     group, _, name = key.rpartition(".")
     if name == "name":  # actor.loss.name
         name = f"{group.rpartition('.')[2]}.name"

@@ -1,4 +1,4 @@
-"""Numbers of a config that Python holds, and what computes with them does not."""
+"""Numbers in a config that Python can hold, but the code that computes with them cannot."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,13 +10,13 @@ from RL2.config.schema import key_types
 from RL2.runtime.errors import ConfigError
 
 _LARGEST, _SMALLEST = (2 - 2.0**-23) * 2.0**127, 2.0**-126  # of float32, with all its digits
-_LONGEST = 1e8  # seconds, three years; clocks and sockets end at some 1e9
+_LONGEST = 1e8  # seconds, three years; clocks and sockets fail at about 1e9
 
 
 def check_numbers(config: DictConfig, schema: type) -> None:
     """Raise ConfigError for the first number that would become infinite, 0 or an overflow.
 
-    A user's own options are left alone.
+    Options of the user's own are not checked.
     """
     known = key_types(schema)
     for key, value in _numbers(OmegaConf.to_container(config, resolve=True), "", known):

@@ -1,7 +1,7 @@
 """Check of the command line before hydra composes it.
 
-hydra's own answer to an unknown key is to advise `+key=value`, which adds the key in silence. Here
-a key that no schema has is an error, with the keys that may have been meant.
+For an unknown key hydra itself advises `+key=value`, which silently adds the key. Here an unknown
+key is an error that names similar keys.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-# The parser of hydra's own flags is not public, and a copy of it here would fall behind.
+# The parser of hydra's own flags is not public, and a copy of it here would become outdated.
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString, ValueType
@@ -29,11 +29,11 @@ from RL2.config.schema import SCHEMAS, key_types, keys_of, structured
 from RL2.runtime.errors import ConfigError
 from RL2.runtime.secrets import HIDDEN, is_secret_name, redact
 
-# What a user of such libraries may well type and what is not built yet.
+# Groups that users of other libraries may expect, and that do not exist yet.
 _PLANNED_GROUPS = {"critic": "this version has no critic yet, leave it out"}
 
-# Beginnings of lines of hydra's messages.
-_BESIDE_THE_POINT = (
+# Lines of hydra's messages that begin like this are left out.
+_OMITTED_LINES = (
     "full_key:", "object_type=", "reference_type=", "To append", "See ", "Config search path",
     "provider=", "Available options",
 )  # fmt: skip
@@ -44,13 +44,12 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 def check_overrides(config_name: str, argv: Sequence[str], registry_of: RegistryOf) -> list[str]:
     """Check the hydra overrides of a command line against the schema of `config_name`.
 
-    Returns the command line with the overrides first: hydra takes none behind a flag that stands
-    between them.
+    Returns the command line with the overrides first: hydra accepts no flag between them.
 
     Args:
         config_name: a yaml file of `RL2/trainer/config`, without its extension.
         argv: the arguments after the module; hydra's flags and its own keys (`hydra.…`) pass.
-        registry_of: is asked of the keys that are set, after all else is right.
+        registry_of: finds the registry of a key; called once all other checks have passed.
 
     Raises:
         ConfigError: an override that does not parse, an unknown key (added with `+` or not), a
@@ -71,7 +70,7 @@ def check_overrides(config_name: str, argv: Sequence[str], registry_of: Registry
                 f"{line}: unknown flag; a key is set by key=value without dashes{_of_flag(line)}, "
                 "and --help lists the keys"
             )
-    # A yaml file of the user's own has the keys of the trainer that it is for.
+    # A user's own yaml file has the keys of the trainer that it is for.
     config_name = flags.config_name if flags.config_name in SCHEMAS else config_name
     lines = flags.overrides + rest
     overrides = [_parse(line) for line in lines]
@@ -95,9 +94,9 @@ def check_overrides(config_name: str, argv: Sequence[str], registry_of: Registry
 
 
 def composition_error(error: Exception, config_name: str) -> ConfigError:
-    """What hydra says over many lines about a yaml file or an override, in one.
+    """Hydra's message of many lines about a yaml file or an override, in one line.
 
-    config_name: of the trainer, whose schema says which keys there are.
+    config_name: the trainer's config, whose schema has the known keys.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     keys = [line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")]
@@ -105,8 +104,8 @@ def composition_error(error: Exception, config_name: str) -> ConfigError:
     where = f" (in {file[1]}.yaml)" if file else ""
     if keys and keys[0] and keys[0] not in key_types(SCHEMAS[config_name]):
         return ConfigError(unknown_key_message(keys[0], SCHEMAS[config_name], keys[0] + where))
-    # Not where hydra looked, which classes there are, and its advice of `+key`.
-    said = [line for line in lines if not line.startswith(_BESIDE_THE_POINT)][:3]
+    # Without search paths, class names, and the advice to use `+key`.
+    said = [line for line in lines if not line.startswith(_OMITTED_LINES)][:3]
     key = f"{keys[0]}{where}: " if keys and keys[0] else ""
     return ConfigError(
         f"{key}the configuration cannot be composed ({' '.join(said) or type(error).__name__}); "
@@ -116,28 +115,28 @@ def composition_error(error: Exception, config_name: str) -> ConfigError:
 
 
 def unknown_key_message(key: str, schema: type, shown: str | None = None) -> str:
-    """What to say about a key that the schema does not have: `shown: unknown key; …`."""
+    """The message about a key that the schema does not have: `shown: unknown key; …`."""
     return f"{shown or key}: unknown key; {_advice(key, schema)}"
 
 
 def is_open(key: str, known: dict[str, Any]) -> bool:
-    """Whether a key lies inside a dict whose keys are the user's own."""
+    """Whether a key is inside a dict whose keys the user chooses."""
     return any(typing.get_origin(known.get(parent)) is dict for parent in _parents(key))
 
 
 def _check_secret(line: str) -> None:
-    """What stands on a command line, `ps` shows to everybody on the machine."""
+    """Reject secrets: `ps` shows the command line to all users of the machine."""
     name, _, value = line.partition("=")
     if redact(line) != line or (value not in ("", "null") and is_secret_name(name)):
         shown = redact(line) if redact(line) != line else f"{name}={HIDDEN}"
         raise ConfigError(
             f"{shown}: a secret on the command line, where all users of the machine see it; put it "
-            "into a variable of the environment, such as RL2_SERVER_KEY or WANDB_API_KEY"
+            "into an environment variable, such as RL2_SERVER_KEY or WANDB_API_KEY"
         )
 
 
 def _of_flag(line: str) -> str:
-    """What an option of another program's command line is here, to be read in brackets."""
+    """The key here for a command-line option of another program, in parentheses."""
     here = key_here(line.lstrip("-").partition("=")[0], {key for one in SCHEMAS.values()
                                                        for key in key_types(one)})  # fmt: skip
     return f" ({here})" if here else ""
@@ -177,7 +176,7 @@ def _check(override: Override, schema: type, typed: DictConfig, sweeps: bool) ->
     if key not in known and not is_open(key, known):
         raise ConfigError(unknown_key_message(key, schema, line))
     if override.is_add() and not is_open(key, known):
-        raise ConfigError(f"{line}: the key is there already; leave out the +")
+        raise ConfigError(f"{line}: the key exists already; leave out the +")
     if override.is_delete():
         if is_open(key, known):
             return
@@ -218,7 +217,7 @@ def _check_value(
         return
     if is_dataclass(kind):
         raise ConfigError(f"{line}: {key} is a group; set one of its keys: {_keys_of(key, known)}")
-    # omegaconf takes any number for true
+    # omegaconf accepts any number as true
     number = kind is bool and isinstance(value, (int, float)) and value not in (0, 1)
     if number or not _fits(typed, key, value):
         raise ConfigError(f"{line}: {_type_advice(key, kind, value)}")
@@ -265,8 +264,8 @@ def _advice(key: str, schema: type) -> str:
     if group in ("actor.loss", "adv"):
         close = difflib.get_close_matches(key, [one for one in known if group in one], n=1)
         mean = f"did you mean {close[0]}? " if close else ""
-        what = "a loss" if group == "actor.loss" else "an estimator"
-        return f"{mean}an option of {what} of your own is {group}.options.{name}"
+        what = "loss" if group == "actor.loss" else "estimator"
+        return f"{mean}an option of your own {what} is {group}.options.{name}"
     leaves = [one for one, kind in known.items() if not is_dataclass(kind)]
     names = {one.rpartition(".")[2] for one in leaves}
     close = difflib.get_close_matches(name, names, n=2, cutoff=0.75)

@@ -1,5 +1,5 @@
-"""A config's paths: what `~` and `~user` stand for is found here, and nowhere else, and what to say
-of a path that leads nowhere."""
+"""Paths in a config: the only place that expands `~` and `~user`, and messages about paths that do
+not exist."""
 
 import os
 import re
@@ -27,8 +27,7 @@ _HOME = re.compile(r"((?:[^/@]*@)?)(~[^/]*)(.*)", re.DOTALL)  # `split@`, `~user
 
 
 def expand_home(path: str, key: str) -> str:
-    """`path` with the home folder for `~`, or that of a user for `~user`, at its beginning or
-    behind `split@`.
+    """`path` with `~` or `~user` expanded to a home folder, at the beginning or after `split@`.
 
     Raises:
         ConfigError: there is no such user.
@@ -40,14 +39,14 @@ def expand_home(path: str, key: str) -> str:
     folder = os.path.expanduser(home)
     if folder == home:
         raise ConfigError(
-            f"{key}={path}: {home} stands for the home folder of a user, and there is no user "
+            f"{key}={path}: {home} means the home folder of a user, but there is no user "
             f"{home[1:]} here; write the folder itself (./{home} if that is its name)"
         )
     return split + folder + rest
 
 
 def check_working_directory() -> None:
-    """ConfigError where the folder that relative paths start from was removed."""
+    """Raise ConfigError if the working directory was removed."""
     try:
         os.getcwd()
     except OSError as error:
@@ -58,19 +57,19 @@ def check_working_directory() -> None:
 
 
 def not_there(path: str, kind: str = "file") -> str:
-    """What to say of a path that is no `kind`, file or folder, of a user's."""
+    """The message about a path that is not a `kind` (file or folder)."""
     for other, found in (("folder", os.path.isdir(path)), ("file", os.path.isfile(path))):
         if found and other != kind:
             return f"is a {other}, not a {kind}"
     if os.path.exists(path):
         return f"is a pipe or a device, not a {kind}"
     if os.path.islink(path):
-        return f"is a link to nothing; no such {kind}"
+        return f"is a broken link; no such {kind}"
     return f"no such {kind}" + ("" if os.path.isabs(path) else f" in {os.getcwd()}")
 
 
 def check_folder(key: str, path: str) -> None:
-    """ConfigError where `path` can never be a folder, or is a file."""
+    """Raise ConfigError if `path` can never be a folder, or is a file."""
     if not path.strip() or not path.isprintable() or not _can_exist(path):
         raise ConfigError(
             f"{key}={path}: cannot be a folder; give a path without control characters, such as "
@@ -84,16 +83,16 @@ def _can_exist(path: str) -> bool:
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return True  # what is in its way, other checks tell
+        return True  # other checks report these
     except (OSError, ValueError):
         return False
     return True
 
 
 def expand_argv(argv: Sequence[str]) -> list[str]:
-    """Command-line arguments with the home folder for `~` in `key=path`.
+    """Command-line arguments with `~` expanded in `key=path`.
 
-    The shell leaves a `~` behind `=` alone, and hydra's grammar has none outside of quotes.
+    The shell does not expand `~` after `=`, and hydra's grammar allows it only in quotes.
     """
     return [_expand_argument(argument) for argument in argv]
 
@@ -113,12 +112,12 @@ def _expand_item(text: str, name: str) -> str:
 
 
 def expand_paths(config: DictConfig) -> None:
-    """Write the home folder for `~` into all paths of a config; what does not resolve is left."""
+    """Expand `~` in all paths of a config; values that do not resolve are left unchanged."""
     for key in PATH_KEYS:
         try:
             found = OmegaConf.select(config, key)
         except (OmegaConfBaseException, ValueError):
-            continue  # the checks that follow name it
+            continue  # later checks report it
         # A key that follows another (`rollout.model_name`) is expanded with that one.
         if isinstance(found, str) and (expanded := expand_home(found, key)) != found:
             OmegaConf.update(config, key, expanded)

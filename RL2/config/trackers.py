@@ -1,11 +1,11 @@
-"""Which trackers a run logs to, beside `metrics.jsonl`."""
+"""Which trackers a run logs to, besides `metrics.jsonl`."""
 
 from omegaconf import DictConfig
 
 
 def trackers_of(trainer: DictConfig) -> list[str]:
-    """Names in `SINKS`, each once. `trainer.use_wandb` decides where `trainer.trackers` is null,
-    and is as good as true where both are."""
+    """Names in `SINKS`, each once. If `trainer.trackers` is null, `trainer.use_wandb` decides; if
+    both are null, the tracker is wandb."""
     given = trainer.get("trackers")
     if given is None:
         return [] if trainer.get("use_wandb") is False else ["wandb"]

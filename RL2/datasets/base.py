@@ -1,4 +1,4 @@
-"""What all data sets share: rows, the length limit, batches, and a loader that resumes exactly."""
+"""Shared by all data sets: rows, the length limit, batches, and a loader that resumes exactly."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Sequence = dict[str, Any]
 
 
 def option(config: DictConfig, name: str, default: Any = None) -> Any:
-    """`config[name]`, or the default where the config has no such key; enums give their value."""
+    """`config[name]`, or the default if the config has no such key; the value of an enum."""
     value = config[name] if name in config else default
     return getattr(value, "value", value)
 
 
 def load_limited_rows(config: DictConfig, key: str) -> Rows:
-    """Rows of `{key}.path`, the first `{key}.max_examples` of them where that is set."""
+    """Rows of `{key}.path`, only the first `{key}.max_examples` if that is set."""
     rows = load_rows(config.path, key)
     limit = option(config, "max_examples")
     return rows if limit is None else rows.select([(0, min(limit, len(rows)))])
@@ -46,8 +46,10 @@ def keep_within(
     """Indices of the rows that are at most `limit` tokens long.
 
     Args:
-        lengths: tokens of every row. limit: None for no limit.
-        policy: `error` or `drop`. what: plural noun for the message (`prompts`).
+        lengths: number of tokens of every row.
+        limit: maximum number of tokens; None for no limit.
+        policy: `error` or `drop`.
+        what: plural noun for the message (`prompts`).
         limit_key: config key of the limit (`train_data.max_prompt_length`).
 
     Raises:
@@ -75,7 +77,7 @@ def keep_within(
 
 
 def _raise_hint(limit_key: str, name: str) -> str:
-    # The prompt limit usually follows from the two others and is not set by the user.
+    # The prompt limit usually follows from the other two and is not set by the user.
     if name == "max_prompt_length":
         return (
             f"actor.max_length_per_device up to the model's context (or {limit_key} if it is set)"
@@ -150,11 +152,11 @@ class StatefulBatchSampler(Sampler[list[int]]):
 
     The order of an epoch is a function of (seed, epoch) alone, so the state is a few numbers. After
     the last batch of an epoch the state is already the start of the next one: a run that is resumed
-    at the boundary goes on with a new epoch and does not see an empty one first. (torchdata's
-    RandomSampler keeps the state of a generator instead and leaves that empty epoch.)
+    at the boundary continues with a new epoch and does not see an empty one first. (torchdata's
+    RandomSampler keeps the state of a generator instead and has that empty epoch.)
 
-    The position belongs to the sampler, not to an iterator: the next iteration continues one that
-    was broken off, so no row is seen twice in an epoch.
+    The position belongs to the sampler, not to an iterator: the next iteration continues an
+    interrupted one, so no row is seen twice in an epoch.
     """
 
     def __init__(
@@ -174,10 +176,10 @@ class StatefulBatchSampler(Sampler[list[int]]):
         self.drop_last = drop_last
         self.key = key
         self.epoch = 0  # epochs completed
-        self.position = 0  # rows of the current epoch already handed out
+        self.position = 0  # rows of the current epoch already returned
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Number of batches of a whole epoch."""
         return len(range(0, self._end(), self.batch_size))
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -234,7 +236,7 @@ class StatefulBatchSampler(Sampler[list[int]]):
 def make_loader(
     dataset: Dataset, batch_size: int, seed: int, drop_last: bool = True
 ) -> StatefulDataLoader:
-    """Loader over `dataset`, whose `state_dict` resumes exactly, inside an epoch and between two.
+    """Loader over `dataset`, whose `state_dict` resumes exactly, within or between epochs.
 
     `loader.batch_sampler.epoch` counts the completed epochs. The global random state is not
     touched. `state_dict()` can be written as JSON.
@@ -261,11 +263,11 @@ def make_loader(
         len(dataset), batch_size, seed, drop_last=drop_last, key=dataset.key,
         fingerprint=dataset.fingerprint,
     )  # fmt: skip
-    # Each new iterator of a loader draws a number; from its own generator it leaves the global
-    # one alone, so that a resumed run, which makes one iterator more, samples the same.
+    # Each new iterator of a loader draws a number. Drawing from its own generator leaves the global
+    # one unchanged, so that a resumed run, which makes one more iterator, samples the same.
     generator = torch.Generator().manual_seed(0)
     with warnings.catch_warnings():
-        # torchdata 0.11 calls what torch 2.13 deprecates; users can do nothing about it.
+        # torchdata 0.11 calls a function that torch 2.13 deprecates; users cannot change that.
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
         return StatefulDataLoader(
             dataset, batch_sampler=sampler, collate_fn=list, generator=generator
@@ -273,12 +275,12 @@ def make_loader(
 
 
 def _remainder(n_rows: int, batch_size: int, drop_last: bool) -> str | None:
-    """What happens to the rows of an epoch that make no whole batch."""
+    """The message about rows of an epoch that do not fill a batch."""
     left = n_rows % batch_size
     if not left:
         return None
     if drop_last:
-        return f"each epoch leaves out {left} of {n_rows} rows, others each time"
+        return f"each epoch leaves out {left} of {n_rows} rows, different ones each time"
     if n_rows < batch_size:
-        return f"the data set has only {n_rows} rows, which each step takes"
-    return f"the last step of each epoch takes the {left} rows that are left of {n_rows}"
+        return f"the data set has only {n_rows} rows, so each step takes all of them"
+    return f"the last step of each epoch takes the remaining {left} of {n_rows} rows"

@@ -1,8 +1,8 @@
 """Tokens of a text that continues another one.
 
-A tokenizer of the sentencepiece kind (Llama 2, Mistral 7B, T5) puts a space before every text, and
-so do byte-level ones with `add_prefix_space`. The response to `2+2=` would begin with a space that
-nobody wrote. Other tokenizers write the same tokens wherever a text stands.
+A sentencepiece tokenizer (Llama 2, Mistral 7B, T5) puts a space before every text, and so does a
+byte-level one with `add_prefix_space`. The response to `2+2=` would begin with a space that is not
+in the data. Other tokenizers give the same tokens wherever the text occurs.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-# Texts to put before another one, to see its tokens as they are inside a text. There are several,
-# because the tokens of the two must not merge. Llama 2 has a byte token for the first.
+# Texts to put before another one, to see its tokens as they are inside a text. Several, because the
+# tokens of the two must not merge. Llama 2 has a byte token for the first.
 _BEFORE = ("\n", "=", "0", "a", ".", ")")
 
 
 def continuation_encoder(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Callable[[list[str]], list[list[int]]]:
-    """A function from texts to their token ids where each continues another text, without special
+    """A function from texts that each continue another text to their token ids, without special
     tokens. `puts_something_before` is called once."""
     if not puts_something_before(tokenizer):
         return partial(_ids, tokenizer)

@@ -1,6 +1,6 @@
-"""How a turn of the policy ends: the tokens that engines stop at, and the one that is learned.
+"""How a turn of the policy ends: the tokens at which engines stop, and the one that is learned.
 
-A model's files name them in several places, which need not agree: the generation config, the
+A model's files name them in several places, which may disagree: the generation config, the
 config, the tokenizer, and the chat template, which closes an assistant turn with a token that may
 be the tokenizer's `eos_token` (ChatML), another special one (Llama 3, Gemma, Phi), or the marker of
 the next role (GLM). `end_tokens` reads them all, and all other code calls it.
@@ -19,7 +19,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from RL2.config.models import hub_options
 from RL2.runtime.errors import ConfigError, first_line
 
-# What no template writes by itself.
+# Texts that no template contains.
 _QUESTION, _ANSWER = "qZ7question", "qZ7answer"
 
 
@@ -28,13 +28,13 @@ class EndTokens:
     """The end tokens of a model with its tokenizer.
 
     ids: a completion ends with any of these.
-    saved: those that the model's folder names, so that other programs stop there too: those of its
-        generation config, or of its config where there is no generation config.
-    special: all tokens of the tokenizer that neither are text nor stand for some.
-    turn: the token with which the chat template closes an assistant turn. None where there is no
-        template, or where the template closes no turn and the marker of the next role, one of
-        `ids`, ends it.
-    last: the token to put after a text without an end: `eos_token`, or else one of the configs.
+    saved: the end tokens that the model's folder names for other programs: those of its generation
+        config, or of its config if it has no generation config.
+    special: all tokens of the tokenizer that neither are text nor represent text.
+    turn: the token with which the chat template closes an assistant turn. None if there is no
+        template, or if the template does not close turns, so that the marker of the next role, one
+        of `ids`, ends it.
+    last: the token to put after a text without an end: `eos_token`, else one from the configs.
     """
 
     ids: tuple[int, ...]
@@ -47,16 +47,16 @@ class EndTokens:
 def end_tokens(
     tokenizer: PreTrainedTokenizerBase, generation: Any = None, config: Any = None
 ) -> EndTokens:
-    """Where turns of a model end.
+    """The end tokens of a model.
 
     generation, config: the model's generation config and config, as transformers loads them; None
-        where it has none, or they are not known.
+        if it has none, or they are not known.
     """
     eos, special = tokenizer.eos_token_id, special_ids(tokenizer)
     if tokenizer.unk_token_id not in (eos, tokenizer.pad_token_id, tokenizer.bos_token_id):
-        special.discard(tokenizer.unk_token_id)  # which stands for text
+        special.discard(tokenizer.unk_token_id)  # it represents text
     saved = _ids_of(config if generation is None else generation)
-    # A config that does not name one has its class's default, which may be any token.
+    # A config that names none has its class's default, which may be any token.
     more = [token for token in _ids_of(config) if token in special]
     known = list(dict.fromkeys([*saved, *more, *([] if eos is None else [eos])]))
     turn, markers = _template_ends(tokenizer, special.union(known), known)
@@ -66,9 +66,9 @@ def end_tokens(
 
 
 def load_end_tokens(node: DictConfig, tokenizer: PreTrainedTokenizerBase) -> EndTokens:
-    """`end_tokens` of `node.model_name`, a folder or hub id. Nothing but configs is loaded.
+    """`end_tokens` of `node.model_name`, a folder or hub id. Only configs are loaded.
 
-    Raises ConfigError where the token that closes a turn is none of the model's.
+    Raises ConfigError if the model does not have the token that closes a turn.
     """
     name, options = node.model_name, hub_options(node)
     config = AutoConfig.from_pretrained(name, **options)
@@ -76,7 +76,7 @@ def load_end_tokens(node: DictConfig, tokenizer: PreTrainedTokenizerBase) -> End
         generation = GenerationConfig.from_pretrained(name, revision=node.revision)
     except OSError:  # not every model has one
         generation = None
-    except Exception as error:  # numbers out of place make it raise anything
+    except Exception as error:  # invalid numbers can make it raise anything
         raise ConfigError(
             f"actor.model_name={name}: its generation_config.json cannot be used "
             f"({first_line(error)}); correct the file, or copy or download the model again"
@@ -88,8 +88,8 @@ def load_end_tokens(node: DictConfig, tokenizer: PreTrainedTokenizerBase) -> End
     if ends.turn is not None and ends.turn >= rows:
         raise ConfigError(
             f"actor.model_name={name}: a turn ends with {tokenizer.decode([ends.turn])}, which is "
-            f"token {ends.turn}, and the model has {rows} (vocab_size in its config.json); give a "
-            "model that was made for its tokenizer and chat template"
+            f"token {ends.turn}, but the model has only {rows} (vocab_size in its config.json); "
+            "give a model that was made for its tokenizer and chat template"
         )
     ids = tuple(token for token in ends.ids if token < rows)  # others are never written
     last = ends.last if ends.last in ids else next(iter(ids), None)
@@ -97,8 +97,8 @@ def load_end_tokens(node: DictConfig, tokenizer: PreTrainedTokenizerBase) -> End
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """All tokens that are no text. `all_special_ids` leaves out added ones that are marked special
-    and have no named role in the tokenizer."""
+    """All tokens that are not text. `all_special_ids` omits added tokens that are marked special
+    but have no named role in the tokenizer."""
     added = tokenizer.added_tokens_decoder.items()
     return {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
 
@@ -116,10 +116,10 @@ def _ids_of(config: Any) -> list[int]:
 def _template_ends(
     tokenizer: PreTrainedTokenizerBase, marks: Collection[int], known: Collection[int]
 ) -> tuple[int | None, list[int]]:
-    """The token that closes an assistant turn in the chat template, and, where none does, the
+    """The token that closes an assistant turn in the chat template, or, if there is none, the
     markers of the roles that may follow.
 
-    marks: tokens that are no text. known: those that are known to end a turn.
+    marks: tokens that are not text. known: tokens that are known to end a turn.
     """
     if tokenizer.chat_template is None:
         return None, []
@@ -127,11 +127,11 @@ def _template_ends(
     last, middle = _after_answer(tokenizer), _after_answer(tokenizer, user)
 
     def first_run(ids: list[int]) -> list[int]:
-        """The special tokens that come first, up to the next text."""
+        """The first special tokens, up to the next text."""
         return list(takewhile(marks.__contains__, dropwhile(lambda i: i not in marks, ids)))
 
     # Some templates add something at the very end (Phi: eos_token after the end of the turn), and
-    # some end the last turn differently from those before it.
+    # some end the last turn differently from earlier ones.
     same = takewhile(lambda pair: pair[0] == pair[1], zip(last, middle, strict=False))
     closing = first_run([token for token, _ in same]) or first_run(last)
     if closing:
@@ -144,8 +144,8 @@ def _template_ends(
 
 
 def _after_answer(tokenizer: PreTrainedTokenizerBase, *following: dict[str, str]) -> list[int]:
-    """The tokens after the assistant's words in the chat template's text; none where the template
-    refuses such a conversation."""
+    """The tokens after the assistant's words in the chat template's text; none if the template
+    rejects such a conversation."""
     messages = [
         {"role": "user", "content": _QUESTION},
         {"role": "assistant", "content": _ANSWER},
@@ -155,5 +155,5 @@ def _after_answer(tokenizer: PreTrainedTokenizerBase, *following: dict[str, str]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         _, found, tail = text.rpartition(_ANSWER)
         return tokenizer.encode(tail, add_special_tokens=False) if found else []
-    except Exception:  # a template is a program, and may refuse roles: then nothing is known
+    except Exception:  # a template is a program, and may reject roles
         return []

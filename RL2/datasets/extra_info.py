@@ -8,14 +8,14 @@ from typing import Any
 
 from RL2.runtime.errors import one_line
 
-# Levels of nested lists and objects. Copies recurse, and Python ends a recursion at 1,000.
+# Levels of nested lists and objects. Copies recurse, and Python limits recursion to 1,000.
 _DEEPEST = 200
 
 
 def fault_of(extra_info: dict[str, Any], limit: int | None) -> str | None:
-    """Why it cannot be sent to an environment, with the way out; None if it can.
+    """Why it cannot be sent to an environment, and what to do; None if it can.
 
-    limit: the most bytes, pickled, that a process of the environment takes; None for no limit.
+    limit: maximum size in bytes, pickled, for a process of the environment; None for no limit.
     """
     try:
         data = pickle.dumps(extra_info, pickle.HIGHEST_PROTOCOL)
@@ -25,8 +25,8 @@ def fault_of(extra_info: dict[str, Any], limit: int | None) -> str | None:
         if limit is None:
             return None
         return (
-            f"extra_info cannot go to another process ({one_line(error)}); put plain data there, "
-            "or use rollout.env_workers=0"
+            f"extra_info cannot be sent to another process ({one_line(error)}); put plain data "
+            "there, or use rollout.env_workers=0"
         )
     # The pickle has one mark for each list and dict. Texts may hold the same bytes, so look closer.
     if data is None or (
@@ -38,8 +38,8 @@ def fault_of(extra_info: dict[str, Any], limit: int | None) -> str | None:
         )
     if limit is not None and len(data) > limit:
         return (
-            f"extra_info is {len(data)} bytes (pickled), more than the {limit} that go to a "
-            "process of the environment; put the name of a file there for the environment to "
+            f"extra_info is {len(data)} bytes (pickled), more than the {limit} that can be sent to "
+            "a process of the environment; put the name of a file there for the environment to "
             "read, or use rollout.env_workers=0"
         )
     return None

@@ -1,4 +1,4 @@
-"""Which columns of a row are read, and a warning about those that are not."""
+"""Which columns of a row are read, and a warning about the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN = 12  # names in one line
 
 @dataclass(frozen=True)
 class Format:
-    """Columns that a row of this kind must have, and others that are read as well."""
+    """Columns that a row of this kind must have, and columns that are also read."""
 
     needs: tuple[str, ...]
     takes: tuple[str, ...] = ()
@@ -35,10 +35,10 @@ SFT_ROWS = (
 
 
 def format_of(row: dict[str, Any], formats: tuple[Format, ...]) -> Format | None:
-    """The first format that the row has all columns of; None for none.
+    """The first format for which the row has all columns; None if there is none.
 
-    Rows of several formats in one columnar file have null where a column is another format's. A
-    row with nothing but nulls keeps its format, whose check names the null.
+    Rows of several formats in one columnar file have null in the columns of other formats. A row
+    with nothing but nulls keeps its format, whose check names the null.
     """
     fitting = [one for one in formats if all(name in row for name in one.needs)]
     filled = [one for one in fitting if all(row[name] is not None for name in one.needs)]
@@ -46,7 +46,7 @@ def format_of(row: dict[str, Any], formats: tuple[Format, ...]) -> Format | None
 
 
 class Unread:
-    """Counts what rows hold and nothing reads, for one warning at the end."""
+    """Counts the columns and fields that are not read, for one warning at the end."""
 
     def __init__(self, key: str, tokenizer: PreTrainedTokenizerBase):
         self.key = key

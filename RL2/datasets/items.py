@@ -11,11 +11,11 @@ from RL2.runtime.errors import DataError
 
 
 class Items(Dataset):
-    """Items in a list, with what a loader and a checkpoint ask of a data set.
+    """Items in a list, as a data set for loaders and checkpoints.
 
     Args:
-        items: as JSON has them, such as the `Sequence` of `RL2.datasets.base`, or lists of those.
-        key: the config's node that names them.
+        items: JSON values, such as the `Sequence` of `RL2.datasets.base`, or lists of those.
+        key: name of the config's node, for messages.
         end_ids: the tokens that end what is learned.
     """
 

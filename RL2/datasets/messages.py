@@ -1,8 +1,8 @@
 """Conversations with their tools, in the form in which chat templates expect them.
 
 Files write the same thing in different ways. Here a field that is null is absent, and the arguments
-of a call are an object. (A null inside the arguments of a call stays: the model is to write it. A
-columnar file has none, see `RL2.datasets.rows.without_nested_nulls`.)
+of a call are an object. (A null inside the arguments of a call stays, as the model learns to write
+it. A columnar file has none, see `RL2.datasets.rows.without_nested_nulls`.)
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
         role = require_text(message["role"], f"{name}.role")
         if role not in ROLES:
             raise BadRow(
-                f"{name}.role is {role!r:.40}, which chat templates pass over; use one of "
+                f"{name}.role is {role!r:.40}, which chat templates ignore; use one of "
                 f"{', '.join(ROLES)}",
             )
         calls = _tool_calls(message.get("tool_calls"), f"{name}.tool_calls")
         if not calls:
             require_text(message.get("content"), f"{name}.content")
         _check_weight(message, name)
-        # Some templates treat a null, or an empty list of calls, as one that is there.
+        # Some templates treat a null or an empty list of calls as a call.
         message = {k: v for k, v in message.items() if v is not None and k != "tool_calls"}
         checked.append(message | ({"tool_calls": calls} if calls else {}))
     return checked
 
 
 def learned_turns(messages: list[dict[str, Any]]) -> list[int]:
-    """Indices of the turns that the assistant wrote and that do not say `weight: 0`."""
+    """Indices of the assistant's turns, except those with `weight: 0`."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     learned = [i for i in turns if messages[i].get("weight", 1)]
     if not learned:
@@ -66,7 +66,7 @@ def learned_turns(messages: list[dict[str, Any]]) -> list[int]:
 
 
 def tools_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """`row["tools"]`, a list of JSON schemas; None where there are none."""
+    """`row["tools"]`, a list of JSON schemas; None if there are none."""
     tools = from_json(row.get("tools") or None, "tools")
     if not tools:
         return None
@@ -91,14 +91,14 @@ def _check_weight(message: dict[str, Any], name: str) -> None:
         )
     if weight == 1 and message["role"] != "assistant":
         raise BadRow(
-            f"{name}.weight is 1 of a turn of the {message['role']}; only turns of the assistant "
+            f"{name}.weight is 1 in a turn of the {message['role']}; only turns of the assistant "
             "are learned; leave it out",
         )
 
 
 def _tool_calls(calls: Any, name: str) -> list[Any]:
     """The calls with their arguments as objects: templates encode them, and would encode a JSON
-    text once more."""
+    text twice."""
     calls = from_json(calls or [], name)
     if not isinstance(calls, list):
         raise BadRow(f"{name} is {type_name(calls)}; it must be a list of objects")

@@ -1,4 +1,4 @@
-"""Row formats: what a row must hold, and the prompt text that is made of it.
+"""Row formats: what a row must have, and the prompt text that is made from it.
 
 A row is one of
 
@@ -6,9 +6,9 @@ A row is one of
     {"prompt": "...", "extra_info": {...}}
     {"question": "...", "answer": "... #### 42"}                       (GSM8K)
 
-`extra_info` is optional and goes to the environment untouched; an `answer` column beside `messages`
-or `prompt` becomes `extra_info["answer"]`. `messages`, `tools` and `extra_info` may be JSON
-strings, because a CSV cell can hold nothing else.
+`extra_info` is optional and goes to the environment unchanged; an `answer` column next to
+`messages` or `prompt` becomes `extra_info["answer"]`. `messages`, `tools` and `extra_info` may be
+JSON strings, because a CSV cell can hold nothing else.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def text_of(row: dict[str, Any], name: str) -> str:
 
 
 def require_text(value: Any, name: str) -> str:
-    """The string itself; null, NaN, another type, blank or not encodable text is a BadRow."""
+    """The string itself; BadRow for null, NaN, another type, or blank or not encodable text."""
     if not isinstance(value, str):
         advice = "it must be a non-empty string"
         if name in ("prompt", "question", "response") and isinstance(value, list):
@@ -46,14 +46,14 @@ def require_text(value: Any, name: str) -> str:
             value.encode()
         except UnicodeEncodeError as error:
             raise BadRow(
-                f"{name} holds half a surrogate pair (character {error.start}); "
+                f"{name} contains half a surrogate pair (character {error.start}); "
                 "write the character itself or remove it",
             ) from error
     return value
 
 
 def missing_keys(row: dict[str, Any], formats: str) -> BadRow:
-    """The error of a row that fits none of `formats`, naming the keys that it has."""
+    """The error for a row that fits none of `formats`, with the keys that it has."""
     lacking = "question"
     if "question" in row:
         lacking = "answer"
@@ -82,7 +82,7 @@ def extra_info_of(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_answer(answer: Any) -> None:
-    """Something that a response can be compared with, down to the items of a list."""
+    """Raise BadRow unless a response can be compared with it, including the items of a list."""
     if isinstance(answer, (list, dict)) and answer:
         for item in answer.values() if isinstance(answer, dict) else answer:
             _require_answer(item)
@@ -93,7 +93,7 @@ def _require_answer(answer: Any) -> None:
     elif answer in ([], {}):
         found = "empty"
     elif isinstance(answer, str):
-        # What numpy and data frames write for a number that is missing.
+        # numpy and data frames write NaN for a missing number.
         found = "NaN" if answer.strip().lower() == "nan" else None
         require_text(answer, "answer")
     if found is not None:
@@ -115,7 +115,7 @@ def gold_answer(answer: str) -> str:
 
 
 def question_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    """Prompt text of a GSM8K question: by the chat template, or plain where there is none."""
+    """Prompt text of a GSM8K question: from the chat template, or plain if there is none."""
     if tokenizer.chat_template is None:
         return f"{question}\n{GSM8K_INSTRUCTION}\n"
     message = {"role": "user", "content": f"{question} {GSM8K_INSTRUCTION}"}
@@ -129,7 +129,7 @@ def messages_prompt(
 ) -> str:
     """Prompt text of a conversation that the policy continues.
 
-    Without a chat template, the content of a single user message and a newline.
+    Without a chat template: the content of a single user message, and a newline.
     """
     if messages[-1]["role"] == "assistant":
         raise BadRow(
@@ -148,7 +148,7 @@ def render(
     add_generation_prompt: bool,
     tools: list[Any] | None = None,
 ) -> str:
-    """The chat template's text of `messages`; what the template refuses is the row's error."""
+    """The chat template's text of `messages`; BadRow if the template rejects them."""
     if tokenizer.chat_template is None:
         raise BadRow(
             "messages need a tokenizer with a chat template and this one has none; "
@@ -163,11 +163,11 @@ def render(
         text.encode()  # half a surrogate pair, which no tokenizer takes
         return text
     except Exception as error:  # a template is a program: it may divide by zero
-        raise BadRow(f"the chat template refuses the messages: {one_line(error)}") from error
+        raise BadRow(f"the chat template rejects the messages: {one_line(error)}") from error
 
 
 def from_json(value: Any, name: str) -> Any:
-    """The value of a JSON text; a value that is no text is returned as it is."""
+    """The value of a JSON text; a value that is not a text is returned unchanged."""
     if not isinstance(value, str):
         return value
     try:

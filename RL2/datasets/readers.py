@@ -18,17 +18,17 @@ def load_rows(path: str, key: str) -> Rows:
     """Read the rows that `{key}.path` names.
 
     Args:
-        path: a json, jsonl, csv, tsv, parquet or arrow file (the text ones may be gzipped); a
-            folder of such files or a pattern (`data/*.jsonl`), read in the order of their names;
-            `split@` and one of these; or `split@name:config` for a data set of the Hugging Face
-            hub. `split` may be a slice (`train[:100]`, `train[10%:20%]`); of a folder it chooses
-            files by their names. What exists under the literal name wins, so names that contain
-            `@` or `:` work.
+        path: a json, jsonl, csv, tsv, parquet or arrow file (text files may be gzipped); a folder
+            of such files or a pattern (`data/*.jsonl`), read in the order of their names; `split@`
+            before one of these; or `split@name:config` for a data set on the Hugging Face hub.
+            `split` may be a slice (`train[:100]`, `train[10%:20%]`); in a folder it selects files
+            by their names. An existing file of the literal name takes precedence, so names that
+            contain `@` or `:` work.
         key: config group (`train_data`, `test_data`, `data`), for messages.
 
     Raises:
-        ConfigError: the path can name no rows.
-        DataError: nothing there, nothing in it, or not readable; names key, file and line.
+        ConfigError: the path cannot name any rows.
+        DataError: the data is missing, empty or not readable; names key, file and line.
     """
     path = expand_home(str(path), f"{key}.path")
     found = find_data(key, path)
@@ -46,7 +46,7 @@ def _slice(rows: Rows, split: str | None, path: str, key: str) -> Rows:
     """A file holds one split, whatever its name; only the slice matters."""
     if split is None or "[" not in split and "+" not in split:
         return rows
-    from datasets import ReadInstruction  # here: it costs a second, and most paths have no slice
+    from datasets import ReadInstruction  # here, as it takes a second and most paths have no slice
 
     names = re.findall(r"(?:^|\+)(\w+)", split)
     try:
@@ -78,7 +78,7 @@ def _read_file(name: str, key: str) -> Rows:
     except OSError as error:
         reason = error.strerror or one_line(error)
         raise DataError(
-            f"{key}.path={name}: cannot be read: {reason}; check that the file is whole "
+            f"{key}.path={name}: cannot be read: {reason}; check that the file is complete "
             "and that you may read it"
         ) from error
 
@@ -88,7 +88,7 @@ def _read_file(name: str, key: str) -> Rows:
 
 def _read_hub(name: str, split: str, key: str) -> Rows:
     """`split@name:config` by `datasets.load_dataset`; a copy in its cache works offline."""
-    # Imported here: only this path needs them, and they cost a second.
+    # Imported here, as only this path needs them and they take a second.
     import datasets
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -96,7 +96,7 @@ def _read_hub(name: str, split: str, key: str) -> Rows:
     repository, _, config = name.partition(":")
     source = f"{split}@{name}"
     if not os.path.isdir(repository):
-        # One short request first: load_dataset itself retries an absent network for 20 s and more.
+        # One short request first: without a network, load_dataset retries for 20 s or more.
         try:
             HfApi().dataset_info(repository, timeout=HUB_TIMEOUT)
         except RepositoryNotFoundError as error:
@@ -105,7 +105,7 @@ def _read_hub(name: str, split: str, key: str) -> Rows:
                 "(nor is there a file of that name); check the name, or log in with `hf auth login`"
             ) from error
         except Exception as error:
-            # Network, proxy, offline mode, server trouble, malformed name: many unrelated classes.
+            # Network, proxy, offline mode, server error, malformed name: many unrelated classes.
             cached = os.path.join(datasets.config.HF_DATASETS_CACHE, repository.replace("/", "___"))
             if not os.path.isdir(cached):
                 raise DataError(
@@ -118,7 +118,7 @@ def _read_hub(name: str, split: str, key: str) -> Rows:
         table = datasets.load_dataset(repository, config or None, split=split)
     except Exception as error:
         # load_dataset raises ValueError, FileNotFoundError, ConnectionError, DatasetGenerationError
-        # and whatever the parser of the remote files raises.
+        # and all errors of the remote files' parser.
         raise DataError(
             f"{key}.path={source}: data set {repository!r} does not load: {one_line(error)}; "
             "check name, config and split"

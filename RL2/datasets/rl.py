@@ -32,8 +32,8 @@ class RLDataset(Dataset):
     """Tokenised prompts, and the extra_info that the environment gets with each.
 
     All rows are read, checked and tokenised in the constructor, so that a bad row stops the run
-    before a model is loaded. Prompts are tokenised without special tokens: what the chat template
-    writes, a BOS included, is all there is.
+    before a model is loaded. Prompts are tokenised without special tokens, except those that the
+    chat template writes, such as BOS.
 
     An item is {"prompt": str, "prompt_ids": list[int], "extra_info": dict, "index": int}. With
     `path: null` (an environment that makes its own prompts in `reset`) it is {"extra_info": {},
@@ -43,8 +43,8 @@ class RLDataset(Dataset):
         config: node `train_data` or `test_data`: path, prompts_per_rollout, overlong, max_examples,
             max_prompt_length.
         key: name of that node, for messages.
-        max_prompt_length: tokens; None takes `config.max_prompt_length`, null there is no limit.
-        max_extra_info: bytes, pickled, of a row's extra_info; None for no limit.
+        max_prompt_length: maximum tokens; None: `config.max_prompt_length`, where null is no limit.
+        max_extra_info: maximum bytes of a row's extra_info, pickled; None for no limit.
 
     Raises:
         DataError: unreadable data, a malformed row (file and line), an overlong prompt.
@@ -77,7 +77,7 @@ class RLDataset(Dataset):
         prompt_ids = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
         for i, ids in enumerate(prompt_ids):
             if not ids:
-                raise rows.error(i, key, "the tokenizer makes no token of the prompt")
+                raise rows.error(i, key, "the tokenizer gives no token for the prompt")
             items[i]["prompt_ids"] = ids
         kept = keep_within(
             [len(ids) for ids in prompt_ids],
@@ -100,7 +100,7 @@ class RLDataset(Dataset):
 
 
 def _warn_of_missing_answers(items: list[dict[str, Any]], rows: Rows, key: str) -> None:
-    """Some rows with an answer and some without may be meant, or be a hole in the data."""
+    """If only some rows have an answer, that may be intended, or an error in the data."""
     without = [i for i, item in enumerate(items) if "answer" not in item["extra_info"]]
     if 0 < len(without) < len(items):
         logger.warning(

@@ -1,4 +1,4 @@
-"""Rows of a data set, each of which knows the file and line that it came from."""
+"""Rows of a data set, each with the file and line that it came from."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ T = TypeVar("T")
 
 
 class BadRow(ValueError):
-    """What is wrong with a row, and the way out. `Rows.parsed` adds where the row stands."""
+    """What is wrong with a row, and what to do. `Rows.parsed` adds the row's position."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a data set and where each stands.
+    """Rows of a data set and their positions.
 
     Attributes:
         rows: one dict per row.
         places: for each row the text before its number in messages, `file:` or `file: row `.
-        numbers: for each row the physical line on which it begins, or its place among the rows
-            where there are no lines (parquet, arrow, hub); both from 1.
+        numbers: for each row the physical line on which it begins, or its number among the rows if
+            the format has no lines (parquet, arrow, hub); both from 1.
     """
 
     rows: list[dict[str, Any]]
@@ -63,7 +63,7 @@ class Rows:
         return iter(self.rows)
 
     def where(self, index: int) -> str:
-        """`file:line`, or `file: row n` where the format has no lines."""
+        """`file:line`, or `file: row n` if the format has no lines."""
         return f"{self.places[index]}{self.numbers[index]}"
 
     def error(self, index: int, key: str, problem: object) -> DataError:
@@ -71,10 +71,10 @@ class Rows:
         return DataError(f"{key}.path: {self.where(index)}: {problem}")
 
     def parsed(self, parse: Callable[[dict[str, Any]], T], key: str) -> list[T]:
-        """What `parse` makes of each row.
+        """The result of `parse` for each row.
 
         Raises:
-            DataError: it raised BadRow.
+            DataError: `parse` raised BadRow.
         """
         found = []
         for index, row in enumerate(self.rows):
@@ -88,8 +88,8 @@ class Rows:
         return found
 
     def fingerprint(self, indices: Iterable[int]) -> str:
-        """SHA-256 over the content of these rows, wherever they were read from. What JSON does not
-        have (a date, an image) counts by its type alone."""
+        """SHA-256 over the content of these rows, whatever their source. Of a value that JSON does
+        not have (a date, an image), only the type counts."""
         digest = sha256()
         for index in indices:
             row = json.dumps(self.rows[index], default=type_name, sort_keys=True)
@@ -109,9 +109,9 @@ class Rows:
 def without_nested_nulls(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of a columnar file without the nulls inside their values.
 
-    All rows of such a file have the same fields. A null stands for a field that the row does not
-    have: the arguments of other calls, the fields of other messages. (A null that was meant looks
-    the same; a JSON file keeps those.) Columns stay, and so do nulls that are items of a list.
+    All rows of such a file have the same fields. A null marks a field that the row does not have:
+    the arguments of other calls, the fields of other messages. (An intended null looks the same;
+    JSON files keep those.) Columns stay, and so do nulls that are items of a list.
     """
     return [{column: _without_nulls(value) for column, value in row.items()} for row in rows]
 

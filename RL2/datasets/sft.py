@@ -30,11 +30,11 @@ from RL2.runtime.errors import DataError
 
 @dataclass(frozen=True)
 class _Pair:
-    """Prompt and response, tokenised apart as in a rollout, where the policy begins after the
-    prompt's last token; the token `end` follows.
+    """Prompt and response, tokenised separately as in a rollout, where the policy begins after the
+    prompt's last token; then the token `end`.
 
-    A space that the tokenizer puts before every text does not come between the two. Tokens that
-    would merge the end of the prompt with the beginning of the response stay apart.
+    A space that the tokenizer puts before every text is not put between the two. The end of the
+    prompt and the beginning of the response are never merged into one token.
     """
 
     prompt: str
@@ -52,21 +52,20 @@ class _Conversation:
 
 
 class SFTDataset(Dataset):
-    """Token sequences with a mask over what is learned; all read and checked in the constructor.
+    """Token sequences with a mask of what is learned; all are read and checked in the constructor.
 
     Rows are {"prompt", "response"}, {"question", "answer"} (the prompt text of RL, the whole answer
     as response) or {"messages"} (every assistant turn is learned; the token ids are those of the
     chat template's own rendering).
 
-    What is learned ends as a rollout does, up to and including an end token: the one with which the
-    chat template closes the turn, or the marker of the next role where that is an end token (GLM).
-    Where a text has neither, `eos_token` is added: after the response of the first two kinds of
-    rows unless it ends with an end token already, and after an assistant turn that the template
-    leaves open.
+    What is learned ends as a rollout does, with an end token: the one with which the chat template
+    closes the turn, or the marker of the next role if that is an end token (GLM). If a text has
+    neither, `eos_token` is added: after the response of the first two kinds of rows, unless it
+    already ends with an end token, and after an assistant turn that the template leaves open.
 
-    With {"messages"}, `tools` is shown to the chat template, and a turn with `weight` 0 is not
-    learned. `separator` stands between prompt and response of {"prompt", "response"}, and is
-    learned: the prompt alone is that of a rollout.
+    With {"messages"}, `tools` is passed to the chat template, and a turn with `weight` 0 is not
+    learned. `separator` is put between prompt and response of {"prompt", "response"}. It is
+    learned, as the prompt of a rollout does not include it.
 
     end_ids: the tokens that end what is learned.
 
@@ -75,7 +74,7 @@ class SFTDataset(Dataset):
     Args:
         config: node `data`: path, max_length (tokens, null for no limit), overlong, max_examples,
             separator.
-        ends: end tokens of the model; None: what the tokenizer alone says.
+        ends: end tokens of the model; None: those of the tokenizer alone.
 
     Raises:
         DataError: unreadable data, a malformed row (file and line), an overlong sequence.
@@ -100,7 +99,7 @@ class SFTDataset(Dataset):
         _fill_conversations(sequences, parsed, tokenizer, key)
         for i, sequence in enumerate(sequences):
             if not any(sequence["action_mask"][1:]):
-                problem = "no token to learn (a first token has none before it)"
+                problem = "no token to learn (the first token of a row cannot be learned)"
                 raise rows.error(i, key, problem)
         kept = keep_within(
             [len(sequence["token_ids"]) for sequence in sequences],
@@ -122,14 +121,14 @@ class SFTDataset(Dataset):
 
 
 class _Parser:
-    """Makes a prompt and a response, or a conversation, of a row."""
+    """Turns a row into a prompt and a response, or into a conversation."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, ends: EndTokens, key: str, separator: str
     ):
         self.tokenizer, self.ends, self.key = tokenizer, ends, key
         self.separator, self.unread = separator, Unread(key, tokenizer)
-        # As they stand in a text. Only what is special or added is found there as it is.
+        # Their texts. Only special and added tokens appear unchanged in a text.
         whole = ends.special | tokenizer.added_tokens_decoder.keys()
         self.stops = _texts(tokenizer, whole.intersection(ends.ids))
         self.special = _texts(tokenizer, ends.special)
@@ -148,7 +147,7 @@ class _Parser:
             return _Pair(prompt, self.separator + response, self._last())
         question, answer = text_of(row, "question"), text_of(row, "answer")
         prompt = question_prompt(self.tokenizer, question)
-        # The prompt is the chat template's, where there is one, and so is the end.
+        # If there is a chat template, it gives both the prompt and the end.
         last, turn = self._last(), self.ends.turn
         return _Pair(prompt, answer, last if turn is None else turn)
 
@@ -157,9 +156,9 @@ class _Parser:
     ) -> _Conversation:
         """Find each assistant turn that is learned in the rendered text.
 
-        A turn stands between the rendering of what comes before it, with the generation prompt, and
-        the rendering up to it. Both must be prefixes of the whole, the second as far as the end of
-        the turn, or the positions would be wrong.
+        A turn is the text between the rendering of all turns before it, with the generation prompt,
+        and the rendering that includes it. Both must be prefixes of the whole, the second up to the
+        end of the turn, or the positions would be wrong.
         """
         tokenizer = self.tokenizer
         shown = partial(render, tokenizer, tools=tools)
@@ -204,7 +203,7 @@ class _Parser:
         return self.ends.last
 
     def _end(self, turn: str, content: str) -> tuple[int, bool]:
-        """Where what is learned of a turn ends, and whether an end token closes it.
+        """Where the learned part of a turn ends, and whether an end token closes it.
 
         Templates put a newline, or more, after the token that ends a turn; the policy stops at that
         token.
@@ -217,7 +216,7 @@ class _Parser:
         if stops:
             at, length = min(stops)
             return behind + at - length, True
-        if tail.rstrip().endswith(self.special):  # of a turn of this kind (Llama 3: a tool's call)
+        if tail.rstrip().endswith(self.special):  # other ends of turns (Llama 3: a tool call)
             return behind + len(tail.rstrip()), True
         own = content[len(content.rstrip()) :]
         if found >= 0 and tail.isspace() and tail.startswith(own):
@@ -288,7 +287,7 @@ def _fill_conversations(
 def _mask_of(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
     """True for tokens that begin inside a span. `spans` ascend and do not overlap.
 
-    A token that begins in the prompt and reaches into the turn is not learned: in a rollout the
+    A token that begins in the prompt and extends into the turn is not learned: in a rollout the
     prompt ends before it.
     """
     mask = [False] * len(offsets)
@@ -302,6 +301,6 @@ def _mask_of(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> li
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> Any:
-    # Without verbose=False a warning about the model's maximum length stands in the log; the limit
-    # that counts here is checked by keep_within.
+    # verbose=False avoids a warning about the model's maximum length; keep_within checks the limit
+    # that counts here.
     return tokenizer(texts, add_special_tokens=False, verbose=False, **options)

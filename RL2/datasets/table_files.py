@@ -14,7 +14,7 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of the Arrow IPC format
 
 def read_parquet(name: str, key: str) -> Rows:
     try:
-        # Not read_table(): it would make columns of folder names such as `run=3`.
+        # Not read_table(): it would turn folder names such as `run=3` into columns.
         with open(name, "rb") as file:
             table = pyarrow.parquet.ParquetFile(file).read()
     except pyarrow.ArrowException as error:
@@ -32,7 +32,7 @@ def read_arrow(name: str, key: str) -> Rows:
             file.seek(0)
             opened = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
             table = opened(file).read_all()
-            if not is_file:  # a stream may end anywhere between two batches, and looks whole
+            if not is_file:  # a stream that is cut off between two batches looks complete
                 file.seek(file.size() - len(_END_OF_STREAM))
                 if file.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
                     raise pyarrow.ArrowInvalid("it ends without the end mark: it was cut off")
@@ -53,7 +53,7 @@ def _rows_of_table(table: pyarrow.Table, name: str, key: str) -> Rows:
         table.validate(full=True)
         rows = table.to_pylist(maps_as_pydicts="strict")
     except (pyarrow.ArrowException, ValueError, OverflowError, KeyError) as error:
-        # Bytes that are no UTF-8, dates that Python cannot hold.
+        # Bytes that are not UTF-8, dates that Python cannot hold.
         raise DataError(
             f"{key}.path: {name}: its values cannot be read ({one_line(error)}); write it again "
             "with text in UTF-8"

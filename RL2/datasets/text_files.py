@@ -1,8 +1,8 @@
 """JSON lines, JSON and CSV, each gzipped or not.
 
-They are parsed here and not by a data-frame library for two reasons: an error can then name the
-physical line, and rows keep the types that they were written with (one column type for all rows
-would turn `extra_info` of differing shapes into nulls).
+They are parsed here and not by a data-frame library for two reasons: an error can name the physical
+line, and values keep their types (one column type for all rows would turn `extra_info` of different
+shapes into nulls).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from RL2.runtime.json_objects import reject_duplicate_keys
 
 _GZIP = b"\x1f\x8b"  # how a compressed file begins, whatever its name
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
-_HEADER = 2**20  # characters; a header is looked for no further
+_HEADER = 2**20  # characters in which the header must end
 _SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 _BEGIN = re.compile(r"[ \t\r\n]*\[[ \t\r\n]*(\])?[ \t\r\n]*")  # group 1: the list ends here
 _NEXT = re.compile(r"(?:,|(\]))[ \t\r\n]*")
@@ -43,7 +43,7 @@ def _read_text(name: str, key: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # With a byte order mark the codec counts from behind it.
+        # With a byte order mark the codec counts from the end of it.
         start = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
         line = data.count(b"\n", 0, start) + 1
         column = start - data.rfind(b"\n", 0, start)
@@ -59,7 +59,7 @@ def read_jsonl(name: str, key: str) -> Rows:
 
 def _parse_jsonl(text: str, name: str, key: str) -> Rows:
     rows, lines = [], []
-    # Not splitlines(): JSON strings may hold U+2028 and its kin unescaped.
+    # Not splitlines(): JSON strings may contain U+2028 and similar characters unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -77,7 +77,7 @@ def _parse_jsonl(text: str, name: str, key: str) -> Rows:
 def read_json(name: str, key: str) -> Rows:
     """A list of objects, or objects one after another (JSON lines in a .json file).
 
-    Elements are decoded one by one, which is the only way to know their positions.
+    Elements are decoded one by one to know their positions.
     """
     text = _read_text(name, key)
     begin = _BEGIN.match(text)
@@ -118,7 +118,7 @@ def _parse_jsonl_or_object(text: str, name: str, key: str) -> Rows:
     found = f"an object with keys {sorted(whole)[:8]}" if isinstance(whole, dict) else repr(whole)
     raise DataError(
         f"{key}.path: {name}: the top level is {found[:120]}; a .json file holds a list of rows "
-        "(or one row a line, as .jsonl does)"
+        "(or one row per line, as .jsonl does)"
     )
 
 
@@ -146,7 +146,7 @@ def read_csv(name: str, key: str) -> Rows:
 
 @contextmanager
 def _cells_of_any_size(text: str) -> Iterator[None]:
-    """The csv module refuses cells above 128 KiB, a limit of the whole process."""
+    """Raise the csv module's limit on cells, 128 KiB for the whole process."""
     before = csv.field_size_limit(max(len(text), csv.field_size_limit()))
     try:
         yield
@@ -155,7 +155,7 @@ def _cells_of_any_size(text: str) -> Iterator[None]:
 
 
 def _parse_csv(text: str, name: str, key: str) -> Rows:
-    declared = re.match(r"sep=(.)\r?\n", text)  # a line that spreadsheets write and read
+    declared = re.match(r"sep=(.)\r?\n", text)  # a first line of spreadsheet programs
     delimiter = declared[1] if declared else _delimiter(text)
     what = _DELIMITERS.get(delimiter, repr(delimiter))
     # newline="" leaves line ends inside quoted cells to the csv module.
@@ -193,8 +193,8 @@ def _parse_csv(text: str, name: str, key: str) -> Rows:
 
 
 def _delimiter(text: str) -> str:
-    """The one of comma, semicolon (spreadsheets in countries with a decimal comma) and tab that
-    cuts the header into most columns."""
+    """Comma, semicolon (spreadsheets in countries with a decimal comma) or tab, whichever gives the
+    header the most columns."""
 
     def n_columns(delimiter: str) -> int:
         reader = csv.reader(io.StringIO(text[:_HEADER], newline=""), delimiter=delimiter)

@@ -1,4 +1,4 @@
-"""What ranks tell each other so that all of them go on, or none."""
+"""How ranks agree, so that either all of them continue or none."""
 
 import hashlib
 import socket
@@ -22,14 +22,14 @@ def on_all_ranks(
     error: Callable[[str], RL2Error],
     group: dist.ProcessGroup | None = None,
 ) -> T:
-    """Run something on every rank; where it fails on one, all of them raise (a collective).
+    """Run something on every rank; if it fails on one, all of them raise (a collective).
 
     error: makes the exception from the first reason.
     """
     result, reason = None, None
     try:
         result = action()
-    except (Exception, CheckpointException) as problem:  # which is no Exception
+    except (Exception, CheckpointException) as problem:  # not an Exception
         reason = reason_of(problem)
     if reason := first_reason(reason, group):
         raise error(reason)
@@ -37,24 +37,24 @@ def on_all_ranks(
 
 
 def all_or_none(action: Callable[[], T]) -> T:
-    """Run something on every rank (a collective). A rank where it fails raises its own error, and
-    the others one that names it."""
+    """Run something on every rank (a collective). A rank where it fails raises its own error; the
+    others raise one that names that rank."""
     result, problem = None, None
     try:
         result = action()
     except Exception as error:
         problem = error
-    told = of_all(problem and f"{socket.gethostname()}: {type(problem).__name__}: {problem}")
+    problems = of_all(problem and f"{socket.gethostname()}: {type(problem).__name__}: {problem}")
     if problem is not None:
         raise problem
-    for which, said in enumerate(told):
-        if said is not None:
-            raise TrainingError(f"not started, as another rank ends: rank {which} on {said}")
+    for which, text in enumerate(problems):
+        if text is not None:
+            raise TrainingError(f"not started, as another rank ends: rank {which} on {text}")
     return result
 
 
 def check_same(facts: Facts) -> None:
-    """ConfigError on all ranks where one has other facts than rank 0 (a collective)."""
+    """Raise ConfigError on all ranks if one has other facts than rank 0 (a collective)."""
     own = socket.gethostname(), facts
     hosts, all_facts = zip(*of_all(own), strict=True)
     if line := difference(all_facts, hosts):
@@ -62,20 +62,20 @@ def check_same(facts: Facts) -> None:
 
 
 def reason_of(problem: BaseException) -> str:
-    """The last line of what went wrong; that is where DCP puts a rank's own error."""
+    """The last line of an error, where DCP puts a rank's own error."""
     lines = str(problem).strip().splitlines()
     return lines[-1].strip() if lines else type(problem).__name__
 
 
 def first_reason(reason: str | None, group: dist.ProcessGroup | None = None) -> str | None:
-    """The reason of the first rank that has one, on every rank (a collective)."""
+    """On every rank, the reason of the first rank that has one (a collective)."""
     if not sum_over_ranks(torch.tensor(int(reason is not None)), group):
         return None
     return next(reason for reason in of_all(reason, group) if reason is not None)
 
 
 def of_all(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """A small python object of every rank, on every rank (a collective)."""
+    """On every rank, a small python object from each rank (a collective)."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -84,10 +84,10 @@ def of_all(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def all_names(own: Iterable[str]) -> list[str]:
-    """The names that any rank has, sorted, on every rank (a collective).
+    """On every rank, the sorted names that any rank has (a collective).
 
-    A sum of numbers by name needs them first: tensors of other names, or of another size, would be
-    summed position by position. The names are sent only where ranks differ.
+    A sum of numbers by name needs them first: otherwise numbers of different names would be summed
+    by position. The names are only sent if the ranks differ.
     """
     own = sorted(own)
     if world_size() == 1:

@@ -1,9 +1,9 @@
 """Signs of life between the ranks of a run.
 
 A rank waits in a collective for as long as others generate, which may take hours, so a collective
-has no useful time limit. The silence of a rank has one: each says every few seconds that it lives,
-from a thread that neither a rollout nor an update holds up. Where a machine, a link or a process is
-gone, the remaining ranks end, and name it.
+has no useful time limit. Instead, each rank sends a sign of life every few seconds, from a thread
+that neither a rollout nor an update blocks. If a machine, a link or a process is lost, the other
+ranks end and name it.
 """
 
 import logging
@@ -23,11 +23,11 @@ from RL2.runtime.errors import RL2Error, TrainingError, first_line
 logger = logging.getLogger(__name__)
 
 _LEFT = b"left"
-_MOST_PAUSE = 5.0  # seconds between two signs of life
-_AFTER_THE_FIRST = 5.0  # seconds in which torchrun ends the others, when the first has spoken
+_MOST_PAUSE = 5.0  # seconds between two signs of life, at most
+_AFTER_THE_FIRST = 5.0  # seconds for torchrun to end the others after the first has logged
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_GO_ON = "trainer.load_ckpt_from=latest goes on from the last checkpoint"
-# What gloo and nccl say where the other side is gone.
+_RESUME = "trainer.load_ckpt_from=latest resumes from the last checkpoint"
+# Messages of gloo and nccl when the other side is lost.
 _CONNECTION = (
     "Connection closed by peer", "Connection reset", "Broken pipe", "imed out", "Read error",
     "No route to host", "ncclRemoteError",
@@ -42,10 +42,11 @@ def watching(
     limit: float,
     end: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
-    """While the body runs, say that this rank lives, and end where another has not for `limit`
-    seconds. Rank 0 listens to all, the others to rank 0, which tells them who is lost.
+    """While the body runs, send signs of life, and end if another rank sends none for `limit`
+    seconds. Rank 0 watches all, the others watch rank 0, which tells them which rank is lost.
 
-    store: a connection that nothing else uses. end: called with the reason; None ends this process.
+    store: a connection that nothing else uses.
+    end: called with the reason; None ends this process.
     """
     done = threading.Event()
     others = [rank for rank in range(len(ranks)) if rank != own] if own == 0 else [0]
@@ -57,7 +58,7 @@ def watching(
         beats = 0
         while not done.is_set():
             beats += 1
-            # Whoever is silent for too long is lost, whatever the store has. It may hang as well.
+            # `listen` decides by silence alone, so errors do not matter here. The store may hang.
             with suppress(dist.DistError, RuntimeError):
                 store.set(f"alive/{own}", str(beats))
                 signs = store.multi_get([f"alive/{rank}" for rank in others])
@@ -71,7 +72,7 @@ def watching(
         before = time.monotonic()
         while not done.wait(pause):
             now = time.monotonic()
-            # Where this process was held up itself, the others are not to blame.
+            # If this process itself was held up, that does not count against the others.
             passed, before = min(now - before, 2 * pause), now
             for rank in others:
                 sign = heard.get(rank, b"")
@@ -83,8 +84,8 @@ def watching(
                 if own == 0:
                     say = threading.Thread(target=_tell, args=(store, reason), daemon=True)
                     say.start()
-                    say.join(pause)  # where the store hangs, nobody is told by it
-                text = f"{reason}; rank {own} on {ranks[own].host} was {whereabouts()}; {_GO_ON}"
+                    say.join(pause)  # do not wait for a store that hangs
+                text = f"{reason}; rank {own} on {ranks[own].host} was {whereabouts()}; {_RESUME}"
                 (end or _end)(text)
                 return
 
@@ -106,7 +107,7 @@ def watching(
 
 
 def lost_connection(error: RuntimeError, own: int, host: str) -> TrainingError | None:
-    """What an error of a collective is in one line, where the other side is gone; else None."""
+    """An error of a collective in one line if the other side is lost; else None."""
     text = str(error)
     of_collective = isinstance(error, dist.DistError) or "gloo" in text
     if isinstance(error, RL2Error) or not of_collective:
@@ -120,7 +121,7 @@ def lost_connection(error: RuntimeError, own: int, host: str) -> TrainingError |
         trace = trace.tb_next
     return TrainingError(
         f"rank {own} on {host} lost another rank while it was {_place(frames)} "
-        f"({first_line(error)}); what that one says is the reason; {_GO_ON}"
+        f"({first_line(error)}); that rank's output has the reason; {_RESUME}"
     )
 
 
@@ -135,7 +136,7 @@ def whereabouts() -> str:
 
 
 def _place(frames: list[tuple[FrameType, int]]) -> str:
-    """frames: with their lines, the outermost first."""
+    """frames: frames with their line numbers, the outermost first."""
     ours = [
         (frame, line)
         for frame, line in frames
@@ -157,7 +158,7 @@ def _reason(gone: list[int], ranks: list[Rank], limit: float) -> str:
     more = f" and {len(gone) - 8} more" if len(gone) > 8 else ""
     return (
         f"no sign of life from {names}{more} for {limit:g} s (trainer.rank_timeout): it was "
-        "stopped, or the network to it is gone"
+        "stopped, or its network connection is lost"
     )
 
 
@@ -167,7 +168,7 @@ def _tell(store: dist.Store, reason: str) -> None:
 
 
 def _leave(store: dist.Store, own: int, done: threading.Event) -> None:
-    """Tell the others not to wait for this rank any more. Does not wait itself."""
+    """Tell the others not to wait for this rank any more, without waiting for long."""
     done.set()
 
     def say() -> None:
@@ -180,7 +181,7 @@ def _leave(store: dist.Store, own: int, done: threading.Event) -> None:
 
 
 def _end(reason: str) -> None:
-    """End this process, whose main thread waits where no signal reaches it."""
+    """End this process, as signals do not reach its waiting main thread."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(_AFTER_THE_FIRST)
     logger.error("TrainingError: %s", reason)

@@ -2,8 +2,8 @@
 
 A batch is a dict of right-padded `[B, T]` tensors with `lengths [B]` (see `RL2.datasets.base`).
 A micro-batch is a dict of *flat* tensors: its rows, without padding, one after the other, or this
-rank's slice of that. Only valid tokens travel, as one buffer of bytes for each rank; where each
-token goes is an index that is computed once for all of them.
+rank's slice of that. Only valid tokens are sent, as one buffer of bytes for each rank; one index,
+computed once, says where each token goes.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from RL2.ops.ragged import ranges
 # A micro-batch also has `start`, an int.
 Batch = dict[str, Tensor]
 
-# Numbered, so that a field's dtype travels as an integer.
+# Numbered, so that a field's dtype can be sent as an integer.
 _DTYPES = (
     torch.int64, torch.float64, torch.int32, torch.float32, torch.float16, torch.bfloat16,
     torch.int16, torch.int8, torch.uint8, torch.bool,
@@ -34,16 +34,16 @@ _DTYPES = (
 class ScatterPlan:
     """Which rows form which micro-batch, and on which ranks.
 
-    A *pack* is some rows, one after the other, and filler tokens without a part in the loss, as
-    many as make it divisible by `sp_size` and not empty: every rank must run the same number of
+    A *pack* is some rows, one after the other, and filler tokens that do not count in the loss.
+    They make it divisible by `sp_size` and not empty, as every rank must run the same number of
     forwards and backwards. Pack p is the (p // dp_size)-th micro-batch of data-parallel place
-    p % dp_size, whose sequence-parallel ranks hold consecutive slices of it, of one size.
+    p % dp_size, whose sequence-parallel ranks hold consecutive slices of it, of equal size.
 
     Attributes:
-        lengths: `[B]` tokens of each row of the batch.
+        lengths: `[B]` number of tokens of each row of the batch.
         rows: `[B]` the rows of the first pack, in order, then those of the second, ...
-        counts: `[n_packs]` rows of each pack.
-        layout: who works on what.
+        counts: `[n_packs]` number of rows of each pack.
+        layout: how the ranks share the tokens.
     """
 
     lengths: Tensor
@@ -60,7 +60,7 @@ class ScatterPlan:
         quadratic: float = 0.0,
         units: Tensor | None = None,
     ) -> "ScatterPlan":
-        """See `plan_packs`, which also says what it raises; `max_length` is per device."""
+        """See `plan_packs`, also for what it raises; `max_length` is per device."""
         whole = None if units is None else units.tolist()
         packs = plan_packs(
             lengths.tolist(), max_length * layout.sp_size, layout.dp_size, quadratic, whole
@@ -70,31 +70,31 @@ class ScatterPlan:
 
     @cached_property
     def tokens(self) -> Tensor:
-        """`[n_packs]` tokens of each pack without its filler."""
+        """`[n_packs]` number of tokens of each pack without its filler."""
         pack_of_row = torch.repeat_interleave(torch.arange(len(self.counts)), self.counts)
         tokens = torch.zeros(len(self.counts), dtype=torch.int64)
         return tokens.index_add_(0, pack_of_row, self.lengths[self.rows])
 
     @cached_property
     def slice_sizes(self) -> Tensor:
-        """`[n_packs]` tokens of each of a pack's slices."""
+        """`[n_packs]` number of tokens of each slice of a pack."""
         sp_size = self.layout.sp_size
         return (self.tokens.clamp(min=1) + sp_size - 1) // sp_size
 
     @cached_property
     def fillers(self) -> Tensor:
-        """`[n_packs]` filler tokens at the end of each pack."""
+        """`[n_packs]` number of filler tokens at the end of each pack."""
         return self.slice_sizes * self.layout.sp_size - self.tokens
 
     @cached_property
     def share_sizes(self) -> list[int]:
-        """Tokens of each rank's share: its slices of its packs, one after the other."""
+        """Number of tokens of each rank's share: its slices of its packs, one after the other."""
         of_place = self.slice_sizes.view(-1, self.layout.dp_size).sum(0).tolist()
         return [of_place[self.layout.coordinates(r)[0]] for r in range(self.layout.world_size)]
 
     def slices(self, which: int) -> list[tuple[int, Tensor, int]]:
-        """A rank's slices as (size, lengths, start): `lengths` of the whole pack, of whose
-        sequences the filler is one more; `start` is the slice's first token in the pack."""
+        """A rank's slices as (size, lengths, start): `lengths` of the whole pack's sequences, with
+        the filler as one more; `start` is the slice's first token in the pack."""
         dp, sp, _ = self.layout.coordinates(which)
         lengths = self.lengths[self.rows].split(self.counts.tolist())
         sizes, fillers = self.slice_sizes.tolist(), self.fillers[:, None]
@@ -104,7 +104,7 @@ class ScatterPlan:
         ]
 
     def index(self, width: int) -> Tensor:
-        """Where each token of the shares stands in the flattened `[B, width]` batch, beyond its
+        """The position of each token of the shares in the flattened `[B, width]` batch, beyond its
         end for filler: the shares of all places (dp, sp), one after the other."""
         layout, n_packs = self.layout, len(self.counts)
         # In the stream of all packs: rows and fillers, and where the slices begin.
@@ -119,7 +119,7 @@ class ScatterPlan:
         sizes = self.slice_sizes.repeat_interleave(layout.sp_size)
         slice_starts = sizes.cumsum(0) - sizes
 
-        # Cut at both, and sort the cuttings by place and turn.
+        # Cut at both, and sort the pieces by place and turn.
         cuts = torch.cat([starts, slice_starts]).unique()
         lengths = torch.cat([cuts, pack_ends[-1:]]).diff()
         piece = torch.searchsorted(starts, cuts, right=True) - 1
@@ -131,7 +131,7 @@ class ScatterPlan:
 
 
 def broadcast(value: Any, group: dist.ProcessGroup | None = None) -> Any:
-    """Rank 0's small python object on every rank. group: of all ranks, None: the default one."""
+    """Rank 0's small python object on every rank. group: a group of all ranks, None: the default."""
     if world_size() == 1:
         return value
     box = [value]
@@ -140,7 +140,7 @@ def broadcast(value: Any, group: dist.ProcessGroup | None = None) -> Any:
 
 
 def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Element-wise sum of a tensor over all ranks. group: of all ranks, None: the default one."""
+    """Element-wise sum of a tensor over all ranks. group: a group of all ranks, None: the default."""
     if world_size() > 1:
         dist.all_reduce(values, group=group)
     return values
@@ -160,12 +160,14 @@ def scatter(
 
     Args:
         batch: `[B, T]` fields and `lengths [B]` on rank 0, ignored elsewhere.
-        fields: names of the `[B, T]` fields that travel.
-        max_length: tokens of a micro-batch on a rank; a pack holds `sp_size` times as many.
-        layout: None is data parallelism over all ranks.
-        quadratic: of `plan_packs`. traffic: counts the bytes, as `scatter`.
-        row_fields: names of `[B]` int64 or bool fields that travel to every rank.
-        units: `[B]` on rank 0, rows of one number share a pack. None: each row for itself.
+        fields: names of the `[B, T]` fields to send.
+        max_length: maximum tokens of a micro-batch on a rank; a pack has up to `sp_size` times as
+            many.
+        layout: how the ranks share the tokens; None: data parallelism over all ranks.
+        quadratic: see `plan_packs`.
+        traffic: counts the bytes, under the name `scatter`.
+        row_fields: names of `[B]` int64 or bool fields to send to every rank.
+        units: `[B]` on rank 0; rows with the same number share a pack. None: each row on its own.
 
     Returns:
         This rank's micro-batches in CPU memory (the same number on every rank), and the plan that
@@ -179,7 +181,7 @@ def scatter(
     if rank() == 0:
         plan = ScatterPlan.make(batch["lengths"].cpu(), max_length, layout, quadratic, units)
     plan, dtypes, of_rows = _share_plan(batch, fields, plan, layout, traffic, row_fields)
-    # Bytes of each field one after the other, wide ones first, so that all are aligned.
+    # The bytes of the fields, one after the other, wide dtypes first, so that all are aligned.
     n_bytes = [
         size * sum(wire.itemsize for _, wire in dtypes.values()) for size in plan.share_sizes
     ]
@@ -214,8 +216,8 @@ def scatter(
 def whole_packs(
     micro_batches: list[Batch], fields: tuple[str, ...], group: dist.ProcessGroup | None
 ) -> list[Batch]:
-    """The `fields` of each micro-batch's whole pack, where its slices are on the ranks of a
-    sequence-parallel group (a collective); of the micro-batch itself without a group."""
+    """The `fields` of each micro-batch's whole pack, whose slices are on the ranks of a
+    sequence-parallel group (a collective); without a group, those of the micro-batch itself."""
     if group is None:
         return [{name: one[name] for name in fields} for one in micro_batches]
     whole: list[Batch] = [{} for _ in micro_batches]
@@ -237,7 +239,7 @@ def _share_plan(
     traffic: Traffic | None,
     row_fields: tuple[str, ...],
 ) -> tuple[ScatterPlan, dict[str, tuple[torch.dtype, torch.dtype]], Batch]:
-    """Rank 0's plan on every rank, `{field: (dtype, dtype in which it travels)}`, the widest
+    """Rank 0's plan on every rank, `{field: (dtype, dtype in which it is sent)}`, the widest
     first, and the `row_fields`."""
     header = torch.zeros(2 + 2 * len(fields), dtype=torch.int64)
     of_rows = {}
@@ -279,7 +281,7 @@ def _wire_dtype(values: Tensor) -> torch.dtype:
 def _fill_buffers(
     batch: Batch, dtypes: dict[str, tuple[torch.dtype, torch.dtype]], plan: ScatterPlan, width: int
 ) -> list[Tensor]:
-    """`[width]` bytes for each rank; tensor-parallel ranks have theirs in common."""
+    """`[width]` bytes for each rank; tensor-parallel ranks share theirs."""
     layout = plan.layout
     n_places = layout.world_size // layout.tp_size
     flat = {name: batch[name].to(wire).flatten() for name, (_, wire) in dtypes.items()}
@@ -304,11 +306,11 @@ def _fill_buffers(
 def gather(
     values: list[Tensor], plan: ScatterPlan, traffic: Traffic | None = None
 ) -> Tensor | None:
-    """Bring one flat `[n]` tensor per micro-batch back as `[B, T]` on rank 0 (None elsewhere), T
-    the longest row's tokens.
+    """Bring one flat `[n]` tensor per micro-batch back as `[B, T]` on rank 0 (None elsewhere),
+    where T is the longest row's number of tokens.
 
-    Tensor-parallel ranks have the same values, so the first of each group answers. traffic:
-    counts the bytes, as `gather`.
+    Tensor-parallel ranks have the same values, so only the first of each group sends them.
+    traffic: counts the bytes, under the name `gather`.
     """
     layout = plan.layout
     sizes = [0 if r % layout.tp_size else size for r, size in enumerate(plan.share_sizes)]
@@ -328,7 +330,7 @@ def concatenate_on_rank_0(
     values: Tensor, sizes: list[int], group: dist.ProcessGroup | None = None
 ) -> Tensor | None:
     """All ranks' `[sizes[rank]]` CPU tensors of one dtype, one after the other, on rank 0 (None
-    elsewhere). Only what counts crosses; who has nothing sends nothing."""
+    elsewhere). No padding is sent; ranks without values send nothing."""
     own = 0 if len(sizes) == 1 else dist.get_rank(group)
     if own != 0:
         if sizes[own]:

@@ -25,8 +25,10 @@ def shard(
     mean over ranks on top would make the update depend on how many there are.
 
     Args:
-        root: on its device, or on the meta device.
-        mesh: `(ddp, fsdp)`, of a mesh that holds the one of tensor parallelism, if any.
+        root: the module, on its device or on the meta device.
+        layer_classes: names of the layers' classes.
+        mesh: the `(ddp, fsdp)` part of a mesh that includes tensor parallelism, if any.
+        compute_dtype: dtype in which weights are gathered.
         exact: names, within the model, of layers that are computed in fp32.
     """
     if mesh["ddp"].size() == 1:  # else gradients would be reduced over groups of one
@@ -35,7 +37,7 @@ def shard(
     n_shards = mesh.size(-1)
 
     def placement(parameter: nn.Parameter) -> Shard | None:
-        """Along the other dimension than tensor parallelism has cut, where that goes evenly."""
+        """Not the dimension that tensor parallelism has cut, if the other divides evenly."""
         cut = isinstance(parameter, DTensor) and parameter.placements[0] == Shard(0)
         if cut and parameter.ndim > 1 and parameter.shape[1] % n_shards == 0:
             return Shard(1)
@@ -51,14 +53,14 @@ def shard(
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            # gloo knows no pre-multiplied sum, which a divide factor would otherwise ask for
+            # gloo has no pre-multiplied sum, which a divide factor would otherwise need
             module.set_force_sum_reduction_for_comms(True)
 
 
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield `(name, whole parameter)` one by one; a collective: every rank must iterate.
 
-    At most one whole parameter is alive at a time, so that no rank needs room for the model.
+    At most one whole parameter exists at a time, so that no rank needs memory for the model.
     """
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
@@ -70,11 +72,11 @@ def clip_gradients(
 ) -> torch.Tensor:
     """Clip to `max_norm`; returns the norm before clipping, over all ranks.
 
-    Where that is not finite, the gradients stay as they are: squares of finite ones overflow in
-    float32 from 1.8e19 on, and float64 as `dtype` may find their norm.
+    If it is not finite, the gradients are not changed: squares of finite ones overflow in float32
+    from 1.8e19 on, and float64 as `dtype` may find their norm.
 
-    torch takes the norm of tensors on one mesh, and with tensor parallelism split and whole
-    parameters lie on different ones.
+    torch computes norms of tensors on one mesh, but with tensor parallelism split and whole
+    parameters are on different meshes.
     """
     groups: dict[DeviceMesh, list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -82,7 +84,7 @@ def clip_gradients(
             groups.setdefault(parameter.device_mesh, []).append(parameter)
     norms = [_norm([p.grad for p in group], dtype).full_tensor() for group in groups.values()]
     total = torch.linalg.vector_norm(torch.stack(norms))
-    known = total.where(total.isfinite(), 0.0)  # of 0 nothing is clipped; no wait for the device
+    known = total.where(total.isfinite(), 0.0)  # a norm of 0 clips nothing; no wait for the device
     for group in groups.values():
         clip_grads_with_norm_(group, max_norm, known)
     return total

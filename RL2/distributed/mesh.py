@@ -1,4 +1,4 @@
-"""Who works on what: the layout of the ranks, and torch's device mesh over it."""
+"""The layout of the ranks, and torch's device mesh over it."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class Layout:
 
     Data-parallel ranks work on different micro-batches, the ranks of a sequence-parallel group on
     consecutive slices of the same one, the ranks of a tensor-parallel group on the same tokens.
-    Neighbours talk most, so that tensor parallelism stays inside a machine.
+    Neighbours communicate most, so that tensor parallelism stays inside a machine.
     """
 
     world_size: int = 1
@@ -34,9 +34,9 @@ class Layout:
 def build_mesh(device_type: str, ddp_size: int, tp_size: int = 1) -> DeviceMesh:
     """Mesh `(ddp, fsdp, tp)` over all ranks: replicas of a model outside, shards of it inside.
 
-    A model is sharded over sequence-parallel ranks as over data-parallel ones: both see different
-    tokens, whose gradients are summed. The product of the sizes must divide the world size;
-    `RL2.config.validate` has checked that with the keys' names long before.
+    A model is sharded over sequence-parallel and data-parallel ranks alike: both see different
+    tokens, whose gradients are summed. The product of the sizes must divide the world size, which
+    `RL2.config.validate` has checked before.
     """
     shape = (ddp_size, world_size() // (ddp_size * tp_size), tp_size)
     return init_device_mesh(device_type, shape, mesh_dim_names=("ddp", "fsdp", "tp"))

@@ -1,4 +1,4 @@
-"""The default process group: gloo for CPU tensors, nccl beside it where there is CUDA."""
+"""The default process group: gloo for CPU tensors, and nccl for CUDA."""
 
 import contextlib
 import os
@@ -17,8 +17,8 @@ from RL2.runtime.errors import TrainingError
 
 # How long a rank waits for another in a collective. Ranks that do not drive an engine wait in one
 # for as long as the others generate, which takes hours for long answers of large models; torch's
-# 10 to 30 minutes would end the run. A rank that dies does not cost this time: torchrun then ends
-# all others of its machine, and those of other machines hear nothing of it any more (`alive`).
+# 10 to 30 minutes would end the run. A dead rank is noticed sooner: torchrun ends all others on its
+# machine, and ranks on other machines miss their signs of life (`alive`).
 _TIMEOUT = timedelta(days=1)
 
 
@@ -34,21 +34,21 @@ def world_size() -> int:
 def process_group(
     device: str, rank_timeout: float | None = None, facts: Facts | None = None
 ) -> Iterator[torch.device]:
-    """Initialise the default group for the life of a run and yield this rank's device.
+    """Initialise the default group for the duration of a run and yield this rank's device.
 
-    Started by `torchrun` the group spans all its processes; started by plain `python -m` it is a
-    group of one, so that both commands run the same code.
+    With `torchrun` the group spans all its processes; with plain `python -m` it is a group of one,
+    so that both commands run the same code.
 
     Args:
-        device: `cpu` or `cuda`. With `cuda` every rank owns the GPU of its local rank and
-            collectives on CPU tensors still go through gloo.
+        device: `cpu` or `cuda`. With `cuda` every rank uses the GPU of its local rank, and
+            collectives on CPU tensors still use gloo.
         rank_timeout: seconds without a sign of life from another rank after which this process
-            ends; None is never.
+            ends; None: never.
         facts: what this rank was started with.
 
     Raises:
         ConfigError, TrainingError: the ranks do not find each other or were started with different
-            things, or the body has lost one.
+            facts, or a rank is lost in the body.
     """
     store, own_rank, n_ranks = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
@@ -84,7 +84,7 @@ def process_group(
 
 
 def _connect(backends: str, host: str, **group: Any) -> None:
-    """`init_process_group`; TrainingError where the ranks have met, but do not reach each other."""
+    """`init_process_group`; TrainingError if the ranks have met but cannot connect."""
     try:
         dist.init_process_group(backends, **group)
     except RuntimeError as error:
@@ -93,15 +93,15 @@ def _connect(backends: str, host: str, **group: Any) -> None:
         said = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise TrainingError(
             f"rank {group['rank']} on {host}: the ranks have met, but cannot be connected "
-            f"({'; '.join(dict.fromkeys((said[0], said[-1])))}); look at GLOO_SOCKET_IFNAME and "
-            "NCCL_SOCKET_IFNAME, and that no two ranks have one GPU"
+            f"({'; '.join(dict.fromkeys((said[0], said[-1])))}); check GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME, and that no two ranks share a GPU"
         ) from error
 
 
 def second_group() -> dist.ProcessGroup | None:
-    """A gloo group over all ranks beside the default one (a collective); None for a single rank.
+    """Another gloo group over all ranks (a collective); None for a single rank.
 
-    Collectives of one group must come in the same order on every rank, so a thread that works
-    beside the main one needs a group of its own.
+    Collectives of one group must be called in the same order on every rank, so a second thread
+    needs a group of its own.
     """
     return dist.new_group(backend="gloo", timeout=_TIMEOUT) if world_size() > 1 else None

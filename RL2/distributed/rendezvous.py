@@ -20,12 +20,12 @@ from RL2.runtime.errors import ConfigError, TrainingError, first_line
 
 logger = logging.getLogger(__name__)
 
-# Seconds for all ranks to come, and to connect. They start together, but one may import for long.
+# Seconds for all ranks to arrive, and to connect. They start together, but imports may take long.
 WAIT = 600.0
 _SAY_AFTER = 30.0
 _POLL = 0.5
-_STAY = 10.0  # seconds that a rank which ends leaves the others to hear why
-_GIVE_UP = 30.0  # and one whose own checks fail; the others may import for long
+_STAY = 10.0  # seconds that a rank which ends waits until the others have read the reason
+_GIVE_UP = 30.0  # the same if its own checks fail; the imports of the others may take long
 _FAILED = "failed"
 
 # A sweep starts one run after the other in the same processes, and torchrun's store remembers the
@@ -35,9 +35,14 @@ _RUNS = itertools.count()
 
 @dataclass(frozen=True)
 class Rank:
-    """What a rank tells the others. host: its machine's name. node: torchrun's number of the
-    machine, empty without torchrun. problem: why the others cannot reach it, None if they can.
-    facts: fingerprint of what it was started with. process: its number on its machine."""
+    """What a rank tells the others.
+
+    host: its machine's name.
+    node: torchrun's number of the machine, empty without torchrun.
+    problem: why the others cannot reach it, None if they can.
+    facts: fingerprint of what it was started with.
+    process: its process id.
+    """
 
     host: str
     node: str = ""
@@ -47,10 +52,10 @@ class Rank:
 
 
 def next_prefix() -> str:
-    """Of the keys of this run in the store; other runs use the same store. Once for each run."""
+    """The prefix of this run's keys in the store, which other runs use too. Call it once per run."""
     prefix = f"run{next(_RUNS)}"
-    # Ranks that torchrun starts again find what the earlier ones have left. (Of several machines
-    # each counts its own.)
+    # Ranks that torchrun restarts find the keys of the earlier ones. (With several machines, each
+    # has its own count.)
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts != "0" and os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
         prefix += f"-{restarts}"
@@ -58,11 +63,11 @@ def next_prefix() -> str:
 
 
 def find_store(wait: float | None = None) -> dist.Store:
-    """Where the ranks that torchrun or its variables describe meet.
+    """The store where the ranks meet, as torchrun or its variables describe it.
 
-    wait: seconds for somebody to be there.
+    wait: seconds until it must answer.
 
-    Raises ConfigError where nobody is there, or rank 0 cannot be.
+    Raises ConfigError if it does not answer, or rank 0 cannot listen there.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     hosts = hosts_store()
@@ -75,7 +80,7 @@ def find_store(wait: float | None = None) -> dist.Store:
             timeout=timedelta(seconds=wait),
         )  # fmt: skip
     except dist.DistError as error:
-        does = "listen" if hosts else "talk to rank 0"
+        does = "listen" if hosts else "connect to rank 0"
         raise ConfigError(
             f"MASTER_ADDR={address} MASTER_PORT={port}: rank {os.environ['RANK']} cannot {does} "
             f"there ({first_line(error)}); choose another port, or the machine of rank 0"
@@ -85,13 +90,13 @@ def find_store(wait: float | None = None) -> dist.Store:
 def meet(
     store: dist.Store, own: int, n_ranks: int, facts: Facts | None = None, wait: float = WAIT
 ) -> list[Rank]:
-    """All ranks, once all have come. A collective before there are any.
+    """All ranks, once all have arrived. Like a collective, but before any process group exists.
 
     facts: what this rank was started with.
 
-    Raises ConfigError, the same on all ranks, where one cannot be reached or was started with
-    something else, and TrainingError that names those which have not come in `wait` seconds, or the
-    one that has given up.
+    Raises ConfigError, the same on all ranks, if one cannot be reached or was started with
+    something else, and TrainingError that names the ranks that did not arrive in `wait` seconds, or
+    the one that has given up.
     """
     host = socket.gethostname()
     text = packed(facts or {})
@@ -112,15 +117,15 @@ def meet(
         for other, rank in enumerate(ranks):
             if rank.facts != ranks[0].facts:
                 both = [unpacked(store.get(f"facts/{which}").decode()) for which in (0, other)]
-                # As if those before were like rank 0, which they are.
+                # The ranks before it are like rank 0.
                 line = difference([both[0]] * other + [both[1]], [rank.host for rank in ranks])
                 raise ConfigError(line)
     return ranks
 
 
 def give_up(reason: str) -> None:
-    """Tell the ranks that wait in `meet` why this one does not come. It tries for some seconds;
-    ranks that come later run into their own time limit."""
+    """Tell the ranks that wait in `meet` why this one does not arrive. It tries for some seconds;
+    ranks that arrive later run into their own time limit."""
     own, n_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with suppress(ConfigError, dist.DistError):
         store = dist.PrefixStore(next_prefix(), find_store(2 * _GIVE_UP))
@@ -130,7 +135,7 @@ def give_up(reason: str) -> None:
 
 @contextmanager
 def _ending_together(store: dist.Store, own: int, n_ranks: int, host: str) -> Iterator[None]:
-    """Where this rank ends, tell the others why before the store goes, maybe with this process."""
+    """If this rank ends, tell the others why before the store ends, perhaps with this process."""
     try:
         yield
     except ConfigError as error:
@@ -141,23 +146,23 @@ def _ending_together(store: dist.Store, own: int, n_ranks: int, host: str) -> It
         raise TrainingError(
             f"rank {own} on {host}: the connection to where the ranks meet "
             f"({os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}) is lost "
-            f"({first_line(error)}); what rank 0, or torchrun on its machine, says is the reason"
+            f"({first_line(error)}); the output of rank 0, or of torchrun there, has the reason"
         ) from error
 
 
 def _stay(store: dist.Store, own: int, n_ranks: int, wait: float | None = None) -> None:
-    """Until all others have heard, or `wait` seconds."""
+    """Wait until all others have read the reason, at most `wait` seconds."""
     end = time.monotonic() + (_STAY if wait is None else wait)
     with suppress(dist.DistError):
         store.set(f"heard/{own}", "")
         while not store.check(_keys("heard", n_ranks)) and time.monotonic() < end:
             time.sleep(_POLL / 10)
-        if n_ranks > 1:  # others may be reading; torch says at length that a store is gone
+        if n_ranks > 1:  # others may be reading; torch logs a lost store at length
             time.sleep(_POLL)
 
 
 def _take_place(store: dist.Store, own: int, n_ranks: int, told: Rank) -> None:
-    """ConfigError where another process has this rank's number, or counts other ranks."""
+    """Raise ConfigError if another process has this rank's number, or another WORLD_SIZE."""
     size = f"WORLD_SIZE={n_ranks}"
     first = store.compare_set("world_size", "", f"{size} of rank {own} on {told.host}").decode()
     if first.partition(" ")[0] != size:
@@ -167,7 +172,7 @@ def _take_place(store: dist.Store, own: int, n_ranks: int, told: Rank) -> None:
         )
     text = json.dumps(asdict(told))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun numbers the ranks; what is there already may be of those that it has replaced.
+        # torchrun numbers the ranks; an existing entry may be of a rank that it has replaced.
         store.set(f"here/{own}", text)
         return
     there = store.compare_set(f"here/{own}", "", text).decode()
@@ -192,8 +197,8 @@ def _wait_for_all(store: dist.Store, own: int, n_ranks: int, host: str, wait: fl
         ]
         if missing:
             raise TrainingError(
-                f"rank {own} on {host}: {_ranks(missing)} of {n_ranks} did not come in {wait:g} s; "
-                "look at what they said, or whether they were started"
+                f"rank {own} on {host}: {_ranks(missing)} of {n_ranks} did not start in {wait:g} "
+                "s; look at their output, or whether they were started"
             )
         if waited > _SAY_AFTER and not said:
             said = True
@@ -220,7 +225,7 @@ def _ranks(numbers: list[int]) -> str:
 
 
 def _wait_for_port(address: str, port: int, wait: float) -> None:
-    """Return when a process listens there; torch would log each failed try at length."""
+    """Return once a process listens there; torch would log each failed try at length."""
     start, said = time.monotonic(), False
     while True:
         try:
@@ -230,22 +235,22 @@ def _wait_for_port(address: str, port: int, wait: float) -> None:
             waited = time.monotonic() - start
             if waited > wait:
                 raise ConfigError(
-                    f"MASTER_ADDR={address} MASTER_PORT={port}: nobody listens there after "
+                    f"MASTER_ADDR={address} MASTER_PORT={port}: no process listens there after "
                     f"{waited:.0f} s ({error.strerror or error}); start rank 0, or give the "
                     "address where it runs"
                 ) from error
             if waited > _SAY_AFTER and not said:
                 said = True
                 logger.warning(
-                    "rank %s: nobody listens at %s:%d yet", os.environ["RANK"], address, port
+                    "rank %s: no process listens at %s:%d yet", os.environ["RANK"], address, port
                 )
         time.sleep(_POLL)
 
 
 def _problem(own: int, host: str) -> str | None:
-    """Why other machines could not reach this rank, where gloo chooses its address."""
+    """Why other machines could not reach this rank at the address that gloo would choose."""
     if os.environ.get("GLOO_SOCKET_IFNAME"):
-        return None  # somebody has chosen
+        return None  # the user has chosen
     where = f"of rank {own} on {host}"
     interfaces = [name for name in _interfaces() if name != "lo"]
     way_out = (
@@ -254,11 +259,11 @@ def _problem(own: int, host: str) -> str | None:
     )
     address = _own_address(host)
     if address is None:
-        return f"GLOO_SOCKET_IFNAME {where}: the machine's name is no address of its own; {way_out}"
+        return f"GLOO_SOCKET_IFNAME {where}: the machine's name is not its own address; {way_out}"
     if ip_address(address.partition("%")[0]).is_loopback:
         return (
-            f"GLOO_SOCKET_IFNAME {where}: the machine's name is {address}, where no other machine "
-            f"reaches it; {way_out}"
+            f"GLOO_SOCKET_IFNAME {where}: the machine's name is {address}, where other machines "
+            f"cannot reach it; {way_out}"
         )
     return None
 
@@ -268,7 +273,7 @@ def _interfaces() -> list[str]:
 
 
 def _check_interfaces(own: int, host: str) -> None:
-    """ConfigError where a variable names a network interface that this machine has not."""
+    """Raise ConfigError if GLOO_SOCKET_IFNAME names an interface that this machine lacks."""
     chosen = os.environ.get("GLOO_SOCKET_IFNAME")
     unknown = {*chosen.split(",")} - {*_interfaces()} if chosen else set()
     if unknown:
@@ -279,7 +284,7 @@ def _check_interfaces(own: int, host: str) -> None:
 
 
 def _own_address(host: str) -> str | None:
-    """The address that gloo takes: the first of the machine's name that can be bound."""
+    """The address that gloo uses: the first of the machine's name that can be bound."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:

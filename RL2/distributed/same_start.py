@@ -1,7 +1,7 @@
-"""Whether the ranks of a run were started with the same things.
+"""Check that the ranks of a run were started with the same things.
 
-Each says what it was started with; ranks that would train a mixture of two runs, or wait for each
-other for ever, end with one line that names what differs.
+Each rank publishes what it was started with. Ranks that would train a mixture of two runs, or wait
+for each other forever, end with one line that names the difference.
 """
 
 import json
@@ -17,8 +17,9 @@ _MOST_NAMES = 4
 class Fact:
     """Something that must be the same on all ranks.
 
-    value: as messages show it. way_out: what to do where it differs. digest: of the value itself,
-    where that is not what is shown.
+    value: the value as shown in messages.
+    way_out: what to do if it differs.
+    digest: a digest of the value itself, if that is not what is shown.
     """
 
     value: str
@@ -31,11 +32,11 @@ class Fact:
 
 
 Facts = Mapping[str, Fact]
-"""By the name that a user knows: a config key, a package, a variable."""
+"""Facts by the name that a user knows: a config key, a package, a variable."""
 
 
 def packed(facts: Facts) -> str:
-    """As text, to be sent to other ranks."""
+    """The facts as text, to send them to other ranks."""
     return json.dumps({key: [fact.value, fact.way_out, fact.digest] for key, fact in facts.items()})
 
 
@@ -52,7 +53,7 @@ def fingerprint(text: str) -> str:
 def difference(all_facts: Sequence[Facts], hosts: Sequence[str]) -> str | None:
     """What differs on the first rank that is not like rank 0, in one line; None if nothing does.
 
-    hosts: the ranks' machines.
+    hosts: the names of the ranks' machines.
     """
     first = all_facts[0]
     differing = [_differing(first, other) for other in all_facts]
@@ -63,7 +64,7 @@ def difference(all_facts: Sequence[Facts], hosts: Sequence[str]) -> str | None:
     own, theirs = first.get(key), other.get(key)
     has = [_shown(own), _shown(theirs)]
     if has[0] == has[1]:
-        has[1] = "another one"
+        has[1] = "a different one"
     names = ", ".join(more[:_MOST_NAMES]) + ", ..." * (len(more) > _MOST_NAMES)
     others = f" (and {names})" if more else ""
     return (

@@ -1,9 +1,9 @@
-"""Sequence parallelism: a pack cut into slices, of which attention alone sees the whole.
+"""Sequence parallelism: a pack is cut into slices, and only attention sees the whole pack.
 
-Everything in a decoder but attention works on each token for itself. Around attention two
+Everything in a decoder except attention works on each token separately. Around attention two
 all-to-alls change which dimension is split: from a slice of the tokens with all heads to all tokens
 with a part of the heads, and back (Ulysses; Jacobs et al. 2023, arXiv:2309.14509). Attention itself
-stays the packed kernel that it is.
+is the same packed kernel.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ _TAKES_PACKS = ("sdpa_varlen", "flash_attention_2")
 
 
 def register_sequence_parallel(attention: str) -> str:
-    """Make `attention`, spread over a sequence-parallel group, known to transformers.
+    """Register `attention`, spread over a sequence-parallel group, with transformers.
 
     Returns:
-        Its name. The model's `forward` has to be given `sp_group`.
+        Its name. The model's `forward` then needs `sp_group`.
 
     Raises:
         ConfigError: an attention that does not take packs.
@@ -41,7 +41,7 @@ def register_sequence_parallel(attention: str) -> str:
 
 
 def check_heads(config: PretrainedConfig, sp_size: int, tp_size: int) -> None:
-    """ConfigError unless the heads of a rank can be shared out among `sp_size` ranks."""
+    """Raise ConfigError unless the heads of a rank can be divided among `sp_size` ranks."""
     heads = config.num_attention_heads
     if heads % (sp_size * tp_size):
         times = f" * actor.tp_size={tp_size}" if tp_size > 1 else ""
@@ -52,10 +52,10 @@ def check_heads(config: PretrainedConfig, sp_size: int, tp_size: int) -> None:
 
 
 def ulysses(attention: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:
-    """`attention` over whole packs as one that takes and gives slices of them.
+    """Turn `attention` over whole packs into one over slices of them.
 
     Args:
-        attention: of transformers' interface: query `[1, heads, N, d]`, key and value
+        attention: a function with transformers' interface: query `[1, heads, N, d]`, key and value
             `[1, kv_heads, N, d]` to `[1, N, heads, d]`.
     """
 
@@ -85,7 +85,7 @@ def ulysses(attention: Callable[..., tuple[Tensor, None]]) -> Callable[..., tupl
 def kv_repeats(heads: int, kv_heads: int, size: int) -> int:
     """How often key and value heads are repeated so that `size` ranks get equally many.
 
-    `size` divides `heads`, and `kv_heads` does.
+    `size` and `kv_heads` must divide `heads`.
     """
     return next(
         repeats
@@ -112,9 +112,9 @@ class _OfAllSlices(torch.autograd.Function):
 def of_all_slices(own: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
     """The rows of every rank's slice, one after the other, on all ranks of a group (a collective).
 
-    All ranks have to go on in the same way, and each to count its share of what comes of it, 1 by
-    the number of ranks. The gradient needs no collective then: what the others would send, this
-    rank knows.
+    All ranks must continue with the same computation, and each must count 1 / the number of ranks
+    of its result. Then the gradient needs no collective: this rank knows what the others would
+    send.
 
     sizes: how many rows each rank has.
     """
@@ -122,7 +122,7 @@ def of_all_slices(own: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Te
 
 
 def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """`parts [size, …]`, the i-th for rank i; returns what came from rank i as the i-th."""
+    """Send the i-th of `parts [size, …]` to rank i; return what came from rank i as the i-th."""
     flat = all_to_all_single_autograd(parts.contiguous(), None, None, group)
     return flat.view(parts.shape)
 

@@ -1,4 +1,4 @@
-"""Tensor parallelism: a decoder whose layers, and a head whose vocabulary, is split over ranks."""
+"""Tensor parallelism: a decoder's layers, and the head's vocabulary, are split over ranks."""
 
 import re
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class ProcessGroupShard:
         """`[n_ranks, *tensor.shape]` of equal shapes, in the order of the ranks."""
         parts = tensor.new_empty(dist.get_world_size(self.group), *tensor.shape)
         if tensor.numel():
-            # The flat form is the one that every backend takes.
+            # All backends accept the flat form.
             flat = tensor.contiguous().view(-1)
             dist.all_gather_single(parts.view(-1), flat, group=self.group)
         return parts
@@ -91,12 +91,12 @@ def tensor_parallel_plan(model: PreTrainedModel, size: int) -> dict[str, str]:
 
     Args:
         model: a causal LM, possibly on the meta device.
-        size: of the tensor-parallel group.
+        size: number of ranks of the tensor-parallel group.
 
     Raises:
-        ConfigError: transformers has no plan for the model, the plan asks for something that is
-            not available here (mixtures of experts) or leaves out what stands between split layers,
-            or `size` does not divide heads or widths.
+        ConfigError: transformers has no plan for the model, the plan needs something that is not
+            available here (mixtures of experts) or omits parameters between split layers, or `size`
+            does not divide heads or widths.
     """
     key, kind = f"actor.tp_size={size}", model.config.model_type
     patterns = {
@@ -120,7 +120,7 @@ def tensor_parallel_plan(model: PreTrainedModel, size: int) -> dict[str, str]:
             continue  # a layer with an adapter: its parts are split, not itself
         layer, part = _LAYER_AND_PART.fullmatch(name).group("layer", "part")
         for pattern, style in patterns.items():
-            # Of an adapter, that matrix which is as wide as the split side of the layer.
+            # Of an adapter, only the matrix on the split side of the layer.
             whole = {"lora_A": "colwise", "lora_B": "rowwise"}.get(part)
             if pattern.fullmatch(layer) and (whole is None or not style.startswith(whole)):
                 plan[f"{model.base_model_prefix}.{name}"] = style
@@ -128,7 +128,7 @@ def tensor_parallel_plan(model: PreTrainedModel, size: int) -> dict[str, str]:
     for name, parameter in _between(model, plan):
         if parameter.numel() > 1:
             raise ConfigError(
-                f"{key}: {name} {[*parameter.shape]} stands between split layers, and the plan of "
+                f"{key}: {name} {[*parameter.shape]} is between split layers, and the plan of "
                 f"{kind} models does not say how to split it; use 1 (the weights are sharded over "
                 "all ranks anyway) or actor.sp_size"
             )
@@ -136,10 +136,10 @@ def tensor_parallel_plan(model: PreTrainedModel, size: int) -> dict[str, str]:
 
 
 def _between(model: PreTrainedModel, plan: dict[str, str]) -> list[tuple[str, nn.Parameter]]:
-    """Parameters that no plan names, in blocks whose activations are split (an MLP's, say).
+    """Parameters that no plan names, in blocks whose activations are split (such as an MLP).
 
-    Each rank sees only its part of the activations there, and so a part of their gradient. Blocks
-    whose column-wise layers gather their output hold whole activations.
+    Each rank sees only its part of the activations there, and so only a part of the gradient.
+    Blocks whose column-wise layers gather their output have whole activations.
     """
     layers = {name: _LAYER_AND_PART.fullmatch(name)["layer"] for name in plan}
     blocks = tuple(
@@ -182,21 +182,20 @@ def _check_sizes(model: PreTrainedModel, plan: dict[str, str], key: str, size: i
 
 
 def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> list[str]:
-    """Split a decoder's layers, embedding and head over words over a tensor-parallel mesh, in
-    place.
+    """Split a decoder's layers, embedding and head over a tensor-parallel mesh, in place.
 
     Layers follow transformers' plan; embedding and head are split along the vocabulary, of which
-    `shard_of` gives this rank's part. What is not split stays a plain parameter, equal on all
+    `shard_of` gives this rank's part. Parameters that are not split stay plain and equal on all
     ranks of the mesh.
 
     Args:
-        model: with the same weights on all ranks, or on the meta device.
-        mesh: one-dimensional.
+        model: the model, with the same weights on all ranks, or on the meta device.
+        mesh: a one-dimensional mesh.
 
     Returns:
         The names of whole parameters of which each rank sees only a part of the gradient, because
-        they stand between split layers (those that the plan names, and the numbers of trained
-        activations): those gradients have to be summed over the mesh.
+        they are between split layers (those that the plan names, and the parameters of trained
+        activations). Those gradients must be summed over the mesh.
 
     Raises:
         ConfigError: as `tensor_parallel_plan`.
@@ -208,7 +207,7 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> list[str]:
     styles[names[model.get_input_embeddings()]] = RowwiseParallel(input_layouts=Replicate())
     if (head := model.get_output_embeddings()) is not None:
         styles[names[head]] = _STYLES["colwise_gather_output"]()
-    # None: every rank holds the weights already (or none does), so nothing has to be sent.
+    # None: every rank has the weights already (or none has), so nothing must be sent.
     parallelize_module(model, mesh, styles, src_data_rank=None)
     model.tie_weights()
     return [

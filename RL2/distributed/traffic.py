@@ -1,11 +1,11 @@
-"""How many bytes cross between ranks, to be logged beside the seconds."""
+"""How many bytes are sent between ranks, to be logged with the seconds."""
 
 
 class Traffic:
-    """Bytes by what they were for, as `comm/<name>_bytes`.
+    """Bytes by purpose, as `comm/<name>_bytes`.
 
-    It counts what rank 0 sends to others or receives from them, padding included and its own share
-    excluded, so a run of one rank counts 0.
+    It counts what rank 0 sends to other ranks or receives from them, including padding and
+    excluding its own share, so a run of one rank counts 0.
     """
 
     def __init__(self):

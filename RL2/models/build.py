@@ -1,4 +1,4 @@
-"""Building a model with a head, to be split, sharded and then filled, and how its layers run."""
+"""Build a model with a head, to be split, sharded and then filled, and set how its layers run."""
 
 import logging
 import re
@@ -37,13 +37,13 @@ def load_model(
 
     Args:
         config: an `actor` or `ref_actor` node (model_name, dtype, attn_implementation, …).
-        train: whether gradients will be asked for (decides on gradient checkpointing).
-        head: what is asked of the model.
+        train: whether gradients will be needed (decides on gradient checkpointing).
+        head: the head's class, which defines what the model computes.
 
     Returns:
-        The model, the dtypes that it computes and is stored in, and the files that
-        `RL2.models.loading.materialize` reads its weights from: it is on the meta device then.
-        No files: the model holds its weights.
+        The model, the dtypes that it computes and is stored in, and the files from which
+        `RL2.models.loading.materialize` reads its weights; the model is then on the meta device.
+        None in place of the files: the model already holds its weights.
 
     Raises:
         ConfigError: the model cannot be loaded, or not be spread as the config says.
@@ -53,7 +53,7 @@ def load_model(
         saved = saved_config(name, options)
     except ConfigError as error:
         raise ConfigError(f"actor.model_name={error}") from error
-    except Exception as error:  # a broken file makes it raise anything
+    except Exception as error:  # a broken file can make it raise anything
         raise _not_loadable(name, head, error) from error
     try:
         files = weight_files(name, config.revision)
@@ -64,16 +64,16 @@ def load_model(
         raise _not_loadable(name, head, error) from error
     if train and dtypes.compute != dtypes.stored == torch.float16 and config.dtype == "auto":
         logger.warning(
-            "actor.dtype=auto: %s is stored in float16, which cannot be trained in without scaling "
-            "the loss; computing in bfloat16", name,
+            "actor.dtype=auto: %s is stored in float16, and training in float16 would need loss "
+            "scaling; computing in bfloat16", name,
         )  # fmt: skip
     asked = resolve_attention(config.attn_implementation, dtypes.compute)
     check_attention(saved)
     check_rope(saved, config)
     if train and getattr(saved.get_text_config(), "output_router_logits", None):
         logger.warning(
-            "actor.model_name: %s has output_router_logits=true, which asks for an auxiliary loss "
-            "of the routers; it is not trained here, only actor.loss is", saved.model_type,
+            "actor.model_name: %s has output_router_logits=true, for an auxiliary loss of the "
+            "routers; that loss is not used here, only actor.loss is", saved.model_type,
         )  # fmt: skip
     if config.sp_size > 1:
         check_heads(saved, config.sp_size, config.tp_size)
@@ -83,7 +83,7 @@ def load_model(
     built = {"dtype": torch.float32, "attn_implementation": attention}
     try:
         model = _on_meta(saved, config, head, built)
-    except Exception as error:  # the model's class may raise anything at numbers out of place
+    except Exception as error:  # invalid numbers can make the model's class raise anything
         check_buildable(saved, config, head, asked, error)
         raise _not_loadable(name, head, error) from error
     answers = head(model, config)
@@ -116,13 +116,13 @@ def load_model(
 
 
 def check_dropout(model_config: PretrainedConfig, config) -> None:
-    """ConfigError where tensor-parallel ranks would each leave out something else."""
+    """Raise ConfigError if tensor-parallel ranks would drop out different things."""
     own = dropout_of(model_config)
     if config.dropout is None and config.tp_size > 1 and own:
         name, value = next(iter(own.items()))
         raise ConfigError(
             f"actor.dropout=null: {model_config.model_type} has {name}={value}, and tensor-parallel"
-            " ranks would leave out different parts of what they share; use actor.dropout=0, or "
+            " ranks would drop different parts of the same activations; use actor.dropout=0, or "
             f"actor.tp_size=1 instead of {config.tp_size}"
         )
 
@@ -130,10 +130,10 @@ def check_dropout(model_config: PretrainedConfig, config) -> None:
 def check_buildable(
     saved: PretrainedConfig, config, head: type[Head], asked: str, error: Exception
 ) -> None:
-    """ConfigError where it was the attention that a model could not be built with."""
+    """Raise ConfigError if the model can be built with another attention."""
     others = []
     for other in ("sdpa", "eager"):
-        with suppress(Exception):  # whatever the class thinks of it
+        with suppress(Exception):  # the class may raise anything
             _on_meta(saved, config, head, {"dtype": torch.float32, "attn_implementation": other})
             others.append(other)
     if others and asked not in others:
@@ -145,19 +145,19 @@ def check_buildable(
 
 
 def _on_meta(saved: PretrainedConfig, config, head: type[Head], options: dict) -> PreTrainedModel:
-    """The model without memory."""
+    """The model on the meta device, without memory."""
     for name, value in head.settings.items():
         setattr(saved, name, value)
     options = options | {"trust_remote_code": config.trust_remote_code}
     code = getattr(saved, "auto_map", {})
     if config.revision is not None and head.auto_class.__name__ in code:
-        options |= {"code_revision": config.revision}  # only code of the hub's takes it
+        options |= {"code_revision": config.revision}  # only code from the hub takes it
     with torch.device("meta"):
         return head.auto_class.from_config(saved, **options)
 
 
 def _new_weights(model: PreTrainedModel, head: type[Head]) -> set[str]:
-    """Names of the weights that a checkpoint may lack, as they are the head's."""
+    """Names of the head's weights, which a checkpoint may lack."""
     if not isinstance(getattr(model, head.layer or "", None), nn.Module):
         return set()
     return {
@@ -166,7 +166,7 @@ def _new_weights(model: PreTrainedModel, head: type[Head]) -> set[str]:
 
 
 def _load_whole(config, head: type[Head], options: dict, new: set[str]) -> PreTrainedModel:
-    """The model with its weights, read by transformers, which fills what is missing with noise."""
+    """The model with its weights, read by transformers, which fills missing ones with noise."""
     name = config.model_name
     options = options | {"auto_class": head.auto_class, "settings": head.settings}
     model, found = load_whole(name, weight_options(config), ignore_mismatched_sizes=True, **options)
@@ -181,14 +181,14 @@ def _load_whole(config, head: type[Head], options: dict, new: set[str]) -> PreTr
     for name, stored, wanted in sorted(found["mismatched_keys"]):
         raise ConfigError(
             f"actor.model_name={config.model_name}: {name} has the shape {list(stored)}, the model "
-            f"wants {list(wanted)}{way_out}"
+            f"expects {list(wanted)}{way_out}"
         )
     return model
 
 
 def compile_layers(model: PreTrainedModel, layer_classes: set[str], checkpointing: bool) -> None:
-    """`torch.compile` the forward of every layer whose class is named in `layer_classes`, in place,
-    and with `checkpointing` recompute it in backward.
+    """`torch.compile` the forward of every layer whose class is named in `layer_classes`, in place;
+    with `checkpointing`, also recompute it in backward.
     """
     for layer in model.modules():
         if type(layer).__name__ in layer_classes:
@@ -203,8 +203,8 @@ def compile_layers(model: PreTrainedModel, layer_classes: set[str], checkpointin
 def checkpoint_layers(model: PreTrainedModel, layer_classes: set[str]) -> None:
     """Recompute layers in backward instead of keeping their activations, in place.
 
-    transformers' own switch works in training mode alone, which is also that of dropout; and it
-    stands inside of the forward, where torch's compiler gives up on the whole layer.
+    transformers' own switch works only in training mode, which also turns dropout on. It is inside
+    the forward, where torch's compiler gives up on the whole layer.
     """
     done: tuple[str, ...] = ()
     for name, layer in model.named_modules():
@@ -221,10 +221,10 @@ def _recomputed(forward: Callable, *args, **kwargs):
 
 
 def start_updates(model: nn.Module, dropout: float | None) -> None:
-    """Put a model into the mode of updates.
+    """Put a model into the mode for updates.
 
-    Without dropout that is the one of evaluation: whatever a family calls its dropout and its
-    noise, it has them in training mode alone. Adapters' dropout has a key of its own.
+    Without dropout that is evaluation mode: dropout and noise, whatever a family calls them, only
+    happen in training mode. Adapters' dropout has a key of its own.
     """
     model.train(dropout is None)
     for name, module in model.named_modules():
@@ -233,7 +233,7 @@ def start_updates(model: nn.Module, dropout: float | None) -> None:
 
 
 def dropout_of(config: PretrainedConfig) -> dict[str, float]:
-    """What a model's config says of dropout and noise in its layers."""
+    """The entries of a model's config about dropout and noise in its layers."""
     return {
         name: value
         for name, value in config.get_text_config().to_dict().items()
@@ -249,11 +249,11 @@ def _not_loadable(name: str, head: type[Head], error: Exception) -> ConfigError:
 
 
 def attention_cost(model: PreTrainedModel) -> float:
-    """How much an n-token sequence's attention costs beside the rest: n + attention_cost * n^2
-    multiplications, in units of what the weights cost for one token.
+    """The relative cost of attention: a sequence of n tokens takes n + attention_cost * n^2
+    multiplications, in units of those that the weights take for one token.
 
     A causal layer multiplies each token's query with n/2 keys on average and as many values:
-    2 * heads * head_dim * n/2 multiplications a token, against one per weight.
+    2 * heads * head_dim * n/2 multiplications per token, against one per weight.
     """
     config = model.config.get_text_config()
     heads = config.num_attention_heads

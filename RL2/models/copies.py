@@ -1,4 +1,4 @@
-"""Whether ranks that hold copies of a weight hold the same numbers."""
+"""Check that ranks with copies of a weight have the same numbers."""
 
 import socket
 
@@ -13,15 +13,15 @@ from RL2.runtime.errors import ConfigError
 
 
 def check_copies(model: nn.Module, name: str) -> None:
-    """Compare what data-parallel and tensor-parallel ranks have of the same weights (a collective).
+    """Compare the copies of weights on data-parallel and tensor-parallel ranks (a collective).
 
-    Files are compared before, by samples of the large ones. Copies that differ would stay so, as
+    Files are compared earlier, but only samples of large ones. Copies that differ would stay so, as
     all of them get the same updates.
 
-    name: of the model.
+    name: the model's name.
 
     Raises:
-        ConfigError: on all ranks, where a single bit of a weight is another one.
+        ConfigError: on all ranks, if a single bit of a weight differs.
     """
     own = {
         (weight, str(local_part(tensor))): _sum_of_bits(tensor)
@@ -35,7 +35,8 @@ def check_copies(model: nn.Module, name: str) -> None:
             if bits != other_bits:
                 raise ConfigError(
                     f"actor.model_name={name}: rank {other} on {other_host} and rank {which} on "
-                    f"{host} have read other numbers for {part[0]}; give all ranks the same files"
+                    f"{host} have read different numbers for {part[0]}; give all ranks the same "
+                    "files"
                 )
 
 
@@ -52,5 +53,5 @@ def _has_copies(tensor: Tensor) -> bool:
 def _sum_of_bits(tensor: Tensor) -> int:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
-    # Without a wider type, which takes ten times as long; what runs over is the same everywhere.
+    # A wider type would take ten times as long. Overflow is the same on all ranks.
     return int(local.detach().contiguous().view(words).sum(dtype=words))

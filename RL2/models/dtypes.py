@@ -1,4 +1,4 @@
-"""Number formats of a model: the ones it is stored in, the one it computes in, and what attention
+"""Number formats of a model: those it is stored in, the one it computes in, and the attention that
 follows from that."""
 
 import logging
@@ -27,26 +27,26 @@ _FLASH = "flash_attention"
 
 @dataclass(frozen=True)
 class Dtypes:
-    """compute: what the forward works in. stored: the checkpoint's. of_tensors: those tensors of
-    the checkpoint by name that are stored otherwise, such as a router's biases in fp32."""
+    """compute: the forward's dtype. stored: the checkpoint's. of_tensors: the dtypes of those
+    tensors of the checkpoint that are stored differently, such as a router's biases in fp32."""
 
     compute: torch.dtype
     stored: torch.dtype
     of_tensors: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def saved(self, name: str, asked: str) -> torch.dtype:
-        """What a tensor is saved in. asked: `trainer.save_dtype`."""
+        """The dtype in which a tensor is saved. asked: `trainer.save_dtype`."""
         if asked != "auto":
             return getattr(torch, asked)
         return self.of_tensors.get(name, self.stored)
 
 
 def find_dtypes(asked: str, saved: PretrainedConfig, files: Mapping[str, Path]) -> Dtypes:
-    """Must be called before a model is built of `saved`: that writes its own dtype there.
+    """Must be called before a model is built from `saved`, which writes its own dtype there.
 
     Args:
-        asked: `actor.dtype`; with `auto` the model computes in what it is stored in, but fp16,
-            which would need its loss scaled, becomes bf16, which has the range of fp32.
+        asked: `actor.dtype`; with `auto` the model computes in the dtype in which it is stored, but
+            fp16, which would need loss scaling, becomes bf16, which has the range of fp32.
         saved: the checkpoint's config.json.
         files: `{tensor name: safetensors file}`; may be empty.
     """
@@ -57,8 +57,8 @@ def find_dtypes(asked: str, saved: PretrainedConfig, files: Mapping[str, Path]) 
         stored = counts.most_common(1)[0][0] if counts else torch.float32
     if stored not in _STORED.values():
         raise ConfigError(
-            f"actor.model_name: its config.json says dtype={stored}, in which nothing can be "
-            f"trained; give a model in one of {', '.join(map(str, _STORED.values()))}"
+            f"actor.model_name: its config.json says dtype={stored}, which cannot be trained; "
+            f"give a model in one of {', '.join(map(str, _STORED.values()))}"
         )
     if asked != "auto":
         compute = getattr(torch, asked)
@@ -69,10 +69,10 @@ def find_dtypes(asked: str, saved: PretrainedConfig, files: Mapping[str, Path]) 
 
 
 def resolve_attention(asked: str, compute: torch.dtype) -> str:
-    """`actor.attn_implementation`; `auto` is left of it where flash attention is at hand.
+    """`actor.attn_implementation`, where `auto` means that flash attention is available.
 
     Raises:
-        ConfigError: flash attention was asked for in fp32, for which it has no kernels.
+        ConfigError: flash attention in fp32, for which it has no kernels.
     """
     if asked == "auto":
         return NAME if compute == torch.float32 else "flash_attention_2"
@@ -85,7 +85,7 @@ def resolve_attention(asked: str, compute: torch.dtype) -> str:
 
 
 def _dtypes_of_tensors(files: Mapping[str, Path]) -> dict[str, torch.dtype]:
-    """Of the floating-point tensors; read from the headers alone."""
+    """The dtypes of floating-point tensors, read from the headers alone."""
     dtypes = {}
     for path in sorted(set(files.values())):
         with safe_open(path, "pt") as file:

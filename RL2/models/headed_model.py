@@ -1,4 +1,4 @@
-"""A transformers model behind one forward: packs of sequences in, what its head says out."""
+"""A transformers model with one forward: from packs of sequences to the output of its head."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,13 +15,13 @@ from RL2.models.heads import Head, LossOfStatistics, Question
 class HeadedModel(nn.Module):
     """Wraps a transformers model so that FSDP gathers the head's weights where they are needed.
 
-    `forward` takes a pack of sequences and says something of the chosen positions only; the head
+    `forward` takes a pack of sequences and returns results for the chosen positions only; the head
     computes nothing for prompt tokens.
 
     Args:
         model: as `head.auto_class` builds it.
         head: see `RL2.models.heads`.
-        offload_activations: keep what the backbone's backward needs in CPU memory until then.
+        offload_activations: keep the activations that the backbone's backward needs in CPU memory.
 
     `sp_group` and `tp_group` are the groups over which packs and weights are split, None without.
     """
@@ -52,13 +52,13 @@ class HeadedModel(nn.Module):
                 this rank's slice of them.
             lengths: `[n]` tokens of each sequence of the whole pack; in CPU memory, so that no
                 kernel waits for the host.
-            positions: `[A]` indices into `states` whose next token is asked about.
+            positions: `[A]` indices into `states`; the head's results are about their next tokens.
             actions: `[A]` those next tokens.
             temperature, wanted, top_k, loss_fn: see `RL2.models.heads.Question`.
             start: where in the pack the slice begins.
 
         Returns:
-            What the head returns.
+            The head's output.
         """
         inputs = self.inputs(states, lengths, start)
 
@@ -83,7 +83,7 @@ class HeadedModel(nn.Module):
         return function(self, *args)
 
     def inputs(self, states: Tensor, lengths: Tensor, start: int) -> dict:
-        """What transformers' models take for a pack, or a slice of one."""
+        """The inputs of a transformers model for a pack, or a slice of one."""
         device, longest = states.device, int(lengths.max())
         offsets = nn.functional.pad(lengths.cumsum(0), (1, 0))
         token = torch.arange(start, start + len(states))

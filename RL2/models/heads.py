@@ -1,4 +1,4 @@
-"""Heads: what stands between a model's hidden states and what a loss reads."""
+"""Heads: from a model's hidden states to the numbers that a loss reads."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,22 +24,24 @@ from RL2.ops.token_stats import (
 from RL2.runtime.errors import ConfigError
 
 LossOfStatistics = Callable[[Mapping[str, Tensor], slice], tuple[Tensor, dict[str, Tensor]]]
-"""Of some of the tokens, `rows` of the A asked about: from `{statistic: [n]}` a loss and sums."""
+"""From `{statistic: [n]}` of some tokens, `rows` of the A in question, to a loss and sums."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a head about A tokens.
+    """A request to a head about A tokens.
 
     Attributes:
-        model: of transformers, its weights gathered.
+        model: the transformers model, its weights gathered.
         hidden: computes the hidden states `[A, H]` before those tokens.
-        logits: computes logits `[A, V]` by the model's own forward.
-        actions: `[A]`, the tokens.
-        temperature: divides logits.
-        wanted: names of statistics. top_k: how many `top_logps`.
-        loss_fn: the loss to compute of them, which may be called on a part of the tokens at a time.
-        tp_group: over which the weights are split; None: they are whole.
+        logits: computes logits `[A, V]` with the model's own forward.
+        actions: the tokens, `[A]`.
+        temperature: divides the logits.
+        wanted: names of the statistics to compute.
+        top_k: number of `top_logps`.
+        loss_fn: the loss to compute from them, which may be called on a part of the tokens at a
+            time.
+        tp_group: the group over which the weights are split; None: they are whole.
     """
 
     model: PreTrainedModel
@@ -54,19 +56,20 @@ class Question:
 
 
 class Head:
-    """Turns hidden states into what a loss reads: numbers of each token.
+    """Turns hidden states into the numbers of each token that a loss reads.
 
     It has no weights of its own. They are part of the transformers model, which `auto_class`
-    builds, and so are sharded, trained, saved and loaded as all others are.
+    builds, and so are sharded, trained, saved and loaded like all others.
 
     Attributes:
-        auto_class: builds and loads the model. kind: of model, in errors.
-        settings: of its config.json.
-        layer: name of the linear layer that checkpoints of other models lack: it begins with zeros
-            there, is computed in fp32, and trained beside adapters. None: there is none.
-        task: of its adapters, in peft's words.
-        linear: whether the answer comes from one matrix product of hidden states, whose `weights`
-            `RL2.models.self_check` then asks for; it sets this where that is not so.
+        auto_class: builds and loads the model.
+        kind: the kind of model, for errors.
+        settings: entries to set in its config.json.
+        layer: name of the linear layer that checkpoints of other models lack. It then starts at
+            zero. It is computed in fp32, and trained in full with LoRA too. None: no such layer.
+        task: the task type of its adapters, as peft calls it.
+        linear: whether the output is one matrix product of hidden states with `weights`.
+            `RL2.models.self_check` tests that, and sets this to False if it is not.
     """
 
     auto_class: ClassVar[Any]
@@ -77,7 +80,7 @@ class Head:
     linear = False
 
     def __init__(self, model: PreTrainedModel, config: Mapping[str, Any]):
-        """config: of the learner, such as the `actor` node."""
+        """config: the learner's config, such as the `actor` node."""
         if self.layer and not isinstance(getattr(model, self.layer, None), nn.Linear):
             raise ConfigError(
                 f"actor.model_name={config.model_name}: models of type {model.config.model_type} "
@@ -86,18 +89,18 @@ class Head:
             )
 
     def __call__(self, question: Question) -> dict[str, Tensor]:
-        """`{name: [A]}` in fp32 of what is wanted, or with `loss_fn` the sums of its loss, as
-        `loss`, and of its metrics. A plain dict, because FSDP finds its hooks' tensors in those."""
+        """The wanted statistics as `{name: [A]}` in fp32, or with `loss_fn` the sums of its loss,
+        as `loss`, and of its metrics. A plain dict, as FSDP looks for tensors to hook in those."""
         raise NotImplementedError
 
     def check(self, config: Mapping[str, Any]) -> None:
-        """ConfigError where it cannot compute as the config says, once `linear` is known."""
+        """Raise ConfigError if it cannot compute as the config says, once `linear` is known."""
 
 
 class TokenStatsHead(Head):
     """Statistics of the next token's distribution, such as the log-probability of an action.
 
-    `top_logps` are `[A, top_k]`. With a linear head no logits are held.
+    `top_logps` are `[A, top_k]`. With a linear head, logits are never stored.
     """
 
     auto_class = AutoModelForCausalLM
@@ -147,20 +150,20 @@ class TokenStatsHead(Head):
     def check(self, config: Mapping[str, Any]) -> None:
         if config.tp_size > 1 and self.linear and self.implementation == "naive":
             raise ConfigError(
-                "actor.token_stats=naive: takes whole logits, which no rank has with "
+                "actor.token_stats=naive: needs whole logits, which no rank has with "
                 f"actor.tp_size={config.tp_size}; use auto or tiled"
             )
         if not self.linear and self.implementation not in ("auto", "naive"):
             raise ConfigError(
                 f"actor.token_stats={self.implementation}: {config.model_name} does more than one "
-                "matrix product between hidden states and logits, which are computed whole; use "
-                "auto"
+                "matrix product between hidden states and logits, so whole logits are computed; "
+                "use auto"
             )
 
 
 class ScalarHead(Head):
-    """One number of each token, called `values`: a model of transformers' for classification with
-    one label, which reward models are. It sees what stands before the token, as a policy does."""
+    """One number for each token, called `values`: a classification model of transformers with one
+    label, as reward models are. It sees the tokens before that token, as a policy does."""
 
     auto_class = AutoModelForSequenceClassification
     kind = "a model with one number for each token"
@@ -170,7 +173,7 @@ class ScalarHead(Head):
     def __call__(self, question: Question) -> dict[str, Tensor]:
         if {*question.wanted} != {"values"}:
             raise ValueError(f"a scalar head gives values, not {', '.join(question.wanted)}")
-        # By the layer's own call, as FSDP gathers its weights there; a copy, as it warns of views.
+        # The layer is called, as FSDP gathers its weights there; a copy, as FSDP warns of views.
         numbers = question.model.score(question.hidden().float()).squeeze(-1).clone()
         values = {"values": numbers}
         if question.loss_fn is None:

@@ -1,9 +1,9 @@
 """Reading a checkpoint so that no rank ever holds the whole model.
 
 A model is built without memory (on the meta device), split and sharded, and then every rank reads
-of each parameter the part that it holds. That goes where the files are safetensors whose names and
-shapes are the model's own; anything else (fused experts, pickled weights) is left to transformers,
-which loads the whole model on every rank before it is split.
+its part of each parameter. This works if the files are safetensors with the model's own names and
+shapes. Anything else (fused experts, pickled weights) is left to transformers, which loads the
+whole model on every rank before it is split.
 """
 
 import json
@@ -26,7 +26,7 @@ from transformers.utils import (
 
 from RL2.runtime.errors import ConfigError
 
-# Of a config.json, what has no part in what the model computes.
+# Entries of a config.json that do not affect what the model computes.
 _OF_FILES = ("_name_or_path", "transformers_version")
 _WHOLE, _SAMPLE, _OF_TENSOR = 2**26, 2**16, 2**12  # bytes
 
@@ -34,7 +34,7 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 def weight_files(model_name: str, revision: str | None = None) -> dict[str, Path]:
-    """`{tensor name: safetensors file}` of a folder or hub id; empty where there are none.
+    """`{tensor name: safetensors file}` of a folder or hub id; empty if there are none.
 
     revision: commit of the hub id.
     """
@@ -50,11 +50,11 @@ def weight_files(model_name: str, revision: str | None = None) -> dict[str, Path
 
 
 def model_fingerprint(model_name: str, revision: str | None = None) -> str:
-    """A SHA-256 that tells the models of two folders or hub ids apart, wherever those lie.
+    """A SHA-256 that distinguishes the models of two folders or hub ids, wherever they are.
 
     Small files of weights are read whole. Of larger ones it reads the size and the beginning
-    (names and shapes), and the beginning, the middle and the end of every tensor, or, of pickled
-    ones, of the file: another training changes those, and a copy does not.
+    (names and shapes), and the beginning, middle and end of every tensor, or, for pickled ones, of
+    the file: training changes those, and copying does not.
     """
     content = json.loads(Path(cached_file(model_name, CONFIG_NAME, revision=revision)).read_text())
     content = {name: value for name, value in content.items() if name not in _OF_FILES}
@@ -71,13 +71,13 @@ def model_fingerprint(model_name: str, revision: str | None = None) -> str:
 
 
 def _samples(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
-    """Where to read a file of weights, and how much, to know whether it is another one."""
+    """Where to read a file of weights, and how much, to tell it from other files."""
     if size <= _WHOLE:
         yield 0, size
         return
     for start in (0, size // 2, size - _SAMPLE):
         yield start, _SAMPLE
-    file.seek(0)  # whoever took the places before has moved it
+    file.seek(0)  # the caller has moved it
     header_size = int.from_bytes(file.read(8), "little")
     if not file.name.endswith(".safetensors") or header_size > _WHOLE:
         return
@@ -93,10 +93,10 @@ def holds_all(files: dict[str, Path], model: PreTrainedModel, new: Collection[st
     """Whether the files have each of the model's tensors, tied ones once, under its own name and
     in its shape.
 
-    new: names of those that they may lack.
+    new: names of tensors that they may lack.
 
     Raises:
-        ConfigError: a parameter is stored as integers: quantised, and so nothing to train.
+        ConfigError: a parameter is stored as integers: it is quantised and cannot be trained.
     """
     wanted: dict[Path, dict[str, Tensor]] = {}
     for name, tensor in _stored(model).items():
@@ -124,11 +124,11 @@ def materialize(
 ) -> None:
     """Give a sharded model on the meta device memory on `device`, and its weights.
 
-    At most one tensor's part is in memory beside the model's shard.
+    Besides the model's shard, at most one tensor's part is in memory.
 
     Args:
         root: the sharded module around `model`.
-        files: from `weight_files`, which `holds_all`. What they lack is 0.
+        files: from `weight_files`, checked by `holds_all`. Tensors that they lack become 0.
     """
     root.to_empty(device=device)
     model.tie_weights()
@@ -141,24 +141,24 @@ def materialize(
         if name not in files:
             local.detach().zero_()
             continue
-        # A file of its own each time: closing it gives back the pages that were mapped.
+        # The file is opened for each tensor: closing it frees the mapped pages.
         with safe_open(files[name], "pt") as file:
             part = file.get_slice(name)[local_part(tensor)]
         local.detach().copy_(part)
-    # What no file holds (the frequencies of rotary embeddings) transformers computes itself.
+    # transformers computes what no file holds (the frequencies of rotary embeddings).
     model.initialize_weights()
 
 
 def plain_name(name: str) -> str | None:
-    """A tensor's name in the model without adapters (LoRA); None: it is an adapter's."""
+    """A tensor's name in the model without adapters (LoRA); None for an adapter's tensor."""
     return None if ".lora_" in name else name.replace(".base_layer.", ".")
 
 
 def local_part(tensor: Tensor) -> tuple[slice, ...]:
-    """Where this rank's shard lies in a whole tensor.
+    """The slices of a whole tensor that are this rank's shard.
 
-    The innermost mesh dimension (tensor parallelism) cuts first and the others cut what is left,
-    each into parts as `torch.chunk` makes them.
+    The innermost mesh dimension (tensor parallelism) cuts first and the others cut the result, each
+    into parts as `torch.chunk` makes them.
     """
     bounds = [(0, size) for size in tensor.shape]
     if isinstance(tensor, DTensor):

@@ -1,9 +1,9 @@
 """LoRA: trained adapters of low rank beside frozen linear layers (peft), and the plain model that
-the two amount to.
+results from merging them.
 
 A layer computes W x + scaling * B A x; only A `[rank, in]` and B `[out, rank]` are trained, in fp32
 like all trained weights. Engines and saved models get W + scaling * B A under the plain names, so
-that nobody else needs to know of adapters.
+no other code needs to know about adapters.
 """
 
 import hashlib
@@ -35,16 +35,16 @@ _PART = re.compile(rf"(?P<layer>.+)\.(?P<part>base_layer|lora_A|lora_B)(\.{_ADAP
 def add_adapters(model: PreTrainedModel, config, head: type[Head]) -> None:
     """Put adapters beside the linear layers of a model and freeze all else, in place.
 
-    Their weights are those of `init_adapters`, which has to follow once the model has memory.
+    `init_adapters` must fill them once the model has memory.
 
     Args:
-        model: whole, possibly on the meta device.
+        model: the whole model, possibly on the meta device.
         config: the `actor.lora` node (rank, alpha, dropout, target_modules).
-        head: its layer gets none either, and is trained as a whole.
+        head: the head's class; its layer gets no adapter, and is trained in full.
 
     Raises:
-        ConfigError: `target_modules` names what is no linear layer of the model. Head and
-            embedding are none here: the statistics read their weights, past any adapter.
+        ConfigError: `target_modules` names something that is not a linear layer of the model. Head
+            and embedding do not count: the statistics read their weights without any adapter.
     """
     from peft import LoraConfig, inject_adapter_in_model  # optional
 
@@ -64,8 +64,8 @@ def add_adapters(model: PreTrainedModel, config, head: type[Head]) -> None:
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise ConfigError(
-                f"actor.lora.target_modules={target}: no linear layer of {model.name_or_path} but "
-                f"the head has that name; use {ALL_LINEAR}, or some of {', '.join(names)}"
+                f"actor.lora.target_modules={target}: no linear layer of {model.name_or_path} has "
+                f"that name, except the head; use {ALL_LINEAR}, or some of {', '.join(names)}"
             )
     on_meta = model.device.type == "meta"
     adapter = LoraConfig(
@@ -80,8 +80,8 @@ def add_adapters(model: PreTrainedModel, config, head: type[Head]) -> None:
         task_type=head.task,
         base_model_name_or_path=model.name_or_path,
     )
-    # Of transformers' mixtures of experts peft takes a layer's name for that of the experts' fused
-    # parameters as well. Inside of a plain module it does not.
+    # In transformers' mixtures of experts, peft would also apply a layer's name to the experts'
+    # fused parameters. Inside a plain module it does not.
     around = nn.Module()
     around.whole = model
     inject_adapter_in_model(adapter, around, _ADAPTER, low_cpu_mem_usage=on_meta)
@@ -101,8 +101,8 @@ def _tell_left_out(model: PreTrainedModel) -> None:
     )
     if fused:
         logger.info(
-            "actor.lora.target_modules=%s: no adapters beside %s, whose experts are one tensor and "
-            "no linear layers", ALL_LINEAR, ", ".join(fused),
+            "actor.lora.target_modules=%s: no adapters for %s, whose experts are one tensor, not "
+            "linear layers", ALL_LINEAR, ", ".join(fused),
         )  # fmt: skip
 
 
@@ -110,8 +110,8 @@ def _tell_left_out(model: PreTrainedModel) -> None:
 def init_adapters(model: PreTrainedModel, seed: int) -> None:
     """Fill the adapters, sharded or not: A as `nn.Linear` does, B with zeros, in place.
 
-    Each tensor is drawn whole from a generator of its own, so that it is the same however it is
-    spread, and every rank keeps its part.
+    Each tensor is drawn whole from a generator of its own, so that it does not depend on how it is
+    spread. Every rank keeps its part.
     """
     for name, parameter in model.named_parameters():
         if plain_name(name) is not None:
@@ -129,11 +129,11 @@ def merged(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[
     """`(name, tensor)` of the plain model, from the whole tensors of one with adapters.
 
     Args:
-        model: says how its adapters are scaled. Without adapters the tensors come out as they are.
-        tensors: `(name, whole tensor)`, those of one layer next to each other: nothing else of
-            them is held. They are not changed.
+        model: knows the scaling of its adapters. Without adapters the tensors are not changed.
+        tensors: `(name, whole tensor)`; those of one layer should be adjacent, as they are held
+            until the layer is complete. They are not changed.
     """
-    layers: dict[str, dict[str, Tensor]] = {}  # of which something is still to come
+    layers: dict[str, dict[str, Tensor]] = {}  # incomplete layers
     for name, tensor in tensors:
         found = _PART.fullmatch(name)
         if found is None:
@@ -160,7 +160,7 @@ def save_adapters(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder:
     """Write the adapters where `PeftModel.from_pretrained(<plain model>, folder)` finds them.
 
     Args:
-        model: with adapters.
+        model: the model with adapters.
         tensors: its whole tensors by name.
     """
     from peft import get_peft_model_state_dict
@@ -169,7 +169,7 @@ def save_adapters(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder:
     adapters = get_peft_model_state_dict(
         model, state_dict={**tensors}, adapter_name=_ADAPTER, save_embedding_layers=False
     )
-    # as a PeftModel around the model names them
+    # the names in a PeftModel around the model
     adapters = {
         f"base_model.model.{name}": tensor.contiguous() for name, tensor in adapters.items()
     }

@@ -1,5 +1,5 @@
-"""What is taken from a saved model, and what is not: its config.json chooses no code, and nothing
-of a loaded model stays in its files."""
+"""Safe loading of saved models: config.json cannot choose code, and loaded tensors do not stay
+mapped to their files."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -11,17 +11,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from RL2.config.model_files import check_quantization
 from RL2.runtime.errors import ConfigError
 
-# Of a config.json: other files than those that were checked, and replacements of layers.
+# Entries of a config.json that name unchecked files, or replace layers.
 _CHOICES = ("transformers_weights", "fusion_config")
 
 
 def saved_config(name: str, options: dict[str, Any]) -> PretrainedConfig:
-    """The config of a folder or hub id, without what it says of how to compute.
+    """The config of a folder or hub id, without its choices of implementations.
 
     The implementation of attention or experts may be the name of a repository on the hub, whose
     kernels transformers would load and run.
 
-    options: of `from_pretrained`, see `RL2.config.models.hub_options`.
+    options: arguments of `from_pretrained`, see `RL2.config.models.hub_options`.
 
     Raises ConfigError for a quantised model.
     """
@@ -39,7 +39,7 @@ def _forget_choices(config: PretrainedConfig, model: str) -> None:
     quantization = getattr(config, "quantization_config", None)
     check_quantization(quantization, model)
     if quantization:
-        # Else whether weights are floats, which can be trained, depends on a package from the hub.
+        # Else a package from the hub decides whether weights are floats, which can be trained.
         config.quantization_config = quantization | {"dequantize": True}
     for part in list(vars(config).values()):
         if isinstance(part, PretrainedConfig):
@@ -53,17 +53,18 @@ def load_whole(
     settings: Mapping[str, Any] = MappingProxyType({}),
     **built: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A model with its weights, and what transformers says of the loading: it fills what is missing
-    with noise. `own_memory` has to follow once the model is on its device.
+    """A model with its weights, and transformers' report of the loading, as it fills missing
+    weights with noise. Call `own_memory` once the model is on its device.
 
     Args:
         options: see `RL2.config.models.weight_options`.
-        auto_class: builds it, with `settings` in place of what its config.json says.
-        built: how it is built: `dtype`, `attn_implementation` and others of `from_pretrained`.
+        auto_class: the class that builds it.
+        settings: entries that replace those of its config.json.
+        built: `dtype`, `attn_implementation` and other arguments of `from_pretrained`.
 
     Raises:
-        ConfigError: an adapter lies beside the weights.
-        Exception: whatever a broken file makes transformers raise.
+        ConfigError: there is an adapter beside the weights.
+        Exception: anything, if a file is broken.
     """
     of_config = {key: value for key, value in options.items() if key != "use_safetensors"}
     config = saved_config(name, of_config)
@@ -72,19 +73,19 @@ def load_whole(
     model, found = auto_class.from_pretrained(
         name, config=config, output_loading_info=True, **options, **built
     )
-    if getattr(model, "_hf_peft_config_loaded", False):  # of a hub id: folders are checked early
+    if getattr(model, "_hf_peft_config_loaded", False):  # from the hub: folders are checked earlier
         raise ConfigError(
-            f"{name} holds whole weights and an adapter (adapter_config.json); give a model with "
+            f"{name} has full weights and an adapter (adapter_config.json); give a model with "
             "the adapter merged into it, or one without"
         )
     return model, found
 
 
 def own_memory(model: nn.Module) -> None:
-    """Give each tensor of a model that is in CPU memory a copy of its own, in place, one by one.
+    """Replace each tensor of a model that is in CPU memory by a copy, in place, one by one.
 
-    transformers leaves tensors in their file, mapped into memory: overwritten, they would change;
-    truncated, the process would be killed.
+    transformers leaves tensors in their file, mapped into memory: if the file is overwritten, they
+    change; if it is truncated, the process is killed.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":

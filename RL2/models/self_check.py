@@ -1,9 +1,9 @@
-"""Whether a model computes for packed sequences what transformers computes for each of them alone.
+"""Check that a model computes for packed sequences what transformers computes for each one alone.
 
-Attention, masks, positions, recurrent states and heads differ between some two hundred families,
-and one that the packed path gets wrong would train on wrong numbers without a word. So every model
-is asked once, when its weights are in place and it is spread as it will be: two short sequences in
-a pack, against transformers' own forward of one at a time.
+Attention, masks, positions, recurrent states and heads differ between some two hundred families. A
+family that the packed path gets wrong would silently train on wrong numbers. So every model is
+checked once, when its weights are loaded and it is spread over the ranks: two short sequences in a
+pack, against transformers' own forward of one at a time.
 """
 
 import math
@@ -28,30 +28,30 @@ from RL2.ops.attention import register_attention
 from RL2.runtime.errors import ConfigError, first_line
 
 _LENGTHS = (23, 25)  # tokens of the two sequences
-# Where a model limits how many tokens a token sees, or from where on it scales something, the limit
-# is mostly beyond these sequences; in the check it is no more than this.
+# Limits of a model on how many tokens a token sees, or from which position on it scales something,
+# are mostly beyond these sequences; the check lowers them to this.
 _LIMIT = 6
 _LIMITS = re.compile(r"sliding_window|window_size|attention_window|attention_chunk|local_attention|"
                      r"floor_scale|log_scaling_n_floor")  # fmt: skip
-# The largest error of a token's logits, as part of their size, in fp32; in 16 bits the largest that
-# half of a sequence's tokens may have, as single tokens may be sent to other experts there.
+# Tolerated error of a token's logits relative to their size: in fp32 of the worst token, in 16 bits
+# of the median token of a sequence, as single tokens may be sent to other experts there.
 _TOLERANCE, _TOLERANCE_16_BIT = 1e-3, 0.1
-# Hidden states are scaled until logits are about so large: a head that caps them shows it then.
+# Hidden states are scaled until logits are about this large, which reveals a head that caps them.
 _LOGITS = 32.0
-_NOISE = 0.1  # of weights that are one number all over
-# Where the model was asked for a pack and raised; of the machine is everything else.
-_NOT_THE_MODELS = (torch.OutOfMemoryError, dist.DistError, MemoryError)
+_NOISE = 0.1  # added to weights that are all one number
+# Errors of the machine; the model is at fault for all others.
+_MACHINE_ERRORS = (torch.OutOfMemoryError, dist.DistError, MemoryError)
 
 
 @dataclass(frozen=True)
 class _Probe:
-    """This rank's slice of the pack, and what its sequences are alone.
+    """This rank's slice of the pack, and the logits of its sequences alone.
 
     Attributes:
-        states: `[N]` tokens.
-        lengths: `[2]` of the whole pack.
+        states: the tokens, `[N]`.
+        lengths: the lengths of the whole pack's sequences, `[2]`.
         start: where in the pack the slice begins.
-        alone: `[N, V]` logits, of hidden states times `scale`.
+        alone: logits of the sequences alone, from hidden states times `scale`, `[N, V]`.
         scale: a power of two.
     """
 
@@ -63,16 +63,16 @@ class _Probe:
 
 
 def self_check(model: HeadedModel, attention: str, device: torch.device, train: bool) -> None:
-    """Set `model.head.linear`, or refuse the model.
+    """Set `model.head.linear`, or reject the model.
 
-    A collective, after which all ranks know the same. Weights and random state are left alone.
+    A collective, with the same result on all ranks. Weights and random state are not changed.
 
     Args:
-        attention: as the config has it.
-        train: whether gradients will be asked for.
+        attention: the attention in the config.
+        train: whether gradients will be needed.
 
     Raises:
-        ConfigError: packed, the sequences are not what they are alone.
+        ConfigError: the results of packed sequences differ from those of each alone.
     """
     family = model.model.config.model_type
     register_fsdp_forward_method(model, "run")
@@ -86,8 +86,8 @@ def self_check(model: HeadedModel, attention: str, device: torch.device, train: 
         others = [] if model.sp_group is not None else _others(model, attention, probe)
     way_out = f"use {' or '.join(others)}" if others else "use a model of another family"
     raise ConfigError(
-        f"actor.attn_implementation={attention}: {family} does not compute for packed sequences "
-        f"what each of them is alone ({fault}); {way_out}"
+        f"actor.attn_implementation={attention}: {family} computes something else for packed "
+        f"sequences than for each of them alone ({fault}); {way_out}"
     )
 
 
@@ -105,7 +105,7 @@ def _probe(model: HeadedModel, family: str, device: torch.device) -> _Probe:
             scale: list[float] = []
             # partial: FSDP copies the lists among the arguments of a forward
             alone = torch.cat([model.run(partial(_logits_alone, scale=scale), row) for row in rows])
-    except _NOT_THE_MODELS:
+    except _MACHINE_ERRORS:
         raise
     except Exception as error:
         raise ConfigError(
@@ -135,7 +135,7 @@ def _lengths(model: HeadedModel) -> list[int]:
 
 
 def _logits_alone(model: HeadedModel, row: Tensor, scale: list[float]) -> Tensor:
-    """`[N, V]` of one sequence, by the model's own forward; the first one sets the scale."""
+    """Logits `[N, V]` of one sequence by the model's own forward; the first sets the scale."""
     head = model.model.get_output_embeddings()
 
     def choose(hidden: Tensor) -> None:
@@ -150,7 +150,7 @@ def _logits_alone(model: HeadedModel, row: Tensor, scale: list[float]) -> Tensor
 
 
 def _logits_packed(model: HeadedModel, probe: _Probe) -> Tensor:
-    """`[N, V]`, or this rank's columns, of a slice of a pack, by the way that training takes."""
+    """Logits `[N, V]`, or this rank's columns, of a slice of a pack, computed as in training."""
     inputs = model.inputs(probe.states, probe.lengths, probe.start)
     if not model.head.linear:
         return _logits(model.model, inputs, [probe.scale])
@@ -164,8 +164,8 @@ def _logits(
     scale: list[float],
     choose: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Logits of hidden states times `scale`, which `choose` appends where there is none yet; the
-    hidden states themselves where the model has no head over words."""
+    """Logits of hidden states times `scale`, which `choose` appends if there is none yet; the
+    hidden states themselves if the model has no head over words."""
 
     def multiply(module, args, output):
         hidden = getattr(output, "last_hidden_state", None)
@@ -189,13 +189,13 @@ def _logits(
 
 
 def _fault(model: HeadedModel, probe: _Probe, train: bool) -> str | None:
-    """What is wrong with the logits of the pack, on the rank where it is worst; None if nothing."""
+    """What is wrong with the logits of the pack, on the worst rank; None if nothing."""
     fault, found = "", torch.full((2,), math.inf)
     try:
         with torch.set_grad_enabled(train):
             logits = model.run(_logits_packed, probe).detach()
         found = _distance(model, probe, logits)
-    except _NOT_THE_MODELS:
+    except _MACHINE_ERRORS:
         raise
     except Exception as error:
         fault = first_line(error)
@@ -210,7 +210,7 @@ def _fault(model: HeadedModel, probe: _Probe, train: bool) -> str | None:
 
 
 def _distance(model: HeadedModel, probe: _Probe, logits: Tensor) -> Tensor:
-    """How large the error of the logits is, in units of what is tolerated, and in nats."""
+    """The error of the logits, in units of the tolerance, and in nats."""
     alone, exact = probe.alone.float(), logits.dtype == torch.float32
     if model.head.linear and model.tp_group is not None:
         shard = shard_of(alone.shape[1], model.tp_group)
@@ -230,7 +230,7 @@ def _distance(model: HeadedModel, probe: _Probe, logits: Tensor) -> Tensor:
 
 
 def _others(model: HeadedModel, attention: str, probe: _Probe) -> list[str]:
-    """Which other attentions pass."""
+    """The other attentions that pass."""
     names = ["sdpa_varlen", "sdpa", "eager"]
     found = []
     for name in names:
@@ -240,15 +240,15 @@ def _others(model: HeadedModel, attention: str, probe: _Probe) -> list[str]:
             with _attention(model.model, register_attention(name)):
                 if _fault(model, probe, train=False) is None:
                     found.append(name)
-        except _NOT_THE_MODELS:
+        except _MACHINE_ERRORS:
             raise
-        except (ValueError, ImportError):  # transformers' answer to what it does not know
+        except (ValueError, ImportError):  # transformers does not know it
             continue
     return found
 
 
 def _reshard(model: HeadedModel) -> None:
-    """FSDP leaves the root's weights gathered for a backward, which does not come."""
+    """FSDP keeps the root's weights gathered for a backward, but there is none here."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -256,8 +256,8 @@ def _reshard(model: HeadedModel) -> None:
 
 @contextmanager
 def _probing(model: HeadedModel) -> Iterator[None]:
-    """No dropout, short limits, nothing compiled, and no weights that are the same number all over
-    (zeros, as before training): those would hide what they are multiplied with."""
+    """No dropout, short limits, nothing compiled, and no weights that are all one number (zeros, as
+    before training), which would hide what they are multiplied with."""
     modes = {module: module.training for module in model.modules()}
     limits, constants = [], _constants(model)
     for holder in (*_configs(model), *model.modules()):
@@ -284,7 +284,7 @@ def _probing(model: HeadedModel) -> Iterator[None]:
 
 
 def _constants(model: HeadedModel) -> dict[str, tuple[Tensor, Tensor]]:
-    """`{name: (weight, value)}` of those whose part here is one number all over."""
+    """`{name: (weight, value)}` of those whose part here is all one number."""
     found = {}
     for name, parameter in model.named_parameters():
         weight = parameter.detach()
@@ -292,14 +292,14 @@ def _constants(model: HeadedModel) -> dict[str, tuple[Tensor, Tensor]]:
         if not weight.numel():
             continue
         value = weight[(0,) * weight.ndim].clone()
-        # the first row tells of nearly all that they are not
+        # the first row rules out nearly all others
         if weight[:1].eq(value).all() and weight.eq(value).all():
             found[name] = weight, value
     return found
 
 
 def _configs(model: nn.Module) -> list[PretrainedConfig]:
-    """The config, and those of parts, each once."""
+    """The config, and the configs of parts, each once."""
     configs = [getattr(module, "config", None) for module in model.modules()]
     configs = [config for config in configs if isinstance(config, PretrainedConfig)]
     configs += [config.get_text_config() for config in configs]
@@ -308,8 +308,8 @@ def _configs(model: nn.Module) -> list[PretrainedConfig]:
 
 @contextmanager
 def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Another attention. `set_attn_implementation` leaves out the families that do not look theirs
-    up by name, but their masks depend on it as well."""
+    """Use another attention. `set_attn_implementation` skips families that do not look theirs up by
+    name, but their masks depend on it too."""
     before = [(config, config._attn_implementation) for config in _configs(model)]
     try:
         for config, _ in before:

@@ -80,7 +80,7 @@ def test_a_rank_needs_to_know_the_others(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["WORLD_SIZE", "LOCAL_WORLD_SIZE", *launcher._OF_OTHERS],
+    ["WORLD_SIZE", "LOCAL_WORLD_SIZE", *launcher._OTHER_LAUNCHERS],
 )
 def test_one_of_several_does_not_train_alone(name):
     assert message({name: "2"}).startswith(f"{name}=2 without RANK: ")
@@ -126,7 +126,7 @@ def test_rank_0_finds_itself(address):
 @pytest.mark.skipif(sys.platform != "linux", reason="all of 127.0.0.0/8 is this machine on Linux")
 def test_somebody_else_answers_at_the_address_of_rank_0(monkeypatch):
     """Rank 0 listens at all its addresses; one of them is taken by another process."""
-    monkeypatch.setattr(launcher, "_REACHED", 0.5)
+    monkeypatch.setattr(launcher, "_REACH_TIMEOUT", 0.5)
     with socket.socket() as own, socket.socket() as other:
         other.bind(("127.0.0.5", 0))
         other.listen()
@@ -143,7 +143,7 @@ def test_somebody_else_answers_at_the_address_of_rank_0(monkeypatch):
 
 def test_nobody_answers_at_the_address_of_rank_0(monkeypatch):
     """192.0.2.0/24 is for examples; no machine has such an address."""
-    monkeypatch.setattr(launcher, "_REACHED", 0.5)
+    monkeypatch.setattr(launcher, "_REACH_TIMEOUT", 0.5)
     with socket.socket() as free:
         free.bind(("", 0))
         port = str(free.getsockname()[1])

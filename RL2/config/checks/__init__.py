@@ -1,8 +1,8 @@
 """Checks of a composed config: what types and ranges cannot say, before anything is built.
 
-Each file says what it checks. A check names the groups that it reads as its parameters, and is run
-for the configs that have all of them: one that names `rollout` does not concern sft. `world_size`
-is the number of processes.
+Each file says what it checks. The parameters of a check are the groups that it reads. It runs for
+the configs that have all of them: a check of `rollout` does not run for sft. `world_size` is the
+number of processes.
 """
 
 from collections.abc import Callable
@@ -57,11 +57,11 @@ def validate(config: DictConfig, world_size: int) -> None:
     """Check a composed config; touches the file system, never the network.
 
     Args:
-        config: what hydra composed from a yaml file of `RL2/trainer/config`; not changed.
+        config: composed by hydra from a yaml file of `RL2/trainer/config`; not changed.
         world_size: number of processes of the run.
 
     Raises:
-        ConfigError: the first thing that cannot work, in one line.
+        ConfigError: the first problem, in one line.
     """
     schema = schema_of(config)
     form.check_keys(config, schema)

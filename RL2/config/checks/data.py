@@ -21,8 +21,8 @@ def check_rows(data: DictConfig) -> None:
 def check_separator(data: DictConfig) -> None:
     if re.search(r"\\[nrt]", data.separator):
         raise ConfigError(
-            f"data.separator={data.separator}: holds a backslash and a letter, of which neither "
-            "shell nor hydra makes a line break; in bash, write one as $'data.separator=\"\\n\"'"
+            f"data.separator={data.separator}: has a backslash and a letter, which neither shell "
+            "nor hydra turns into a line break; in bash, write one as $'data.separator=\"\\n\"'"
         )
 
 

@@ -1,4 +1,4 @@
-"""Whether a config is whole: keys that there are, each with a value, in its range."""
+"""Whether a config is complete: known keys, each with a value in its range."""
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -9,7 +9,7 @@ from RL2.runtime.errors import ConfigError
 
 
 def check_keys(config: DictConfig, schema: type) -> None:
-    """Keys that slipped past the types: `+key` and yaml files of the user's own may add any."""
+    """Check for unknown keys, which `+key` and yaml files of the user's own can add."""
     known = keys_of(schema)
 
     def walk(node: dict, prefix: str) -> None:
@@ -28,7 +28,7 @@ def check_keys(config: DictConfig, schema: type) -> None:
 
 
 def check_required(config: DictConfig, schema: type) -> None:
-    """Keys that the user has to give."""
+    """Check that the user has given all required keys."""
     for key, entry in keys_of(schema).items():
         group, _, name = key.rpartition(".")
         if entry.required and OmegaConf.is_missing(OmegaConf.select(config, group), name):
@@ -36,7 +36,7 @@ def check_required(config: DictConfig, schema: type) -> None:
 
 
 def check_interpolations(node: DictConfig | ListConfig, prefix: str = "") -> None:
-    """Every key has a value, and what `${…}` stands for is there and of the right type."""
+    """Check that every key has a value, and that each `${…}` resolves to the right type."""
     raw = OmegaConf.to_container(node, resolve=False)
     for name in raw if isinstance(node, DictConfig) else range(len(raw)):
         key = f"{prefix}{name}"
@@ -54,7 +54,7 @@ def check_interpolations(node: DictConfig | ListConfig, prefix: str = "") -> Non
 
 
 def check_ranges(config: DictConfig, schema: type) -> None:
-    """Values that their type allows and their range does not."""
+    """Check all values against their ranges."""
     ranges = {key: one.within for key, one in keys_of(schema).items() if one.within is not None}
 
     def follows(key: str) -> bool:

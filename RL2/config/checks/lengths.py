@@ -11,7 +11,7 @@ def _longest(actor: DictConfig) -> int:
 
 
 def _room(actor: DictConfig) -> str:
-    """What holds the longest sequence, in words."""
+    """The limit on the longest sequence, in words."""
     times = f" * actor.sp_size={actor.sp_size}" if actor.sp_size > 1 else ""
     return f"actor.max_length_per_device={actor.max_length_per_device}{times}"
 
@@ -37,7 +37,7 @@ def check_responses(actor: DictConfig, rollout: DictConfig, train_data: DictConf
         )
     if prompt is not None and prompt + new > longest:
         raise ConfigError(
-            f"train_data.max_prompt_length={prompt}: with max_new_tokens={new} more than {room}; "
+            f"train_data.max_prompt_length={prompt}: with max_new_tokens={new} it exceeds {room}; "
             f"use at most {longest - new}"
         )
 

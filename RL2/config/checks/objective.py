@@ -50,7 +50,7 @@ def check_clip(actor: DictConfig, rollout: DictConfig) -> None:
 
 
 def check_advantages(adv: DictConfig) -> None:
-    if adv.import_path is not None:  # which options that takes, only its file says
+    if adv.import_path is not None:  # only its file says which options it takes
         return
     for name in ("gamma", "lamda"):
         if adv[name] != 1:

@@ -1,4 +1,4 @@
-"""Rollouts: servers, stop texts, the environment, and how a step's batch comes together."""
+"""Rollouts: servers, stop texts, the environment, and how a step's batch is formed."""
 
 import os
 import re
@@ -24,7 +24,7 @@ def check_server_url(rollout: DictConfig) -> None:
     for one in url if isinstance(url, ListConfig) else [url]:
         if isinstance(one, str) and redact(one) != one:
             raise ConfigError(
-                f"rollout.server_url={redact(one)}: an address with a password in it ends in "
+                f"rollout.server_url={redact(one)}: an address with a password ends up in "
                 "logs; put the servers' key into RL2_SERVER_KEY in the environment"
             )
         if not isinstance(one, str) or not _URL.fullmatch(one):
@@ -61,13 +61,13 @@ def check_server_files(rollout: DictConfig) -> None:
     program = python or sys.executable
     if not os.path.isfile(program) or not os.access(program, os.X_OK):
         raise ConfigError(
-            f"rollout.server_python={python}: no executable file; give the python of the "
+            f"rollout.server_python={python}: not an executable file; give the python of the "
             "environment that holds the engine, such as .venv-vllm/bin/python"
         )
 
 
 def check_what_follows(rollout: DictConfig, actor: DictConfig, train_data: DictConfig) -> None:
-    """Keys that only follow another group's."""
+    """Keys that must equal those of another group."""
     if rollout.model_name != actor.model_name:
         raise ConfigError(
             f"rollout.model_name={rollout.model_name}: the engine generates with the weights of "
@@ -103,11 +103,11 @@ def check_environment(rollout: DictConfig) -> None:
 
 
 def check_batches(rollout: DictConfig) -> None:
-    """How a step's batch comes together, and what its age amounts to."""
+    """How a step's batch is formed, and how old its weights may be."""
     if rollout.partial_rollout and rollout.staleness:
         raise ConfigError(
-            "rollout.partial_rollout=true: its engine has to stand still between two steps, which "
-            f"it does not with rollout.staleness={rollout.staleness}; use one of the two"
+            "rollout.partial_rollout=true: its engine must pause between two steps, which it does "
+            f"not do with rollout.staleness={rollout.staleness}; use one of the two"
         )
     if rollout.over_sampling is not None and not rollout.partial_rollout:
         raise ConfigError(

@@ -57,7 +57,7 @@ def check_checkpoint(trainer: DictConfig) -> None:
         ) from error
     if "manifest.json" not in names:
         raise ConfigError(
-            f"{key}: is no checkpoint, as it has no manifest.json; use null, latest or a "
+            f"{key}: is not a checkpoint, as it has no manifest.json; use null, latest or a "
             "folder such as <save_dir>/checkpoints/step000020"
         )
 
@@ -82,6 +82,6 @@ def check_wandb_project(trainer: DictConfig) -> None:
         or re.search(r"[/\\#?%:]", project)
     ):
         raise ConfigError(
-            f"trainer.project={project}: no name that wandb takes; use at most 128 characters, "
-            "none of them / \\ # ? % or :, or trainer.use_wandb=false"
+            f"trainer.project={project}: not a name that wandb accepts; use at most 128 characters "
+            "without / \\ # ? % and :, or trainer.use_wandb=false"
         )

@@ -1,7 +1,7 @@
 """All keys of the configuration, a file for each group.
 
-Each key's type, default, range and help stand where it is declared (`RL2.config.schema.keys`). The
-yaml files of `RL2/trainer/config` say what makes a trainer: they hold the keys that a user has to
+Each key's type, default, range and help are given where it is declared (`RL2.config.schema.keys`).
+The yaml files of `RL2/trainer/config` define the trainers: they hold the keys that a user must
 give, and the defaults that differ from those here.
 """
 
@@ -40,9 +40,11 @@ class RLConfig:
     test_data: TestDataConfig = group(TestDataConfig, "the prompts that the policy is evaluated on")
     actor: ActorConfig = group(ActorConfig, "the policy that is trained")
     ref_actor: RefActorConfig = group(
-        RefActorConfig, "the frozen policy of actor.kl; loaded only when that is on"
+        RefActorConfig, "the frozen reference policy of actor.kl; loaded only when that is on"
     )
-    rollout: RolloutConfig = group(RolloutConfig, "what generates, and what rewards it")
+    rollout: RolloutConfig = group(
+        RolloutConfig, "the engine that generates, and the environment that rewards"
+    )
     adv: AdvConfig = group(AdvConfig, "from rewards to advantages")
     trainer: RLTrainerConfig = group(RLTrainerConfig, "the run, what it saves, and when it stops")
 
@@ -85,11 +87,11 @@ def _for_loss(*names_and_values: Any, _root_: DictConfig) -> Any:
 
 
 def register_schemas() -> None:
-    """Make the schemas known to hydra, and `${for_loss:name,value,…}` to OmegaConf.
+    """Register the schemas with hydra, and `${for_loss:name,value,…}` with OmegaConf.
 
-    `for_loss` takes names of losses, each followed by a value. It is the value of that which
-    `actor.loss.name` names, else null: an option of one loss does not follow the user to another
-    loss that does not take it. Calling this twice does no harm.
+    `for_loss` takes loss names, each followed by a value. It resolves to the value of the loss that
+    `actor.loss.name` names, else to null, so that an option of one loss is not passed to another
+    loss that does not take it. Calling this twice is harmless.
     """
     store = ConfigStore.instance()
     store.store(name="rl_schema", node=structured(RLConfig), provider="RL2")

@@ -26,9 +26,11 @@ class KLConfig:
     coef: float = key(
         0.0, "weight of the KL divergence from ref_actor; 0: no reference is loaded", FROM_ZERO
     )
-    type: KLType | None = key(None, "where it enters: loss | reward | advantage; needs coef > 0")
-    reward_estimator: str = key("k1", "estimator of the types reward and advantage")
-    loss_estimator: str = key("k2", "estimator of the type loss")
+    type: KLType | None = key(
+        None, "where the KL is applied: loss | reward | advantage; needs coef > 0"
+    )
+    reward_estimator: str = key("k1", "KL estimator for the types reward and advantage")
+    loss_estimator: str = key("k2", "KL estimator for the type loss")
 
 
 @dataclass
@@ -51,7 +53,7 @@ class LoRAConfig:
     alpha: int = key(32, "adapters are scaled by alpha / rank", FROM_ONE)
     dropout: float = key(
         0.0,
-        "dropout of the adapters' inputs",
+        "dropout on the adapters' inputs",
         Range(lambda x: 0 <= x < 1, "be 0 or more and below 1"),
     )
     target_modules: Any = key(
@@ -60,15 +62,15 @@ class LoRAConfig:
         "that are fused in one parameter) | names, such as [q_proj,v_proj]",
         takes="text or list of texts",
     )
-    seed: int = follow("trainer.seed", "seed of the adapters' first weights", SEED)
+    seed: int = follow("trainer.seed", "seed of the adapters' initial weights", SEED)
 
 
 @dataclass
 class LossConfig:
-    name: str = by_trainer("the loss of a token", own="actor.loss.import_path=my_loss.py:my_loss")
+    name: str = by_trainer("the loss per token", own="actor.loss.import_path=my_loss.py:my_loss")
     import_path: str | None = key(
         None,
-        "a loss of your own, file.py:function or package.module:function, in place of name",
+        "your own loss (file.py:function or package.module:function), used instead of name",
         code=True,
     )
     detach_target: bool | None = key(
@@ -87,12 +89,12 @@ class LossConfig:
     )
     max_rank: int | None = key(
         "${for_loss:rank_jsd,8}",
-        "rank_jsd: how many of the most likely tokens are looked at; a token below them counts as "
-        "the next",
+        "rank_jsd: how many of the most likely tokens are used; a less likely token counts as the "
+        "next rank",
         FROM_ONE,
     )
     options: dict[str, Any] = key(
-        {}, "keyword arguments of your own loss, e.g. actor.loss.options.beta=0.1"
+        {}, "keyword arguments for your own loss, e.g. actor.loss.options.beta=0.1"
     )
 
 
@@ -125,20 +127,19 @@ class TrainedModelConfig(ModelConfig):
     )
     max_length_per_device: int = required(
         "the tokens of one forward on a rank, at least the longest prompt + response, such as 8576",
-        "tokens in one training forward on a rank; times sp_size at least the longest prompt + "
-        "response",
+        "tokens in one training forward on a rank; times sp_size, this must be at least the "
+        "longest prompt + response",
         FROM_ONE,
     )
-    avg_level: str = by_trainer("what divides the loss")
-    # The bounds of lr and weight_decay are far from what anybody trains a language model with. They
-    # catch a slip such as 1e4.
+    avg_level: str = by_trainer("what the summed loss is divided by")
+    # The bounds of lr and weight_decay are far from all usual values: they catch slips such as 1e4.
     lr: float = key(
         1e-6,
         "peak learning rate of AdamW",
         Range(
             lambda x: 0 < x < 1,
             "be above 0 and below 1",
-            ", as AdamW moves each weight by about so much in a step; give a rate such as 1e-6",
+            ", as AdamW moves each weight by about that much per step; give a rate such as 1e-6",
         ),
     )
     weight_decay: float = key(
@@ -154,14 +155,14 @@ class TrainedModelConfig(ModelConfig):
     )
     warmup_ratio: float = key(
         0.1,
-        "fraction of all optimizer steps in which the learning rate rises from 0",
+        "fraction of all optimizer steps over which the learning rate rises from 0",
         FRACTION,
     )
     freeze_steps: int = key(
-        0, "first steps that do not train: they generate, or read data in sft", FROM_ZERO
+        0, "first steps without training: they only generate (sft: only read data)", FROM_ZERO
     )
     offload_optimizer: bool = key(
-        False, "keep the moments of AdamW in CPU memory between updates (CUDA)"
+        False, "keep AdamW's moments in CPU memory between updates (CUDA)"
     )
     entropy: EntropyConfig = group(EntropyConfig)
     lora: LoRAConfig = group(LoRAConfig)
@@ -186,7 +187,7 @@ class ActorConfig(TrainedModelConfig):
     )
     tis_coef: float = key(
         2.0,
-        "importance sampling between engine and trainer, both before the first update: bound C of "
+        "importance sampling between engine and trainer, both before the first update: bound C on "
         "the ratio; 0: off",
         FROM_ZERO,
     )

@@ -13,17 +13,17 @@ class AdvConfig:
     )
     import_path: str | None = key(
         None,
-        "an estimator of your own, file.py:function or package.module:function, in place of "
+        "your own estimator (file.py:function or package.module:function), used instead of "
         "estimator",
         code=True,
     )
     gamma: float = key(1.0, "discount, for estimators with a critic", FRACTION)
     lamda: float = key(1.0, "lambda of GAE, for estimators with a critic", FRACTION)
-    global_norm: bool = key(False, "reinforce: subtract the mean of the batch instead")
+    global_norm: bool = key(False, "reinforce: subtract the mean of the batch, not of the prompt")
     norm_var: bool = key(
         False,
         "reinforce: divide by the standard deviation (equal rewards, up to rounding, give 0)",
     )
     options: dict[str, Any] = key(
-        {}, "keyword arguments of your own estimator, e.g. adv.options.beta=0.1"
+        {}, "keyword arguments for your own estimator, e.g. adv.options.beta=0.1"
     )

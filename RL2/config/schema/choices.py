@@ -1,5 +1,5 @@
-"""Keys that take one of a few words. Where the words are names of a registry, the key is a plain
-text instead, and `RL2.config.names` checks it against the registry."""
+"""Keys that take one of a few words. A key that takes names of a registry is a plain text instead,
+and `RL2.config.names` checks it against the registry."""
 
 from enum import StrEnum
 

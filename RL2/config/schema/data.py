@@ -6,8 +6,9 @@ from RL2.config.schema.choices import Overlong
 from RL2.config.schema.keys import FROM_ONE, follow, key, required
 
 _PATH = (
-    "split@name:config of the hub (train@openai/gsm8k:main), a json, jsonl, csv, tsv, parquet or "
-    "arrow file (text ones also .gz), a folder or pattern of them, or split@ and one of these"
+    "split@name:config on the hub (train@openai/gsm8k:main), a json, jsonl, csv, tsv, parquet or "
+    "arrow file (text files also as .gz), a folder of files or a pattern, or split@ before one of "
+    "these"
 )
 
 
@@ -22,16 +23,19 @@ class PromptDataConfig:
         path=True,
     )
     prompts_per_rollout: int = required(
-        "the number of prompts of a training step, such as 128",
-        "prompts of one training step, over all ranks",
+        "the number of prompts per training step, such as 128",
+        "prompts per training step, over all ranks",
         FROM_ONE,
     )
     responses_per_prompt: int = key(1, "samples drawn for each prompt", FROM_ONE)
     max_prompt_length: int | None = key(
-        None, "tokens; null: what max_new_tokens leaves of actor.max_length_per_device", FROM_ONE
+        None,
+        "maximum tokens of a prompt; null: what max_new_tokens leaves of "
+        "actor.max_length_per_device",
+        FROM_ONE,
     )
     overlong: Overlong = key(
-        Overlong.error, "prompts that are longer: error | drop (leave them out and count them)"
+        Overlong.error, "what to do with longer prompts: error | drop (leave out and count them)"
     )
 
 
@@ -49,7 +53,7 @@ class TestDataConfig(PromptDataConfig):
     max_prompt_length: int | None = follow("train_data.max_prompt_length", within=FROM_ONE)
     overlong: Overlong = follow("train_data.overlong")
     max_examples: int | None = key(
-        None, "evaluate on the first rows only, as many as this says; null: on all", FROM_ONE
+        None, "evaluate on only this many rows, the first ones; null: on all", FROM_ONE
     )
 
 
@@ -59,22 +63,21 @@ class SFTDataConfig:
 
     path: str = required("a data set (train@openai/gsm8k:main) or a file", _PATH, path=True)
     max_length: int = required(
-        "the tokens of prompt + response at most, such as 2048",
-        "tokens of prompt + response at most",
+        "the maximum number of tokens of prompt + response, such as 2048",
+        "maximum tokens of prompt + response",
         FROM_ONE,
     )
     batch_size: int = key(
         128,
-        "sequences of one optimizer step, over all ranks; the last step of an epoch takes what is "
-        "left",
+        "sequences per optimizer step, over all ranks; the last step of an epoch takes the rest",
         FROM_ONE,
     )
     overlong: Overlong = key(
         Overlong.error,
-        "sequences longer than max_length: error | drop (leave them out and count them)",
+        "what to do with sequences longer than max_length: error | drop (leave out and count them)",
     )
     separator: str = key(
         "",
         'text between prompt and response of {"prompt", "response"} rows, learned with the '
-        'response; "": none, so that they are joined as they stand',
+        'response; "": nothing between them',
     )

@@ -18,12 +18,12 @@ from omegaconf import MISSING
 
 @dataclass(frozen=True)
 class Range:
-    """Values that a key may have, beside null where its type has that.
+    """Values that a key may have, besides null where its type allows it.
 
     Attributes:
         holds: whether a value is one of them.
-        must: what they have in common, to be read behind "must".
-        advice: what the message says after that.
+        must: the rule in words, to follow "must" in the message.
+        advice: the rest of the message.
     """
 
     holds: Callable[[Any], bool]
@@ -39,26 +39,26 @@ FROM_ZERO = Range(lambda x: 0 <= x < math.inf, "be 0 or more")
 FROM_ONE = Range(lambda x: x >= 1, "be 1 or more")
 FRACTION = Range(lambda x: 0 <= x <= 1, "lie between 0 and 1")
 PROBABILITY = Range(lambda x: 0 < x <= 1, "be above 0 and at most 1")
-# Servers hand it to numpy, which takes no larger one.
+# Servers pass it to numpy, which takes nothing larger.
 SEED = Range(lambda x: 0 <= x < 2**32, "be 0 to 4294967295")
 
 
 @dataclass(frozen=True)
 class Key:
-    """What is known of a key, or of a group of keys.
+    """What is known about a key, or about a group of keys.
 
     Attributes:
-        kind: its type; a dataclass where it is a group.
-        default: as it stands in the schema, interpolations included. A trainer's yaml file may
-            have another. MISSING: the user has to give one.
-        help: what it means, for users.
-        within: its range, None where any value of the type will do.
-        required: what to give, where the user has to.
+        kind: its type; a dataclass if it is a group.
+        default: its default in the schema, interpolations included. A trainer's yaml file may have
+            another. MISSING: the user must give one.
+        help: its meaning, for users.
+        within: its range; None if any value of the type is allowed.
+        required: what to give, for a key that the user must give.
         path: whether it may name a file or folder.
-        code: whether it may name code of the user's own, `file.py:name` or `package.module:name`.
-        takes: its type in words, where `kind` cannot say it: omegaconf has no unions of a text and
-            a list or a bool, so that such a key is `Any`.
-        own: of a key that names an entry of a registry, how to name one of the user's own.
+        code: whether it may name user code, `file.py:name` or `package.module:name`.
+        takes: its type in words, for a key that is `Any` because omegaconf has no unions of a text
+            and a list or a bool.
+        own: how to name an entry of the user's own, for a key that names an entry of a registry.
     """
 
     kind: Any
@@ -86,7 +86,7 @@ def key(
     takes: str | None = None,
     own: str | None = None,
 ) -> Any:
-    """A key with its default for all trainers whose yaml file does not say another."""
+    """A key with a default, which a trainer's yaml file may override."""
     metadata = {
         "help": help, "within": within, "path": path, "code": code, "takes": takes, "own": own,
     }  # fmt: skip
@@ -96,13 +96,13 @@ def key(
 
 
 def required(give: str, help: str, within: Range | None = None, *, path: bool = False) -> Any:
-    """A key that the user has to give. give: what, to be read behind "required; give"."""
+    """A key that the user must give. give: what to give, after "required; give" in the message."""
     metadata = {"help": help, "within": within, "path": path, "required": f"give {give}"}
     return field(default=MISSING, metadata=metadata)
 
 
 def by_trainer(help: str, *, path: bool = False, code: bool = False, own: str | None = None) -> Any:
-    """A key of which each trainer's yaml file says the default: what makes the trainer."""
+    """A key whose default is set in the yaml file of each trainer."""
     metadata = {"help": help, "path": path, "code": code, "own": own}
     return field(default=MISSING, metadata=metadata)
 
@@ -120,13 +120,13 @@ def follow(
 
 
 def group(kind: type, help: str = "") -> Any:
-    """A group of keys, with what is to be said of all of them."""
+    """A group of keys, with a help text for the whole group."""
     return field(default_factory=kind, metadata={"help": help})
 
 
 @cache
 def keys_of(schema: type, prefix: str = "") -> dict[str, Key]:
-    """All keys and groups of a schema by their dotted names. The answer is cached: read it only."""
+    """All keys and groups of a schema by their dotted names. Do not change it: it is cached."""
     found: dict[str, Key] = {}
     hints = get_type_hints(schema)
     for one in dataclasses.fields(schema):
@@ -141,5 +141,5 @@ def keys_of(schema: type, prefix: str = "") -> dict[str, Key]:
 
 
 def key_types(schema: type) -> dict[str, Any]:
-    """The type of each key by its dotted name; of a group its dataclass."""
+    """The type of each key by its dotted name; for a group its dataclass."""
     return {name: entry.kind for name, entry in keys_of(schema).items()}

@@ -1,4 +1,4 @@
-"""What every model has that is spread over the ranks, and `ref_actor`."""
+"""The keys of every model that is spread over the ranks, and `ref_actor`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +18,14 @@ class ModelConfig:
     )
     dtype: Dtype = key(
         Dtype.auto,
-        "what the forward computes in: auto | float32 | bfloat16; auto: the checkpoint's on CUDA "
+        "dtype of the forward pass: auto | float32 | bfloat16; auto: the checkpoint's on CUDA "
         "(bfloat16 for float16), float32 on CPU",
     )
     device: Device = key(Device.auto, "auto | cpu | cuda; auto: CUDA where there is one")
     attn_implementation: str = key(
         "auto",
-        "a transformers attention; auto: flash_attention_2 on CUDA with flash-attn, else "
-        "sdpa_varlen (ours)",
+        "attention implementation of transformers; auto: flash_attention_2 on CUDA with "
+        "flash-attn, else sdpa_varlen (part of RL2)",
     )
     use_liger_kernel: Any = key(
         "auto",
@@ -39,7 +39,7 @@ class ModelConfig:
     )
     revision: str | None = key(None, "commit of a hub id, 40 hex digits; null: the newest")
     trust_remote_code: bool = key(
-        False, "run Python code that comes with the model; from the hub it needs a revision"
+        False, "run Python code that comes with the model; code from the hub needs a revision"
     )
     allow_pickle: bool = key(
         False,
@@ -67,7 +67,7 @@ class RefActorConfig(ModelConfig):
     use_liger_kernel: Any = follow("actor.use_liger_kernel", takes="auto, true or false")
     token_stats: str = follow("actor.token_stats")
     revision: str | None = follow(
-        "actor.revision", "as actor.revision; another one where the model is another one"
+        "actor.revision", "as actor.revision; set it if the model is a different one"
     )
     trust_remote_code: bool = follow("actor.trust_remote_code")
     allow_pickle: bool = follow("actor.allow_pickle")

@@ -20,8 +20,8 @@ from RL2.config.schema.keys import (
 class HealthConfig:
     patience: int = key(
         10,
-        "steps in a row that break a rule before it stops the run, where the rule has no number of "
-        "its own",
+        "steps in a row that must break a rule before it stops the run, unless the rule has a "
+        "number of its own",
         FROM_ONE,
     )
     no_signal_steps: int | None = key(
@@ -32,14 +32,14 @@ class HealthConfig:
     )
     min_entropy: float | None = key(
         None,
-        "actor/entropy below which the policy has collapsed, in nats; null by default, as what is "
-        "low depends on the task, and sft may learn its data by heart",
+        "actor/entropy, in nats, below which the policy has collapsed; null by default, as what "
+        "counts as low depends on the task, and sft may memorise its data",
         ABOVE_ZERO,
     )
     max_entropy: float | None = key(
         None,
         "actor/entropy above which the policy writes noise; null by default, as an untrained "
-        "model starts there, at the logarithm of its vocabulary",
+        "model starts there, at the logarithm of its vocabulary size",
         ABOVE_ZERO,
     )
     max_p_max: float | None = key(
@@ -54,40 +54,40 @@ class HealthConfig:
 class RLHealthConfig(HealthConfig):
     max_p_max: float | None = key(
         0.9999,
-        "actor/p_max above which the policy is sure of every token; one that solves its task "
-        "without any doubt stays below",
+        "actor/p_max above which the policy is sure of every token; a policy that has fully solved "
+        "its task stays below",
         PROBABILITY,
     )
     min_length_ratio: float | None = key(
         0.02,
         "train/avg_response_length, as a fraction of its mean over the first `patience` steps, "
-        "below which responses have collapsed; cannot happen with short ones",
+        "below which responses have collapsed; never triggers where they were short from the start",
         PROBABILITY,
     )
     max_llm_kl: float | None = key(
         0.5,
-        "rollout/llm_kl above which engine and trainer are two policies, ten times what "
-        "rollout.llm_kl_alarm warns of",
+        "rollout/llm_kl above which engine and trainer are two policies, ten times the default of "
+        "rollout.llm_kl_alarm",
         ABOVE_ZERO,
     )
     check_versions: bool | None = key(
         True,
-        "stop at once where tokens were not written by the weights that the engine was given last "
-        "(rollout.staleness=1: or those before; rollout.partial_rollout: or any older ones)",
+        "stop at once if tokens do not come from the weights that the engine got last "
+        "(rollout.staleness=1: or the ones before; rollout.partial_rollout: or any older ones)",
     )
 
 
 @dataclass
 class TrainerConfig:
     source: str = by_trainer(
-        "what a step learns from, also a class of your own (file.py:Class or package.module:Class)",
+        "where batches come from; may be your own class (file.py:Class or package.module:Class)",
         code=True,
         own="my_source.py:MySource",
     )
     project: str = key("RL2", "project in wandb and other trackers")
     experiment_name: str = key("default", "name of the run in trackers and of its folder")
     load_ckpt_from: str | None = key(
-        None, "resume from: null (start anew) | latest | folder of a checkpoint", path=True
+        None, "what to resume from: null (start anew) | latest | a checkpoint folder", path=True
     )
     n_epochs: int = key(1, "passes over the training data", FROM_ONE)
     max_steps: int | None = key(
@@ -103,35 +103,35 @@ class TrainerConfig:
     keep_last: int | None = key(None, "checkpoints to keep; null: all", FROM_ONE)
     async_save: bool = key(
         False,
-        "write checkpoints while training goes on; takes memory for a copy of weights and "
+        "write checkpoints while training continues; needs memory for a copy of weights and "
         "optimizer",
     )
     trackers: list[str] | None = key(
         None,
-        "where metrics go beside metrics.jsonl, a list such as [wandb,tensorboard]; null: wandb, "
+        "where metrics go besides metrics.jsonl, a list such as [wandb,tensorboard]; null: wandb, "
         "unless use_wandb is false",
     )
     use_wandb: bool | None = key(
         None,
-        "log to wandb as well (offline where there is no key or network); null: as trackers says",
+        "also log to wandb (offline without a key or network); null: as trackers says",
     )
     seed: int = key(0, "seed of data order, sampling and initialisation", SEED)
     max_bad_steps: int = key(5, "non-finite updates in a row that stop the run", FROM_ONE)
     num_threads: int | None = key(
         None,
-        "CPU threads of one process; null: those of the checkpoint that the run goes on from, else "
-        "its share of the machine's cores (of the rank that has fewest)",
+        "CPU threads per process; null: as in the checkpoint that the run resumes from, else the "
+        "process's share of the machine's cores (the smallest share of all ranks)",
         Range(lambda x: 1 <= x <= 1024, "be 1 to 1024"),
     )
     rank_timeout: float | None = key(
         180,
-        "seconds without a sign of life from another rank (its process stopped, its machine or the "
-        "network gone) until the run ends; null: never",
+        "seconds without a sign of life from another rank (its process has stopped, its machine or "
+        "the network is lost) until the run ends; null: never",
         ABOVE_ZERO,
     )
     health: HealthConfig = group(
         HealthConfig,
-        "what stops a dying run, with a checkpoint of its last step; null: that rule is off",
+        "rules that stop a failing run, with a checkpoint of its last step; null: that rule is off",
     )
 
 
@@ -140,17 +140,16 @@ class RLTrainerConfig(TrainerConfig):
     test_freq: int | None = key(None, "steps between evaluations; null: no evaluation", FROM_ONE)
     test_sampled: bool = key(
         False,
-        "an evaluation also samples the test set by train_sampling_params (test/sampled_score)",
+        "evaluations also sample the test set with train_sampling_params (test/sampled_score)",
     )
-    keep_best: bool = key(True, "keep the model with the best test/score beside the last one")
+    keep_best: bool = key(True, "keep the model with the best test/score besides the last one")
     dump_rollouts: bool = key(True, "write each step's responses to rollouts/step*.jsonl")
     show_samples: int = key(
         2,
-        "answers that each evaluation shows on the terminal, with the end of their prompts; 0: "
-        "none",
+        "answers that each evaluation prints, with the end of their prompts; 0: none",
         FROM_ZERO,
     )
     health: RLHealthConfig = group(
         RLHealthConfig,
-        "what stops a dying run, with a checkpoint of its last step; null: that rule is off",
+        "rules that stop a failing run, with a checkpoint of its last step; null: that rule is off",
     )
