@@ -1,10 +1,10 @@
-# For scripts that run on what the user has, such as an environment with a rollout engine: takes the
-# Python that comes first on PATH where it can run RL2, otherwise makes .venv (_install.sh).
+# For scripts that run in the user's own environment, such as one with a rollout engine: uses the
+# Python that comes first on PATH if it can run RL2, otherwise makes .venv (_install.sh).
 #
 #   source "$(dirname "${BASH_SOURCE[0]}")/_active.sh"     # from a script in examples/
 #
-# Afterwards `python` and `torchrun` are those of that environment, $ROOT names the repository, and
-# the working directory is the user's own.
+# Afterwards `python` and `torchrun` are those of that environment, $ROOT is the repository, and the
+# working directory is unchanged.
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$ROOT/examples/_functions.sh"
 

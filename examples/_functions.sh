@@ -13,10 +13,10 @@ rl2_die() {
     exit 1
 }
 
-# What the two builds of torch take with what they need, on Linux on x86-64: measured with the pins.
+# Sizes of the two builds of torch with their dependencies, on Linux on x86-64, for the pins.
 RL2_CUDA_SIZE="2.7 GB to download, 4.4 GB on disk" RL2_CPU_SIZE="0.2 GB, 0.7 GB on disk"
 
-# rl2_pip <python> <log file> <arguments>: quiet pip; its last lines are shown where it fails.
+# rl2_pip <python> <log file> <arguments>: quiet pip; its last lines are shown if it fails.
 rl2_pip() {
     local python=$1 log=$2
     shift 2
@@ -45,10 +45,10 @@ rl2_torch() {
         rl2_die "pip could not install requirements/gpu.txt; see above"
 }
 
-# rl2_train <trainer> <folder> key=value...: a run of RL2.trainer.<trainer> that leaves its results in
-# the folder. What the same command has finished before is kept, and what was interrupted goes on at
-# its newest checkpoint; any other command starts anew. <folder>.command tells commands apart, and its
-# time what this one has written from what lay there before.
+# rl2_train <trainer> <folder> key=value...: a run of RL2.trainer.<trainer> that writes its results to
+# the folder. A finished run of the same command is kept, and an interrupted one resumes from its newest
+# checkpoint; any other command starts anew. <folder>.command records the command; its time
+# distinguishes this command's results from older ones.
 rl2_train() {
     local trainer=$1 folder=$2 command start=null
     shift 2
@@ -66,7 +66,7 @@ rl2_train() {
         trainer.save_dir="$folder" trainer.load_ckpt_from="$start" "$@"
 }
 
-# Prints the words of a command, with a checksum behind each that names a file or a model's folder.
+# Prints the words of a command, with a checksum after each that names a file or a model's folder.
 rl2_described() {
     local word file
     for word in "$@"; do

@@ -2,15 +2,15 @@
 #
 #   source "$(dirname "${BASH_SOURCE[0]}")/_install.sh"     # from a script in examples/
 #
-# Afterwards the working directory is the repository root, $ROOT names it, and .venv/bin comes
-# first on PATH, so `python`, `torchrun` and `pytest` are the ones of this environment.
+# Afterwards the working directory is the repository root, as is $ROOT, and .venv/bin comes first
+# on PATH, so `python`, `torchrun` and `pytest` are those of this environment.
 #
 #   PYTHON=python3.12 bash examples/quickstart.sh     chooses the interpreter (3.11 to 3.14)
 #   RL2_DEVICE=cpu|cuda bash ...                      chooses the build of torch
-#                                                     (default: cuda where nvidia-smi works; where
-#                                                     pip finds no CPU build, the CUDA build it is)
+#                                                     (default: cuda if nvidia-smi works; if pip
+#                                                     finds no CPU build, it installs the CUDA build)
 #
-# Broken off, it goes on where it stood when a script is called again.
+# If it is interrupted, it continues when a script is called again.
 
 rl2_python_fits() {
     "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null
@@ -50,11 +50,11 @@ rl2_install() {
     python=.venv/bin/python
     log=.venv/rl2-install.log
     rm -f "$stamp"
-    # pip writes RECORD last: without it a package was broken off, and would count as installed.
+    # pip writes RECORD last: without it a package is incomplete, but would count as installed.
     for folder in .venv/lib/python*/site-packages/*.dist-info; do
         if [[ -d $folder && ! -f $folder/RECORD ]]; then rm -r "$folder"; fi
     done
-    # To pip the CPU build is as good as the CUDA build that gpu.txt names.
+    # pip would keep a CPU build in place of the CUDA build that gpu.txt names.
     if [[ $device == cuda ]] &&
         compgen -G '.venv/lib/python*/site-packages/torch-*+cpu.dist-info' >/dev/null; then
         $python -m pip uninstall --quiet --yes torch
@@ -71,7 +71,7 @@ rl2_install() {
     echo "$wanted" >"$stamp"
     echo "RL2 install: done in $((SECONDS - start)) s" >&2
     if [[ $device == cuda ]]; then
-        echo "RL2 install: flash-attn is left out (it builds for long); to add it:" \
+        echo "RL2 install: flash-attn is left out (it takes long to build); to add it:" \
             '.venv/bin/python -m pip install --no-build-isolation -e ".[gpu]"' >&2
     fi
 }

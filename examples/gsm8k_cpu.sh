@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The real GSM8K on a machine without a GPU: a model of 2M parameters that has never read anything
-# else is fine-tuned on the training split, then trained with spo from its own rollouts. A model
-# this small solves few problems; what this shows is the machinery on real text.
+# The real GSM8K on a machine without a GPU: an untrained model of 2M parameters is fine-tuned on the
+# training split, then trained with spo on its own rollouts. Such a small model solves few problems;
+# the example shows the library on real text.
 #   bash examples/gsm8k_cpu.sh                           train and test split from the hub
 #   bash examples/gsm8k_cpu.sh train.jsonl test.jsonl    from files
 #   bash examples/gsm8k_cpu.sh train.jsonl               the file's last tenth is held out as test
@@ -9,7 +9,7 @@
 # key=value arguments are overrides of the spo run: trainer.max_steps=50
 # From the environment: OUT (default runs/gsm8k_cpu), SEED (default 0), MODEL (options of
 # tiny_model.py, MODEL="--vocab 4096 --width 256") and SFT (overrides, SFT="trainer.n_epochs=4").
-# The same command again goes on where it was interrupted, and keeps what is finished.
+# The same command again resumes where it was interrupted, and keeps finished runs.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_functions.sh"
 
@@ -33,7 +33,7 @@ for argument in "$@"; do
     elif [[ $argument == *@* ]]; then
         data+=("$argument")
     else
-        usage "$argument is no file, no split@name:config and no key=value"
+        usage "$argument is not a file, split@name:config or key=value"
     fi
 done
 case ${#data[@]} in
@@ -66,7 +66,7 @@ rl2_train sft "$out/sft" \
     "${sft[@]}"
 
 echo "== 3. spo: rollouts on the training prompts, greedy evaluation on the test set"
-# Most steps have a handful of correct samples or one; a step that has none is skipped.
+# Most steps have only a few correct samples; a step that has none is skipped.
 rl2_train spo "$out/spo" \
     train_data.path="'$train'" train_data.prompts_per_rollout=128 \
     test_data.path="'$test'" test_data.max_examples=512 \
@@ -79,5 +79,5 @@ rl2_train spo "$out/spo" \
     trainer.seed="$seed" trainer.use_wandb=false \
     "${overrides[@]}"
 
-echo "== 4. what became of it"
+echo "== 4. results"
 python examples/report.py "$out/spo" --png "$out/spo.png"

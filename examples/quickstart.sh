@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Trains a tiny language model with rollouts, rewards and an Exploring Paths loss, start to end,
+# Trains a tiny language model with rollouts, rewards and an Exploring Paths loss, from start to end,
 # without a GPU, a hub or an account:
 #   bash examples/quickstart.sh           spo: learn from correct samples, towards the likeliest token
 #   bash examples/quickstart.sh ppo       Dr. GRPO, the baseline
 #   bash examples/quickstart.sh spo_0p5   learn from correct samples, towards a probability of 0.5
-#   bash examples/quickstart.sh all       all three from the same start, drawn in one picture
+#   bash examples/quickstart.sh all       all three from the same start, in one picture
 # Arguments after the first are overrides of the training runs: trainer.max_steps=5
 # SEED (default 0) and OUT (default runs/quickstart) come from the environment.
-# The same command again goes on where it was interrupted, and keeps what is finished.
+# The same command again resumes where it was interrupted, and keeps finished runs.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_functions.sh"
 
@@ -37,8 +37,8 @@ rl2_train sft "$out/warmup" \
     trainer.max_steps=400 trainer.save_freq=50 trainer.keep_last=1 \
     trainer.seed="$seed" trainer.use_wandb=false
 
-# Sampling keeps to the likeliest 90 %: a slip of the pen in a sample that is correct all the same
-# is the rarest token of it, and would get the largest push of all.
+# Sampling is limited to the likeliest 90 %: a wrong token in a sample that is still correct is its
+# rarest one, and would get the largest update.
 declare -A settings=(
     [spo]="train_data.prompts_per_rollout=512 actor.avg_level=correct actor.lr=1e-4"
     [spo_0p5]="train_data.prompts_per_rollout=512 actor.avg_level=correct actor.lr=1e-5"
@@ -61,5 +61,5 @@ for algorithm in $algorithms; do
     runs+=("$out/$algorithm")
 done
 
-echo "== 4. what became of it"
+echo "== 4. results"
 python examples/report.py "${runs[@]}" --png "$out/$which.png"

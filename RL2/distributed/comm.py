@@ -131,7 +131,7 @@ class ScatterPlan:
 
 
 def broadcast(value: Any, group: dist.ProcessGroup | None = None) -> Any:
-    """Rank 0's small python object on every rank. group: a group of all ranks, None: the default."""
+    """Rank 0's small python object on every rank. group: all ranks; None: the default group."""
     if world_size() == 1:
         return value
     box = [value]
@@ -140,7 +140,7 @@ def broadcast(value: Any, group: dist.ProcessGroup | None = None) -> Any:
 
 
 def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Element-wise sum of a tensor over all ranks. group: a group of all ranks, None: the default."""
+    """Element-wise sum of a tensor over all ranks. group: all ranks; None: the default group."""
     if world_size() > 1:
         dist.all_reduce(values, group=group)
     return values

@@ -52,7 +52,7 @@ class Rank:
 
 
 def next_prefix() -> str:
-    """The prefix of this run's keys in the store, which other runs use too. Call it once per run."""
+    """The prefix of this run's keys in the store that all runs share. Call it once per run."""
     prefix = f"run{next(_RUNS)}"
     # Ranks that torchrun restarts find the keys of the earlier ones. (With several machines, each
     # has its own count.)

@@ -86,8 +86,8 @@ def self_check(model: HeadedModel, attention: str, device: torch.device, train: 
         others = [] if model.sp_group is not None else _others(model, attention, probe)
     way_out = f"use {' or '.join(others)}" if others else "use a model of another family"
     raise ConfigError(
-        f"actor.attn_implementation={attention}: {family} computes something else for packed "
-        f"sequences than for each of them alone ({fault}); {way_out}"
+        f"actor.attn_implementation={attention}: {family} does not compute the same for packed "
+        f"sequences as for each of them alone ({fault}); {way_out}"
     )
 
 

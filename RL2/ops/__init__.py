@@ -1,4 +1,4 @@
-"""Building blocks without any knowledge of algorithms or processes.
+"""Building blocks that know nothing about algorithms or processes.
 
 `token_stats`: per-token numbers of a language-model head. `packing`: rows into micro-batches.
 """

@@ -9,8 +9,8 @@ from RL2.runtime.errors import ConfigError
 
 NAME = "sdpa_varlen"
 
-# As transformers knows it: of a name with "sdpa" in it it thinks that it is its own, and refuses it
-# for models that this one does not suit.
+# The name in transformers, which takes a name with "sdpa" in it for its own implementation and
+# rejects it for some models.
 _REGISTERED = "varlen"
 
 _UNKNOWN = ("position_bias", "head_mask", "block_mask", "indices")
@@ -34,34 +34,34 @@ def sdpa_varlen(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention in which every sequence of a pack sees only itself.
 
-    Linear layers work on the pack as it is; only here the sequences are laid out side by side,
-    right-padded, for torch's fused causal kernel, so that no `[N, N]` mask is ever built.
-    Padding stands to the right of a causal row: no token of the sequence attends to it.
+    Linear layers work on the pack itself; only here the sequences become rows, right-padded, for
+    torch's fused causal kernel, so that no `[N, N]` mask is ever built. Padding is to the right in
+    a causal row: no token of the sequence attends to it.
 
     Args:
-        query: `[1, heads, N, d]`; key `[1, kv_heads, N, d]` and value `[1, kv_heads, N, d_value]`.
+        query, key, value: `[1, heads, N, d]`, `[1, kv_heads, N, d]`, `[1, kv_heads, N, d_value]`.
         attention_mask: None (the layout follows from `cu_seq_lens_q`).
         cu_seq_lens_q: `[n + 1]` offsets of the n sequences, as flash-attention takes them.
         max_length_q: tokens of the longest sequence.
         softcap: logits of attention become softcap * tanh(logits / softcap).
-        s_aux: `[heads]` logits of sinks: one more key to each head, without a value.
-        kwargs: `sliding_window`, how many tokens, itself included, a token sees, None for all
-            before it; where the model does not say, as some ask for it by their mask alone,
+        s_aux: `[heads]` logits of sinks: one more key for each head, without a value.
+        kwargs: `sliding_window`, how many tokens a token sees, including itself; None for all
+            before it. If the model does not pass it, as some put it only into their mask, it is
             `_window_of(module)`.
 
     Returns:
-        `[1, N, heads, d_value]` and no attention weights, as transformers' interface asks.
+        `[1, N, heads, d_value]` and no attention weights, as in transformers' interface.
 
     Raises:
-        NotImplementedError: what is asked for would change the result, and is not done here.
+        NotImplementedError: an argument that would change the result is not supported here.
     """
     unknown = [name for name in _UNKNOWN if kwargs.get(name) is not None]
     unknown += ["attention_mask"] if attention_mask is not None else []
     unknown += ["is_causal=false"] if kwargs.get("is_causal") is False else []
     if unknown:
-        raise NotImplementedError(f"{NAME} knows no {', '.join(unknown)}")
+        raise NotImplementedError(f"{NAME} does not support {', '.join(unknown)}")
     if cu_seq_lens_q is None:
-        raise NotImplementedError(f"{NAME} is not told where the sequences of a pack begin")
+        raise NotImplementedError(f"{NAME} needs cu_seq_lens_q, where sequences of a pack begin")
     window = kwargs["sliding_window"] if "sliding_window" in kwargs else _window_of(module)
     n_rows, n_tokens = len(cu_seq_lens_q) - 1, query.shape[2]
     row = torch.repeat_interleave(
@@ -98,7 +98,7 @@ def sdpa_varlen(
 
 
 def _window_of(module: torch.nn.Module) -> int | None:
-    """The window of an attention layer whose model puts it into the mask and nowhere else."""
+    """The window of an attention layer whose model puts it only into the mask."""
     if hasattr(module, "sliding_window"):
         return module.sliding_window
     config = getattr(module, "config", None)
@@ -119,7 +119,7 @@ def _by_the_formula(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """For what the fused kernel cannot do; takes memory for all logits of attention."""
+    """For arguments that the fused kernel lacks; needs memory for all logits of attention."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
     logits = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
@@ -134,7 +134,7 @@ def _by_the_formula(
 
 
 def check_attention(config: PretrainedConfig) -> None:
-    """ConfigError where packs of sequences would not be what each sequence is alone."""
+    """Raise ConfigError if the sequences of a pack would influence each other."""
     others = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS)
     if others:
         raise ConfigError(
@@ -145,10 +145,10 @@ def check_attention(config: PretrainedConfig) -> None:
 
 
 def check_rope(model_config: PretrainedConfig, config: DictConfig) -> None:
-    """ConfigError where the longest sequence of a pack would change what the others are.
+    """Raise ConfigError if the longest sequence of a pack would change the others.
 
-    Two kinds of rotary embeddings choose their frequencies anew beyond a length, by the longest
-    sequence that is computed with others, in transformers as well as in engines.
+    Beyond some length, two kinds of rotary embeddings choose their frequencies by the longest
+    sequence that is computed with others, both in transformers and in engines.
 
     Args:
         config: an `actor` or `ref_actor` node.
@@ -179,10 +179,10 @@ def _ropes(parameters: dict | None) -> list[dict]:
 
 
 def register_attention(attention: str = NAME) -> str:
-    """Make `sdpa_varlen` known to transformers (its documented extension point).
+    """Register `sdpa_varlen` with transformers (its documented extension point).
 
     Returns:
-        The name by which transformers knows `attention`, one of the config's.
+        The name in transformers of `attention`, a name from the config.
     """
     AttentionInterface.register(_REGISTERED, sdpa_varlen)
     return _REGISTERED if attention == NAME else attention

@@ -1,10 +1,10 @@
 """Fast fp32 matrix products on CPUs.
 
 torch multiplies fp32 matrices with MKL, which reaches less than half of oneDNN's speed on AMD's
-CPUs (`benchmarks/RESULTS.md`). torch's switch to oneDNN concerns every product of the process: the
-many tiny ones inside attention, which it makes slow, and those of an engine that generates in
-another thread, whose last bits it changes. So nothing is switched: the backbone's linear layers and
-the head ask for oneDNN by its operator.
+CPUs (`benchmarks/RESULTS.md`). torch's switch to oneDNN affects every product of the process: it
+slows the many tiny ones inside attention, and changes the last bits of an engine that generates in
+another thread. So the switch is not used: the backbone's linear layers and the head call oneDNN's
+operator.
 """
 
 import torch
@@ -14,21 +14,21 @@ from torch.autograd.function import once_differentiable
 
 # Products of fewer rows take longer to set up than to compute.
 _MIN_ROWS = 16
-# Multiplications that take a millisecond, and so few that MKL is as fast.
+# Multiplications that take a millisecond, and a number at which MKL is as fast.
 _MANY, _FEW = 2**26, 2**12
-# Of a sum that oneDNN adds up at a time where it multiplies a transposed matrix.
+# Terms that oneDNN adds at a time when it multiplies a transposed matrix.
 _TERMS = 512
 
 
 def accelerate_linears(model: nn.Module) -> None:
-    """Let the linear layers of a model multiply with oneDNN where they are in fp32 on a CPU.
+    """Let the linear layers of a model multiply with oneDNN if they are in fp32 on a CPU.
 
-    Each is replaced by a layer that holds the same parameters and hooks under the same name. Not
-    for layers that are going to be compiled, as torch's compiler chooses the products itself.
+    Each is replaced by a layer with the same parameters and hooks under the same name. Not for
+    layers that will be compiled, as torch's compiler chooses the products itself.
     """
     if not torch.backends.mkldnn.is_available():
         return
-    replaced: dict[nn.Module, _Linear] = {}  # one layer may stand in several places
+    replaced: dict[nn.Module, _Linear] = {}  # one layer may occur in several places
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if type(child) is nn.Linear:
@@ -38,7 +38,7 @@ def accelerate_linears(model: nn.Module) -> None:
 class _Linear(nn.Linear):
     @classmethod
     def like(cls, linear: nn.Linear) -> "_Linear":
-        """Another layer with all that `linear` holds."""
+        """A layer that shares the attributes of `linear`."""
         layer = cls.__new__(cls)
         layer.__dict__.update(linear.__dict__)
         return layer
@@ -53,8 +53,8 @@ class _Linear(nn.Linear):
 
 
 def worthwhile(device: torch.device, n_multiplications: int) -> bool:
-    """Whether so many multiplications win back the code that oneDNN makes, and keeps, for every
-    new size."""
+    """Whether this many multiplications are worth the code that oneDNN generates, and keeps, for
+    every new size."""
     return (
         device.type == "cpu" and n_multiplications >= _MANY and torch.backends.mkldnn.is_available()
     )
@@ -69,10 +69,10 @@ def multiplies(a: Tensor, b: Tensor, out: Tensor) -> bool:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` by oneDNN, of fp32 matrices on CPUs.
+    """`a @ b` by oneDNN, for fp32 matrices on CPUs.
 
     A transposed `a`, as in the gradient of a weight, would be copied. So the transposed product is
-    computed, which copies `b`, and its sums are those of oneDNN's own products of such matrices.
+    computed, which copies `b`, and it sums as oneDNN's own products of such matrices do.
     """
     if a.stride(1) == 1:
         return _product(a, b.T)
@@ -85,7 +85,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    """Plain fp32 tensors on CPUs, and enough of them."""
+    """Whether these are plain fp32 tensors on CPUs, with enough rows."""
     return (
         type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)  # not parts of a tensor on several ranks
@@ -99,7 +99,7 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
 def rounded(n_rows: int) -> int:
     """The next of eight sizes to an octave, 16 at least.
 
-    oneDNN keeps code for every size that it has seen, a megabyte and more each.
+    oneDNN keeps code for every size that it has seen, a megabyte or more each.
     """
     step = max(16, 1 << max(0, (n_rows - 1).bit_length() - 4))
     return -(-n_rows // step) * step
@@ -118,7 +118,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _rows_of(y: Tensor, like: Tensor) -> Tensor:
-    """What is not padding, in the shape of `like` but for the last dimension."""
+    """The rows without padding, in the shape of `like` except for the last dimension."""
     return y[: like.shape[:-1].numel()].unflatten(0, like.shape[:-1])
 
 

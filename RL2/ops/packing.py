@@ -17,34 +17,35 @@ def plan_packs(
 ) -> Bins:
     """Distribute rows over bins of at most `max_length` tokens, at costs as even as possible.
 
-    A row of l tokens costs l + quadratic * l**2, a bin the sum of that over its rows: what is
-    linear in the tokens of a model, and its attention.
+    A row of l tokens costs l + quadratic * l**2, for attention and for the rest of the model, which
+    is linear in the tokens. A bin costs the sum of its rows.
 
     Args:
-        lengths: tokens of each row, >= 0.
-        max_length: tokens that a bin may hold.
+        lengths: number of tokens of each row, >= 0.
+        max_length: maximum number of tokens of a bin.
         multiple_of: the number of bins is a multiple of it (the data-parallel size, so that
             every rank runs equally many micro-batches); bins may be empty.
         quadratic: cost of attention per token pair, as a multiple of the cost of one token in
-            all the rest of the model.
-        units: a number for each row; rows of the same one share a bin. None: each row for itself.
+            the rest of the model.
+        units: a number for each row; rows with the same number share a bin. None: each row on its
+            own.
 
     Returns:
-        For each bin its row indices in ascending order; every row lies in exactly one bin. Bin b
-        is the (b // multiple_of)-th micro-batch of place b % multiple_of. Bins of the same turn
-        are of about one cost, as all places wait for the slowest, and dearer turns come first;
-        within a turn the places with the least work so far get the dearest bins. No rows: no
-        bins. The same lengths always give the same plan.
+        For each bin its row indices in ascending order; every row is in exactly one bin. Bin b is
+        the (b // multiple_of)-th micro-batch of place b % multiple_of. Bins of the same turn have
+        about the same cost, as all places wait for the slowest, and more expensive turns come
+        first; within a turn the places with the least work so far get the most expensive bins. No
+        rows: no bins. The same lengths always give the same plan.
 
     The number of bins is what best-fit decreasing needs (at most 11/9 of the optimum, in
-    practice the optimum), rounded up. Over that many bins rows are spread by LPT (dearest row to
+    practice the optimum), rounded up. Rows are spread over these bins by LPT (most expensive row to
     the cheapest bin with room), by Karmarkar and Karp's differencing (1982), which is best for
     few bins of many rows, and by MULTIFIT on tokens (the smallest capacity at which best-fit
     decreasing still needs no more bins: Coffman, Garey and Johnson 1978), which is best for many
     bins of few rows. A single row that costs more than an even share decides how long its turn
     takes. So a second plan first fills the other bins of such turns up to that cost, which makes
-    the turns after them shorter. The plan with the lowest highest cost of a bin is used; among
-    equals, the one whose turns take the least time in sum.
+    the turns after them shorter. The plan whose most expensive bin is cheapest is used; among
+    equals, the one whose turns take the least time in total.
 
     Raises:
         ValueError: a row (named by its index) or unit that is longer than `max_length`, a negative
@@ -79,7 +80,7 @@ def plan_packs(
 
 
 class _Task(NamedTuple):
-    """Tokens and cost of every row, tokens of a bin, bins of a turn."""
+    """Tokens and cost of every row, maximum tokens of a bin, bins of a turn."""
 
     lengths: list[int]
     costs: list[float]
@@ -96,8 +97,8 @@ def _plan(task: _Task) -> Bins:
 
 
 def _paced(task: _Task, order: list[int], n_turns: int) -> list[Bins]:
-    """Turns that are as long as the dearest row left, while that is more than an even share of
-    what is left; then even ones."""
+    """Turns as long as the most expensive row left, while that is more than an even share of all
+    rows left; then even ones."""
     lengths, costs, max_length, n_places = task
     turns: list[Bins] = []
     for n_left in range(n_turns, 1, -1):
@@ -113,7 +114,7 @@ def _paced(task: _Task, order: list[int], n_turns: int) -> list[Bins]:
 
 
 def _spread(task: _Task, order: list[int], n_turns: int) -> list[Bins]:
-    """Rows over the bins of `n_turns` turns, all of about one cost."""
+    """Rows over the bins of `n_turns` turns, all of about the same cost."""
     lengths, costs, max_length, n_places = task
     n_bins = n_turns * n_places
     plans = [
@@ -134,16 +135,16 @@ def _sums(values: Sequence[float], bins: Bins) -> list[float]:
 
 
 def _in_turns(costs: list[float], bins: Bins, n_turns: int, n_places: int) -> list[Bins]:
-    """Bins, the dearest first, as many as there are turns and places."""
+    """Bins, the most expensive first, as many as there are turns and places."""
     bins = list(map(sorted, bins)) + [[] for _ in range(n_turns * n_places - len(bins))]
     bins.sort(key=lambda rows: (-sum(costs[row] for row in rows), rows))
     return [bins[start : start + n_places] for start in range(0, len(bins), n_places)]
 
 
 def _waits(costs: list[float], turns: list[Bins]) -> tuple[float, float]:
-    """Cost of the dearest bin, and of the dearest bins of all turns."""
-    dearest = [max(_sums(costs, bins)) for bins in turns]
-    return max(dearest), sum(dearest)
+    """Cost of the most expensive bin, and the sum of that over all turns."""
+    highest = [max(_sums(costs, bins)) for bins in turns]
+    return max(highest), sum(highest)
 
 
 def _in_places(costs: list[float], turns: list[Bins]) -> Bins:
@@ -163,7 +164,7 @@ def _in_places(costs: list[float], turns: list[Bins]) -> Bins:
 def _fill(
     lengths: list[int], costs: list[float], order: list[int], capacity: int, n_bins: int
 ) -> tuple[Bins, list[int]]:
-    """Bins, filled up to the cost of the dearest row by best-fit decreasing; the rows left."""
+    """Bins, filled up to the cost of the most expensive row by best-fit decreasing; rows left."""
     bins: Bins = [[] for _ in range(n_bins)]
     room = [capacity] * n_bins  # in tokens
     free = [(costs[order[0]], index) for index in range(n_bins)]  # (cost left, bin), ascending
@@ -184,7 +185,7 @@ def _fill(
 def _least_loaded(
     lengths: list[int], costs: list[float], order: list[int], n_bins: int, capacity: int
 ) -> Bins:
-    """Each row into the cheapest bin that has room for it; past `capacity` where none has."""
+    """Each row into the cheapest bin that has room for it; beyond `capacity` if none has."""
     bins: Bins = [[] for _ in range(n_bins)]
     heap = [(0.0, index) for index in range(n_bins)]
     free = [capacity] * n_bins
@@ -202,9 +203,9 @@ def _least_loaded(
 
 
 def _largest_differencing(costs: list[float], order: list[int], n_bins: int) -> Bins:
-    """Karmarkar-Karp: join the two partial plans of the largest spread, the dearest bins of the
+    """Karmarkar-Karp: join the two partial plans of the largest spread, the most expensive bins of
     one with the cheapest of the other, until one plan is left."""
-    # A plan: (-spread, when it was made, its bins that are not empty, dearest first).
+    # A plan: (-spread, when it was made, its bins that are not empty, most expensive first).
     heap = [(-costs[row], n, [(costs[row], [row])]) for n, row in enumerate(order)]
     heapq.heapify(heap)
     for n in range(len(order), 2 * len(order) - 1):
@@ -225,7 +226,7 @@ def _largest_differencing(costs: list[float], order: list[int], n_bins: int) -> 
 
 
 def _best_fit(lengths: list[int], order: list[int], capacity: int) -> Bins:
-    """Each row into the fullest bin that still takes it, or a new one."""
+    """Each row into the fullest bin with room for it, or a new one."""
     bins: Bins = []
     free: list[tuple[int, int]] = []  # (room left, bin), ascending
     for row in order:

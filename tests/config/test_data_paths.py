@@ -57,7 +57,7 @@ def test_file_types(workdir, end):
 def test_other_types(workdir, name):
     (workdir / name).write_text("x")
     assert not is_data_file(name)
-    assert "is of an unknown file type; use .jsonl, .json, .csv" in check(f"./{name}")
+    assert "has an unknown file type; use .jsonl, .json, .csv" in check(f"./{name}")
     assert "also with .gz" in check(f"./{name}")
 
 
@@ -87,7 +87,7 @@ def test_the_hub_is_not_asked():
     for path in ("openai/gsm8k", "gsm8k:main", "train@a/b/c", "tr ain@a/b", "a@b@c", ""):
         assert check(path).startswith("neither a file or folder (")
     for path, ends in (("openai/gsm8k", "[:config]'"), ("openai/gsm8k:main", "'")):
-        way_out = f"; a data set of the hub needs its split: train_data.path='train@{path}{ends}"
+        way_out = f"; a data set on the hub needs its split: train_data.path='train@{path}{ends}"
         assert check(path).endswith(way_out)
     assert check("a@b@c").endswith("such as train@openai/gsm8k:main")
 
@@ -100,5 +100,5 @@ def test_a_folder_that_cannot_be_walked(workdir, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refused)
     assert check("./") == (
-        "cannot be looked for (Invalid argument); give a file or folder that can be read"
+        "cannot be accessed (Invalid argument); give a file or folder that can be read"
     )

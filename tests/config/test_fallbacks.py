@@ -31,7 +31,7 @@ def test_engine_by_what_there_is(composed):
             engine(False, changes=[f"rollout.engine={name}"])
         for way in ("rollout.server_python=python3", "rollout.server_url=http://127.0.0.1:1"):
             assert engine(False, changes=[f"rollout.engine={name}", way]) == (name, [])
-    with pytest.raises(ConfigError, match="rollout.tp_size=2: belongs to server engines"):
+    with pytest.raises(ConfigError, match="rollout.tp_size=2: is only for server engines"):
         engine(False, changes=["rollout.tp_size=2"])
 
 
@@ -202,7 +202,7 @@ def test_a_stop_text_that_spells_a_newline_out(composed, stop, spelling):
     config = composed("ppo", f"rollout.train_sampling_params.stop={stop}")
     (line,) = apply_fallbacks(config, False, set())  # the evaluation's follows it
     letter = "t" if "\\t" in stop else "n"
-    assert f"holds a backslash and the letter {letter}" in line
+    assert f"has a backslash and the letter {letter}" in line
     assert f"write rollout.train_sampling_params.stop={spelling} in bash" in line
     # Which is what bash and hydra make the character of.
     shell = subprocess.run(["bash", "-c", f"printf %s {spelling}"], capture_output=True, text=True)
@@ -215,4 +215,4 @@ def test_a_stop_text_that_spells_a_newline_out(composed, stop, spelling):
 def test_a_stop_text_of_the_evaluation_alone(composed):
     config = composed("ppo", r"rollout.test_sampling_params.stop=a\r")
     (line,) = apply_fallbacks(config, False, set())
-    assert line.startswith(r"rollout.test_sampling_params.stop=a\r: holds a backslash and the")
+    assert line.startswith(r"rollout.test_sampling_params.stop=a\r: has a backslash and the")

@@ -89,9 +89,7 @@ def test_one_of_several_does_not_train_alone(name):
 def test_more_processes_than_gpus():
     check_gpu(1, {})
     check_gpu(2, {"LOCAL_RANK": "1"})
-    with pytest.raises(
-        ConfigError, match=r"LOCAL_RANK=1: takes the GPU .* and this machine has 1 "
-    ):
+    with pytest.raises(ConfigError, match=r"LOCAL_RANK=1: uses the GPU .* but this machine has 1 "):
         check_gpu(1, {"LOCAL_RANK": "1"})
 
 
@@ -136,8 +134,8 @@ def test_somebody_else_answers_at_the_address_of_rank_0(monkeypatch):
         with pytest.raises(ConfigError) as caught:
             launcher._check_reached(own, address, port)
     assert str(caught.value).startswith(
-        f"MASTER_ADDR={address}: rank 0 listens at port {port}, but is not found at that address "
-        "(somebody else answers); give "
+        f"MASTER_ADDR={address}: rank 0 listens at port {port}, but is not reached at that address "
+        "(another process answers); give "
     )
 
 

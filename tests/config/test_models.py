@@ -84,7 +84,7 @@ DAMAGED = {
     "pickled": (
         rename("model.safetensors", "pytorch_model.bin"),
         "its weights are pickled (pytorch_model.bin), which can run any code; save them as "
-        "safetensors (load, then save_pretrained, where nothing is at stake), or set "
+        "safetensors (load, then save_pretrained, in a safe environment), or set "
         "actor.allow_pickle=true",
     ),
     "half a config": (write("config.json", b'{\n"a": 1,'), "model/config.json:2:8: not JSON"),
@@ -109,14 +109,14 @@ DAMAGED = {
     "index with a whole path": (index({"weight_map": {"a": "/x"}}), "index.json has no weight_map"),
     "half an index": (write("model.safetensors.index.json", b"{"), "index.json:1:2: not JSON"),
     "config twice": (write("config.json", b'{"a": 1, "a": 2}'), "(the key 'a' occurs twice in one"),
-    "config too deep": (write("config.json", b'{"a":' + b"[" * 99999), "in each other, too deep"),
+    "config too deep": (write("config.json", b'{"a":' + b"[" * 99999), "nested too deeply"),
     "config of long numbers": (
         write("config.json", b'{"a":' + b"1" * 9999 + b"}"),
         "not JSON (",
     ),
     "config is a folder": (put("config.json", os.mkdir), "model/config.json is not a file; copy"),
     "config of a pipe": (put("config.json", os.mkfifo), "model/config.json is not a file; copy"),
-    "config of nothing": (put("config.json", to_nothing), "model/config.json is a link to nothing"),
+    "config of nothing": (put("config.json", to_nothing), "model/config.json is a broken link"),
     "no size": (
         change("config.json", vocab_size=True),
         "vocab_size=true: must be a whole",
@@ -147,7 +147,7 @@ DAMAGED = {
     ),
     "an adapter, too": (
         change("adapter_config.json", base_model_name_or_path="a/b"),
-        "holds whole weights and adapter_config.json, an adapter, which may be meant on top",
+        "has full weights and an adapter (adapter_config.json), which may or may not be merged",
     ),
     "an adapter alone": (
         lambda folder: (
@@ -165,12 +165,12 @@ DAMAGED = {
             (b"[]", ": not JSON (not an object); copy"),
             (b'{"eos_token_id": 1', ":1:19: not JSON ("),
             (b'{"a": "\xe9"}', ": not JSON ("),
-            (b'{"eos_token_id": "x"}', ': eos_token_id="x": must be the number of a token, or a l'),
-            (b'{"eos_token_id": [null]}', ": eos_token_id=[null]: must be the number of a token"),
-            (b'{"eos_token_id": 1e30}', ": eos_token_id=1e+30: must be the number of a token"),
-            (b'{"eos_token_id": true}', ": eos_token_id=true: must be the number of a token"),
-            (b'{"eos_token_id": -7}', ": eos_token_id=-7: must be the number of a token"),
-            (b'{"bos_token_id": {}}', ": bos_token_id={}: must be the number of a token"),
+            (b'{"eos_token_id": "x"}', ': eos_token_id="x": must be a token id, or a l'),
+            (b'{"eos_token_id": [null]}', ": eos_token_id=[null]: must be a token id"),
+            (b'{"eos_token_id": 1e30}', ": eos_token_id=1e+30: must be a token id"),
+            (b'{"eos_token_id": true}', ": eos_token_id=true: must be a token id"),
+            (b'{"eos_token_id": -7}', ": eos_token_id=-7: must be a token id"),
+            (b'{"bos_token_id": {}}', ": bos_token_id={}: must be a token id"),
             (b'{"pad_token_id": "x"}', ': pad_token_id="x": must be a whole number'),
             (b'{"temperature": "x"}', ': temperature="x": must be a finite number; correct the'),
             (b'{"top_p": NaN}', ": top_p=NaN: must be a finite number"),
@@ -262,8 +262,8 @@ def test_files_that_this_user_may_not_read(tmp_path):
     for number in numbers:
         os.chmod(tmp_path / number, 0o700)
     assert done.stdout.splitlines() == [
-        f"actor.model_name={number}: {Path(number, name)} cannot be read (Permission denied); let "
-        "this user read it, or copy the model to where it can be"
+        f"actor.model_name={number}: {Path(number, name)} cannot be read (Permission denied); "
+        "make it readable for this user, or copy the model to a place where it is"
         for number, name in zip(numbers, names, strict=True)
     ]
 
@@ -335,7 +335,7 @@ def test_a_model_that_the_hub_does_not_have(monkeypatch, composed):
 
 def test_a_name_on_the_hub_that_is_no_model(monkeypatch, composed):
     with hub_without(monkeypatch, "EntryNotFound"):
-        assert "no config.json there, so it is no model" in asked(composed)
+        assert "no config.json there, so it is not a transformers model" in asked(composed)
 
 
 def test_a_commit_that_the_hub_does_not_have(monkeypatch, composed):
@@ -349,7 +349,7 @@ def test_a_hub_that_is_not_there_is_asked_once(monkeypatch, composed, tmp_path, 
     hub_at(monkeypatch, free_port())
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     text = asked(composed)
-    assert text.startswith("actor.model_name=nobody/nothing: the hub cannot be asked for it (")
+    assert text.startswith("actor.model_name=nobody/nothing: the request to the hub failed (")
     assert text.endswith("and no copy is cached; give a folder made by save_pretrained")
     assert not caplog.records
     cached = tmp_path / f"models--nobody--nothing/snapshots/{COMMIT}/config.json"

@@ -158,7 +158,7 @@ def test_bad_flag():
 
 
 def test_added_key_that_is_there():
-    assert message("+actor.lr=1") == "+actor.lr=1: the key is there already; leave out the +"
+    assert message("+actor.lr=1") == "+actor.lr=1: the key exists already; leave out the +"
 
 
 def test_lists_and_numbers_for_true():

@@ -68,8 +68,8 @@ def test_home_of_users(home):
     with pytest.raises(ConfigError) as caught:
         expand_argv(["trainer.save_dir=~nobody-of-this-name/runs"])
     assert str(caught.value) == (
-        "trainer.save_dir=~nobody-of-this-name/runs: ~nobody-of-this-name stands for the home "
-        "folder of a user, and there is no user nobody-of-this-name here; write the folder itself "
+        "trainer.save_dir=~nobody-of-this-name/runs: ~nobody-of-this-name means the home "
+        "folder of a user, but there is no user nobody-of-this-name here; write the folder itself "
         "(./~nobody-of-this-name if that is its name)"
     )
 
@@ -148,8 +148,8 @@ def test_what_is_said_of_a_path_that_leads_nowhere(workdir):
     assert not_there("folder") == "is a folder, not a file"
     assert not_there("file", "folder") == "is a file, not a folder"
     assert not_there("pipe") == "is a pipe or a device, not a file"
-    assert not_there("link", "folder") == "is a link to nothing; no such folder"
-    assert not_there("round") == "is a link to nothing; no such file"
+    assert not_there("link", "folder") == "is a broken link; no such folder"
+    assert not_there("round") == "is a broken link; no such file"
 
 
 def test_a_working_directory_that_is_gone(workdir, monkeypatch):

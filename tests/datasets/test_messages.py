@@ -309,7 +309,7 @@ def test_other_weights(tokenizer, weight):
 
 def test_weight_of_a_turn_that_is_never_learned(tokenizer):
     message = error_of(tokenizer, {"messages": [USER | {"weight": 1}, said("x")]})
-    assert "messages[0].weight is 1 of a turn of the user; only turns of the assistant" in message
+    assert "messages[0].weight is 1 in a turn of the user; only turns of the assistant" in message
     rows = [{"messages": [USER | {"weight": 0}, said("x")]}]
     assert len(sft(tokenizer, write("a.jsonl", rows))) == 1
 

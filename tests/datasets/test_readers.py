@@ -254,7 +254,7 @@ def test_pattern_of_files():
     assert parts_of("d/**/a-*.jsonl") == [[0, 1], [2, 3], [6, 7]]
     assert "train_data.path=d/c*.jsonl: no such file" in error_of("d/c*.jsonl")
     write("d/notes.txt", "x")
-    assert "d/notes.txt is of an unknown file type" in error_of("d/*")
+    assert "d/notes.txt has an unknown file type" in error_of("d/*")
 
 
 def test_split_of_a_folder():
@@ -271,7 +271,7 @@ def test_split_of_a_folder():
     assert (
         "no file in the folder is of the split validation" in message and "test, train" in message
     )
-    assert "one split of a folder at a time" in error_of("train+test@hub")
+    assert "give only one split of a folder" in error_of("train+test@hub")
     write_parts("dirs/train/0.jsonl", "dirs/dev/0.jsonl", "dirs/math/0.jsonl")
     assert parts_of("train@dirs") == [[0, 1]] and parts_of("validation@dirs") == [[2, 3]]
     assert parts_of("math@dirs") == [[4, 5]]
@@ -340,7 +340,7 @@ def test_a_path_that_names_no_rows():
     Path("data").mkdir()
     assert "no such file" in error_of("train@no.jsonl")
     assert "data is a folder, not a file" in error_of("data")
-    assert "is of an unknown file type" in error_of(write("a.txt", "x"))
+    assert "has an unknown file type" in error_of(write("a.txt", "x"))
     assert "nor split@name:config" in error_of("train@a/b/c")
 
 

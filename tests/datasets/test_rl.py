@@ -253,7 +253,7 @@ USER = [{"role": "user", "content": "u"}]
         ({"question": "q", "answer": ["#### 5"]}, "answer is a list"),
         ({"question": "q", "answer": "5"}, "answer without '####'"),
         ({"question": "q", "answer": "5 #### "}, "answer has nothing after its last '####'"),
-        ({"question": "\ud800", "answer": "#### 5"}, "question holds half a surrogate pair"),
+        ({"question": "\ud800", "answer": "#### 5"}, "question contains half a surrogate pair"),
         ({"prompt": None}, "prompt is null"),
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": ["p"]}, "prompt is a list"),
@@ -264,7 +264,7 @@ USER = [{"role": "user", "content": "u"}]
         ({"prompt": "p", "answer": "NaN"}, "answer is NaN"),
         ({"prompt": "p", "answer": []}, "answer is empty"),
         ({"prompt": "p", "answer": ["1", float("nan")]}, "answer is NaN"),
-        ({"prompt": "p", "answer": "\ud800"}, "answer holds half a surrogate pair"),
+        ({"prompt": "p", "answer": "\ud800"}, "answer contains half a surrogate pair"),
         ({"question": "q", "answer": "#### nan"}, "answer is NaN"),
         ({"messages": [{"role": "usr", "content": "u"}]}, "messages[0].role is 'usr', which"),
         ({"prompt": "p", "extra_info": ["2"]}, "extra_info is a list; it must be an object"),
@@ -298,10 +298,10 @@ def test_what_the_template_refuses(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     message = error_of(tokenizer, [{"messages": USER}])
-    assert "rows.jsonl:1: the chat template refuses the messages: roles must alternate" in message
+    assert "rows.jsonl:1: the chat template rejects the messages: roles must alternate" in message
     tokenizer.chat_template = "{{ '\\ud800' }}{{ messages[-1].content }}{{ '\\ud800' }}"
     message = error_of(tokenizer, [{"messages": USER}])
-    assert "rows.jsonl:1: the chat template refuses the messages: " in message
+    assert "rows.jsonl:1: the chat template rejects the messages: " in message
     assert "surrogates not allowed" in message
 
 
@@ -309,14 +309,14 @@ def test_a_template_that_is_no_good(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     for template in ("{{ 1 / 0 }}", "{% for", "{{ ''.__class__.__mro__ }}"):
         tokenizer.chat_template = template
-        assert "the chat template refuses" in error_of(tokenizer, [{"messages": USER}])
+        assert "the chat template rejects" in error_of(tokenizer, [{"messages": USER}])
 
 
 def test_prompt_without_tokens(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{{ '' }}"
     message = error_of(tokenizer, [{"messages": USER}])
-    assert "rows.jsonl:1: the tokenizer makes no token of the prompt" in message
+    assert "rows.jsonl:1: the tokenizer gives no token for the prompt" in message
 
 
 def test_bad_row_of_a_slice_keeps_its_line(tiny_tokenizer):

@@ -148,7 +148,7 @@ def test_on_one_machine_loopback_is_fine(store, monkeypatch):
 
 
 def test_who_does_not_come_is_named(store):
-    with pytest.raises(TrainingError, match=r"ranks 0, 2 of 3 did not come in 0.2 s"):
+    with pytest.raises(TrainingError, match=r"ranks 0, 2 of 3 did not start in 0.2 s"):
         meet(store, 1, 3, wait=0.2)
 
 
@@ -186,5 +186,5 @@ def test_nobody_listens(monkeypatch):
         port = free.getsockname()[1]
     for name, value in {"RANK": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(ConfigError, match=f"MASTER_PORT={port}: nobody listens there after"):
+    with pytest.raises(ConfigError, match=f"MASTER_PORT={port}: no process listens there after"):
         find_store()

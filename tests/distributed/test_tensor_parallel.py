@@ -267,6 +267,6 @@ def test_what_stands_between_split_layers_and_has_no_plan_is_named():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(Qwen3Config(**TINY))
         model.model.layers[0].mlp.scale = torch.nn.Parameter(torch.ones(36))
-    message = r"actor.tp_size=3: model.layers.0.mlp.scale \[36\] stands between split layers"
+    message = r"actor.tp_size=3: model.layers.0.mlp.scale \[36\] is between split layers"
     with pytest.raises(ConfigError, match=message):
         tensor_parallel_plan(model, 3)

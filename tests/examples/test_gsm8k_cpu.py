@@ -83,7 +83,7 @@ def test_real_text_from_one_file_to_the_picture(script, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere.jsonl"], "nowhere.jsonl is no file, no split@name:config and no key=value"),
+        (["nowhere.jsonl"], "nowhere.jsonl is not a file, split@name:config or key=value"),
         (["train@owner/name:main"], "train@owner/name:main: name the test split as well"),
         (["a@b/c", "d@b/c", "e@b/c"], "3 data sets, of which the third is e@b/c"),
     ],

@@ -37,7 +37,7 @@ def test_copies_that_differ(spread):
         assert said == ["", ""]
         return
     assert said[0] == said[1] and said[0].startswith("ConfigError: actor.model_name=a/model: rank")
-    assert " have read other numbers for weight; give all ranks the same files" in said[0]
+    assert " have read different numbers for weight; give all ranks the same files" in said[0]
     assert "rank 0 on " in said[0] and "rank 1 on " in said[0]
 
 

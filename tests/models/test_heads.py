@@ -200,7 +200,8 @@ def test_a_family_without_the_layer_is_refused(tmp_path):
 def test_labels_of_another_number_are_refused(tmp_path):
     model = make_model(tmp_path)
     with_score(model, torch.ones(2, 32))
-    with pytest.raises(ConfigError, match=r"score.weight has the shape \[2, 32\], the model wants"):
+    message = r"score.weight has the shape \[2, 32\], the model expects"
+    with pytest.raises(ConfigError, match=message):
         ShardedModel(actor_config(model), CPU, head="scalar")
 
 

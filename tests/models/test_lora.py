@@ -320,9 +320,9 @@ def test_a_target_that_is_no_linear_layer_is_named_with_those_that_are(tmp_path,
     model = make_model(tmp_path, "llama")
     (message,) = run_on_ranks(1, adapted_layers, model, ["q_proj", name])
     assert message == (
-        f"actor.lora.target_modules={name}: no linear layer of {model} but the head has that "
-        "name; use all-linear, or some of down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, "
-        "v_proj"
+        f"actor.lora.target_modules={name}: no linear layer of {model} has that name, except "
+        "the head; use all-linear, or some of down_proj, gate_proj, k_proj, o_proj, q_proj, "
+        "up_proj, v_proj"
     )
 
 
@@ -354,7 +354,7 @@ def test_layers_beside_fused_experts_get_adapters_and_the_experts_none(caplog):
     adapted = {name.partition(".lora_")[0] for name in names}
     assert {"model.layers.1.mlp.shared_experts.up_proj", "model.layers.0.mlp.up_proj"} <= adapted
     assert not any(name.endswith("mlp.experts") or ".experts." in name for name in adapted)
-    (line,) = [text for text in caplog.messages if "no adapters beside" in text]
+    (line,) = [text for text in caplog.messages if "no adapters for" in text]
     assert "model.layers.*.mlp.experts" in line
 
 

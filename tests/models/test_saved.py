@@ -112,5 +112,5 @@ def test_an_adapter_beside_the_weights_is_not_loaded_on_top(tmp_path):
     model.save_pretrained(tmp_path)
     adapter = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     adapter.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="holds whole weights and an adapter"):
+    with pytest.raises(ConfigError, match="has full weights and an adapter"):
         load_whole(str(tmp_path), {})

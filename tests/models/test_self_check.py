@@ -117,8 +117,8 @@ REFUSED = {
     "mamba": "log-probabilities differ by",
     "roberta": "log-probabilities differ by",
     "mpt": "AttributeError",
-    "doge": "sdpa_varlen knows no attention_mask",
-    "stablelm": "is not told where the sequences of a pack begin",
+    "doge": "sdpa_varlen does not support attention_mask",
+    "stablelm": "needs cu_seq_lens_q",
 }
 
 

@@ -1,11 +1,11 @@
-"""Token statistics of a linear head: the numbers every token loss is written on.
+"""Token statistics of a linear head: the numbers from which every token loss is computed.
 
 `linear_token_stats` and `linear_token_loss`: from hidden states and the head's weight.
-`token_stats`: from logits. `naive` says what each statistic is.
+`token_stats`: from logits. `naive` defines each statistic.
 
     stats     names, container, argument checks
-    naive     full logits and autograd: the oracle
-    state     six numbers per token: how they merge, what follows from them
+    naive     full logits and autograd: the reference
+    state     six numbers per token: how they merge, and what follows from them
     kernels   the element-wise part on one tile, eager and compiled
     triton_kernels, triton_fused   the same on CUDA, and the forward pass as one kernel
     products  the matrix products
@@ -14,7 +14,7 @@
     gradients from gradients of the statistics to those of hidden states, weight and bias
     recompute   statistics whose backward pass computes the logits again
     in_forward  a loss whose gradients are formed in the forward pass
-    linear    the entries, and which implementation answers
+    linear    the entries, and the choice of the implementation
 """
 
 from RL2.ops.token_stats.linear import (

@@ -18,7 +18,7 @@ from RL2.ops.token_stats.tiling import TiledHead, view
 
 @dataclass(frozen=True)
 class Gradients:
-    """Buffers that the gradients are written to; None for what needs none."""
+    """Buffers that the gradients are written to; None for inputs that need none."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -27,8 +27,8 @@ class Gradients:
 
 @dataclass(frozen=True)
 class TokenCoefficients:
-    """The upstream gradients of some tokens in the form that tiles take them: what a tile's
-    logits are turned into gradients with."""
+    """The upstream gradients of some tokens, in the form that turns a tile's logits into
+    gradients."""
 
     coefficients: Tensor  # [7, R]
     top_gradients: Tensor  # [R, K], for the columns of top_index but the first
@@ -112,7 +112,7 @@ def add_gradients(
 def gradient_buffers(
     head: TiledHead, needs: Sequence[bool], weight_dtype: torch.dtype
 ) -> Gradients:
-    """Zeros for hidden; weight and bias unwritten, but for what no tile will write."""
+    """Zeros for hidden; weight and bias uninitialised, except for parts that no tile will write."""
     hidden = torch.zeros_like(head.hidden, dtype=head.dtype) if needs[0] else None
     weight = torch.empty_like(head.weight, dtype=weight_dtype) if needs[1] else None
     bias = torch.empty_like(head.bias, dtype=head.dtype) if needs[2] else None
@@ -123,7 +123,7 @@ def gradient_buffers(
 
 
 def in_types_of(head: TiledHead, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, weight and bias in the types of those."""
+    """Gradients of hidden, weight and bias, in the types of these inputs."""
     inputs = (head.hidden, head.weight, head.bias)
     return tuple(
         None if gradient is None else gradient.to(like.dtype)
@@ -132,7 +132,7 @@ def in_types_of(head: TiledHead, *gradients: Tensor | None) -> tuple[Tensor | No
 
 
 def zero_unwritten(into: Gradients) -> None:
-    """Weight and bias get zeros where no token has a gradient."""
+    """Fill weight and bias with zeros, if no token has a gradient."""
     for gradient in (into.weight, into.bias):
         if gradient is not None:
             gradient.zero_()

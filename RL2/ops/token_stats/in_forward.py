@@ -1,6 +1,6 @@
-"""A loss whose gradients are formed in the forward pass, while a chunk's logits are there.
+"""A loss whose gradients are formed in the forward pass, while a chunk's logits exist.
 
-There are three matrix products. The normalisers of the loss have to be known beforehand.
+There are three matrix products. The normalisers of the loss must be known beforehand.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,15 +42,15 @@ def tiled_token_loss(
     tiling: Tiling | None = None,
     shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`linear_token_loss` with the gradients formed while a chunk's logits are there.
+    """`linear_token_loss` with the gradients formed while a chunk's logits exist.
 
-    The logits of up to `T kept / V` tokens lie in a buffer. Rows that receive no gradient give
-    their place to the next tokens, so that the products of the backward pass stay large however few
-    tokens learn.
+    The logits of up to `T kept / V` tokens are in a buffer. Rows that receive no gradient are
+    replaced by the next tokens, so that the products of the backward pass stay large even if few
+    tokens have gradients.
 
-    It recomputes after all where that is faster: in half precision on CPU, whose operands have to
-    be widened for every chunk and whose weight gradients rounded, and where the buffer would hold
-    too few tokens (`Tiling.fewest`).
+    It recomputes the logits if that is faster: in half precision on CPU, where operands must be
+    widened and weight gradients rounded for every chunk, and if the buffer would hold too few
+    tokens (`Tiling.fewest`).
     """
     head = tiled_head(
         hidden, weight, actions, temperature, wanted, bias, top_k, kernels, tiling, shard
@@ -90,7 +90,7 @@ def _loss_and_gradients(
     ] if trains else None  # fmt: skip
     loss = torch.zeros((), dtype=dtype, device=head.hidden.device)
     metrics: dict[str, Tensor] = {}
-    waiting: list[tuple[Tensor, TokenCoefficients]] = []  # rows whose logits lie in the buffers
+    waiting: list[tuple[Tensor, TokenCoefficients]] = []  # rows whose logits are in the buffers
     done, filled, entropy, written = 0, 0, False, False
     while True:
         chunk = slice(done, min(n_tokens, done + room - filled))
@@ -170,7 +170,7 @@ def _add_waiting_gradients(
 
 
 class _WithGradients(torch.autograd.Function):
-    """A loss whose gradients are already there."""
+    """A loss whose gradients are already computed."""
 
     @staticmethod
     def forward(ctx, loss, gradients: Gradients, hidden, weight, bias):
@@ -182,11 +182,11 @@ class _WithGradients(torch.autograd.Function):
     def backward(ctx, upstream):
         if ctx.gradients is None:
             raise RuntimeError(
-                "linear_token_loss: its gradients were already handed out; "
-                "call backward once, or use linear_token_stats"
+                "linear_token_loss: its gradients were already used; "
+                "call backward only once, or use linear_token_stats"
             )
         found, ctx.gradients = ctx.gradients, None
-        # In place: a copy of the weight's gradient would be the largest tensor around.
+        # In place: a copy of the weight's gradient would be the largest tensor in memory.
         scaled = [
             None if gradient is None else gradient.mul_(upstream.to(gradient.dtype))
             for gradient in (found.hidden, found.weight, found.bias)

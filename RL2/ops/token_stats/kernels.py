@@ -1,6 +1,6 @@
 """The element-wise work on one tile of logits, eager or through torch.compile.
 
-Both are the same two functions; `RL2.ops.token_stats.triton_kernels` has them a third time.
+Both are the same two functions; `RL2.ops.token_stats.triton_kernels` has them in Triton.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 from RL2.ops.token_stats.state import LOWEST, merge
 from RL2.ops.token_stats.stats import NEG_INF
 
-# Elements of a tile that eager kernels take at a time: their temporaries stay in the cache.
+# Elements of a tile that eager kernels process at a time, so that temporaries stay in the cache.
 _EAGER_BLOCK = 2**18
 
 
@@ -34,7 +34,7 @@ class Kernels:
             column j        exp(z_j - second) (slope_0 + slope_1 (z_j - top)), at_chosen added if j
                             is the action; slope_1 is not read without `entropy`
     fused_state(hidden, weight, bias, actions, start, scale, entropy): the state of all columns
-        straight from half-precision operands, without a tile of logits. Optional.
+        directly from half-precision operands, without a tile of logits. Optional.
     """
 
     update_state: Callable[..., None]
@@ -108,10 +108,10 @@ def _logit_gradients_in_place(logits, *arguments) -> None:
 
 @cache
 def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """Compiled when it is first called: importing the compiler takes two seconds.
+    """Compiled at the first call, as importing the compiler takes two seconds.
 
-    Sizes of 1, strides, types and `entropy` each ask for a version of their own. Past the limit
-    torch would run eagerly without a word.
+    Sizes of 1, strides, types and `entropy` each need a version of their own. Beyond the limit
+    torch would silently run eagerly.
     """
     return torch.compile(function, dynamic=True, recompile_limit=64)
 
@@ -121,8 +121,8 @@ def _compiled_update_state(*arguments) -> None:
 
 
 def _compiled_logit_gradients(out, logits, *arguments) -> None:
-    # One tensor must not go in twice: torch 2.13 miscomputes two arguments that are the same part
-    # of a larger buffer, and its cache on disk then does so for buffers apart as well.
+    # Do not pass one tensor twice: torch 2.13 miscomputes two arguments that are the same part of a
+    # larger buffer, and its cache on disk then does so for separate buffers too.
     if out.data_ptr() == logits.data_ptr():
         _compiled(_logit_gradients_in_place)(logits, *arguments)
     else:

@@ -1,4 +1,4 @@
-"""The public entries, and which implementation answers."""
+"""The public entries, and the choice of the implementation."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ from RL2.ops.token_stats.naive import naive_token_stats
 from RL2.ops.token_stats.recompute import tiled_token_stats
 from RL2.ops.token_stats.stats import LossFunction, TokenStats, VocabularyShard, loss_of
 
-# Vocabularies from which on, on CPU, a compiler's first half minute pays.
+# Vocabulary size from which on compiling, which takes half a minute, is worth it on CPU.
 _COMPILED_FROM = 2**15
 
 
@@ -32,30 +32,30 @@ def linear_token_stats(
 ) -> TokenStats:
     """Statistics of `softmax((hidden @ weight.T + bias) / temperature)` at `actions`.
 
-    Any differentiable function of them trains `hidden`, `weight` and `bias`; the logits are
-    computed again in its backward pass, tile by tile (but for `naive`), by tokens whose statistics
-    receive a gradient that is not exactly zero.
+    Any differentiable function of them trains `hidden`, `weight` and `bias`. In its backward pass
+    the logits are recomputed tile by tile (except by `naive`), for tokens whose statistics receive
+    a gradient that is not exactly zero.
 
     Args:
         hidden: `[T, H]`, T may be 0.
         weight: `[V, H]`, the head (tied or not), V >= 1.
         actions: `[T]` integers in [0, V): the tokens that were written.
         temperature: > 0.
-        wanted: names out of `STATISTICS`; nothing else is computed.
-        bias: `[V]` or None. -inf marks columns that are no tokens (padded vocabulary).
+        wanted: names from `STATISTICS`; nothing else is computed.
+        bias: `[V]` or None. -inf marks columns that are not tokens (padded vocabulary).
         top_k: K of `top_logps [T, K]`.
         implementation: a key of `IMPLEMENTATIONS`, or `auto` for the fastest on this device.
-        shard: the columns that `weight` and `bias` hold of a vocabulary that is split over a
+        shard: the columns of `weight` and `bias`, if the vocabulary is split over a
             tensor-parallel group. Every rank gets the statistics, and the gradient of `hidden`,
             of the whole vocabulary.
 
-    Half-precision inputs give fp32 logits: rounded to bf16 they would cost 0.1 in log(1 - p).
-    Autocast has no effect in here for the same reason.
+    Half-precision inputs give fp32 logits, as rounding them to bf16 would cause errors of 0.1 in
+    log(1 - p). Autocast has no effect here for the same reason.
 
     Raises:
         ValueError: wrong shapes, an unknown name in `wanted` or `implementation`, a temperature
             that is not positive, `top_logps` with `top_k` below 1, `naive` with a shard.
-        ImportError: `triton` where there is no triton.
+        ImportError: `triton` if triton is not installed.
     """
     kernels = _kernels(implementation, weight, shard)
     if kernels is None:
@@ -81,14 +81,14 @@ def linear_token_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A sum over tokens of a function of their statistics, and the sums of its metrics.
 
-    The gradients are formed in the forward pass, while a chunk's logits are there: three matrix
+    The gradients are formed in the forward pass, while a chunk's logits exist: three matrix
     products instead of the four of `linear_token_stats`. The other arguments are the same.
 
     Args:
         loss_fn: `(TokenStats, rows) -> (loss, {name: metric})`, called once per chunk of
             consecutive tokens; `rows` is their slice of the T tokens. Loss and metrics are scalars
-            that are summed over the chunks, so what divides them has to be known beforehand (as a
-            weight per token, say). Gradients go to `hidden`, `weight` and `bias`, and to nothing
+            that are summed over the chunks, so any divisor must be known beforehand (for example as
+            a weight per token). Gradients go only to `hidden`, `weight` and `bias`, and to nothing
             else that `loss_fn` reads.
 
     Returns:
@@ -114,24 +114,24 @@ def _tiled() -> Kernels:
 
 
 def _compiled() -> Kernels:
-    """Vocabulary tiles, their element-wise part by torch.compile."""
+    """Vocabulary tiles, with the element-wise part compiled by torch.compile."""
     return COMPILED
 
 
 def _triton() -> Kernels:
-    """The same by Triton, on CUDA."""
+    """The same with Triton, on CUDA."""
     return replace(_triton_fused(), fused_state=None)
 
 
 def _triton_fused() -> Kernels:
-    """As triton, without a tile where there is no gradient."""
+    """As triton, but without tiles if no gradients are needed."""
     from RL2.ops.token_stats.triton_fused import fused_state
     from RL2.ops.token_stats.triton_kernels import logit_gradients, update_state
 
     return Kernels(update_state, logit_gradients, fused_state)
 
 
-# None: full logits and autograd. The docstrings are what `--help` says of a name.
+# None: full logits and autograd. `--help` shows the docstrings.
 IMPLEMENTATIONS: dict[str, Callable[[], Kernels | None]] = {
     "naive": _naive,
     "tiled": _tiled,
@@ -142,7 +142,7 @@ IMPLEMENTATIONS: dict[str, Callable[[], Kernels | None]] = {
 
 
 def _fastest(weight: Tensor) -> str:
-    """By device and vocabulary alone, so that a model is always answered by the same code."""
+    """The choice depends only on device and vocabulary, so a model always uses the same code."""
     if weight.is_cuda:  # `triton` has not been measured on a GPU yet
         return "compiled" if importlib.util.find_spec("triton") else "tiled"
     return "compiled" if len(weight) >= _COMPILED_FROM and has_compiler() else "tiled"
@@ -160,5 +160,5 @@ def _kernels(implementation: str, weight: Tensor, shard: VocabularyShard | None)
             f"implementation={implementation!r}: unknown; use auto, {', '.join(IMPLEMENTATIONS)}"
         )
     if name == "naive" and shard is not None:
-        raise ValueError("implementation='naive': knows no shard; use 'auto' or 'tiled'")
+        raise ValueError("implementation='naive': takes no shard; use 'auto' or 'tiled'")
     return IMPLEMENTATIONS[name]()

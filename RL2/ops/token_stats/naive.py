@@ -1,4 +1,4 @@
-"""Token statistics of a linear head: the numbers every token loss is written on.
+"""Token statistics of a linear head: the numbers from which every token loss is computed.
 
 For one position let `z = logits / temperature` (fp32), `p = softmax(z)`, `a` the token that was
 written, `m = argmax z` (the lowest index wins a tie) and `S` the entropy:
@@ -13,7 +13,7 @@ written, `m = argmax z` (the lowest index wins a tie) and `S` the entropy:
     top_logps     log p_{i_1 … i_K}, the K   delta_{i_k} - p
                   largest, descending [T, K]
 
-This is the plain version: it holds the full logits and leaves the backward pass to autograd.
+This is the plain version: it stores the full logits and leaves the backward pass to autograd.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def naive_token_stats(
     *,
     top_k: int = 0,
 ) -> TokenStats:
-    """`linear_token_stats`, which explains the arguments, with all logits in fp32.
+    """`linear_token_stats` (see there for the arguments) with all logits in fp32.
 
     bf16 and fp16 inputs are promoted before the product, and autocast has no effect.
 
@@ -64,9 +64,9 @@ def token_stats(
     """Statistics of `softmax(logits / temperature)` at `actions`.
 
     Args:
-        logits: `[T, V]`, left as they are. A row needs one finite entry; -inf entries are
-            tokens of probability 0. Where only one token is possible, `max_log1mps` is -inf
-            and has no gradient.
+        logits: `[T, V]`, not changed. A row needs one finite entry; -inf entries are tokens of
+            probability 0. If only one token is possible, `max_log1mps` is -inf and has no
+            gradient.
         actions, temperature, wanted, top_k: as in `linear_token_stats`.
 
     Raises:
@@ -79,7 +79,7 @@ def token_stats(
     maxima = z.detach().argmax(-1, keepdim=True)  # the first of equal maxima
     stats = {}
 
-    # Order is looked up before the shift, which may round different logits onto each other.
+    # Compare before the shift, which may round different logits to the same number.
     if "ranks" in wanted:
         with torch.no_grad():
             stats["ranks"] = 1 + (z > z.gather(-1, chosen)).sum(-1).to(z.dtype)
@@ -89,7 +89,7 @@ def token_stats(
 
     # Relative to the maximum, nothing depends on the offset of the logits: p_m = 1 / (1 + odds)
     # with odds = sum over j != m of exp(z_j - z_m). No sum below has terms of both signs, and
-    # only the maximum ever needs the sum without itself: any other token has p <= 1/2.
+    # only the maximum needs the sum without itself: any other token has p <= 1/2.
     z = z - z.gather(-1, maxima)
     log_odds_rest = _logsumexp_without(z, maxima)
     odds_rest = log_odds_rest.exp()
@@ -124,15 +124,15 @@ def _logsumexp_without(z: Tensor, excluded: Tensor) -> Tensor:
     rest = z.scatter(-1, excluded, NEG_INF)
     top = rest.detach().amax(-1, keepdim=True)
     alone = top == NEG_INF
-    # The gradient of a logsumexp over nothing but -inf is NaN: sum zeros there instead. That of
-    # one over numbers around -1000 has lost three digits: let the largest be 0.
+    # The gradient of a logsumexp over only -inf is NaN: sum zeros there instead. Over numbers
+    # around -1000 it loses three digits: shift the largest to 0.
     rest = (rest - top).masked_fill(alone, 0.0)
     return (rest.logsumexp(-1, keepdim=True) + top).squeeze(-1)
 
 
 def _largest(z: Tensor, k: int) -> Tensor:
     """Columns `[T, k]` of the k largest entries, descending, the lowest column first among equal
-    ones (`topk` leaves those to chance); -1 where no finite entry is left."""
+    ones (whose order is arbitrary in `topk`); -1 where no finite entry is left."""
     rest, columns = z.clone(), []
     for _ in range(k):
         column = rest.argmax(-1, keepdim=True)

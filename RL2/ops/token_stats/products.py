@@ -1,8 +1,8 @@
 """The four matrix products of a head: half-precision operands, fp32 results.
 
-Logits rounded to bf16 would cost 0.1 in log(1 - p), so they are accumulated and stored in fp32
-whatever the operands. Their gradients may be rounded to bf16 with bf16 operands: each is then wrong
-by a relative 2^-9 of its own, and sums over thousands of them by far less.
+Logits rounded to bf16 would cause errors of 0.1 in log(1 - p), so they are accumulated and stored
+in fp32 whatever the operands. Their gradients may be rounded to bf16 with bf16 operands: each then
+has an independent relative error of 2^-9, and sums over thousands of them a much smaller one.
 """
 
 import torch
@@ -20,7 +20,7 @@ def half_operands(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def logits_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The type of the operands of the logits; those on CUDA may be half with an fp32 result."""
+    """The type of the operands of the logits; on CUDA they may be half with an fp32 result."""
     return hidden.dtype if hidden.is_cuda and half_operands(hidden, weight) else dtype
 
 
@@ -34,15 +34,15 @@ def gradient_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.
 
 
 def rounds_to_half(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether products of gradients come out in half precision, as torch makes them on CPU."""
+    """Whether products of gradients have a half-precision result, as in torch on CPU."""
     return not hidden.is_cuda and gradient_dtype(hidden, weight, torch.float32) in _HALF
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor, onednn: bool = False) -> None:
     """out = a @ b, accumulated in fp32 and stored in the type of `out`.
 
-    onednn: multiply with it where it is faster (see `RL2.ops.fp32`). A row or column that is alone
-    is rounded as it would be among others.
+    onednn: multiply with oneDNN if it is faster (see `RL2.ops.fp32`). A single row or column is
+    rounded as it would be among others.
     """
     if onednn and fp32.multiplies(a, b, out):
         several = fp32.product(_at_least_two(a), _at_least_two(b.T).T)

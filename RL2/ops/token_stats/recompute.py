@@ -1,7 +1,7 @@
-"""Statistics with gradients whose backward pass computes the logits again.
+"""Statistics with gradients whose backward pass recomputes the logits.
 
-Six numbers per token are kept. There are four matrix products, and the statistics may go into any
-function.
+Six numbers per token are kept. There are four matrix products, and any function may use the
+statistics.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,9 +39,9 @@ def tiled_token_stats(
     tiling: Tiling | None = None,
     shard: VocabularyShard | None = None,
 ) -> TokenStats:
-    """`linear_token_stats` without logits; the logits are computed again for the gradients.
+    """`linear_token_stats` without stored logits, which are recomputed for the gradients.
 
-    Without gradients (`torch.no_grad`, or nothing that requires one) nothing is kept for a
+    Without gradients (`torch.no_grad`, or no input that requires one) nothing is kept for a
     backward pass.
     """
     head = tiled_head(
@@ -59,7 +59,7 @@ class _Statistics(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, head: TiledHead, wanted: tuple[str, ...]):
         values, seen = sweep_statistics(head, wanted)
         ctx.save_for_backward(hidden, weight, bias, seen.state, seen.top_z, seen.top_index)
-        # Without its tensors, which autograd watches over (and FSDP frees and gathers again).
+        # Without its tensors, which autograd keeps (and FSDP frees and gathers again).
         ctx.head = replace(head, hidden=None, weight=None, bias=None)
         ctx.wanted = wanted
         if "ranks" in values:

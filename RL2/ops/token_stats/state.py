@@ -1,7 +1,7 @@
 """Six numbers per token from which every statistic and every gradient follows.
 
-A *state* is a tensor `[6, T]`: what has been seen of each token's row of `z = logits /
-temperature` so far.
+A *state* is a tensor `[6, T]`, a summary of the columns seen so far of each token's row of
+`z = logits / temperature`.
 
     0 top     max z                                          -inf before anything was seen
     1 index   its column, the lowest one of equal maxima     -1 before anything was seen
@@ -10,12 +10,12 @@ temperature` so far.
     4 moment  U = the same sum, of exp(z_j - second) (z_j - second)
     5 chosen  z of the action                                -inf until its column was seen
 
-States of disjoint sets of columns merge exactly, so one state serves vocabulary tiles and the
-shards of a tensor-parallel group alike.
+States of disjoint sets of columns merge exactly, so the same state works for vocabulary tiles and
+for the shards of a tensor-parallel group.
 
-Why the maximum is kept apart: 1 - p can only be lost to rounding where p is near 1, so only for
-the maximum, and its 1 - p is the mass of all the others. Any other token has p <= 1/2. Relative to
-`second` that mass neither underflows (log(1 - p) = -1000 is fine) nor depends on the offset of the
+The maximum is kept separately because 1 - p can only be lost to rounding if p is near 1, so only
+for the maximum, and its 1 - p is the mass of all others. Any other token has p <= 1/2. Relative to
+`second` that mass neither underflows (log(1 - p) = -1000 works) nor depends on the offset of the
 logits.
 """
 
@@ -96,18 +96,18 @@ def statistics(state: Tensor, actions: Tensor) -> dict[str, Tensor]:
 def coefficients(
     state: Tensor, actions: Tensor, gradients: Mapping[str, Tensor], scale: float
 ) -> Tensor:
-    """What turns a tile of logits into their gradients: `[7, T]`, see `logit_gradients`.
+    """The coefficients that turn a tile of logits into gradients: `[7, T]`, see `logit_gradients`.
 
     Args:
-        state: `[6, T]` of the whole vocabulary.
-        gradients: of the objective with respect to statistics, `[T]` by name (`top_logps [T, K]`);
-            those that are missing are 0.
+        state: the state `[6, T]` of the whole vocabulary.
+        gradients: gradients of the objective with respect to the statistics, `[T]` by name
+            (`top_logps [T, K]`); missing ones are 0.
         scale: 1 / temperature.
 
     For a column j that is neither m nor a, every statistic's gradient is p_j times a number of the
     token, plus, for the entropy, p_j (z_j - top). As p_j = (1 - p_m) exp(z_j - second) / Q, that
-    is `exp(z_j - second) (slope_0 + slope_1 (z_j - top))`, which loses nothing to the offset of
-    the logits, nor where 1 - p_m underflows. The value at m is a closed form; at an action that is
+    is `exp(z_j - second) (slope_0 + slope_1 (z_j - top))`, which loses no precision to the offset
+    of the logits, nor if 1 - p_m underflows. The value at m is a closed form; at an action that is
     not m a number is added.
     """
     top, index, second, mass, _, _ = state
@@ -121,7 +121,7 @@ def coefficients(
     else:
         others = zero
 
-    alone = second == NEG_INF  # no other token is possible: nothing can move
+    alone = second == NEG_INF  # no other token is possible: no gradient
     is_top = index == actions
     p_m, p_a = values["max_logps"].exp(), values["logps"].exp()
     odds = (second - top + mass.log()).exp()

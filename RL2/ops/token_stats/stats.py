@@ -1,4 +1,4 @@
-"""What a token statistic is: names, container, argument checks."""
+"""Token statistics: names, container, argument checks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -14,10 +14,10 @@ NEG_INF = float("-inf")
 class TokenStats:
     """Statistics of T tokens, each `[T]` in fp32 (fp64 for fp64 inputs); None if not wanted.
 
-    Log-probabilities and entropy are in nats, at the temperature that was asked for. `ranks`
-    carries no gradient, counts from 1, and is a float like the others. `top_logps [T, K]` holds the
-    K largest log-probabilities in descending order, -inf where there are fewer tokens; which one
-    of several equal tokens gets a gradient is not defined.
+    Log-probabilities and entropy are in nats, at the given temperature. `ranks` has no gradient,
+    counts from 1, and is a float like the others. `top_logps [T, K]` holds the K largest
+    log-probabilities in descending order, -inf if there are fewer tokens; which one of several
+    equal tokens gets a gradient is not defined.
     """
 
     logps: Tensor | None = None
@@ -59,7 +59,7 @@ class VocabularyShard(Protocol):
 
     start: int
     columns: int
-    widest: int  # the largest `columns` of all ranks, so that all cut the tokens alike
+    widest: int  # the largest `columns` of all ranks, so that all split the tokens in the same way
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """`[n_ranks, *tensor.shape]`, in the order of `start`."""
@@ -73,7 +73,7 @@ class VocabularyShard(Protocol):
 def check_arguments(
     logits: Tensor, actions: Tensor, temperature: float, wanted: Sequence[str], top_k: int = 0
 ) -> None:
-    """Raises ValueError for what `token_stats` cannot take."""
+    """Raise ValueError for invalid arguments of `token_stats`."""
     if logits.dim() != 2 or logits.shape[1] == 0 or actions.shape != logits.shape[:1]:
         raise ValueError(
             f"logits {tuple(logits.shape)} and actions {tuple(actions.shape)}: "
@@ -91,7 +91,7 @@ def check_head(
     top_k: int = 0,
     shard: VocabularyShard | None = None,
 ) -> None:
-    """Raises ValueError for what `linear_token_stats` cannot take."""
+    """Raise ValueError for invalid arguments of `linear_token_stats`."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}: "
@@ -114,7 +114,7 @@ def _check_request(temperature: float, wanted: Sequence[str], top_k: int) -> Non
         raise ValueError(f"temperature={temperature}: must be positive")
     unknown = [name for name in wanted if name not in STATISTICS]
     if isinstance(wanted, str) or unknown:
-        raise ValueError(f"wanted={wanted!r}: expected a list of names out of {STATISTICS}")
+        raise ValueError(f"wanted={wanted!r}: expected a list of names from {STATISTICS}")
     if "top_logps" in wanted and top_k < 1:
         raise ValueError(f"top_k={top_k}: top_logps needs at least 1")
 

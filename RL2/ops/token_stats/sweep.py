@@ -1,4 +1,4 @@
-"""Values of the statistics: one pass over the vocabulary, two where ranks are wanted."""
+"""Values of the statistics: one pass over the vocabulary, two if ranks are wanted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from RL2.ops.token_stats.tiling import TiledHead, tiles_of_logits
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep over the vocabulary leaves: the state, and the `top_k` largest z of a row.
+    """The result of a sweep over the vocabulary: the state, and the `top_k` largest z of a row.
 
     `top_index [T, K]` are columns of the whole vocabulary, -1 for padding. The first is the
-    state's index also in a tie.
+    state's index, even in a tie.
     """
 
     state: Tensor
@@ -81,9 +81,9 @@ def _merge_top(
 def _ranks(head: TiledHead, state: Tensor, kept: Sequence[Tensor] | None = None) -> Tensor:
     """1 + the number of larger logits, `[T]`.
 
-    Which logits are larger is only known once the action's is, so without `kept` logits this is a
-    second pass. It makes the very products of the first one: others would round differently, and a
-    token could outrank its equal.
+    It needs the action's logit first, so without `kept` logits this is a second pass. It computes
+    exactly the products of the first one: others would round differently, and a token could outrank
+    its equal.
     """
     chosen = state[5].unsqueeze(-1)
     above = torch.zeros_like(state[0])
@@ -98,8 +98,8 @@ def sweep_statistics(
     head: TiledHead, wanted: Sequence[str], kept: Sequence[Tensor] | None = None
 ) -> tuple[dict[str, Tensor], SweepResult]:
     with torch.no_grad(), torch.autocast(head.hidden.device.type, enabled=False):
-        # Ranks and top_logps compare logits with each other, so all have to come from one
-        # kind of product.
+        # Ranks and top_logps compare logits with each other, so all must come from one kind of
+        # product.
         fused = head.kernels.fused_state is not None and kept is None and not head.top_k
         halves = half_operands(head.hidden, head.weight)
         seen = _sweep(head, kept, fused and halves and "ranks" not in wanted)

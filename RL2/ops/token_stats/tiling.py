@@ -16,13 +16,13 @@ from RL2.ops.token_stats.stats import VocabularyShard, check_head, statistics_dt
 class Tiling:
     """How much of `[T, V]` exists at a time.
 
-    columns: of the vocabulary, the width of a tile.
-    rows: tokens whose tile is multiplied and read in one go; on CPU it then stays in the cache.
+    columns: width of a tile, in columns of the vocabulary.
+    rows: tokens whose tile is multiplied and read at a time; on CPU it then stays in the cache.
     kept: `tiled_token_loss` keeps the logits of as many tokens as fill `[T, kept]`.
-    fewest: where those are fewer than this, their products are slow, and it recomputes instead.
+    fewest: with fewer such tokens their products are slow, and it recomputes the logits instead.
 
-    The working memory, beyond the gradients themselves, is `[T, columns]` numbers for the one way
-    and `[T, kept]` for the other.
+    The working memory, besides the gradients themselves, is `[T, columns]` numbers if logits are
+    recomputed, and `[T, kept]` otherwise.
     """
 
     columns: int = 4096
@@ -41,8 +41,8 @@ TILINGS: dict[str, Tiling] = {
 
 @dataclass(frozen=True)
 class TiledHead:
-    """One call's arguments: T tokens and the columns that this rank has. onednn: multiply with it;
-    so do parts of a call that has enough to multiply."""
+    """One call's arguments: T tokens and the columns that this rank has. onednn: multiply with
+    oneDNN; decided by the size of the whole call, for parts of it too."""
 
     hidden: Tensor
     weight: Tensor
@@ -78,7 +78,7 @@ class TiledHead:
             yield slice(a, min(a + self.tiling.rows, len(self.hidden)))
 
     def take(self, rows: slice | Tensor) -> "TiledHead":
-        """The same for some of the tokens."""
+        """The same head for some of the tokens."""
         return replace(self, hidden=self.hidden[rows], actions=self.actions[rows])
 
     def scratch(self, n_rows: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -87,7 +87,7 @@ class TiledHead:
         return self.hidden.new_empty(n_rows * width, dtype=dtype or self.dtype)
 
     def operand(self, x: Tensor) -> Tensor:
-        """Hidden states or weight as `logits` takes them."""
+        """Hidden states or weight in the dtype for `logits`."""
         return x.to(logits_dtype(self.hidden, self.weight, self.dtype))
 
     def logits(self, out: Tensor, hidden: Tensor, weight: Tensor, tile: slice) -> None:
@@ -122,8 +122,8 @@ def tiles_of_logits(
 ) -> Iterator[tuple[slice, int, Tensor]]:
     """Yield `(rows, first column in the whole vocabulary, logits [R, n])`, tile by tile.
 
-    Logits are computed into a buffer that the next ones overwrite, or with `fill` into `kept`
-    (a `[T, n]` buffer per tile), or are read from there.
+    Logits are computed into a buffer that the next ones overwrite. With `kept`, a `[T, n]` buffer
+    per tile, they are read from there, or with `fill` computed into it.
     """
     scratch = head.scratch(min(head.tiling.rows, len(head.hidden))) if kept is None else None
     compute = kept is None or fill

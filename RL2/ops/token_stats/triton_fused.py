@@ -1,4 +1,4 @@
-"""The forward pass as one Triton kernel: it makes the logits in registers and stores none.
+"""The forward pass as one Triton kernel: it computes the logits in registers and stores none.
 
 The module needs triton: import it only where it is used.
 """
@@ -64,14 +64,14 @@ def _fused_state_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One program a block of tokens and split of the vocabulary, into `states[split]`.
+    """One program per block of tokens and split of the vocabulary, into `states[split]`.
 
-    Programs that run together share a split, so that one of them brings its weights to the cache.
+    Programs that run together share a split, so that its weights are loaded into the cache once.
     """
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     split = tl.program_id(1)
     inside = rows < n_tokens
-    # What lies beyond the last row and column repeats it, so that only H needs masked loads.
+    # Rows and columns beyond the last repeat it, so that only H needs masked loads.
     row = tl.minimum(rows, n_tokens - 1).to(tl.int64)
     action = tl.load(actions + row) - start
     scale = tl.full((), scale, tl.float32)
@@ -142,7 +142,7 @@ def _merge_splits_kernel(states, n_splits, n_tokens, ENTROPY: tl.constexpr, BLOC
 
 
 def _configs(*shapes: tuple[int, int, int, int, int]) -> list[triton.Config]:
-    """Of (tokens, columns, hidden, warps, stages)."""
+    """Configs from (tokens, columns, hidden, warps, stages)."""
     return [
         triton.Config(
             {"BLOCK_T": tokens, "BLOCK_V": columns, "BLOCK_H": hidden},
@@ -159,14 +159,14 @@ _CONFIGS = {
     torch.float16: _HALF,
     torch.float32: _configs((64, 64, 32, 4, 3), (128, 64, 32, 8, 3)),  # no tensor cores
 }
-if triton.knobs.runtime.interpret:  # cannot time, and multiplies bf16 as if it were integers
+if triton.knobs.runtime.interpret:  # it cannot time, and multiplies bf16 as integers
     del _CONFIGS[torch.bfloat16]
     _CONFIGS = {dtype: configs[:1] for dtype, configs in _CONFIGS.items()}
 _FUSED = {
     dtype: triton.autotune(configs, key=["n_hidden", "n_columns"])(_fused_state_kernel)
     for dtype, configs in _CONFIGS.items()
 }
-# Columns of a split are a multiple of every BLOCK_V.
+# The columns of a split are a multiple of every BLOCK_V.
 _SPLIT = 256
 
 
@@ -179,10 +179,10 @@ def fused_state(
     scale: float,
     entropy: bool,
 ) -> Tensor:
-    """The state `[6, T]` of `hidden @ weight.T + bias`, of which not even a tile is stored.
+    """The state `[6, T]` of `hidden @ weight.T + bias`, without storing even a tile of it.
 
     Args:
-        hidden: `[T, H]` in bf16, fp16 or fp32; sums are fp32, and so is the product of fp32.
+        hidden: `[T, H]` in bf16, fp16 or fp32; sums are fp32, and so are products of fp32.
         weight: `[V, H]` of the same dtype: columns start, start + 1, … of the vocabulary.
         bias: `[V]` or None.
         actions, start, scale, entropy: as for `update_state`.
@@ -229,7 +229,7 @@ def fused_state(
 
 
 def _columns_per_split(n_tokens: int, n_columns: int, device: torch.device) -> int:
-    """Splits for about four programs a multiprocessor, so that the last wave costs little."""
+    """Splits for about four programs per multiprocessor, so that the last wave costs little."""
     if device.type == "cuda":
         programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count
     else:

@@ -1,6 +1,6 @@
 """The tile kernels of `RL2.ops.token_stats.kernels` in Triton: each reads a tile of logits once.
 
-States are those of `RL2.ops.token_stats.state`. Of the arithmetic, `triton_fused` included:
+States are those of `RL2.ops.token_stats.state`. Rules for the arithmetic, also in `triton_fused`:
 
 * No exponent is positive: nothing is summed before the `second` it is relative to is known.
 * -inf (a masked column, or a maximum before the first one) is never subtracted from -inf: it adds
@@ -19,7 +19,7 @@ from torch import Tensor
 from RL2.ops.token_stats.state import LOWEST
 from RL2.ops.token_stats.stats import NEG_INF
 
-BLOCK = 2048  # columns that a program takes at a time
+BLOCK = 2048  # columns that a program processes at a time
 OPTIONS = {"enable_fp_fusion": False}  # no a * b - c in one rounding
 
 MINUS_INF = tl.constexpr(NEG_INF)
@@ -47,7 +47,7 @@ def finite(second):
 
 @triton.jit
 def second_of_both(top_l, second_l, top_h, second_h):
-    """The losing maximum is from now on one of the others."""
+    """The smaller maximum becomes one of the other columns."""
     return tl.maximum(tl.maximum(second_l, second_h), tl.minimum(top_l, top_h))
 
 
@@ -87,7 +87,7 @@ def _update_state_kernel(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row."""
+    """One program per row."""
     row = tl.program_id(0).to(tl.int64)
     state += row * state_row_stride
     logits += row * logits_stride
@@ -98,14 +98,14 @@ def _update_state_kernel(
     inside = (column >= 0) & (column < n)
     chosen = tl.maximum(chosen, tl.load(logits + column, mask=inside, other=MINUS_INF) * scale)
 
-    # Sums of this tile, one a lane: per block only its maximum is reduced over the lanes.
+    # Sums of this tile, one per lane: in each block only the maximum is reduced over the lanes.
     masses = tl.zeros((BLOCK,), top.dtype)
     moments = tl.zeros((BLOCK,), top.dtype)
     for offset in range(0, n, BLOCK):
         columns = offset + tl.arange(0, BLOCK)
         z = tl.load(logits + columns, mask=columns < n, other=MINUS_INF) * scale
         block_top = tl.max(z, 0)
-        # Rare but for the first blocks: most of a vocabulary lies below the two largest so far.
+        # Rare after the first blocks: most of a vocabulary is below the two largest so far.
         if block_top > second:
             block_index = tl.min(tl.where(z == block_top, columns, n), 0)
             others = tl.where(columns == block_index, MINUS_INF, z)
@@ -147,7 +147,7 @@ def _logit_gradients_kernel(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row and block of columns; each element is read and written by one lane."""
+    """One program per row and block of columns; each element is read and written by one lane."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n

@@ -48,13 +48,13 @@ def test_paths_that_are_no_files(message, workdir):
     for path in ("x" * 300, "~nobody-of-this-name/x.py"):
         assert "no such file" in message("spo", f"rollout.env_path='{path}'")
     text = message("spo", "rollout.engine=vllm", "rollout.server_python=/")
-    assert text.startswith("rollout.server_python=/: no executable file")
+    assert text.startswith("rollout.server_python=/: not an executable file")
 
 
 @pytest.mark.parametrize("separator", ["\\n", "a\\tb", "\\r\\n"])
 def test_a_line_break_that_the_shell_did_not_make(message, separator):
     text = message("sft", f"data.separator='{separator}'")
-    assert text.startswith(f"data.separator={separator}: holds a backslash and a letter")
+    assert text.startswith(f"data.separator={separator}: has a backslash and a letter")
     assert text.endswith("""in bash, write one as $'data.separator="\\n"'""")
 
 

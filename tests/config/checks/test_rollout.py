@@ -26,7 +26,7 @@ def test_servers(message, composed, workdir):
         assert text.startswith(override.partition("=")[0])
         assert "has no effect with rollout.server_url" in text
     text = message("spo", "rollout.engine=vllm", "rollout.server_python=nowhere/python")
-    assert text.startswith("rollout.server_python=nowhere/python: no executable file")
+    assert text.startswith("rollout.server_python=nowhere/python: not an executable file")
     (workdir / "python").touch(mode=0o755)
     validate(composed("spo", "rollout.engine=vllm", "rollout.server_python=python"), 1)
     text = message("spo", "rollout.engine=vllm", "rollout.weights_dir=python")

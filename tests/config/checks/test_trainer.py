@@ -56,7 +56,7 @@ def test_trainer(message, composed, workdir):
         assert text.startswith("trainer.save_dir=") and "cannot be a folder" in text
     for project in ("''", "a/b", "x" * 129):
         text = message("spo", f"trainer.project={project}")
-        assert "no name that wandb takes" in text and "trainer.use_wandb=false" in text
+        assert "not a name that wandb accepts" in text and "trainer.use_wandb=false" in text
     validate(composed("spo", "trainer.project=a/b", "trainer.use_wandb=false"), 1)
     validate(composed("spo", "trainer.project=a/b", "trainer.trackers=[mlflow]"), 1)
     assert "is a file" in message("sft", "trainer.save_dir=env.py")
@@ -64,6 +64,6 @@ def test_trainer(message, composed, workdir):
     assert text.startswith("trainer.load_ckpt_from=ckpts/nothing: no such folder")
     validate(composed("sft", "trainer.load_ckpt_from=latest"), 1)
     (workdir / "step10").mkdir()
-    assert "is no checkpoint" in message("sft", "trainer.load_ckpt_from=step10")
+    assert "is not a checkpoint" in message("sft", "trainer.load_ckpt_from=step10")
     (workdir / "step10" / "manifest.json").touch()
     validate(composed("sft", "trainer.load_ckpt_from=step10"), 1)

@@ -58,14 +58,14 @@ def test_what_is_left_of_an_epoch_is_said_once(tmp_path, tiny_tokenizer, caplog)
     with caplog.at_level("INFO", logger="RL2"):
         source(tmp_path, 10, 4, tiny_tokenizer)
     assert caplog.messages == [
-        "data.batch_size=4: the last step of each epoch takes the 2 rows that are left of 10"
+        "data.batch_size=4: the last step of each epoch takes the remaining 2 of 10 rows"
     ]
     caplog.clear()
     with caplog.at_level("INFO", logger="RL2"):
         source(tmp_path, 3, 128, tiny_tokenizer)
         source(tmp_path, 8, 4, tiny_tokenizer)
     assert caplog.messages == [
-        "data.batch_size=128: the data set has only 3 rows, which each step takes"
+        "data.batch_size=128: the data set has only 3 rows, so each step takes all of them"
     ]
 
 

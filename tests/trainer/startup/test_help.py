@@ -42,7 +42,9 @@ def test_a_trainer_says_what_it_is():
     assert "max-target KL on correct samples" in text.partition("Keys and their defaults")[0]
     default, explanation = entries(text)["actor.avg_level"]
     assert default == "sequence"
-    assert explanation.startswith("what divides the loss: token (all action tokens) | sequence")
+    assert explanation.startswith(
+        "what the summed loss is divided by: token (all action tokens) | sequence"
+    )
     assert entries(help_text("spo_0p5"))["actor.loss.name"][0] == "fixed_target_kl"
     assert entries(help_text("ppo"))["actor.lr"][0] == "1e-6"
 
