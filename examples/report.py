@@ -1,10 +1,9 @@
-"""What became of one or several runs: a table on the terminal and a picture.
+"""The results of one or several runs: a table on the terminal and a picture.
 
     python examples/report.py runs/quickstart/spo [runs/quickstart/ppo …] --png curves.png
 
-Works for supervised runs as well. Reads each run's `metrics.jsonl` and its dumps of the test set. A
-gain is given with its standard error over the test problems, both evaluations being paired problem
-by problem.
+Also works for supervised runs. Reads each run's `metrics.jsonl` and its dumps of the test set. A gain
+is given with its standard error over the test problems; the two evaluations are paired by problem.
 """
 
 import argparse
@@ -27,10 +26,10 @@ TITLES = {
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Rows of a run; ends with one line where the folder is not a run's."""
+    """Rows of a run; ends with one line if the folder is not a run's."""
     path = run / "metrics.jsonl"
     try:
-        # The last line may be half there: of a step that is being written, or of a killed run.
+        # The last line may be incomplete: a step that is being written, or a killed run.
         lines = path.read_text().rpartition("\n")[0].splitlines()
         rows = [json.loads(line) for line in lines]
     except OSError as error:
@@ -43,7 +42,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def labels(runs: list[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
+    """The shortest ends of the paths that distinguish the runs."""
     parts = [run.resolve().parts for run in runs]
     for n in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-n:]) for part in parts]
@@ -58,14 +57,14 @@ def series(rows: list[dict[str, float]], name: str) -> tuple[list[int], list[flo
 
 
 def test_scores(run: Path, step: int) -> list[float]:
-    """Scores of the test problems; none where the run did not dump its rollouts."""
+    """Scores of the test problems; none if the run did not dump its rollouts."""
     dump = run / "rollouts" / f"step{step:06d}_test.jsonl"
     lines = dump.read_text().splitlines() if dump.exists() else []
     return [json.loads(line)["score"] for line in lines]
 
 
 def paired_error(before: list[float], after: list[float]) -> float:
-    """Standard error of the mean difference; NaN where two problems do not carry one."""
+    """Standard error of the mean difference; NaN for too few problems."""
     differences = [b - a for a, b in zip(before, after, strict=True)]
     if len(differences) < 2:
         return math.nan
@@ -73,7 +72,7 @@ def paired_error(before: list[float], after: list[float]) -> float:
 
 
 def change(values: list[float], digits: int) -> str:
-    """First and last value; a dash where there is none (no evaluation, every step skipped)."""
+    """First and last value; a dash if there is none (no evaluation, every step skipped)."""
     return f"{values[0]:.{digits}f} → {values[-1]:.{digits}f}" if values else "–"
 
 
@@ -100,7 +99,7 @@ def summary(label: str, run: Path) -> dict[str, str]:
 
 
 def without_empty_columns(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Of supervised runs alone, only what they have."""
+    """Only the columns that supervised runs have, if there are no others."""
     filled = [name for name in rows[0] if any(row[name] != "–" for row in rows)]
     return [{name: row[name] for name in filled} for row in rows]
 
@@ -163,12 +162,12 @@ def draw(names: list[str], runs: list[Path], png: Path) -> None:
     try:
         png.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(png, dpi=130)
-    except (OSError, ValueError) as error:  # no such folder can be, no such kind of picture
+    except (OSError, ValueError) as error:  # invalid folder, unknown kind of picture
         sys.exit(readable(f"report: --png {png}: cannot be written ({error})"))
 
 
 def readable(text: str) -> str:
-    """What a terminal would obey, in the name of a folder, as an escape."""
+    """Escape control characters in the name of a folder."""
     from RL2.runtime import secrets  # --help needs nothing installed
 
     return secrets.readable(text)
@@ -204,5 +203,5 @@ if __name__ == "__main__":
     given = arguments()
     from RL2.runtime.streams import keep_streams  # --help needs nothing installed
 
-    keep_streams()  # nobody may read the table; the picture is drawn all the same
+    keep_streams()  # draw the picture even if the table's reader is gone
     main(given)

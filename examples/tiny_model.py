@@ -4,8 +4,8 @@
 
 `--data` takes what `data.path` of `RL2.trainer.sft` takes, with rows in GSM8K's form. The tokenizer
 is a byte-level BPE trained on the prompts as RL2 renders them (so that the chat template and the
-instruction, which are in every prompt, cost few tokens) and on the worked answers. Both are written
-as one folder for `actor.model_name`. Everything follows from the data and the seed.
+instruction, which are in every prompt, take few tokens) and on the worked answers. Both are written
+to one folder for `actor.model_name`. The result depends only on the data and the seed.
 """
 
 import argparse
@@ -42,7 +42,7 @@ BYTES = pre_tokenizers.ByteLevel.alphabet()
 
 
 def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers knows it, with our special tokens and chat template."""
+    """The tokenizer for transformers, with its special tokens and chat template."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, chat_template=CHAT_TEMPLATE
     )
@@ -83,7 +83,7 @@ def build_tokenizer(rows: Rows, vocab_size: int) -> PreTrainedTokenizerFast:
 def build_model(
     tokenizer: PreTrainedTokenizerFast, width: int, layers: int, seed: int
 ) -> PreTrainedModel:
-    """A Qwen3 with random weights. width: of the hidden states, a multiple of 8."""
+    """A Qwen3 with random weights. width: size of the hidden states, a multiple of 8."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -124,7 +124,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    disable_progress_bar()  # of saving, which takes no time
+    disable_progress_bar()  # for saving, which takes no time
     try:
         tokenizer = build_tokenizer(load_rows(args.data, "data"), args.vocab)
     except RL2Error as error:

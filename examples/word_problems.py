@@ -1,4 +1,4 @@
-"""Write what the quickstart trains on: word problems in GSM8K's form.
+"""Write the quickstart's data: word problems in GSM8K's form.
 
     python examples/word_problems.py --out runs/quickstart --seed 0
 
@@ -8,8 +8,8 @@ makes, under `--out`:
     data/train.jsonl     other problems, for rollouts
     data/test.jsonl      1,024 problems that occur in neither
 
-Rows have GSM8K's form: `question`, a worked `answer`, and the number after `####`. Everything
-follows from the seed. Left out: distractors, units, fractions, problems of several steps.
+Rows have GSM8K's form: `question`, a worked `answer`, and the number after `####`. The result
+depends only on the seed. Left out: distractors, units, fractions, problems with several steps.
 """
 
 import argparse
@@ -23,11 +23,11 @@ ITEMS = "apples books cards coins eggs kites marbles pens shells stamps".split()
 
 
 def problem(rng: random.Random) -> dict[str, str]:
-    """One problem of one step, a gain or a loss, worked as a sum.
+    """One problem with one step, a gain or a loss, worked as a sum.
 
-    The step's result stands after `####` only. Written out before, it is a token that may be
-    wrong while the answer is right, for a model can look at the question again; a reward that
-    sees the answer alone then teaches the mistake (12 % of the correct samples, in a trial).
+    The step's result is only after `####`. If it were also written before, that token could be
+    wrong while the answer is right, as a model can look at the question again; a reward that only
+    sees the answer would then teach the mistake (12 % of the correct samples, in a trial).
     """
     name, friend = rng.sample(NAMES, 2)
     items = rng.choice(ITEMS)
