@@ -2,8 +2,9 @@
 
     python examples/report.py runs/quickstart/spo [runs/quickstart/ppo …] --png curves.png
 
-Also works for supervised runs. Reads each run's `metrics.jsonl` and its dumps of the test set. A gain
-is given with its standard error over the test problems; the two evaluations are paired by problem.
+Also works for supervised runs. Reads each run's `metrics.jsonl` and its dumps of the test set. A
+gain is given with its standard error over the test problems; the two evaluations are paired by
+problem.
 """
 
 import argparse

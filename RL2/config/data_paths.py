@@ -48,7 +48,7 @@ _CARD = re.compile(r"\A---\n.*?^(configs|dataset_info):.*?^---$", re.DOTALL | re
 
 @dataclass(frozen=True)
 class DataPath:
-    """What a path stands for.
+    """The split, name and files that a path means.
 
     files: the files in reading order; empty if `datasets` is to load `split@name`.
     """
@@ -131,7 +131,7 @@ def is_described(name: str) -> bool:
 
 
 def data_files(split: str | None, name: str, key: str) -> list[str]:
-    """The files that a local name stands for, in the order in which they are read.
+    """The files that a local name means, in reading order.
 
     Args:
         split: the split from `split_data_path`, which selects files of a folder.

@@ -34,7 +34,7 @@ class Layout:
 def build_mesh(device_type: str, ddp_size: int, tp_size: int = 1) -> DeviceMesh:
     """Mesh `(ddp, fsdp, tp)` over all ranks: replicas of a model outside, shards of it inside.
 
-    A model is sharded over sequence-parallel and data-parallel ranks alike: both see different
+    A model is sharded over both sequence-parallel and data-parallel ranks: they see different
     tokens, whose gradients are summed. The product of the sizes must divide the world size, which
     `RL2.config.validate` has checked before.
     """

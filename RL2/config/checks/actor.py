@@ -52,8 +52,8 @@ def check_lora(actor: DictConfig) -> None:
         )
     if len(names) > 1 and "all-linear" in names:
         raise ConfigError(
-            f"actor.lora.target_modules={lora.target_modules}: all-linear stands alone; leave out "
-            "that or the others"
+            f"actor.lora.target_modules={lora.target_modules}: all-linear must be the only name; "
+            "leave out that or the others"
         )
     if lora.dropout > 0 and actor.tp_size > 1:
         raise ConfigError(

@@ -142,7 +142,9 @@ class RLTrainerConfig(TrainerConfig):
         False,
         "evaluations also sample the test set with train_sampling_params (test/sampled_score)",
     )
-    keep_best: bool = key(True, "keep the model with the best test/score, in addition to the last one")
+    keep_best: bool = key(
+        True, "keep the model with the best test/score, in addition to the last one"
+    )
     dump_rollouts: bool = key(True, "write each step's responses to rollouts/step*.jsonl")
     show_samples: int = key(
         2,

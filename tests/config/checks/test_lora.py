@@ -65,9 +65,9 @@ def test_targets_are_texts(message, value):
     assert text.startswith("actor.lora.target_modules=") and "[q_proj,v_proj]" in text
 
 
-def test_all_linear_stands_alone(message):
+def test_all_linear_is_the_only_name(message):
     text = message("sft", "actor.lora.rank=4", "actor.lora.target_modules=[q_proj,all-linear]")
-    assert "all-linear stands alone" in text
+    assert "all-linear must be the only name" in text
 
 
 def test_peft_has_to_be_there(composed):
