@@ -116,7 +116,7 @@ def section(name: str) -> str:
 def warm_up(folder) -> None:
     """The first steps of examples/quickstart.sh, without its installation."""
     text = (ROOT / "examples" / "quickstart.sh").read_text(encoding="utf-8")
-    steps = text.partition('echo "== 1.')[2].partition("# Sampling keeps")[0]
+    steps = text.partition('echo "== 1.')[2].partition("# Sampling is limited")[0]
     (folder / "steps.sh").write_text(
         f'set -euo pipefail\nout=runs/quickstart seed=0\necho "== 1.{steps}'
     )
