@@ -58,7 +58,7 @@ def watching(
         beats = 0
         while not done.is_set():
             beats += 1
-            # `listen` decides by silence alone, so errors do not matter here. The store may hang.
+            # Errors are ignored, as `listen` ends the run after a long silence. The store may hang.
             with suppress(dist.DistError, RuntimeError):
                 store.set(f"alive/{own}", str(beats))
                 signs = store.multi_get([f"alive/{rank}" for rank in others])
