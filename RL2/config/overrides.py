@@ -218,7 +218,8 @@ def _check_value(
     if is_dataclass(kind):
         raise ConfigError(f"{line}: {key} is a group; set one of its keys: {_keys_of(key, known)}")
     # omegaconf accepts any number as true
-    number = kind is bool and isinstance(value, (int, float)) and value not in (0, 1)
+    takes_bool = kind is bool or bool in typing.get_args(kind)
+    number = takes_bool and isinstance(value, (int, float)) and value not in (0, 1)
     if number or not _fits(typed, key, value):
         raise ConfigError(f"{line}: {_type_advice(key, kind, value)}")
 

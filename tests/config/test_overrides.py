@@ -164,7 +164,8 @@ def test_added_key_that_is_there():
 def test_lists_and_numbers_for_true():
     assert message("rollout.server_args=x").endswith("not a list of texts [one,two]")
     assert message("rollout.server_args=null").endswith("give a list of texts [one,two]")
-    assert message("trainer.use_wandb=2") == "trainer.use_wandb=2: not true or false"
+    assert message("trainer.use_wandb=2") == "trainer.use_wandb=2: not true or false or null"
+    assert message("trainer.async_save=2") == "trainer.async_save=2: not true or false"
 
 
 def test_overrides_of_a_users_own_file(tmp_path):

@@ -230,7 +230,8 @@ def test_an_external_server_gets_the_weights_and_stays(setup, tmp_path, monkeypa
 
 def servers_of(trainer: int) -> list[int]:
     """Processes of the servers themselves, which the guards started."""
-    guards = [p for p in children(trainer) if "/guard.py" in command_of(p)]
+    commands = {p: command_of(p) for p in children(trainer)}
+    guards = [p for p, line in commands.items() if "/guard.py" in line and "--control" not in line]
     return [child for guard in guards for child in children(guard)]
 
 
