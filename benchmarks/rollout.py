@@ -119,10 +119,11 @@ class OurEngine:
 
     def pids(self) -> list[int]:
         """Of its servers; none for the embedded engine."""
-        from RL2.runtime.guard import _descendants
+        from RL2.runtime.process_tree import descendants
 
-        guards = [m.process.pid for m in getattr(self.engine, "_members", ())]
-        return [pid for guard in guards for pid in [guard, *_descendants(guard)]]
+        pool = getattr(self.engine, "_pool", None)
+        guards = [member.process.pid for member in pool.members] if pool else []
+        return [pid for guard in guards for pid in [guard, *descendants(guard)]]
 
     def freeze(self) -> None:
         for pid in self.pids():
