@@ -162,9 +162,9 @@ class Checkpoints:
             if self.failed:
                 logger.error("%s", self._writing.exception())
 
-    def check(self, which: str, learners: tuple[str, ...] = contents.ACTOR_ALONE) -> None:
-        """Check `inputs`, the keys that may not change and the names of `learners` as `load` will,
-        before a model loads.
+    def check(self, which: str) -> None:
+        """Check `inputs` and the keys that may not change as `load` will, before a model loads.
+        (Only `load` knows the learners.)
 
         Raises:
             CheckpointError: one of them differs, or the checkpoint cannot be read.
@@ -172,7 +172,7 @@ class Checkpoints:
         key = f"trainer.load_ckpt_from={which}"
         for folder in self._candidates(which)[:1]:
             with suppress(manifest.Damaged):  # `load` tries the one before
-                use_on_all_ranks(lambda folder=folder: self._compare(folder, learners), key, folder)
+                use_on_all_ranks(lambda folder=folder: self._compare(folder), key, folder)
 
     def about(self, which: str | None) -> dict[str, Any]:
         """What the manifest of the checkpoint that `load` will take says about its run; empty if
@@ -190,7 +190,7 @@ class Checkpoints:
 
         return broadcast(use_on_all_ranks(listed, f"trainer.load_ckpt_from={which}", self.folder))
 
-    def _compare(self, folder: Path, learners: tuple[str, ...]) -> list[str]:
+    def _compare(self, folder: Path, learners: Learners | None = None) -> list[str]:
         content = manifest.read(folder)
         config = {name: entry for name, entry in content["files"].items() if name == resume.NAME}
         manifest.verify(folder, {"files": config})
@@ -199,7 +199,9 @@ class Checkpoints:
         if self.config is not None:
             lines = resume.compare(folder, self.config, self.inputs, about)
             lines += machine.changes(about, self.threads, self.machines)
-        resume.check_learners(folder, about.get("learners", contents.ACTOR_ALONE), learners)
+        if learners is not None:
+            saved = about.get("learners", contents.ACTOR_ALONE)
+            resume.check_learners(folder, saved, tuple(learners))
         return lines
 
     def load(self, which: str, learners: Learners, source: Any) -> dict[str, Any] | None:
@@ -229,7 +231,7 @@ class Checkpoints:
                 continue
 
             def restore(folder: Path = folder) -> tuple[list[str], dict[str, Any]]:
-                changes = self._compare(folder, tuple(learners))
+                changes = self._compare(folder, learners)
                 return changes, self._restore(folder, learners, source)
 
             changes, state = use_on_all_ranks(restore, key, folder)

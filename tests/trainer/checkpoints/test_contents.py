@@ -36,6 +36,7 @@ def save(model, batch, folder):
 
 def load(model, batch, folder):
     learners = two_learners(model)
+    Checkpoints(folder).check("latest")  # before the learners are made
     # in another order than they were saved
     Checkpoints(folder).load("latest", dict(reversed(learners.items())), NoData())
     loaded = {name: whole(learner) for name, learner in learners.items()}
