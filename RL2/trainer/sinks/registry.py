@@ -27,6 +27,11 @@ def check_trackers(config: DictConfig) -> None:
     """ConfigError for the first tracker whose package is not installed."""
     for name in trackers_of(config.trainer):
         sink = SINKS[name]
+        if lacking := [a for a in ("module", "install", "afterwards") if not hasattr(sink, a)]:
+            raise ConfigError(
+                f"trainer.trackers={config.trainer.trackers}: {sink.__name__} has no "
+                f"{', '.join(lacking)}, see RL2.trainer.sinks.sink.Sink"
+            )
         if find_spec(sink.module) is None:
             given = config.trainer.trackers
             key = "trainer.use_wandb=true" if given is None else f"trainer.trackers={given}"

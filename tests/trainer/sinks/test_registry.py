@@ -117,6 +117,12 @@ def test_a_my_sink_is_a_module_and_a_line(mine, tmp_path, caplog):
     assert [line for line in caplog.messages if "mine" in line] == ["mine: hello e"]
 
 
+def test_one_that_lacks_something_is_an_error_by_name(mine, monkeypatch):
+    monkeypatch.delattr(registry.SINKS["mine"], "module")
+    with pytest.raises(ConfigError, match="^trainer.trackers=.*: Mine has no module, see RL2"):
+        registry.check_trackers(config_of("run", "mine"))
+
+
 def test_the_sink_of_the_docs(tmp_path, monkeypatch):
     (tmp_path / "csv_sink.py").write_text(example("csv_sink.py"))
     monkeypatch.syspath_prepend(tmp_path)
