@@ -317,6 +317,11 @@ def check(completion: Completion) -> None:
     if lowest < -LARGEST or highest > _HIGHEST_LOGP:
         wrong = highest if highest > _HIGHEST_LOGP else lowest
         raise MalformedReply(f"the engine returned the log-probability {wrong:g}")
+    if completion.finish_reason not in ("stop", "length", "abort"):
+        raise MalformedReply(
+            f"the engine returned the finish reason {completion.finish_reason!r}, which is not "
+            "stop, length or abort"
+        )
     if not n and completion.finish_reason != "abort":
         raise MalformedReply(
             f"the engine returned no token and the finish reason {completion.finish_reason!r}"

@@ -249,6 +249,7 @@ def test_turns_that_add_up_to_more_than_a_float32_fail(make, caplog, rewards, sa
         (Completion([5], [3.5], "stop", [0]), "log-probability 3.5"),
         (Completion([], [], "stop", []), "no token"),
         (MalformedReply("server 1: the body is no JSON"), "no JSON"),
+        (Completion([5], [-1.0], "len", [0]), "the finish reason 'len', which is not stop, length"),
     ],
 )
 def test_a_reply_without_sense_trains_nothing(make, tmp_path, caplog, reply, said):
