@@ -1,5 +1,6 @@
 """Rows of a data set as they are."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -11,13 +12,25 @@ from RL2.datasets import Items, SFTDataset, collate, make_loader
 from RL2.datasets.end_of_turn import EndTokens
 from RL2.distributed import rank
 from RL2.distributed.comm import Batch
-from RL2.runtime.errors import ConfigError
+from RL2.runtime.errors import ConfigError, RL2Error, TrainingError, place
 from RL2.trainer.sources.source import Result, Source
 from RL2.trainer.sources.stream import PromptStream
 
 _ALWAYS = (
     "states", "actions", "action_mask", "lengths", "sample_ids", "group_ids", "correct",
 )  # fmt: skip
+
+
+def _misshapen(batch: Batch) -> str | None:
+    """What is wrong with the first field that has neither one value a row nor one a token."""
+    n_rows, n_tokens = batch["action_mask"].shape
+    for name, value in batch.items():
+        if value.shape not in ((n_rows,), (n_rows, n_tokens)):
+            return (
+                f"{name} of a batch has the shape {list(value.shape)}, expected [{n_rows}] or "
+                f"[{n_rows}, {n_tokens}], rows and tokens of action_mask"
+            )
+    return None
 
 
 class RowSource(Source):
@@ -41,10 +54,14 @@ class RowSource(Source):
         self.steps_per_epoch = len(loader)
         self.stream = PromptStream(self.data, loader)
         wanted = {*_ALWAYS, *self.brings(config)}
-        if missing := sorted(wanted - self.batch([self.data[0]]).keys()):
+        self.name = config.trainer.source
+        first = self.batch([self.data[0]])
+        if missing := sorted(wanted - first.keys()):
             raise ConfigError(
-                f"trainer.source={config.trainer.source}: its batches have no {', '.join(missing)}"
+                f"trainer.source={self.name}: its batches have no {', '.join(missing)}"
             )
+        if wrong := _misshapen(first):
+            raise ConfigError(f"trainer.source={self.name}: {wrong}")
 
     @classmethod
     def brings(cls, config: DictConfig) -> tuple[str, ...]:
@@ -66,7 +83,18 @@ class RowSource(Source):
         items = self.stream.draw_batch()
         if rank() != 0:
             return None, {}
-        batch = self.batch(items)
+        try:
+            batch = self.batch(items)
+        except RL2Error:
+            raise
+        except Exception as error:  # user code may raise anything
+            where = place(error, inspect.getfile(type(self)))
+            raise TrainingError(
+                f"trainer.source={self.name}: batch raised {type(error).__name__}: {error}"
+                + (f" ({where})" if where else "")
+            ) from error
+        if wrong := _misshapen(batch):
+            raise TrainingError(f"trainer.source={self.name}: {wrong}")
         n_actions = batch["action_mask"].sum().item()
         return batch, {"train/avg_response_length": n_actions / len(batch["states"])}
 

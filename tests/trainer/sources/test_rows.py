@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from RL2.datasets.end_of_turn import end_tokens
+from RL2.runtime.errors import RL2Error
 from RL2.trainer.sources.rows import RowSource
 from tests.faults.support import Run
 from tests.trainer.support import (
@@ -23,7 +24,7 @@ def source(folder, n_rows: int, batch_size: int, tokenizer) -> RowSource:
     rows = [{"prompt": "p", "response": chr(ord("A") + i)} for i in range(n_rows)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"path": str(folder / "rows.jsonl"), "batch_size": batch_size}
-    config = OmegaConf.create({"data": data, "trainer": {"seed": 3}})
+    config = OmegaConf.create({"data": data, "trainer": {"seed": 3, "source": "rows"}})
     return RowSource(config, tokenizer, end_tokens(tokenizer))
 
 
@@ -67,6 +68,24 @@ def test_what_is_left_of_an_epoch_is_said_once(tmp_path, tiny_tokenizer, caplog)
     assert caplog.messages == [
         "data.batch_size=128: the data set has only 3 rows, so each step takes all of them"
     ]
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        (lambda n: torch.zeros(2 * n), r"pair_ids of a batch has the shape \[2\], expected \[1\]"),
+        (lambda n: torch.zeros(n, 1, 1), r"pair_ids of a batch has the shape \[1, 1, 1\]"),
+        (lambda n: torch.zeros(n if n == 1 else 1), r"pair_ids of a batch has the shape \[1\]"),
+        (lambda n: torch.zeros(n) if n == 1 else 1 // 0, "batch raised ZeroDivisionError: "),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_one_line(tmp_path, tiny_tokenizer, monkeypatch, field, said):
+    make = RowSource.batch
+    monkeypatch.setattr(
+        RowSource, "batch", lambda self, items: make(self, items) | {"pair_ids": field(len(items))}
+    )
+    with pytest.raises(RL2Error, match=said):
+        source(tmp_path, 4, 4, tiny_tokenizer).collect(1, last=False)
 
 
 def test_a_last_step_of_one_row_on_two_processes(tmp_path):
