@@ -102,11 +102,12 @@ def import_function(import_path: str, origin: str, example: str = "my_loss.py:my
         found = [
             key
             for key, value in vars(module).items()
-            if inspect.isfunction(value) and value.__module__ == module.__name__
+            if (inspect.isfunction(value) or inspect.isclass(value))
+            and value.__module__ == module.__name__
         ]
         raise ConfigError(
-            f"{origin}: no function {name} in {location}; {did_you_mean(name, found)}"
-            f"it defines {', '.join(found) or 'no functions'}"
+            f"{origin}: no {name} in {location}; {did_you_mean(name, found)}"
+            f"it defines {', '.join(found) or 'no functions or classes'}"
         )
     return function
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -28,7 +29,7 @@ from RL2.rollout.samples import (
     start_sequence,
     without_echo,
 )
-from RL2.runtime.errors import EnvError
+from RL2.runtime.errors import EngineError, EnvError, RL2Error, place
 
 _LONG_TEXT = 2**16  # characters
 _HIGHEST_LOGP = 1.0  # 0, plus more than the rounding errors of engines in 16 bits
@@ -280,10 +281,10 @@ class Player:
             if n >= sampling.max_new_tokens:
                 return replace(written, finish_reason="length")
             async with gate.passing():
-                part = await self.engine.generate(
+                part = await self._generate(
                     prompt + written.token_ids,
                     replace(sampling, max_new_tokens=sampling.max_new_tokens - n),
-                    seed=stable_seed(*seed, n) if n else stable_seed(*seed),
+                    stable_seed(*seed, n) if n else stable_seed(*seed),
                 )
             check(part)
             written = join(written, part)
@@ -293,6 +294,19 @@ class Player:
             if gate.is_open:
                 break  # an abort that was not requested here
         return written
+
+    async def _generate(self, token_ids: list[int], sampling: SamplingParams, seed: int):
+        try:
+            return await self.engine.generate(token_ids, sampling, seed=seed)
+        except RL2Error:
+            raise
+        except Exception as error:  # of an engine of the user's own
+            kind = type(self.engine)
+            where = place(error, inspect.getfile(kind))
+            raise EngineError(
+                f"{kind.__name__}.generate raised {type(error).__name__}: {error}"
+                + (f" ({where})" if where else "")
+            ) from error
 
     async def _encode(self, text: str, continues: bool = False) -> list[int]:
         """The tokens of a text at the beginning of a sequence, or (`continues`) after another."""

@@ -712,9 +712,9 @@ def test_a_loss_in_a_module():
         (dict(import_path="late.py:f"), ["raised KeyError: 'a' (late.py:2); make it importable"]),
         (
             dict(import_path="my_loss.py:my_los"),
-            ["no function my_los in my_loss.py", "did you mean my_loss?", "it defines my_loss,"],
+            ["no my_los in my_loss.py", "did you mean my_loss?", "it defines Helper, my_loss,"],
         ),
-        (dict(import_path="my_loss.py:constant"), ["no function constant"]),
+        (dict(import_path="my_loss.py:constant"), ["no constant in"]),
         (dict(import_path="my_loss.py:my_loss"), ["option floor has no default"]),
         (dict(import_path="my_loss.py:mean"), ["losses of 3 tokens came back as []"]),
         (dict(import_path="my_loss.py:metric_of_wrong_shape"), ["p of 3 tokens came back as []"]),

@@ -50,7 +50,7 @@ def test_one_line_of_the_list_makes_it_an_engine_like_the_others(monkeypatch):
 
 FAULTS = {
     "no_file.py:make": "there is no file .*no_file.py",
-    "my_engine.py:mak": "no function mak in .*did you mean make",
+    "my_engine.py:mak": "no mak in .*did you mean make",
     "no_module:make": "importing no_module raised ModuleNotFoundError",
 }
 

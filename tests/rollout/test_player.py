@@ -24,7 +24,7 @@ from RL2.rollout.samples import (
     Turn,
     stable_seed,
 )
-from RL2.runtime.errors import EnvError
+from RL2.runtime.errors import EngineError, EnvError
 from tests.chat_templates import FAMILIES, KINDS, tokenizer_of
 from tests.faults.support import points
 from tests.prefix_tokenizers import PREFIX_TOKENIZERS
@@ -614,3 +614,17 @@ def test_what_the_environment_adds_begins_with_no_space_of_the_tokenizers_own(tm
     playing = player.play(sample, {"prompt": "2+2="}, SamplingParams(1.0, 1), Gate(1), train=True)
     asyncio.run(playing)
     assert sample.error is None and sample.sequences[0]["token_ids"] == whole
+
+
+class Breaks:
+    async def generate(self, token_ids, sampling, *, seed):
+        return 1 / 0
+
+
+def test_an_engine_that_raises_is_told_with_its_place(byte_tokenizer):
+    player = Player(Breaks(), None, byte_tokenizer, seed=0, max_turns=1, max_length=None)
+    with pytest.raises(EngineError) as caught:
+        asyncio.run(player._generate([1], SamplingParams(1.0, 4), 0))
+    assert str(caught.value).startswith(
+        "Breaks.generate raised ZeroDivisionError: division by zero (test_player.py:"
+    )

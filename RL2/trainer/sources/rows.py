@@ -44,6 +44,11 @@ class RowSource(Source):
 
     def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens):
         items = self.read(config.data, tokenizer, ends)
+        self.name = config.trainer.source
+        if not isinstance(items, (list, Dataset)):
+            raise ConfigError(
+                f"trainer.source={self.name}: read returned a {type(items).__name__}; return a list"
+            )
         self.data = Items(items) if isinstance(items, list) else items
         self.datasets, self.rows = {"data": self.data}, {"training rows": len(self.data)}
         self.end_ids = self.data.end_ids
@@ -54,7 +59,6 @@ class RowSource(Source):
         self.steps_per_epoch = len(loader)
         self.stream = PromptStream(self.data, loader)
         wanted = {*_ALWAYS, *self.brings(config)}
-        self.name = config.trainer.source
         first = self.batch([self.data[0]])
         if missing := sorted(wanted - first.keys()):
             raise ConfigError(

@@ -110,3 +110,9 @@ def test_a_last_step_of_one_row_on_two_processes(tmp_path):
     assert [row["step"] for row in resumed] == [4, 5, 6]
     assert [row["actor/loss"] for row in resumed] == [row["actor/loss"] for row in one[3:]]
     assert same_weights(weights(tmp_path / "more/final"), last)
+
+
+def test_what_is_read_is_a_list_or_a_data_set(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(RowSource, "read", lambda *_: ("a", "b"))
+    with pytest.raises(RL2Error, match="rows: read returned a tuple; return a list$"):
+        source(tmp_path, 1, 1, tiny_tokenizer)
