@@ -171,7 +171,7 @@ def test_what_an_import_raises_names_the_line(tmp_path, workers):
     [
         (f"{{{GOOD}, 'scroe': 1, 'info': 2}}", None),
         ("{'rewards': 1.0, 'score': 1.0, 'done': True}", "lacks reward; unknown keys: 'rewar"),
-        (f"{{{GOOD}, 'reward': None, 'rewards': 1}}", "reward=None is not a number; it has the un"),
+        (f"{{{GOOD}, 'reward': None, 'rewards': 1}}", "reward=None is not a number; unknown keys"),
         ("{'next': 'x', 'reward': 0, 'score': 0, 'done': False}", "next_state=None is not a str; "),
         ("0.5", "returned float, not a dict with reward, score, done"),
     ],
