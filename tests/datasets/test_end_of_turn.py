@@ -114,7 +114,7 @@ def test_an_end_that_the_model_does_not_have(tmp_path):
     LlamaConfig(vocab_size=258, eos_token_id=256).save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).vocab_size == 258 < len(tokenizer) == 259
     with pytest.raises(
-        ConfigError, match=r"a turn ends with <\|im_end\|>, which is token 258, and"
+        ConfigError, match=r"a turn ends with <\|im_end\|>, which is token 258, but"
     ):
         load_end_tokens(node, tokenizer)
     LlamaConfig(vocab_size=259, eos_token_id=256).save_pretrained(tmp_path)

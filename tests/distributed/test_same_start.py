@@ -31,7 +31,7 @@ def test_what_only_one_has():
 
 def test_a_value_that_is_hidden_or_too_long_to_show():
     one, other = ({"url": Fact("***", "start all alike", digest)} for digest in "xy")
-    line = "url: rank 0 on a has ***, rank 1 on a has another one; start all alike"
+    line = "url: rank 0 on a has ***, rank 1 on a has a different one; start all alike"
     assert difference([one, other], HOSTS) == line
     # A rank that knows a secret shows less of the same value.
     assert difference([one, {"url": Fact("abc", "start all alike", "x")}], HOSTS) is None

@@ -49,7 +49,7 @@ def test_a_dtype_that_nothing_is_trained_in(tmp_path):
     described = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(described | {"dtype": "int8"}))
     with pytest.raises(
-        ConfigError, match="^actor.model_name: .*dtype=torch.int8, in which nothing"
+        ConfigError, match="^actor.model_name: .*dtype=torch.int8, which cannot be trained"
     ):
         load_model(actor_config(name), train=True)
 
