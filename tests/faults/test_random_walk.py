@@ -69,7 +69,7 @@ def files(tmp_path_factory):
     return write_files(tmp_path_factory.mktemp("files"))
 
 
-@pytest.mark.parametrize("seed", points(few=3, many=100))
+@pytest.mark.parametrize("seed", points(few=2, many=100))
 def test_a_random_run_disturbed_at_random(files, tmp_path, seed):
     chance = random.Random(f"walk {seed}")
     n_ranks, changes = drawn(chance)
