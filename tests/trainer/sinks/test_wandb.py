@@ -43,6 +43,7 @@ def test_without_a_key_wandb_logs_offline_and_says_so_once(files, tmp_path):
 
 
 def test_an_unreachable_server_means_offline_and_one_line(files, tmp_path):
+    pytest.importorskip("tensorboard", reason="requirements/trackers.txt")
     lines, logged = wandb_run(
         files, tmp_path,
         {"trainer__use_wandb": "null", "trainer__trackers": "[wandb,tensorboard]"},
