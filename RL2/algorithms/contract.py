@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from RL2.algorithms.segments import KINDS, Pairs, Segments, kinds_of
-from RL2.runtime.errors import place
+from RL2.runtime.errors import raised
 from RL2.runtime.user_code import Unfit, file_of, settings_kept
 
 # The metrics that every update writes under `actor/`.
@@ -56,10 +56,7 @@ def attempt(function: Callable[..., Any], tensors: Mapping[str, Tensor | Segment
         ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if isinstance(error, KeyboardInterrupt) and ctrl_c:
             raise
-        said = " ".join(str(error).split())
-        where = place(error, file_of(function))
-        at = f" ({where})" if where else ""
-        raise Unfit(f"it raised {type(error).__name__}{said and f': {said:.300}'}{at}") from error
+        raise Unfit(f"it {raised(error, file_of(function))}") from error
     for name, tensor in given.items():
         if tensor._version != versions[name]:
             raise Unfit(

@@ -13,7 +13,7 @@ from RL2.algorithms.parameters import import_function
 from RL2.config.engines import ENGINES, SERVERS
 from RL2.engines.protocol import Engine
 from RL2.engines.servers.build import server_engine
-from RL2.runtime.errors import EngineError, RL2Error, place
+from RL2.runtime.errors import EngineError, RL2Error, raised
 
 PARTS = {name for name in {**vars(Engine), **Engine.__annotations__} if not name.startswith("_")}
 
@@ -49,11 +49,8 @@ def build_engine(
     except RL2Error:
         raise
     except Exception as error:  # user code may raise anything
-        where = place(error, inspect.getfile(maker))
-        raise EngineError(
-            f"rollout.engine={name}: making it raised {type(error).__name__}: {error}"
-            + (f" ({where})" if where else "")
-        ) from error
+        what = raised(error, inspect.getfile(maker))
+        raise EngineError(f"rollout.engine={name}: making it {what}") from error
     if lacks := sorted(part for part in PARTS if not hasattr(engine, part)):
         raise EngineError(
             f"rollout.engine={name}: what it makes has no {', '.join(lacks)}; derive it from "

@@ -29,7 +29,7 @@ from RL2.rollout.samples import (
     start_sequence,
     without_echo,
 )
-from RL2.runtime.errors import EngineError, EnvError, RL2Error, place
+from RL2.runtime.errors import EngineError, EnvError, RL2Error, raised
 
 _LONG_TEXT = 2**16  # characters
 _HIGHEST_LOGP = 1.0  # 0, plus more than the rounding errors of engines in 16 bits
@@ -302,11 +302,8 @@ class Player:
             raise
         except Exception as error:  # of an engine of the user's own
             kind = type(self.engine)
-            where = place(error, inspect.getfile(kind))
-            raise EngineError(
-                f"{kind.__name__}.generate raised {type(error).__name__}: {error}"
-                + (f" ({where})" if where else "")
-            ) from error
+            what = raised(error, inspect.getfile(kind))
+            raise EngineError(f"{kind.__name__}.generate {what}") from error
 
     async def _encode(self, text: str, continues: bool = False) -> list[int]:
         """The tokens of a text at the beginning of a sequence, or (`continues`) after another."""

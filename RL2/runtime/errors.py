@@ -69,3 +69,13 @@ def place(error: BaseException, file: str | None) -> str | None:
         if frame.f_code.co_filename == file
     ]
     return f"{Path(file).name}:{lines[-1]}" if lines else None
+
+
+def raised(error: BaseException, file: str | None) -> str:
+    """What a user's code raised, in one line: `raised KeyError: 'a' (my_loss.py:2)`.
+
+    file: the file whose last line the error passed through is named.
+    """
+    text, where = " ".join(str(error).split()), place(error, file)
+    at = f" ({where})" if where else ""
+    return f"raised {type(error).__name__}{text and f': {text:.300}'}{at}"

@@ -17,7 +17,7 @@ from RL2.rollout.judges.agreement import agreement
 from RL2.rollout.judges.asking import Asking
 from RL2.rollout.player import Gate, Player
 from RL2.rollout.samples import Group, Sample
-from RL2.runtime.errors import ConfigError, EngineError, EnvError, place
+from RL2.runtime.errors import ConfigError, EngineError, EnvError, raised
 from RL2.runtime.user_code import file_of
 
 REWARD = "reward"
@@ -54,12 +54,8 @@ class Judge:
         except (EngineError, asyncio.CancelledError):
             raise
         except BaseException as error:  # even exit(), which would end the event loop
-            text = " ".join(str(error).split())
-            where = place(error, file_of(self.function))
-            at = f" ({where})" if where else ""
-            raise EnvError(
-                f"{self.origin}: it raised {type(error).__name__}{text and f': {text:.300}'}{at}"
-            ) from error
+            what = raised(error, file_of(self.function))
+            raise EnvError(f"{self.origin}: it {what}") from error
         values = self._checked(found, group.samples)
         for name, of_samples in values.items():
             for sample, value in zip(group.samples, of_samples, strict=True):

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from RL2.algorithms.parameters import import_function
 from RL2.datasets.end_of_turn import EndTokens
-from RL2.runtime.errors import ConfigError, RL2Error, place
+from RL2.runtime.errors import ConfigError, RL2Error, raised
 from RL2.runtime.user_code import Unfit, undisturbed
 from RL2.trainer.sources.registry import SOURCES
 from RL2.trainer.sources.source import Source
@@ -54,8 +54,4 @@ def open_source(
     except Unfit as fault:
         raise ConfigError(f"{origin}: {fault}") from fault
     except Exception as error:  # user code may raise anything
-        where = place(error, inspect.getfile(make))
-        raise ConfigError(
-            f"{origin}: making it raised {type(error).__name__}: {error}"
-            + (f" ({where})" if where else "")
-        ) from error
+        raise ConfigError(f"{origin}: making it {raised(error, inspect.getfile(make))}") from error

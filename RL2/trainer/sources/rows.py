@@ -12,7 +12,7 @@ from RL2.datasets import Items, SFTDataset, collate, make_loader
 from RL2.datasets.end_of_turn import EndTokens
 from RL2.distributed import rank
 from RL2.distributed.comm import Batch
-from RL2.runtime.errors import ConfigError, RL2Error, TrainingError, place
+from RL2.runtime.errors import ConfigError, RL2Error, TrainingError, raised
 from RL2.trainer.sources.source import Result, Source
 from RL2.trainer.sources.stream import PromptStream
 
@@ -92,11 +92,8 @@ class RowSource(Source):
         except RL2Error:
             raise
         except Exception as error:  # user code may raise anything
-            where = place(error, inspect.getfile(type(self)))
-            raise TrainingError(
-                f"trainer.source={self.name}: batch raised {type(error).__name__}: {error}"
-                + (f" ({where})" if where else "")
-            ) from error
+            what = raised(error, inspect.getfile(type(self)))
+            raise TrainingError(f"trainer.source={self.name}: batch {what}") from error
         if wrong := _misshapen(batch):
             raise TrainingError(f"trainer.source={self.name}: {wrong}")
         n_actions = batch["action_mask"].sum().item()
