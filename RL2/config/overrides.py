@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from RL2.config.elsewhere import key_here
 from RL2.config.names import RegistryOf, advice, check_name, listing
-from RL2.config.schema import SCHEMAS, key_types, keys_of, structured
+from RL2.config.schema import SCHEMAS, all_keys, key_types, keys_of, structured
 from RL2.runtime.errors import ConfigError
 from RL2.runtime.secrets import HIDDEN, is_secret_name, redact
 
@@ -137,8 +137,7 @@ def _check_secret(line: str) -> None:
 
 def _of_flag(line: str) -> str:
     """The key here for a command-line option of another program, in parentheses."""
-    here = key_here(line.lstrip("-").partition("=")[0], {key for one in SCHEMAS.values()
-                                                       for key in key_types(one)})  # fmt: skip
+    here = key_here(line.lstrip("-").partition("=")[0], all_keys().keys())
     return f" ({here})" if here else ""
 
 

@@ -8,17 +8,10 @@ from collections.abc import Sequence
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from RL2.config.schema import SCHEMAS, keys_of
+from RL2.config.schema import all_keys
 from RL2.runtime.errors import ConfigError
 
-PATH_KEYS = tuple(
-    dict.fromkeys(
-        name
-        for schema in SCHEMAS.values()
-        for name, key in keys_of(schema).items()
-        if key.path or key.code
-    )
-)
+PATH_KEYS = tuple(name for name, key in all_keys().items() if key.path or key.code)
 """The keys that may name a file or folder, or several."""
 
 _FLAGS = ("--config-dir", "--config-path")  # hydra's

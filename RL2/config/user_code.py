@@ -2,13 +2,9 @@
 
 from omegaconf import DictConfig, OmegaConf
 
-from RL2.config.schema import SCHEMAS, keys_of
+from RL2.config.schema import all_keys
 
-CODE_KEYS = tuple(
-    dict.fromkeys(
-        name for schema in SCHEMAS.values() for name, key in keys_of(schema).items() if key.code
-    )
-)
+CODE_KEYS = tuple(name for name, key in all_keys().items() if key.code)
 """The keys that may name such code."""
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "Key",
     "RLConfig",
     "SFTConfig",
+    "all_keys",
     "key_types",
     "keys_of",
     "register_schemas",
@@ -60,6 +61,14 @@ class SFTConfig:
 
 SCHEMAS: dict[str, type] = {"ppo": RLConfig, "spo": RLConfig, "spo_0p5": RLConfig, "sft": SFTConfig}
 """The schema behind each yaml file of `RL2/trainer/config`."""
+
+
+def all_keys() -> dict[str, Key]:
+    """The keys and groups of all trainers; of a key that several have, the first trainer's."""
+    found: dict[str, Key] = {}
+    for schema in dict.fromkeys(SCHEMAS.values()):
+        found |= {name: key for name, key in keys_of(schema).items() if name not in found}
+    return found
 
 
 def schema_of(config: DictConfig) -> type:

@@ -2,10 +2,10 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from RL2.config.flat import flat
 from RL2.trainer.sinks.sink import TrackedRun
 
 _ID = "rl2.run_id"  # MLflow chooses its own run ids; this tag holds RL2's
@@ -43,7 +43,7 @@ class MLflow:
             return
         created = self._client.create_run(experiment, tags={_ID: run.id}, run_name=run.name)
         self._id = created.info.run_id
-        params = [Param(key, str(value)[:_LENGTH]) for key, value in _flat(run.config)]
+        params = [Param(key, str(value)[:_LENGTH]) for key, value in flat(run.config)]
         for first in range(0, len(params), _PARAMS):
             self._client.log_batch(self._id, params=params[first : first + _PARAMS])
 
@@ -55,11 +55,3 @@ class MLflow:
 
     def close(self, good: bool) -> None:
         self._client.set_terminated(self._id, "FINISHED" if good else "FAILED")
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import RL2
-from RL2.config.schema import SCHEMAS, Key, keys_of
+from RL2.config.schema import SCHEMAS, Key, all_keys, keys_of
 from RL2.trainer.registries import REGISTRIES, registry_of
 from RL2.trainer.startup.keys import (
     FOLDER,
@@ -66,9 +66,7 @@ def _meaning(entry: Any) -> str:
 def page(names: Names) -> str:
     """The text of docs/config.md."""
     by_trainer = {trainer: defaults(trainer) for trainer in SCHEMAS}
-    keys: dict[str, Key] = {}
-    for schema in dict.fromkeys(SCHEMAS.values()):
-        keys |= {name: key for name, key in keys_of(schema).items() if name not in keys}
+    keys = all_keys()
     lines = [_INTRO, "## Trainers", ""]
     for trainer in SCHEMAS:
         said = header(FOLDER / f"{trainer}.yaml").partition(": ")[2]
