@@ -44,7 +44,6 @@ class Actor(Learner):
     ):
         super().__init__(config, device, "actor", max_bad_steps, traffic)
         self.loss = loss
-        self.corrections = Corrections.of(config)
 
     @property
     def origin(self) -> str:
@@ -89,7 +88,7 @@ class Actor(Learner):
         bad = ~losses.detach().isfinite() & (weights != 0)
         if self._multiplies:
             losses = losses * tokens["advantages"]
-        objective, metrics = self._corrected(losses, tokens, self.corrections)
+        objective, metrics = self._corrected(losses, tokens, Corrections.of(self.config))
         metrics |= {f"{self.name}/{name}": values.sum() for name, values in extra.items()}
         metrics["bad_losses"] = bad.to(weights).sum()
         return weighted_sum(objective, weights), metrics
@@ -100,7 +99,7 @@ class Actor(Learner):
 
         Entropy bonus and KL penalty are those of this rank's `own` tokens.
         """
-        kind = self.loss.kind
+        kind, corrections = self.loss.kind, Corrections.of(self.config)
         needed = {"logps", *self.loss.statistics}
         stats = pack.whole({name: own[name] for name in sorted(needed)})
         tokens = _with_old(pack.fields | stats) | pack.segments
@@ -112,12 +111,12 @@ class Actor(Learner):
             losses = losses * each(tokens["advantages"])
         if kind in ("tokens", "sequences") and "llm_logps" in tokens:
             old, llm = each(tokens["old_logps"]), each(tokens["llm_logps"])
-            losses, masked = reweighted(losses, old, llm, self.corrections)
+            losses, masked = reweighted(losses, old, llm, corrections)
             extra = extra if masked is None else extra | {"tis_masked": masked}
         loss = weighted_sum(losses, weights) / len(pack.sizes)
 
         objective, metrics = self._corrected(
-            torch.zeros_like(own["logps"]), own, replace(self.corrections, tis_coef=0.0)
+            torch.zeros_like(own["logps"]), own, replace(corrections, tis_coef=0.0)
         )
         share = pack.scale / len(pack.sizes)
         metrics |= {f"{self.name}/{name}": values.sum() * share for name, values in extra.items()}
