@@ -1,6 +1,7 @@
 """Pure functions of tensors: token losses, advantages, reductions, KL estimators."""
 
-from RL2.algorithms.advantages import ADVANTAGES, sample_returns
+from RL2.algorithms.advantages import ADVANTAGES
+from RL2.algorithms.advantages.returns import sample_returns
 from RL2.algorithms.estimator import Estimator, resolve_advantage
 from RL2.algorithms.importance import TIS_TYPES, importance_weights
 from RL2.algorithms.kl import KL_ESTIMATORS, approx_kl

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from RL2.algorithms import ADVANTAGES, resolve_advantage
 from RL2.runtime.errors import ConfigError
-from tests.algorithms.test_advantages import per_row, rows
+from tests.algorithms.advantages.test_advantages import per_row, rows
 
 
 def adv_config(**changes):

@@ -1,32 +1,10 @@
-"""Advantage estimators: one pure function each.
-
-The names of an estimator's positional parameters say what it needs of a rollout's batch
-(`RL2.algorithms.parameters` lists them): `rewards [B, T]`, `action_mask [B, T]`, `sample_ids [B]`,
-`entropy [B, T]` and so on. Rows are token sequences; the rows of one multi-turn sample share their
-sample id, the samples of one prompt their group id. Its keyword-only parameters are options, read
-from `adv.*` and `adv.options.*`. It returns the advantages `[B, T]`; those where `action_mask` is
-False are not read.
-
-    def surprised(rewards, action_mask, entropy, turn_ids, *, bonus=0.1):
-        first = (turn_ids == 0).float()
-        return (rewards.sum(-1, keepdim=True) + bonus * entropy * first) * action_mask
-
-is a complete example, which a run uses with `adv.import_path=my_estimator.py:surprised`.
-"""
-
-from collections.abc import Callable
+"""Returns of samples, minus a baseline."""
 
 import torch
 from torch import Tensor
 
+from RL2.algorithms.advantages.returns import sample_returns, sum_by
 from RL2.algorithms.rewards import all_equal, totals
-
-
-def sample_returns(rewards: Tensor, sample_ids: Tensor) -> Tensor:
-    """Summed reward of the sample that each row belongs to: `[B, T]`, `[B]` -> `[B]`."""
-    samples, sample_of_row = torch.unique(sample_ids, return_inverse=True)
-    returns, _ = totals(rewards, sample_of_row, len(samples))
-    return returns[sample_of_row].to(rewards.dtype)
 
 
 def reinforce(
@@ -55,11 +33,11 @@ def reinforce(
         group_of_sample = torch.zeros_like(group_of_sample)
 
     counts = torch.bincount(group_of_sample)
-    mean = _sum_by(returns, group_of_sample) / counts
+    mean = sum_by(returns, group_of_sample) / counts
     advantages = returns - mean[group_of_sample]
     equal = all_equal(returns, group_of_sample, len(counts), sizes)
     if norm_var:
-        variance = _sum_by(advantages.square(), group_of_sample) / (counts - 1).clamp(min=1)
+        variance = sum_by(advantages.square(), group_of_sample) / (counts - 1).clamp(min=1)
         advantages = advantages / variance.sqrt()[group_of_sample]
     advantages = advantages.masked_fill(equal[group_of_sample], 0.0)
     return (advantages[sample_of_row].unsqueeze(-1) * action_mask).to(rewards.dtype)
@@ -69,11 +47,3 @@ def spo(rewards: Tensor, action_mask: Tensor, sample_ids: Tensor, group_ids: Ten
     """Return of the sample on each of its action tokens: no baseline, no normalisation
     ("Exploring Paths", section 3.1)."""
     return sample_returns(rewards, sample_ids).unsqueeze(-1) * action_mask
-
-
-ADVANTAGES: dict[str, Callable[..., Tensor]] = {"reinforce": reinforce, "spo": spo}
-
-
-def _sum_by(values: Tensor, index: Tensor) -> Tensor:
-    n = int(index.max()) + 1 if len(index) else 0
-    return values.new_zeros(n).index_add_(0, index, values)

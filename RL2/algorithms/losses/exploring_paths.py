@@ -1,52 +1,11 @@
-"""Token losses: one pure function each.
-
-The names of a loss's positional parameters say what it needs: token statistics
-(`RL2.ops.STATISTICS`) and batch fields (`RL2.algorithms.FIELDS`), all flat float tensors `[N]`,
-one entry per action token; `top_logps` alone is `[N, K]`. Its keyword-only parameters are options,
-read from `actor.loss.*`; a loss that takes `top_logps` says with its option `max_rank` how many
-columns K it wants. It returns the losses `[N]`, or `(losses, {metric: [N]})`. How tokens are
-averaged, the advantage that multiplies a loss which does not take `advantages` itself, importance
-weights and the entropy bonus are applied outside. A loss of sequences, groups or pairs names those
-as well: `RL2.algorithms.segments`.
-
-    def my_loss(logps, log1mps, advantages, *, margin=0.1):
-        return -advantages * (logps - log1mps).clamp(max=margin)
-
-is a complete example, which a run uses with `actor.loss.import_path=my_loss.py:my_loss`.
-"""
+"""Token losses of "Exploring Paths"."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from RL2.ops.token_stats import NEG_INF
-
-
-def ppo(
-    logps: Tensor,
-    old_logps: Tensor,
-    advantages: Tensor,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped policy gradient (Schulman et al. 2017): -min(A r, A clip(r, 1 - clip_low,
-    1 + clip_high)) with r = exp(logps - old_logps).
-
-    The metric `clip_ratio` is 1 at tokens where the clipped objective is the smaller one.
-
-    Raises:
-        ValueError: a negative clip.
-    """
-    if clip_low < 0 or clip_high < 0:
-        raise ValueError(f"clip_low={clip_low}, clip_high={clip_high}: must not be negative")
-    ratio = (logps - old_logps).exp()
-    objective = advantages * ratio
-    clipped = advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -torch.minimum(objective, clipped), {"clip_ratio": (clipped < objective).to(ratio)}
 
 
 def max_target_kl(
@@ -131,20 +90,6 @@ def rank_jsd(
         target = target.detach()
     counts = torch.cat([is_above, is_above[:, :1]], -1)
     return _jsd_terms(target, model, counts).sum(-1)
-
-
-def nll(logps: Tensor) -> Tensor:
-    """Negative log-likelihood: REINFORCE when multiplied by an advantage, SFT when not."""
-    return -logps
-
-
-LOSSES: dict[str, Callable[..., Any]] = {
-    "ppo": ppo,
-    "max_target_kl": max_target_kl,
-    "fixed_target_kl": fixed_target_kl,
-    "rank_jsd": rank_jsd,
-    "nll": nll,
-}
 
 
 def _weighted_log_ratio(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:

@@ -1,0 +1,22 @@
+"""Advantage estimators: one pure function each.
+
+The names of an estimator's positional parameters say what it needs of a rollout's batch
+(`RL2.algorithms.parameters` lists them): `rewards [B, T]`, `action_mask [B, T]`, `sample_ids [B]`,
+`entropy [B, T]` and so on. Rows are token sequences; the rows of one multi-turn sample share their
+sample id, the samples of one prompt their group id. Its keyword-only parameters are options, read
+from `adv.*` and `adv.options.*`. It returns the advantages `[B, T]`; those where `action_mask` is
+False are not read.
+
+    def surprised(rewards, action_mask, entropy, turn_ids, *, bonus=0.1):
+        first = (turn_ids == 0).float()
+        return (rewards.sum(-1, keepdim=True) + bonus * entropy * first) * action_mask
+
+is a complete example, which a run uses with `adv.import_path=my_estimator.py:surprised`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from RL2.algorithms.advantages.baselines import reinforce, spo
+
+ADVANTAGES: dict[str, Callable[..., Any]] = {"reinforce": reinforce, "spo": spo}
