@@ -328,7 +328,8 @@ class Collector:
         if not step.train:
             return None, metrics
         metrics |= traffic.pop()
-        metrics["rollout/tokens_per_s"] = int(good.samples["length"].sum()) / seconds
+        metrics["rollout/tokens"] = float(good.samples["length"].sum())
+        metrics["rollout/tokens_per_s"] = metrics["rollout/tokens"] / seconds
         if self.truncated == "mask":
             good = good.whole()
         if step.filtering:

@@ -116,6 +116,7 @@ def test_batch_holds_what_was_sampled(make, byte_model):
     assert 0 < metrics["train/length_clip_ratio"] < 1
     assert metrics["train/n_turns"] == 1
     assert metrics["train/n_samples"] == 24
+    assert metrics["rollout/tokens"] == lengths.sum().item()
     assert metrics["rollout/tokens_per_s"] > 0
     assert metrics["rollout/env_errors"] == 0
     assert "rollout/dynamic_filtering_ratio" not in metrics
