@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from RL2.config.elsewhere import key_here
 from RL2.config.names import RegistryOf, advice, check_name, listing
+from RL2.config.presets import GROUP, check_preset
 from RL2.config.schema import SCHEMAS, all_keys, key_types, keys_of, structured
 from RL2.runtime.errors import ConfigError
 from RL2.runtime.secrets import HIDDEN, is_secret_name, redact
@@ -82,6 +83,9 @@ def check_overrides(config_name: str, argv: Sequence[str], registry_of: Registry
         for override in overrides
         if not override.is_hydra_override() and not _is_users_group(override, flags.config_dir)
     ]
+    for override in [one for one in ours if _key_of(one) == GROUP]:
+        _check_preset(override, config_name, sweeps)
+        ours.remove(override)
     for override in ours:
         _check(override, schema, typed, sweeps)
     for override in ours:
@@ -169,6 +173,27 @@ def _check_names(key: str, value: Any, schema: type, registry_of: RegistryOf) ->
             check_name(key, value, entry, known)
 
 
+def _check_preset(override: Override, trainer: str, sweeps: bool) -> None:
+    line = override.input_line
+    if override.is_add():
+        raise ConfigError(f"{line}: the group exists already; leave out the +")
+    if override.is_delete():
+        raise ConfigError(f"{line}: an algorithm cannot be removed; leave it out")
+    _check_sweep(override, sweeps)
+    for value in _values(override):
+        for name in value if isinstance(value, list) else [value]:
+            check_preset(name, trainer)
+
+
+def _check_sweep(override: Override, sweeps: bool) -> None:
+    if override.is_sweep_override() and not sweeps:
+        key, line = _key_of(override), override.input_line
+        raise ConfigError(
+            f"{line}: several values need a sweep; add --multirun, or quote a text with commas: "
+            f"'{key}=\"{override.get_value_string()}\"'"
+        )
+
+
 def _check(override: Override, schema: type, typed: DictConfig, sweeps: bool) -> None:
     key, line = _key_of(override), override.input_line
     known = key_types(schema)
@@ -180,11 +205,7 @@ def _check(override: Override, schema: type, typed: DictConfig, sweeps: bool) ->
         if is_open(key, known):
             return
         raise ConfigError(f"{line}: a key cannot be removed; set it to a value instead")
-    if override.is_sweep_override() and not sweeps:
-        raise ConfigError(
-            f"{line}: several values need a sweep; add --multirun, or quote a text with commas: "
-            f"'{key}=\"{override.get_value_string()}\"'"
-        )
+    _check_sweep(override, sweeps)
     for value in _values(override):
         _check_value(key, value, schema, typed, line)
 

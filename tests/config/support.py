@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 import RL2
 from RL2.config import register_schemas
 
+ROOT = Path(RL2.__file__).parents[1]
 CONFIG_DIR = Path(RL2.__file__).parent / "trainer" / "config"
 
 RL_REQUIRED = [
@@ -28,6 +29,11 @@ SFT_REQUIRED = [
     "data.max_length=512",
     "actor.model_name=Qwen/Qwen3-4B-Thinking-2507",
 ]
+
+
+def required(name: str) -> list[str]:
+    """The keys that the user of a trainer must give."""
+    return SFT_REQUIRED if name == "sft" else RL_REQUIRED
 
 
 def write_model_files(folder: Path, **config) -> Path:
@@ -46,7 +52,7 @@ def compose_config(name: str, overrides: list[str]) -> DictConfig:
 
 @cache
 def _base_config(name: str) -> DictConfig:
-    return compose_config(name, SFT_REQUIRED if name == "sft" else RL_REQUIRED)
+    return compose_config(name, required(name))
 
 
 def quick_config(name: str, overrides: list[str]) -> DictConfig:

@@ -4,6 +4,7 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 
+from RL2.config.presets import GROUP, preset_names, read_preset
 from RL2.config.schema import SCHEMAS, keys_of
 from RL2.trainer.startup.keys import defaults, explanation, header, listed_names, yaml_files
 
@@ -29,6 +30,7 @@ def help_text(trainer: str, argv: Sequence[str] = ()) -> str:
         "",
         header(yaml_files(trainer)[-1]),
         "",
+        *_algorithms(trainer, width),
         "Keys and their defaults; ??? must be set, ${key} follows another key.",
     ]
     group = None
@@ -52,3 +54,14 @@ def help_text(trainer: str, argv: Sequence[str] = ()) -> str:
         "--hydra-help hydra's flags: several values at once (--multirun), yaml files of your own.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _algorithms(trainer: str, width: int) -> list[str]:
+    names = [name for name in preset_names() if read_preset(name).trainer == trainer]
+    if not names:
+        return []
+    said = (
+        f"{GROUP}=NAME sets the keys of one algorithm, under those of the command line: "
+        f"{' | '.join(names)} (`python -m RL2.trainer.algorithms` says what they are)."
+    )
+    return [*textwrap.wrap(said, width, break_long_words=False, break_on_hyphens=False), ""]

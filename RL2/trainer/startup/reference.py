@@ -1,4 +1,5 @@
-"""docs/config.md, names.yaml and the comments of the yaml files, made from schema and registries.
+"""docs/config.md, docs/algorithms.md, names.yaml and the comments of the yaml files, made from
+schema, registries and presets.
 
     python -m RL2.trainer.startup.reference
 
@@ -8,12 +9,14 @@ rewrites them in a checkout. A test compares them with the schema.
 import pkgutil
 import re
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 import RL2
+from RL2.config.presets import Preset, preset_names, read_preset
 from RL2.config.schema import SCHEMAS, Key, all_keys, keys_of
 from RL2.trainer.registries import REGISTRIES, registry_of
 from RL2.trainer.startup.keys import (
@@ -27,6 +30,7 @@ from RL2.trainer.startup.keys import (
 )
 
 PAGE = Path(RL2.__file__).parents[1] / "docs" / "config.md"
+ALGORITHMS = PAGE.with_name("algorithms.md")
 _WIDTH = 100
 
 _INTRO = """\
@@ -43,6 +47,23 @@ that the library decides, as the explanation says.
 A yaml file of your own begins with `defaults: [spo, _self_]` and holds the keys that differ.
 
 This page is written by `python -m RL2.trainer.startup.reference`.
+"""
+
+_ALGORITHMS = """\
+# Algorithms
+
+`algorithm=<name>` on the command line of `ppo`, or of the trainer that the table names, sets the
+loss, the advantage estimator and other keys of one algorithm. They go over those of the trainer,
+and under those of the command line: `algorithm=gspo actor.loss.clip_high=1e-3` changes one of them,
+and `algorithm=grpo,gspo,cispo --multirun` compares three. `algorithm=[grpo,icepop]` applies both,
+the second one over the first. Learning rates, batch sizes and lengths are left to you.
+`python -m RL2.trainer.algorithms` prints this list, with `--json` for programs.
+
+A is the advantage, ρ = exp(logps − old_logps) the ratio of a token, r the reward of a sample, G the
+samples of a prompt, n the tokens of a sample, sg(x) is x without gradient.
+
+This page is written by `python -m RL2.trainer.startup.reference` from the files in
+`RL2/trainer/config/algorithm`, which can be copied for algorithms of your own.
 """
 
 
@@ -88,8 +109,27 @@ def page(names: Names) -> str:
                 _default(found),
                 explanation(name, key, names),
             )
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            lines.append(_row(cells))
     return "\n".join(lines) + "\n"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def algorithms_page() -> str:
+    """The text of docs/algorithms.md."""
+    head = ["| `algorithm=` | what it is | equation | overrides | what differs from the paper |"]
+    lines = [_ALGORITHMS, *head, "| --- | --- | --- | --- | --- |"]
+    lines += [_row(_cells(read_preset(name))) for name in preset_names()]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(one: Preset) -> tuple[str, ...]:
+    name = f"`{one.name}`" + f" (of `{one.trainer}`)" * (one.trainer != "ppo")
+    keys = " ".join(f"`{override}`" for override in one.overrides)
+    what = _sentence(one.what) + f" {one.paper}"
+    return name, what, one.equation, keys or "none: the trainer's defaults", one.differs
 
 
 def sorted_by_group(group: str, keys: dict[str, Key]) -> list[tuple[str, Key]]:
@@ -146,7 +186,11 @@ def written() -> dict[Path, str]:
     """Each file that is made from the schema, with the text that it should have."""
     names = registered_names()
     head = "# The names that keys take, with meanings. Written by RL2.trainer.startup.reference.\n"
-    found = {PAGE: page(names), NAMES: head + OmegaConf.to_yaml(OmegaConf.create(names))}
+    found = {
+        PAGE: page(names),
+        ALGORITHMS: algorithms_page(),
+        NAMES: head + OmegaConf.to_yaml(OmegaConf.create(names)),
+    }
     for trainer, schema in SCHEMAS.items():
         path = FOLDER / f"{trainer}.yaml"
         found[path] = commented(path.read_text(encoding="utf-8"), keys_of(schema), names)
