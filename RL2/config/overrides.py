@@ -269,7 +269,8 @@ def _kind(member: Any) -> str:
     if typing.get_origin(member) is dict:
         return "a mapping {name: value}"
     if typing.get_origin(member) is list:
-        return "a list of texts [one,two]"
+        numbers = typing.get_args(member) == (float,)
+        return "a list of numbers [0.9,0.99]" if numbers else "a list of texts [one,two]"
     if isinstance(member, type) and issubclass(member, Enum):
         return listing([one.value for one in member], "or")
     return _KINDS[member]

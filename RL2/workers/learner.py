@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 from RL2.algorithms.contract import RESERVED
 from RL2.algorithms.reductions import token_weights
@@ -18,6 +17,7 @@ from RL2.distributed.agreement import all_names, first_reason
 from RL2.distributed.comm import Batch
 from RL2.models.build import start_updates
 from RL2.runtime.errors import TrainingError
+from RL2.workers.schedule import schedule
 from RL2.workers.sharded_model import ALWAYS, ShardedModel
 
 logger = logging.getLogger(__name__)
@@ -126,22 +126,9 @@ class Learner(ShardedModel):
 
     def prepare_scheduler(self, n_updates: int, done: int = 0) -> None:
         """Warm-up and decay of the learning rate over `n_updates` optimizer steps, of which `done`
-        were made. Rate and weight decay come from the config, not from what was loaded."""
+        were made."""
         self.n_updates = n_updates
-        for group in self.optimizer.param_groups:
-            group |= {"lr": self.config.lr, "initial_lr": self.config.lr}
-            group["weight_decay"] = self.config.weight_decay
-        name = self.config.scheduler
-        self.scheduler = get_scheduler(
-            # transformers' `constant` ignores the warm-up that `warmup_ratio` asks for
-            "constant_with_warmup" if name == "constant" else str(name),
-            self.optimizer,
-            num_warmup_steps=int(self.config.warmup_ratio * n_updates),
-            num_training_steps=n_updates,
-        )
-        if done > 0:
-            factors = self.scheduler.lr_lambdas
-            self.scheduler = LambdaLR(self.optimizer, factors, last_epoch=done - 1)
+        self.scheduler = schedule(self.optimizer, self.config, n_updates, done)
 
     def update(self, batch: Batch | None, step: int) -> dict[str, float]:
         """`updates_per_rollout` optimizer steps on rank 0's batch; metrics on every rank.

@@ -163,6 +163,7 @@ def test_added_key_that_is_there():
 
 def test_lists_and_numbers_for_true():
     assert message("rollout.server_args=x").endswith("not a list of texts [one,two]")
+    assert message("actor.betas=0.9").endswith("not a list of numbers [0.9,0.99]")
     assert message("rollout.server_args=null").endswith("give a list of texts [one,two]")
     assert message("trainer.use_wandb=2") == "trainer.use_wandb=2: not true or false or null"
     assert message("trainer.async_save=2") == "trainer.async_save=2: not true or false"

@@ -62,6 +62,7 @@ def actor_config(model, **changes):
         "ddp_size": 1, "tp_size": 1, "sp_size": 1, "compile": False, "offload_activations": False,
         "offload_model": False, "offload_optimizer": False, "lr": 1e-3, "weight_decay": 0.01,
         "max_grad_norm": 1.0, "scheduler": "constant", "warmup_ratio": 0.0, "freeze_steps": 0,
+        "betas": [0.9, 0.999], "decay_ratio": None, "min_lr_ratio": 0.0,
         "temperature": 0.9, "max_length_per_device": 64, "max_inference_length_per_device": 64,
         "update_per_rollout": 1, "avg_level": "sequence", "tis_coef": 0.0, "tis_type": "truncate",
         "token_stats": "auto",

@@ -22,6 +22,7 @@ CHECKS: tuple[Callable[..., None], ...] = (
     actor.check_liger_of_ref,
     actor.check_model_of_actor,
     actor.check_compile,
+    actor.check_schedule,
     actor.check_lora,
     rollout.check_server_url,
     rollout.check_server_args,

@@ -34,6 +34,30 @@ def check_compile(actor: DictConfig) -> None:
         )
 
 
+def check_schedule(actor: DictConfig) -> None:
+    scheduler, floor, decay = actor.scheduler, actor.min_lr_ratio, actor.decay_ratio
+    if floor > 0 and scheduler in ("constant", "constant_with_warmup"):
+        raise ConfigError(
+            f"actor.min_lr_ratio={floor}: has no effect with actor.scheduler={scheduler}, which "
+            "does not fall; use cosine or linear, or leave it out"
+        )
+    if decay is not None and scheduler != "warmup_stable_decay":
+        raise ConfigError(
+            f"actor.decay_ratio={decay}: has no effect with actor.scheduler={scheduler}; use "
+            "warmup_stable_decay, or leave it out"
+        )
+    if scheduler == "warmup_stable_decay" and actor.warmup_ratio + (decay or 0.1) > 1:
+        raise ConfigError(
+            f"actor.warmup_ratio={actor.warmup_ratio}: leaves less than actor.decay_ratio="
+            f"{decay or 0.1} of the steps for the decay; lower one of them"
+        )
+    if scheduler == "polynomial" and floor == 0 and actor.lr <= 1e-7:
+        raise ConfigError(
+            f"actor.lr={actor.lr}: actor.scheduler=polynomial ends at 1e-7; give "
+            "actor.min_lr_ratio, the fraction of lr where it shall end"
+        )
+
+
 def check_lora(actor: DictConfig) -> None:
     lora = actor.lora
     unchanged = {name: key.default for name, key in keys_of(LoRAConfig).items()}

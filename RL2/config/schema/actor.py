@@ -10,6 +10,7 @@ from RL2.config.schema.keys import (
     FRACTION,
     FROM_ONE,
     FROM_ZERO,
+    PROBABILITY,
     SEED,
     Range,
     by_trainer,
@@ -147,16 +148,34 @@ class TrainedModelConfig(ModelConfig):
         "decoupled weight decay of AdamW",
         Range(lambda x: 0 <= x <= 10, "be 0 to 10", "; give one such as 1e-2"),
     )
+    betas: list[float] = key(
+        [0.9, 0.999],
+        "AdamW's decay rates of the means of gradients and of their squares",
+        Range(
+            lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x),
+            "be two numbers, 0 or more and below 1",
+            ", such as [0.9,0.95]",
+        ),
+    )
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm", ABOVE_ZERO)
     scheduler: Scheduler = key(
         Scheduler.constant,
         "learning rate after the warm-up: constant (also called constant_with_warmup) | linear | "
-        "cosine | cosine_with_restarts | polynomial | inverse_sqrt",
+        "cosine | cosine_with_restarts | polynomial | inverse_sqrt | warmup_stable_decay",
     )
     warmup_ratio: float = key(
         0.1,
         "fraction of all optimizer steps over which the learning rate rises from 0",
         FRACTION,
+    )
+    decay_ratio: float | None = key(
+        None,
+        "warmup_stable_decay: fraction of all optimizer steps, the last ones, over which the "
+        "learning rate falls (0.1)",
+        PROBABILITY,
+    )
+    min_lr_ratio: float = key(
+        0.0, "the learning rate falls to this fraction of lr, not to 0", FRACTION
     )
     freeze_steps: int = key(
         0, "first steps without training: they only generate (sft: only read data)", FROM_ZERO

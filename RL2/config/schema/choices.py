@@ -10,7 +10,7 @@ class Overlong(StrEnum):
 
 
 class Scheduler(StrEnum):
-    """Names of `transformers.get_scheduler` that need no further arguments."""
+    """Names of `transformers.get_scheduler`."""
 
     constant = "constant"
     constant_with_warmup = "constant_with_warmup"
@@ -19,6 +19,7 @@ class Scheduler(StrEnum):
     cosine_with_restarts = "cosine_with_restarts"
     polynomial = "polynomial"
     inverse_sqrt = "inverse_sqrt"
+    warmup_stable_decay = "warmup_stable_decay"
 
 
 class KLType(StrEnum):

@@ -66,6 +66,8 @@ NOTES = {
             "actor.lr",
             "actor.scheduler",
             "actor.warmup_ratio",
+            "actor.decay_ratio",
+            "actor.min_lr_ratio",
             "actor.update_per_rollout",
             "trainer.n_epochs",
             "trainer.max_steps",

@@ -87,7 +87,8 @@ def type_in_words(name: str, key: Key, names: Names) -> str:
     if isinstance(member, type) and issubclass(member, Enum):
         return " | ".join(one.value for one in member) + null
     if typing.get_origin(member) is list:
-        return "list of texts" + null
+        numbers = typing.get_args(member) == (float,)
+        return ("list of numbers" if numbers else "list of texts") + null
     if typing.get_origin(member) is dict:
         return "mapping {name: value}" + null
     return _WORDS[member] + null

@@ -33,3 +33,22 @@ def test_dropout_is_off_or_the_models_own(composed, name, default):
     assert composed(name).actor.dropout == default
     for value in ("0", "0.0", "null"):
         validate(composed(name, f"actor.dropout={value}"), 1)
+
+
+def test_schedules_and_betas(message, composed):
+    assert message("ppo", "actor.min_lr_ratio=0.1") == (
+        "actor.min_lr_ratio=0.1: has no effect with actor.scheduler=constant, which does not fall; "
+        "use cosine or linear, or leave it out"
+    )
+    text = message("sft", "actor.decay_ratio=0.2", "actor.scheduler=cosine")
+    assert text.startswith("actor.decay_ratio=0.2: has no effect with actor.scheduler=cosine; use ")
+    text = message("ppo", "actor.scheduler=warmup_stable_decay", "actor.warmup_ratio=0.95")
+    assert text.startswith("actor.warmup_ratio=0.95: leaves less than actor.decay_ratio=0.1 of ")
+    text = message("ppo", "actor.scheduler=polynomial", "actor.lr=1e-7")
+    assert text.startswith("actor.lr=1e-07: actor.scheduler=polynomial ends at 1e-7; give actor")
+    for betas in ("[0.9]", "[0.9,1]", "[-0.1,0.9]", "[]"):
+        text = message("ppo", f"actor.betas={betas}")
+        assert ": must be two numbers, 0 or more and below 1, such as [0.9,0.95]" in text
+    for good in ("betas=[0,0.95]", "scheduler=warmup_stable_decay"):
+        validate(composed("sft", f"actor.{good}"), 1)
+    validate(composed("ppo", "actor.scheduler=cosine", "actor.min_lr_ratio=0.1"), 1)
