@@ -155,6 +155,16 @@ def check_estimator(config: DictConfig, estimator: Estimator, brought: Collectio
 def check_loss(config: DictConfig, loss: TokenLoss, brought: Collection[str]) -> None:
     """ConfigError if this run cannot give the loss what it names, or would ignore a key."""
     actor = config.actor
+    if loss.head == "scalar" and "rollout" in config:
+        raise ConfigError(
+            f"{loss.origin}: takes values, one number a token, but the actor of this trainer writes"
+            " text; use a loss over token statistics (what its critic says is old_values)"
+        )
+    if loss.head == "scalar" and actor.get("entropy", {}).get("coef", 0.0) != 0:
+        raise ConfigError(
+            f"actor.entropy.coef={actor.entropy.coef}: has no effect with {loss.origin}, whose "
+            "model gives values and no distribution; leave it out"
+        )
     if loss.draws and actor.get("tp_size", 1) > 1:
         raise ConfigError(
             f"actor.tp_size={actor.tp_size}: the loss {loss.name} draws random numbers, and "

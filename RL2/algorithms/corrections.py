@@ -36,23 +36,21 @@ class Corrections:
         return cls(**{name: value for name, value in found.items() if value is not None})
 
 
-def corrected(
+def penalised(
     losses: Tensor, tokens: Mapping[str, Tensor], corrections: Corrections
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses `[N]` of tokens with all corrections, and the sums of their metrics.
+    """Losses `[N]` of tokens with entropy bonus and KL penalty, and the sums of their metrics.
 
     Args:
         tokens: `[N]` each: `logps`, `entropy`, `old_logps` and, if they exist, `llm_logps` and
             `ref_logps`.
     """
-    logps, entropy, old_logps = (tokens[name] for name in ("logps", "entropy", "old_logps"))
+    logps, entropy = tokens["logps"], tokens["entropy"]
     metrics = {"actor/entropy": entropy.sum()}
-    if (llm_logps := tokens.get("llm_logps")) is not None:
+    if "llm_logps" in tokens:
         # k3 on the engine's own samples: KL(engine || trainer), zero if both are one policy
-        metrics["rollout/llm_kl"] = approx_kl(llm_logps, old_logps, "k3").sum()
-        losses, masked = reweighted(losses, old_logps, llm_logps, corrections)
-        if masked is not None:
-            metrics["actor/tis_masked"] = masked.sum()
+        kl = approx_kl(tokens["llm_logps"], tokens["old_logps"], "k3")
+        metrics["rollout/llm_kl"] = kl.sum()
     if corrections.entropy_coef != 0:  # else entropy is a metric, and costs no gradient
         losses = losses - corrections.entropy_coef * entropy
     if "ref_logps" in tokens:

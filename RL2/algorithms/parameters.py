@@ -9,6 +9,10 @@ are options. The names, with N action tokens in a loss and B rows of T tokens in
     max_log1mps entropy                                         updates on this batch
     ranks                       [N]                             [B, T], the same
     top_logps                   [N, K], with gradient           no
+    values                      [N], with gradient, in place    [B, T], of the critic before its
+                                of all that stands above        update
+    old_values returns          [N], of the critic before its   no
+                                update, and what it learns
     old_log1mps old_max_logps   [N], of the policy before the   no: without old_
     old_max_log1mps             updates on this batch
     old_entropy old_ranks
@@ -40,6 +44,13 @@ from RL2.ops.token_stats import STATISTICS
 from RL2.runtime.errors import ConfigError, first_line, place
 from RL2.runtime.user_code import Unfit, undisturbed
 
+HEADS: dict[str, tuple[str, ...]] = {"token_stats": STATISTICS, "scalar": ("values",)}
+"""What a learner's head (`RL2.models.heads.HEADS`) gives a loss, with gradient. Each has the first
+of them in every update."""
+
+LEARNED: tuple[str, ...] = tuple(name for names in HEADS.values() for name in names)
+"""Statistics of any head. A loss takes those of one."""
+
 OLD_STATISTICS: dict[str, str] = {
     f"old_{name}": name for name in STATISTICS if name not in ("logps", "top_logps")
 }
@@ -47,8 +58,9 @@ OLD_STATISTICS: dict[str, str] = {
 
 FIELDS: tuple[str, ...] = (
     "advantages", "old_logps", "ref_logps", "llm_logps", "rewards", "turn_ids", *OLD_STATISTICS,
+    "old_values", "returns",
 )  # fmt: skip
-"""Fields of a batch that a loss may name in every run with rollouts."""
+"""Fields of a batch that a loss may name in every run with rollouts; the last two with a critic."""
 
 ROW_FIELDS: tuple[str, ...] = ("sample_ids", "group_ids", "lengths", "correct")
 """Fields `[B]` of a batch, which a loss may not name."""

@@ -15,6 +15,8 @@ from RL2.algorithms import contract
 from RL2.algorithms.losses import LOSSES
 from RL2.algorithms.parameters import (
     FIELDS,
+    HEADS,
+    LEARNED,
     bind_options,
     did_you_mean,
     import_function,
@@ -23,7 +25,6 @@ from RL2.algorithms.parameters import (
 from RL2.algorithms.segments import SEGMENTS, Pairs, Segments
 from RL2.algorithms.trial import kind_of, try_out
 from RL2.config.elsewhere import value_here
-from RL2.ops.token_stats import STATISTICS
 from RL2.runtime.errors import ConfigError
 
 
@@ -47,13 +48,18 @@ class TokenLoss:
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """The inputs that are token statistics: what `token_stats` is asked for."""
-        return tuple(name for name in self.inputs if name in STATISTICS)
+        """The inputs that the head computes: token statistics, or `values`."""
+        return tuple(name for name in self.inputs if name in LEARNED)
+
+    @property
+    def head(self) -> str:
+        """The head that computes them, a key of `RL2.algorithms.parameters.HEADS`."""
+        return next(name for name, own in HEADS.items() if {*self.statistics} <= {*own})
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The inputs that are fields of the batch."""
-        return tuple(name for name in self.inputs if name not in (*STATISTICS, *SEGMENTS))
+        return tuple(name for name in self.inputs if name not in (*LEARNED, *SEGMENTS))
 
     @property
     def segments(self) -> tuple[str, ...]:
@@ -69,9 +75,10 @@ class TokenLoss:
 
     @property
     def is_multiplied(self) -> bool:
-        """Whether the advantages multiply the loss, as it does not take them itself. A group or a
-        pair has none of its own."""
-        return not self.uses_advantages and self.kind in ("tokens", "sequences")
+        """Whether the advantages multiply the loss, as it is a policy's and does not take them
+        itself. A group or a pair has none of its own."""
+        is_policy = self.head == "token_stats"
+        return is_policy and not self.uses_advantages and self.kind in ("tokens", "sequences")
 
     def __call__(
         self, tensors: Mapping[str, Tensor | Segments | Pairs]
@@ -133,13 +140,19 @@ def resolve_loss(
             )
         function = LOSSES[name]
 
-    known = tuple(dict.fromkeys((*STATISTICS, *FIELDS, *brought, *SEGMENTS)))
+    known = tuple(dict.fromkeys((*LEARNED, *FIELDS, *brought, *SEGMENTS)))
     kinds = "neither a token statistic nor a batch field"
     inputs, defaults = parameters_of(function, known, origin, "loss", kinds)
-    if not set(inputs) & set(STATISTICS):
+    learned = [name for name in inputs if name in LEARNED]
+    if not learned:
         raise ConfigError(
             f"{origin}: takes no token statistic, so nothing can be trained; "
-            f"name at least one of {', '.join(STATISTICS)} as a parameter"
+            f"name at least one of {', '.join(LEARNED)} as a parameter"
+        )
+    if not any({*learned} <= {*own} for own in HEADS.values()):
+        raise ConfigError(
+            f"{origin}: takes {' and '.join(learned)}, but a model gives either values or token "
+            "statistics; name those of one (what a critic said before its update is old_values)"
         )
     bound = bind_options(defaults, options, extra, origin, "actor.loss", fallbacks)
     top_k = _columns(defaults | bound, origin) if "top_logps" in inputs else 0

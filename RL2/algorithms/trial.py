@@ -55,6 +55,9 @@ def tokens(top_k: int, inputs: tuple[str, ...] = ()) -> dict[str, Tensor]:
         "entropy": torch.tensor([0.8, 1.0, 1.2]),
         "ranks": torch.tensor([1.0, 2.0, 3.0]),
         "top_logps": top.log(),
+        "values": torch.tensor([0.5, -0.2, 0.8]),
+        "old_values": torch.tensor([0.4, -0.1, 1.0]),
+        "returns": torch.tensor([0.9, 0.9, 1.0]),
         "advantages": torch.tensor([1.0, -1.0, 0.5]),
         "old_logps": p.log() + 0.1,
         "ref_logps": p.log() - 0.1,
@@ -83,6 +86,7 @@ def _cycle(n: int) -> Tensor:
 def _of_one_policy(values: Values) -> Values:
     """The first update after a rollout: all policies are the trained one."""
     values = values | {name: values["logps"] for name in ("old_logps", "ref_logps", "llm_logps")}
+    values = values | {"old_values": values["values"]}
     return values | {name: values[now] for name, now in OLD_STATISTICS.items()}
 
 

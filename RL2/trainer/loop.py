@@ -25,10 +25,9 @@ from RL2.trainer.sinks.timers import Timers
 from RL2.trainer.startup.banner import banner
 from RL2.trainer.startup.ends import name_ends
 from RL2.trainer.startup.inputs import read_inputs
-from RL2.trainer.startup.models import load_providers
+from RL2.trainer.startup.models import load_learners, load_providers
 from RL2.trainer.startup.shared_folder import check_shared
 from RL2.trainer.startup.started_with import file_facts
-from RL2.workers import Actor
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +61,15 @@ class Trainer:
         self.n_steps = min(n_steps, config.trainer.max_steps or n_steps)
         claimed = claim_folder(config, device, inputs.fingerprints)
 
-        actor = Actor(
-            config.actor, device, self.algorithm.loss, config.trainer.max_bad_steps, self.traffic
-        )
+        self.learners = load_learners(config, self.algorithm, device, self.traffic)
+        actor = self.learners["actor"]
         name_ends(actor.hf_model, inputs.ends.saved, inputs.missing_ends)
         files = all_or_none(lambda: files_beside_weights(actor, inputs.tokenizer))
-        self.learners = {actor.name: actor}
         for learner in self.learners.values():
             learner.prepare_scheduler(self.n_steps * learner.updates_per_rollout)
-        self.providers = load_providers(config, self.algorithm.needs, actor, device, self.traffic)
+        self.providers = load_providers(
+            config, self.algorithm.needs, self.learners, device, self.traffic
+        )
         self.source.start(device, actor.dtypes.compute)
         self.run = Run(
             config, device, self.stop, claimed, self.source, self.learners, files, self.n_steps,

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -10,17 +10,29 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from RL2.algorithms.contract import RESERVED
-from RL2.algorithms.reductions import token_weights
-from RL2.algorithms.segments import fault_of, kept_together
+from RL2.algorithms.parameters import HEADS
+from RL2.algorithms.reductions import token_weights, weighted_sum
+from RL2.algorithms.segments import add_up, fault_of, kept_together
+from RL2.algorithms.token_loss import TokenLoss
 from RL2.distributed import Traffic, broadcast, clip_gradients, rank, sum_over_ranks, world_size
 from RL2.distributed.agreement import all_names, first_reason
 from RL2.distributed.comm import Batch
 from RL2.models.build import start_updates
 from RL2.runtime.errors import TrainingError
+from RL2.runtime.user_code import Unfit
+from RL2.workers.packs import Pack, scatter_whole
 from RL2.workers.schedule import schedule
 from RL2.workers.sharded_model import ALWAYS, ShardedModel
 
 logger = logging.getLogger(__name__)
+
+_PACK_FIELDS = {
+    "states",
+    "lengths",
+    "start",
+    "positions",
+    "pack",
+}  # the others are [N], one per action token
 
 
 def split_batch(batch: Batch, n_parts: int, segments: tuple[str, ...] = ()) -> list[Batch]:
@@ -43,33 +55,37 @@ def _slice(rows: Tensor) -> Tensor | slice:
 class Learner(ShardedModel):
     """A model that is trained, with AdamW on fp32 weights and a learning rate schedule.
 
-    A subclass defines what it learns from: `losses`, `fields` and, if not every batch can change
-    its weights, `learns`. Everything else is the same for all.
+    A subclass may put more around the loss (`complete`, `scaled`, `penalised`), and say which
+    batches cannot change its weights (`learns`).
 
     Args:
         config: the learner's node, such as `actor`.
         device: this rank's device.
         name: the node's name, used for its metrics (`actor/...`) and in checkpoints.
+        loss: what `update` minimises; it says which head the model has.
         max_bad_steps: non-finite updates in a row after which `update` raises.
         traffic: counts the bytes that cross ranks.
-        head: a name in `RL2.models.heads.HEADS`.
 
     Attributes:
+        statistics: what the head computes besides what the loss takes.
         moved: whether an optimizer step on a part of the batch has already changed the weights.
         fault: what the loss did wrong on this rank; `update` then raises on all ranks.
     """
+
+    statistics: tuple[str, ...] = ()
 
     def __init__(
         self,
         config,
         device: torch.device,
         name: str,
+        loss: TokenLoss,
         max_bad_steps: int = 1,
         traffic: Traffic | None = None,
-        head: str = "token_stats",
     ):
-        super().__init__(config, device, traffic, head=head, train=True)
+        super().__init__(config, device, traffic, head=loss.head, train=True)
         self.name = name
+        self.loss = loss
         self.max_bad_steps = max_bad_steps
         self.bad_steps = 0
         self.moved = False
@@ -86,25 +102,43 @@ class Learner(ShardedModel):
     @property
     def origin(self) -> str:
         """How errors of its loss begin, such as with the key that names the loss."""
-        return self.name
+        return self.loss.origin
 
     @property
     def segments(self) -> tuple[str, ...]:
         """The names in `RL2.algorithms.segments.SEGMENTS` that must not be cut; none if each token
         has a loss of its own."""
-        return ()
+        return self.loss.segments
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields of a batch that `losses` reads if they are there."""
-        return ()
+        return self.loss.fields
 
     def learns(self, batch: Batch) -> bool:
         """Rank 0: whether a batch with actions can change the weights."""
         return True
 
+    def complete(self, tokens: Batch) -> Batch:
+        """Tokens with all fields that the loss may take."""
+        return tokens
+
+    def scaled(
+        self, losses: Tensor, tokens: Batch, each: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Batch]:
+        """The losses times what each weighs besides its part in the mean, and metrics of them, all
+        `[n]`. each: from one value per token to one per loss."""
+        return losses, {}
+
+    def penalised(self, losses: Tensor, tokens: Batch) -> tuple[Tensor, Batch]:
+        """The losses `[N]` of this rank's tokens plus what each token adds to them, and the sums of
+        metrics by full name."""
+        return losses, {}
+
     def scatter_update(self, batch: Batch | None, fields: tuple[str, ...]) -> list[Batch]:
         """This rank's micro-batches of rank 0's optimizer batch, for `to_device` and `losses`."""
+        if self.segments:
+            return scatter_whole(self, batch, fields, self.segments, self.loss.kind)
         return self.scatter(batch, fields, self.config.max_length_per_device)[0]
 
     def losses(self, micro_batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -117,7 +151,72 @@ class Learner(ShardedModel):
 
         A sum called `bad_losses` counts losses that were not finite, for the error's text.
         """
-        raise NotImplementedError
+        wanted = tuple(dict.fromkeys((*self.loss.statistics, *self.statistics)))
+        fields = {name: micro_batch[name] for name in micro_batch.keys() - _PACK_FIELDS}
+        if self.segments:
+            stats = self.forward(micro_batch, wanted, self.loss.top_k)
+            return self._loss_of_segments(fields | stats, micro_batch["pack"])
+
+        def loss_fn(stats: Batch, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            own = {name: field[rows] for name, field in fields.items()}
+            return self._loss_of_tokens(own | stats)
+
+        result = self.forward(micro_batch, wanted, self.loss.top_k, loss_fn)
+        return result.pop("loss"), result
+
+    def _loss_of_tokens(self, own: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted sum of the losses of some tokens, from their statistics and fields `[N]`, and
+        the sums of their metrics."""
+        tokens, weights = self.complete(own), own["loss_weights"]
+        losses, metrics = self._call_loss(tokens, weights, lambda x: x)
+        losses, sums = self.penalised(losses, own)
+        sums |= {name: values.sum() for name, values in metrics.items()}
+        return weighted_sum(losses, weights), sums
+
+    def _loss_of_segments(self, own: Batch, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same for a loss of sequences, groups or pairs, which is called with all action tokens
+        of a pack; each of the ranks that share the pack counts its part of the result.
+
+        What `penalised` adds is that of this rank's `own` tokens.
+        """
+        kind, main = self.loss.kind, HEADS[self.loss.head][0]
+        needed = {main, *self.loss.statistics}
+        stats = pack.whole({name: own[name] for name in sorted(needed)})
+        tokens = self.complete(pack.fields | stats) | pack.segments
+        weights = add_up(tokens["loss_weights"], kind, pack.segments)
+        each = pack.segments["sequences"].mean if kind == "sequences" else lambda x: x
+        losses, metrics = self._call_loss(tokens, weights, each)
+        loss = weighted_sum(losses, weights) / len(pack.sizes)
+
+        penalties, sums = self.penalised(torch.zeros_like(own[main]), own)
+        n_bad = metrics.pop("bad_losses").sum() / len(pack.sizes)
+        share = pack.scale / len(pack.sizes)
+        sums |= {name: values.sum() * share for name, values in metrics.items()}
+        return loss + weighted_sum(penalties, own["loss_weights"]), sums | {"bad_losses": n_bad}
+
+    def _call_loss(
+        self, tokens: Batch, weights: Tensor, each: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The losses of some tokens, one for each of `weights`, and their metrics by full name;
+        without tokens the loss is not called.
+
+        After a fault a rank goes on without the loss, so that the others, which wait for its
+        gradients, learn of it.
+        """
+        learned = tokens[HEADS[self.loss.head][0]]
+        losses, metrics = learned.new_zeros(len(weights)), {}
+        if len(weights) and self.fault is None:
+            try:
+                losses, metrics = self.loss(tokens)
+            except Unfit as fault:
+                self.fault = str(fault)
+        if not losses.requires_grad:  # others wait for a backward
+            everywhere = torch.ones_like(learned, dtype=torch.bool)
+            losses = losses + learned.masked_fill(everywhere, 0.0).sum()
+        bad = ~losses.detach().isfinite() & (weights != 0)
+        losses, more = self.scaled(losses, tokens, each)
+        named = {f"{self.name}/{name}": values for name, values in (metrics | more).items()}
+        return losses, named | {"bad_losses": bad.to(weights)}
 
     @property
     def updates_per_rollout(self) -> int:

@@ -172,6 +172,22 @@ def test_a_loss_over_fields_that_data_rows_lack_is_refused():
         check_loss(config, resolve_loss({"name": "ppo"}), ())
 
 
+def test_a_loss_of_values_is_for_a_model_that_writes_nothing():
+    def bradley_terry(values, sequences, pairs):
+        return -values
+
+    loss = TokenLoss("bradley_terry", bradley_terry, ("values", "sequences"), kind="sequences")
+    assert (loss.head, loss.is_multiplied, loss.statistics) == ("scalar", False, ("values",))
+    node = {"avg_level": "token", "entropy": {"coef": 0.0}}
+    rows = OmegaConf.create({"actor": node, "trainer": {"source": "pairs"}})
+    check_loss(rows, loss, ())
+    with pytest.raises(ConfigError, match="takes values, one number a token, but the actor of"):
+        check_loss(OmegaConf.merge(rows, {"rollout": {}}), loss, ())
+    rows.actor.entropy.coef = 0.1
+    with pytest.raises(ConfigError, match="^actor.entropy.coef=0.1: has no effect with actor.loss"):
+        check_loss(rows, loss, ())
+
+
 def test_what_a_source_brings_is_not_computed(tmp_path):
     path = tmp_path / "loss.py"
     path.write_text("def pull(logps, ref_logps):\n    return (logps - ref_logps) ** 2\n")

@@ -3,7 +3,7 @@
 import torch
 from omegaconf import OmegaConf
 
-from RL2.algorithms.corrections import Corrections, corrected
+from RL2.algorithms.corrections import Corrections, penalised, reweighted
 
 
 def tokens(**fields):
@@ -14,8 +14,11 @@ def tokens(**fields):
 def test_what_a_config_does_not_have_is_off():
     assert Corrections.of(OmegaConf.create({"lr": 1.0})) == Corrections()
     losses = torch.tensor([3.0])
-    same, metrics = corrected(losses, tokens(llm_logps=-9.0, ref_logps=-9.0), Corrections())
+    given = tokens(llm_logps=-9.0, ref_logps=-9.0)
+    same, metrics = penalised(losses, given, Corrections())
     assert torch.equal(same, losses)
+    same, masked = reweighted(losses, given["old_logps"], given["llm_logps"], Corrections())
+    assert torch.equal(same, losses) and masked is None
     assert metrics.keys() == {"actor/entropy", "actor/kl", "rollout/llm_kl"}
 
 
@@ -27,8 +30,10 @@ def test_each_key_has_its_effect():
     found = Corrections.of(OmegaConf.create(node))
     assert found == Corrections(2.0, "mask", 0.5, 10.0, "loss", "k1")
     losses = torch.tensor([3.0])
-    objective, metrics = corrected(losses, tokens(llm_logps=-1.5, ref_logps=-1.25), found)
+    given = tokens(llm_logps=-1.5, ref_logps=-1.25)
+    objective, _ = penalised(losses, given, found)
     assert objective.item() == 3.0 - 0.5 * 2.0 + 10.0 * 0.25
-    assert metrics["actor/tis_masked"].item() == 0
-    objective, metrics = corrected(losses, tokens(llm_logps=-9.0), found)
-    assert objective.item() == -1.0 and metrics["actor/tis_masked"].item() == 1
+    for llm_logps, expected, masked in ((-1.5, 3.0, 0), (-9.0, 0.0, 1)):
+        of_engine = torch.tensor([llm_logps])
+        weighed, mask = reweighted(losses, given["old_logps"], of_engine, found)
+        assert weighed.item() == expected and mask.item() == masked

@@ -39,7 +39,6 @@ class Mutation:
 
 
 LEARNER, FSDP = "RL2/workers/learner.py", "RL2/distributed/fsdp.py"
-CORRECTIONS = "RL2/algorithms/corrections.py"
 COMM, SWEEP = "RL2/distributed/comm.py", "RL2/ops/token_stats/sweep.py"
 
 _BACKWARD = """            loss.backward()
@@ -160,9 +159,9 @@ MUTATIONS: dict[str, Mutation] = {
         f"{UPDATE}[qwen3-packed-ppo-sequence-reinforce]",
     ),
     "e-ratio-of-now-to-the-engine": Mutation(
-        CORRECTIONS,
-        "reweighted(losses, old_logps, llm_logps, corrections)",
-        "reweighted(losses, logps, llm_logps, corrections)",
+        "RL2/workers/actor.py",
+        'each(tokens["old_logps"]), each(tokens["llm_logps"])',
+        'each(tokens["logps"]), each(tokens["llm_logps"])',
         f"{UPDATE}[qwen3-packed-tis-mask-ppo]",
     ),
     # (f) one padding row or token too many
@@ -226,7 +225,7 @@ MUTATIONS |= {
         f"{UPDATE}[qwen3-sp2-gspo-sequence]",
     ),
     "g-sequences-counted-by-each-slice": Mutation(
-        "RL2/workers/actor.py",
+        LEARNER,
         "loss = weighted_sum(losses, weights) / len(pack.sizes)",
         "loss = weighted_sum(losses, weights)",
         f"{UPDATE}[qwen3-sp2-dpo-token]",

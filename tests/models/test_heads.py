@@ -13,11 +13,12 @@ from transformers import (
     BertForSequenceClassification,
 )
 
+from RL2.algorithms.token_loss import TokenLoss
 from RL2.distributed import rank
 from RL2.models.heads import HEADS, Question
 from RL2.runtime.errors import ConfigError
 from RL2.trainer.checkpoints.export import save_model
-from RL2.workers import ShardedModel
+from RL2.workers import Learner, ShardedModel
 from tests.docs import example_module
 from tests.ranks import run_on_ranks
 from tests.workers.test_actor import actor_config, make_batch, make_model, whole
@@ -25,7 +26,9 @@ from tests.workers.test_actor import actor_config, make_batch, make_model, whole
 CPU = torch.device("cpu")
 
 
-Regression = example_module("regression.py").Regression
+REGRESSION = TokenLoss(
+    "regression", example_module("regression.py").regression, ("values", "rewards")
+)
 
 
 class NoTokenizer:
@@ -34,7 +37,7 @@ class NoTokenizer:
 
 
 def make_critic(model, **changes):
-    critic = Regression(actor_config(model, **changes), CPU, "critic", head="scalar")
+    critic = Learner(actor_config(model, **changes), CPU, "critic", REGRESSION)
     critic.prepare_scheduler(4)
     return critic
 

@@ -6,6 +6,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from RL2.algorithms.algorithm import Algorithm
 from RL2.config.models import ask_hub, hub_options
 from RL2.config.schema.keys import keys_of
 from RL2.config.schema.model import RefActorConfig
@@ -13,7 +14,7 @@ from RL2.datasets.end_of_turn import special_ids
 from RL2.distributed import Traffic
 from RL2.distributed.comm import Batch
 from RL2.runtime.errors import ConfigError, first_line
-from RL2.workers import Actor, ShardedModel
+from RL2.workers import Actor, Learner, ShardedModel
 
 Provider = Callable[[Batch | None, Mapping[str, str]], Batch | None]
 """Adds fields, given as {name: statistic}, to rank 0's batch (a collective)."""
@@ -50,11 +51,25 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_learners(
+    config: DictConfig, algorithm: Algorithm, device: torch.device, traffic: Traffic
+) -> dict[str, Learner]:
+    """The models that are trained, by their nodes, in the order of their updates."""
+    loss, others = algorithm.loss, (config.trainer.max_bad_steps, traffic)
+    if loss.head == "token_stats":
+        return {"actor": Actor(config.actor, device, loss, *others)}
+    return {"actor": Learner(config.actor, device, "actor", loss, *others)}
+
+
 def load_providers(
-    config: DictConfig, needs: Collection[str], actor: Actor, device: torch.device, traffic: Traffic
+    config: DictConfig,
+    needs: Collection[str],
+    learners: Mapping[str, Learner],
+    device: torch.device,
+    traffic: Traffic,
 ) -> dict[str, Provider]:
     """The providers of the fields that an algorithm needs, by their names in `needs`."""
-    providers: dict[str, Provider] = {"old_logps": actor.annotate}
+    providers: dict[str, Provider] = {"old_logps": learners["actor"].annotate}
     if "ref_logps" in needs:
         reference = load_reference(config, device, traffic)
         reference.offload()
