@@ -2,6 +2,8 @@
 
 from RL2.datasets.base import StatefulBatchSampler, collate, make_loader
 from RL2.datasets.items import Items
+from RL2.datasets.labels import LabelDataset
+from RL2.datasets.pairs import PairDataset
 from RL2.datasets.readers import load_rows
 from RL2.datasets.rl import RLDataset
 from RL2.datasets.rows import Rows
@@ -9,6 +11,8 @@ from RL2.datasets.sft import SFTDataset
 
 __all__ = [
     "Items",
+    "LabelDataset",
+    "PairDataset",
     "RLDataset",
     "Rows",
     "SFTDataset",

@@ -32,6 +32,15 @@ SFT_ROWS = (
     Format(("prompt", "response")),
     Format(("question", "answer")),
 )
+PAIR_ROWS = (
+    Format(("messages", "chosen", "rejected"), ("tools",)),
+    Format(("prompt", "chosen", "rejected"), ("tools",)),
+    Format(("chosen", "rejected"), ("tools",)),
+)
+LABEL_ROWS = (
+    Format(("messages", "completion", "label"), ("tools",)),
+    Format(("prompt", "completion", "label"), ("tools",)),
+)
 
 
 def format_of(row: dict[str, Any], formats: tuple[Format, ...]) -> Format | None:

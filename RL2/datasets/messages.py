@@ -15,20 +15,20 @@ from RL2.datasets.rows import BadRow, type_name
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
-def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """`row["messages"]`, checked: a non-empty list of {"role": str, "content": str, ...}.
+def messages_of(row: dict[str, Any], column: str = "messages") -> list[dict[str, Any]]:
+    """`row[column]`, checked: a non-empty list of {"role": str, "content": str, ...}.
 
     An assistant's turn with `weight` 0 is not learned.
     """
-    messages = from_json(row["messages"], "messages")
+    messages = from_json(row[column], column)
     if not isinstance(messages, list) or not messages:
         found = "an empty list" if isinstance(messages, list) else type_name(messages)
         raise BadRow(
-            f'messages is {found}; it must be a list of {{"role": "user", "content": "..."}}',
+            f'{column} is {found}; it must be a list of {{"role": "user", "content": "..."}}',
         )
     checked = []
     for number, message in enumerate(messages):
-        name = f"messages[{number}]"
+        name = f"{column}[{number}]"
         if not isinstance(message, dict):
             raise BadRow(f"{name} is {type_name(message)}; it must be an object")
         for field in ("role", "content"):

@@ -1,4 +1,4 @@
-"""`train_data`, `test_data`, and `data` of sft."""
+"""`train_data`, `test_data`, and `data` of sft, dpo and rm."""
 
 from dataclasses import dataclass
 
@@ -80,4 +80,30 @@ class SFTDataConfig:
         "",
         'text between prompt and response of {"prompt", "response"} rows, learned with the '
         'response; "": nothing between them',
+    )
+
+
+@dataclass
+class PairDataConfig(SFTDataConfig):
+    """Pairs of a chosen and a rejected answer."""
+
+    max_length: int = required(
+        "the maximum number of tokens of prompt + answer, such as 2048",
+        "maximum tokens of prompt + answer, the longer one of a pair",
+        FROM_ONE,
+    )
+    batch_size: int = key(
+        64,
+        "pairs (rows, for answers with a label) per optimizer step, over all ranks; the last step "
+        "of an epoch takes the rest",
+        FROM_ONE,
+    )
+    overlong: Overlong = key(
+        Overlong.error,
+        "what to do with pairs longer than max_length: error | drop (leave out and count them)",
+    )
+    separator: str = key(
+        "",
+        'text between prompt and answer of {"prompt", "chosen", "rejected"} rows, learned with the '
+        'answer; "": nothing between them',
     )

@@ -41,6 +41,7 @@ class RowSource(Source):
     """
 
     groups = ("data",)
+    unit = "rows"  # what data.batch_size counts
 
     def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens):
         items = self.read(config.data, tokenizer, ends)
@@ -52,7 +53,7 @@ class RowSource(Source):
         self.data = Items(items) if isinstance(items, list) else items
         self.datasets, self.rows = {"data": self.data}, {"training rows": len(self.data)}
         self.end_ids = self.data.end_ids
-        self.per_step = f"{config.data.batch_size} rows each"
+        self.per_step = f"{config.data.batch_size} {self.unit} each"
         loader = make_loader(
             self.data, config.data.batch_size, seed=config.trainer.seed, drop_last=False
         )

@@ -1,0 +1,59 @@
+"""Pairs of answers, of which one is preferred, and answers with a label."""
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from RL2.datasets import LabelDataset, PairDataset
+from RL2.datasets.end_of_turn import EndTokens
+from RL2.distributed.comm import Batch
+from RL2.trainer.sources.rows import RowSource
+
+
+class PairSource(RowSource):
+    """Pairs of answers of `data`, two rows of a batch each, the chosen one first."""
+
+    unit = "pairs"
+
+    @classmethod
+    def brings(cls, config: DictConfig) -> tuple[str, ...]:
+        return (*super().brings(config), "pair_ids", "chosen")
+
+    def read(
+        self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens
+    ) -> Dataset | list[Any]:
+        return PairDataset(config, tokenizer, key="data", ends=ends)
+
+    def batch(self, items: list[Any]) -> Batch:
+        batch = super().batch([item[side] for item in items for side in ("chosen", "rejected")])
+        pairs = torch.arange(len(items)).repeat_interleave(2)
+        chosen = torch.tensor([True, False]).repeat(len(items))
+        return batch | {"pair_ids": pairs, "chosen": chosen, "group_ids": pairs}
+
+
+class ScoredPairSource(PairSource):
+    """The same for reward models, which learn at one token behind the end of each row."""
+
+    def read(
+        self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens
+    ) -> Dataset | list[Any]:
+        return PairDataset(config, tokenizer, key="data", ends=ends, scored=True)
+
+
+class LabelSource(RowSource):
+    """Answers of `data`, each with a label.
+
+    Its batches have `labels [B, T]`: 1 for desired and -1 for undesired answers, 0 at other tokens.
+    """
+
+    @classmethod
+    def brings(cls, config: DictConfig) -> tuple[str, ...]:
+        return (*super().brings(config), "labels")
+
+    def read(
+        self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens
+    ) -> Dataset | list[Any]:
+        return LabelDataset(config, tokenizer, key="data", ends=ends)
