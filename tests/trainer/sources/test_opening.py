@@ -103,7 +103,7 @@ def test_what_is_no_source_is_one_line(files, trainer, source, said):
 def test_a_source_that_fails_is_one_line_before_a_model_loads(
     files, tmp_path, monkeypatch, name, said
 ):
-    monkeypatch.setattr(loop, "Actor", None)
+    monkeypatch.setattr(loop, "load_learners", None)
     source = f"{files / 'pairs.py'}:{name}"
     changes = {"trainer__source": source, "data__path": files / "pairs.jsonl"}
     with pytest.raises((ConfigError, DataError)) as caught:
