@@ -223,7 +223,7 @@ LOADED = {
 @pytest.mark.parametrize("case", LOADED)
 def test_found_before_a_model_loads(files, tmp_path, monkeypatch, case):
     trainer, changes, expected = LOADED[case]
-    monkeypatch.setattr(RL2.trainer.loop, "Actor", None)
+    monkeypatch.setattr(RL2.trainer.loop, "load_learners", None)
     config = composed(trainer, overrides(files, trainer, tmp_path / "out", **changes(tmp_path)))
     with pytest.raises((ConfigError, DataError), match=expected) as caught:
         launch(config)

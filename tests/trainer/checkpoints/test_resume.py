@@ -173,7 +173,7 @@ def test_what_may_not_change_is_refused_before_a_model_loads(
     files, saved, monkeypatch, changes, begin, old, why, named
 ):
     folder = saved(**ADAPTERS)
-    monkeypatch.setattr(loop, "Actor", never)
+    monkeypatch.setattr(loop, "load_learners", never)
     which = folder / "checkpoints/step000002" if named else "latest"
     changes = SETTINGS | ADAPTERS | changes | {"trainer__load_ckpt_from": which}
     with pytest.raises(CheckpointError) as caught:

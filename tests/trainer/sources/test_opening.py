@@ -113,9 +113,7 @@ def test_a_source_that_fails_is_one_line_before_a_model_loads(
 
 
 def test_a_name_that_is_none_is_found_before_anything_loads(files):
-    with pytest.raises(
-        ConfigError, match="^trainer.source=row: not a source; use rollouts or rows"
-    ):
+    with pytest.raises(ConfigError, match="^trainer.source=row: not a source; use rollouts, rows"):
         launch(composed("sft", overrides(files, "sft", "x", trainer__source="row")))
 
 
