@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from omegaconf import DictConfig
 from torch import Tensor
 
+from RL2.algorithms.corrections import Corrections
 from RL2.algorithms.estimator import Estimator, resolve_advantage
 from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.parameters import OLD_STATISTICS, ROW_FIELDS
@@ -112,19 +113,23 @@ def needed_fields(
     """`Algorithm.needs`: log-probabilities, and other statistics of the policy before its updates,
     that are named and that no batch brings.
 
-    `old_logps` are needed only if an estimator names them, if the policy moves away from the one
-    that sampled (several optimizer steps per rollout, with a loss or importance weights that use
-    them), or if the KL enters rewards or advantages. With one step they are the update's own,
+    `old_logps` are needed only if an estimator or the selection of a loss names them, if the policy
+    moves away from the one that sampled (several optimizer steps per rollout, with a loss or
+    importance weights that use them), if the KL enters rewards or advantages, or if importance
+    weights are those of whole sequences. With one step they are the update's own,
     without a second forward.
     """
     actor, named = config.actor, {*loss.fields}
-    looks_back = "old_logps" in named or actor.get("tis_coef", 0.0) > 0
-    of_estimator = set() if estimator is None else {*estimator.fields.values()}
+    tis = Corrections.of(actor)
+    looks_back = "old_logps" in named or tis.tis_coef > 0
+    made = [one for one in (estimator, loss.selection) if one is not None]
+    of_estimator = {field for one in made for field in one.fields.values()}
     before, named = [], named | of_estimator
     if (
         (actor.get("update_per_rollout", 1) > 1 and looks_back)
         or resolve_penalty(config) is not None
         or "old_logps" in of_estimator
+        or (tis.of_sequences and "llm_logps" in brought)
     ):
         before.append("old_logps")
     before += [name for name in OLD_STATISTICS if name in named]
@@ -141,8 +146,9 @@ def needed_fields(
 
 
 def check_estimator(config: DictConfig, estimator: Estimator, brought: Collection[str]) -> None:
-    """ConfigError if this run cannot give the estimator what it names."""
+    """ConfigError if this run cannot give an estimator, or a selection, what it names."""
     there = {"action_mask", "sample_ids", "lengths", *brought}
+    there |= {"advantages"} if "adv" in config and estimator.what != "advantages" else set()
     there |= {"old_logps", *OLD_STATISTICS, "ref_logps"}
     if missing := sorted({*estimator.fields.values()} - there):
         raise ConfigError(
@@ -173,6 +179,9 @@ def check_loss(config: DictConfig, loss: TokenLoss, brought: Collection[str]) ->
         )
     there = {"old_logps", *OLD_STATISTICS, "ref_logps", *brought}
     there |= {"advantages"} if "adv" in config else set()
+    if loss.selection is not None:
+        check_estimator(config, loss.selection, brought)
+        there |= {"selected"}
     if missing := sorted(set(loss.fields) - there):
         raise ConfigError(
             f"actor.loss: {loss.name} needs {', '.join(missing)}, which "

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from RL2.algorithms.importance import importance_weights
+from RL2.algorithms.importance import TIS_TYPES, importance_weights
 from RL2.algorithms.kl import approx_kl
 
 
@@ -20,6 +20,11 @@ class Corrections:
     kl_coef: float = 0.0
     kl_type: str | None = None
     kl_loss_estimator: str = "k2"
+
+    @property
+    def of_sequences(self) -> bool:
+        """Whether importance weights need the log-probabilities of whole sequences."""
+        return self.tis_coef > 0 and TIS_TYPES[self.tis_type].level != "token"
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Corrections":
@@ -62,14 +67,19 @@ def penalised(
 
 
 def reweighted(
-    losses: Tensor, old_logps: Tensor, llm_logps: Tensor, corrections: Corrections
+    losses: Tensor,
+    old_logps: Tensor,
+    llm_logps: Tensor,
+    corrections: Corrections,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Losses times their importance weights; and 1 where a weight is 0, if it may be. All
     `[n]`: of tokens, or of sequences with the means of their tokens' log-probabilities, so that a
-    sequence's ratio is the geometric mean of its tokens'."""
+    sequence's ratio is the geometric mean of its tokens'. weights: those of whole sequences."""
     if corrections.tis_coef <= 0:
         return losses, None
     kind = corrections.tis_type
-    weights = importance_weights(old_logps, llm_logps, corrections.tis_coef, kind)
+    if weights is None:
+        weights = importance_weights(old_logps, llm_logps, corrections.tis_coef, kind)
     losses = losses.masked_fill(weights == 0, 0.0) * weights
-    return losses, (weights == 0).to(weights) if kind == "mask" else None
+    return losses, (weights == 0).to(weights) if TIS_TYPES[kind].leaves_out else None

@@ -34,13 +34,14 @@ class Estimator:
     """An advantage estimator with its options bound, and the inputs that it needs.
 
     `inputs` are the names of its tensors in the order in which the function takes them (see
-    `RL2.algorithms.parameters`). `origin` is the key and value that chose it.
+    `RL2.algorithms.parameters`). `origin` is the key and value that chose it, `what` it returns.
     """
 
     name: str
     function: Callable[..., Tensor]
     inputs: tuple[str, ...]
     origin: str = "adv"
+    what: str = "advantages"
 
     @property
     def fields(self) -> dict[str, str]:
@@ -49,7 +50,7 @@ class Estimator:
         return {name: by_statistic.get(name, name) for name in self.inputs}
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Advantages `[B, T]` of a batch, 0 where `action_mask` is False.
+        """Advantages, or `what` it returns, `[B, T]` of a batch, 0 where `action_mask` is False.
 
         Raises:
             Unfit: it raises, changes its inputs or settings of the whole process, or returns
@@ -62,23 +63,21 @@ class Estimator:
             is_tensor = isinstance(advantages, Tensor)
             got = list(advantages.shape) if is_tensor else type(advantages).__name__
             raise Unfit(
-                f"advantages of {len(mask)} rows came back as {got}, expected a tensor "
+                f"{self.what} of {len(mask)} rows came back as {got}, expected a tensor "
                 f"{list(mask.shape)}; return one value per token, such as "
                 "value_per_row.unsqueeze(-1) * action_mask"
             )
         if advantages.dtype not in (torch.float32, torch.float64):
-            raise Unfit(
-                f"advantages came back as {str(advantages.dtype).removeprefix('torch.')}, expected "
-                "float32 or float64"
-            )
+            dtype = str(advantages.dtype).removeprefix("torch.")
+            raise Unfit(f"{self.what} came back as {dtype}, expected float32 or float64")
         if advantages.layout != torch.strided or advantages.device != mask.device:
-            raise Unfit(f"advantages came back sparse or not on {mask.device}; return them there")
+            raise Unfit(f"{self.what} came back sparse or not on {mask.device}; return them there")
         advantages = advantages.detach().masked_fill(~mask, 0.0)
         bad = ~advantages.isfinite()
         if bad.any() and all(_has_no_bad_values(name, x, mask) for name, x in tensors.items()):
             row, token = bad.nonzero()[0].tolist()
             raise Unfit(
-                f"{int(bad.sum())} of {int(mask.sum())} advantages are not finite, the first of "
+                f"{int(bad.sum())} of {int(mask.sum())} {self.what} are not finite, the first of "
                 f"them {advantages[row, token]} in row {row}"
             )
         return advantages

@@ -11,9 +11,11 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from RL2.algorithms import contract
+from RL2.algorithms import contract, estimator_trial
+from RL2.algorithms.estimator import Estimator
 from RL2.algorithms.losses import LOSSES
 from RL2.algorithms.parameters import (
+    ESTIMATOR_FIELDS,
     FIELDS,
     HEADS,
     LEARNED,
@@ -36,6 +38,7 @@ class TokenLoss:
     how many columns of `top_logps` it wants, which its option `max_rank` says; 0 without them.
     `origin` is the key and value that chose it. `draws`: whether it was seen to draw random
     numbers. `kind`: what it returns one value for, a key of `RL2.algorithms.segments.KINDS`.
+    `selection` makes its input `selected` from the whole optimizer batch, if it names that.
     """
 
     name: str
@@ -45,6 +48,7 @@ class TokenLoss:
     origin: str = "actor.loss"
     draws: bool = False
     kind: str | None = "tokens"
+    selection: Estimator | None = None
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -140,7 +144,9 @@ def resolve_loss(
             )
         function = LOSSES[name]
 
-    known = tuple(dict.fromkeys((*LEARNED, *FIELDS, *brought, *SEGMENTS)))
+    select = getattr(function, "select", None)
+    selected = ("selected",) if select is not None else ()
+    known = tuple(dict.fromkeys((*LEARNED, *FIELDS, *selected, *brought, *SEGMENTS)))
     kinds = "neither a token statistic nor a batch field"
     inputs, defaults = parameters_of(function, known, origin, "loss", kinds)
     learned = [name for name in inputs if name in LEARNED]
@@ -154,9 +160,22 @@ def resolve_loss(
             f"{origin}: takes {' and '.join(learned)}, but a model gives either values or token "
             "statistics; name those of one (what a critic said before its update is old_values)"
         )
-    bound = bind_options(defaults, options, extra, origin, "actor.loss", fallbacks)
-    top_k = _columns(defaults | bound, origin) if "top_logps" in inputs else 0
-    loss = TokenLoss(name, partial(function, **bound), inputs, top_k, origin)
+    of_selection, selection_options = (), {}
+    if select is not None:
+        fields = tuple(dict.fromkeys((*ESTIMATOR_FIELDS, "advantages", *brought)))
+        of_selection, selection_options = parameters_of(
+            select, fields, f"{origin}: select", "selection", "no field of a batch"
+        )
+    all_defaults = selection_options | defaults
+    bound = bind_options(all_defaults, options, extra, origin, "actor.loss", fallbacks)
+    own = {key: value for key, value in bound.items() if key in defaults}
+    top_k = _columns(defaults | own, origin) if "top_logps" in inputs else 0
+    selection = None
+    if select is not None:
+        options = {key: value for key, value in bound.items() if key in selection_options}
+        selection = Estimator(name, partial(select, **options), of_selection, origin, "selections")
+        estimator_trial.try_out(selection, select, origin)
+    loss = TokenLoss(name, partial(function, **own), inputs, top_k, origin, selection=selection)
     if loss.segments:
         of_any = replace(loss, kind=None)
         loss = replace(loss, kind=kind_of(of_any, inputs, loss.statistics, top_k, origin))

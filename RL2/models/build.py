@@ -87,6 +87,7 @@ def load_model(
         check_buildable(saved, config, head, asked, error)
         raise _not_loadable(name, head, error) from error
     answers = head(model, config)
+    answers = head(model, config)
     try:
         if not holds_all(files, model, new := _new_weights(model, head)):
             model, files = _load_whole(config, head, built, new), None

@@ -119,6 +119,18 @@ class Learner(ShardedModel):
         """Rank 0: whether a batch with actions can change the weights."""
         return True
 
+    def whole_batch_fields(self, batch: Batch) -> Batch:
+        """Rank 0: the fields that only the whole of an optimizer batch gives: `selected`."""
+        if self.loss.selection is None:
+            return {}
+        selected = torch.zeros(batch["action_mask"].shape)
+        if self.fault is None:
+            try:
+                selected = self.loss.selection(batch).float()
+            except Unfit as fault:
+                self.fault = f"its selection: {fault}"
+        return {"selected": selected}
+
     def complete(self, tokens: Batch) -> Batch:
         """Tokens with all fields that the loss may take."""
         return tokens
@@ -333,7 +345,7 @@ class Learner(ShardedModel):
         if not (batch["correct"].any() if level == "correct" else self.learns(batch)):
             return batch, None
         weights = token_weights(batch["action_mask"], batch["correct"], level, batch["sample_ids"])
-        batch = batch | {"loss_weights": weights}
+        batch = batch | self.whole_batch_fields(batch) | {"loss_weights": weights}
         fields = (*ALWAYS, "loss_weights", *sorted({*self.fields} & batch.keys()))
         return batch, (int(batch["action_mask"].sum()), fields)
 

@@ -16,6 +16,7 @@ from RL2.algorithms.algorithm import (
     resolve_penalty,
 )
 from RL2.algorithms.estimator import resolve_advantage
+from RL2.algorithms.importance import TIS_TYPES
 from RL2.algorithms.losses import LOSSES
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
 from RL2.runtime.errors import ConfigError, TrainingError
@@ -23,12 +24,13 @@ from RL2.runtime.errors import ConfigError, TrainingError
 KL_OFF = {"coef": 0.0, "type": None}
 
 
-def config(update_per_rollout=1, estimator="k1", tis_coef=0.0, **kl):
+def config(update_per_rollout=1, estimator="k1", tis_coef=0.0, tis_type="truncate", **kl):
     return OmegaConf.create(
         {
             "actor": {
                 "update_per_rollout": update_per_rollout,
                 "tis_coef": tis_coef,
+                "tis_type": tis_type,
                 "kl": KL_OFF | {"reward_estimator": estimator} | kl,
             }
         }
@@ -51,20 +53,38 @@ def names(needs):
     return tuple(field for fields in needs.values() for field in fields)
 
 
+# What the selection of a loss reads of the policy before the updates.
+SELECT = {"clip_cov": ("old_logps",), "kl_cov": ("old_logps",), "entropy_80_20": ("old_entropy",)}
+
+
 @pytest.mark.parametrize("loss", LOSSES)
-def test_one_update_without_kl_needs_no_second_forward(loss):
-    assert required(loss) == ()
+def test_one_update_without_kl_needs_no_second_forward_but_for_a_selection(loss):
+    assert required(loss) == SELECT.get(loss, ())
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_old_logps_only_where_the_policy_moves_away_and_the_loss_looks_back(loss):
-    assert required(loss, update_per_rollout=2) == (("old_logps",) if loss == "ppo" else ())
+    looks_back = "old_logps" in resolve_loss({"name": loss}).fields
+    expected = {"old_logps"} if looks_back else set()
+    assert {*required(loss, update_per_rollout=2)} == expected | {*SELECT.get(loss, ())}
+    one_policy = {"max_target_kl", "fixed_target_kl", "rank_jsd", "nll"}
+    assert looks_back == (loss not in one_policy)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["ppo", "max_target_kl", "nll", "gspo", "sapo"])
 def test_importance_weights_look_back_whatever_the_loss(loss):
     assert required(loss, tis_coef=2.0) == ()
     assert required(loss, tis_coef=2.0, update_per_rollout=2) == ("old_logps",)
+
+
+@pytest.mark.parametrize("kind", TIS_TYPES)
+def test_importance_weights_of_sequences_need_old_logps(kind):
+    loss, whole = resolve_loss({"name": "nll"}), TIS_TYPES[kind].level != "token"
+    for coef, brought, needed in (
+        (2.0, ("llm_logps",), whole), (0.0, ("llm_logps",), False), (2.0, (), False),
+    ):  # fmt: skip
+        needs = needed_fields(config(tis_coef=coef, tis_type=kind), loss, brought=brought)
+        assert names(needs) == (("old_logps",) if needed else ())
 
 
 @pytest.mark.parametrize("kind", ["reward", "advantage"])

@@ -37,3 +37,14 @@ def test_each_key_has_its_effect():
         of_engine = torch.tensor([llm_logps])
         weighed, mask = reweighted(losses, given["old_logps"], of_engine, found)
         assert weighed.item() == expected and mask.item() == masked
+
+
+def test_weights_of_sequences_take_the_place_of_those_of_tokens():
+    losses, old_logps, llm_logps = torch.tensor([3.0]), torch.tensor([-1.5]), torch.tensor([-9.0])
+    for kind, masked in (("sequence_truncate", None), ("geometric_mask", 0), ("token_reject", 0)):
+        corrections = Corrections(tis_coef=2.0, tis_type=kind)
+        assert corrections.of_sequences
+        found = reweighted(losses, old_logps, llm_logps, corrections, torch.tensor([0.5]))
+        assert found[0].item() == 1.5 and found[1] == masked
+    assert not Corrections(tis_coef=0.0, tis_type="sequence_mask").of_sequences
+    assert not Corrections(tis_coef=2.0, tis_type="mask").of_sequences

@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from inspect import signature
 
 import pytest
 
 from RL2.algorithms import ADVANTAGES, LOSSES, resolve_advantage, resolve_loss
 from RL2.config import check_overrides, validate
+from RL2.config.checks.objective import CLIPPED_LOSSES
 from RL2.config.presets import FOLDER, preset_names, read_preset
+from RL2.config.schema import RLConfig, keys_of
 from RL2.runtime.errors import ConfigError
 from RL2.trainer.algorithms import listed
 from RL2.trainer.registries import registry_of
@@ -45,6 +48,28 @@ def test_every_loss_and_estimator_is_in_a_preset():
     named = {override for one in PRESETS for override in one.overrides}
     assert {f"actor.loss.name={name}" for name in LOSSES} <= named
     assert {f"adv.estimator={name}" for name in ADVANTAGES} <= named
+
+
+def test_each_option_of_a_loss_is_a_key():
+    keys, takes = keys_of(RLConfig), {}
+    for name, function in LOSSES.items():
+        functions = [function, *filter(None, [getattr(function, "select", None)])]
+        parameters = [one for f in functions for one in signature(f).parameters.values()]
+        takes[name] = {one.name for one in parameters if one.kind is one.KEYWORD_ONLY}
+        assert all(f"actor.loss.{option}" in keys for option in takes[name]), name
+    both = {name for name in takes if {"clip_low", "clip_high"} <= takes[name]}
+    assert both == {*CLIPPED_LOSSES}
+    every = {f"actor.loss.{option}" for options in takes.values() for option in options}
+    own = {"actor.loss.name", "actor.loss.import_path", "actor.loss.options"}
+    assert {key for key in keys if key.startswith("actor.loss.")} == every | own
+
+
+def test_an_option_of_another_loss_has_no_effect():
+    config = quick_config("ppo", ["actor.loss.name=gspo", "actor.loss.tau_pos=2"])
+    with pytest.raises(
+        ConfigError, match="actor.loss.tau_pos=2.*: no option of actor.loss.name=gs"
+    ):
+        resolve_loss(config.actor.loss)
 
 
 def test_the_command_line_wins_and_later_presets_win():

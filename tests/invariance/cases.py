@@ -18,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from RL2.algorithms import LOSSES, resolve_advantage, sample_returns
+from RL2.algorithms import resolve_advantage, sample_returns
 from RL2.algorithms.algorithm import Algorithm, resolve_penalty
 from tests.invariance.reference import plain_model
 
@@ -166,20 +166,37 @@ def make_batch(model: str, name: str) -> dict[str, Tensor] | None:
         "pair_ids": 2 * (samples // 4) + samples % 2,  # no neighbours
         "chosen": samples % 4 < 2,
         "correct": sample_returns(rewards, samples) > 0,
+        "old_entropy": near(1.0).abs(),
     }
     return batch
 
 
 _HERE = Path(__file__).parent
-LOSS_NODES = {name: {"name": name} for name in LOSSES} | {
+LOSS_NODES = {name: {"name": name} for name in ("ppo", "max_target_kl", "fixed_target_kl", "nll")}
+LOSS_NODES |= {
     "rank_jsd": {"name": "rank_jsd", "max_rank": 3},
     "margin": {"import_path": f"{_HERE / 'losses.py'}:margin"},
     "above": {"import_path": "tests.invariance.losses:above"},
 }
-OF_SEGMENTS = ("gspo", "gspo_token", "likelihood", "best_of_group", "dpo")
-LOSS_NODES_OF_SEGMENTS = {
-    name: {"import_path": f"tests.invariance.losses:{name}"} for name in OF_SEGMENTS
+# With bounds that some tokens of these batches are beyond, and some are not.
+_CLIPS = {"clip_low": 0.1, "clip_high": 0.1}
+OF_RATIOS = {
+    "cispo": {"clip_high": 0.2},
+    "sapo": {},
+    "dppo": {"max_divergence": 0.03},
+    "clip_cov": {"share": 0.2, "min_covariance": 0.05},
+    "kl_cov": {"share": 0.2},
+    "entropy_80_20": {"clip_low": 0.1},
 }
+OF_SEGMENTS = ("gspo", "likelihood", "best_of_group", "dpo")
+_OWN_OF_SEGMENTS = ("ratios", "likelihood", "best_of_group", "dpo")
+LOSS_NODES_OF_SEGMENTS = {
+    name: {"import_path": f"tests.invariance.losses:{name}"} for name in _OWN_OF_SEGMENTS
+} | {name: {"name": name} | _CLIPS for name in ("gspo", "gspo_token", "gmpo")}
+OTHER_NODES = LOSS_NODES_OF_SEGMENTS | {
+    name: {"name": name} | options for name, options in OF_RATIOS.items()
+}
+OTHER_NODES["dual_clip"] = {"name": "ppo", "dual_clip": 1.1}
 ESTIMATORS = {
     "reinforce": {"estimator": "reinforce", "global_norm": False, "norm_var": False},
     "grpo": {"estimator": "reinforce", "global_norm": True, "norm_var": True},
@@ -214,7 +231,7 @@ class Case:
             algorithm = Algorithm(None, estimator, penalty=resolve_penalty(config))
             batch = algorithm.advantages(batch)
             batch = {name: x for name, x in batch.items() if name not in self.without}
-        node = (LOSS_NODES | LOSS_NODES_OF_SEGMENTS)[self.loss]
+        node = (LOSS_NODES | OTHER_NODES)[self.loss]
         return SimpleNamespace(loss=node, changes=changes, batch=batch)
 
 
@@ -297,6 +314,7 @@ CASES |= {
     "gspo-tis-mask": Case("gspo", "sequence", batch="pairs",
                           changes={"tis_coef": 1.2, "tis_type": "mask"}),
     "likelihood-tis": Case("likelihood", "token", batch="pairs", changes={"tis_coef": 1.1}),
+    "ratios-tis": Case("ratios", "sequence", batch="pairs", changes={"tis_coef": 1.1}),
     "gspo_token-tis": Case("gspo_token", "sequence", batch="pairs", changes={"tis_coef": 1.1}),
     "gspo-entropy-kl": Case(
         "gspo", "token", batch="pairs", changes=_ENTROPY | {"kl": _KL | {"type": "loss"}}
@@ -313,6 +331,28 @@ CASES |= {
     ),
     "three_updates-dpo": Case("dpo", "token", "spo", "pairs", {"update_per_rollout": 3}),
 }  # fmt: skip
+CASES |= {
+    f"{loss}-sequence": Case(loss, "sequence", batch="pairs") for loss in ("gmpo", "gspo_token")
+}
+CASES |= {f"{loss}-token": Case(loss) for loss in OF_RATIOS}
+CASES |= {
+    "dual_clip": Case("dual_clip", "sequence"),
+    "three_updates-kl_cov": Case("kl_cov", changes={"update_per_rollout": 3}),
+    "tis-sequence_truncate-nll": Case(
+        "nll", changes={"tis_coef": 1.2, "tis_type": "sequence_truncate"}
+    ),
+    "tis-geometric_mask-ppo": Case(
+        "ppo", "sequence", changes={"tis_coef": 1.1, "tis_type": "geometric_mask"}
+    ),
+    "tis-token_reject-gspo": Case(
+        "gspo", "sequence", batch="pairs", changes={"tis_coef": 2.0, "tis_type": "token_reject"}
+    ),
+    "tis-sequence_reject-gspo_token": Case(
+        "gspo_token",
+        batch="pairs",
+        changes={"tis_coef": 1.5, "tis_type": "sequence_reject", "update_per_rollout": 2},
+    ),
+}
 
 # What families and shapes of models are tried with.
 FAMILY_CASES = {
@@ -334,7 +374,8 @@ SOME_CASES = FAMILY_CASES | {
         "three_rows_correct-rank_jsd-sequence", "one_row-fixed_target_kl",
         "rows_of_one_token-ppo", "rows_as_long_as_allowed-ppo", "rows_without_actions-ppo",
         "nothing_but_prompts-ppo", "all_filtered-ppo", "three_updates-nll-three_rows_correct",
-        "three_updates-margin-one_row", "gspo-token", "gspo_token-sequence",
+        "three_updates-margin-one_row", "gspo-token", "gspo_token-sequence", "three_updates-kl_cov",
+        "tis-geometric_mask-ppo", "tis-token_reject-gspo",
         "best_of_group-sequence", "dpo-token", "three_updates-dpo",
     )
 }  # fmt: skip

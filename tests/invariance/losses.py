@@ -22,17 +22,8 @@ def above(logps, ranks, top_logps, ref_logps, rewards, *, max_rank=2):
     return losses, {"rank": ranks, "reward": rewards + 0 * losses.detach()}
 
 
-def gspo(logps, old_logps, advantages, sequences, *, clip=0.1):
-    """Zheng et al. 2025, "Group Sequence Policy Optimization": the ratio of a sequence is the
-    geometric mean of its tokens'."""
-    ratio = sequences.mean(logps - old_logps).exp()
-    a = sequences.mean(advantages)
-    losses = -torch.minimum(a * ratio, a * ratio.clamp(1 - clip, 1 + clip))
-    return losses, {"clipped": (ratio - 1).abs() > clip, "ratio": ratio}
-
-
-def gspo_token(logps, old_logps, advantages, sequences):
-    """One value a token, in the size of its sequence's ratio."""
+def ratios(logps, old_logps, advantages, sequences):
+    """One value a token, with a gradient through its sequence's ratio."""
     ratio = sequences.spread(sequences.mean(logps - old_logps))
     return -advantages * (ratio.detach() + logps - logps.detach()).exp() + 0.1 * ratio.square()
 

@@ -95,6 +95,24 @@ def segments_of(batch, rows):
     return {"sequences": sequences, "groups": groups, "pairs": pairs}
 
 
+def sequence_weights(batch, config):
+    """`[B, T]`: the importance weight of each row's sample."""
+    level, rule = config.tis_type.split("_")
+    ids, weights = batch["sample_ids"].tolist(), []
+    for own in ids:
+        rows = [row for row, other in enumerate(ids) if other == own]
+        difference = (batch["old_logps"] - batch["llm_logps"])[rows].double()
+        ratios = difference[batch["action_mask"][rows]].exp()
+        ratio = ratios.prod() if level == "sequence" else ratios.prod() ** (1 / max(len(ratios), 1))
+        one_of = [ratio] if level != "token" else [*ratios]
+        inside = all(1 / config.tis_coef <= one <= config.tis_coef for one in one_of)
+        if rule == "truncate":
+            weights.append(min(float(ratio), config.tis_coef))
+        else:
+            weights.append(float(inside) * (float(ratio) if rule == "mask" else 1.0))
+    return torch.tensor(weights).double()[:, None] * batch["action_mask"]
+
+
 def segment_loss(loss, config, batch, tokens, rows):
     """Loss, and metrics, of a loss of sequences, groups or pairs; entropy and KL are no part of it.
 
@@ -113,7 +131,12 @@ def segment_loss(loss, config, batch, tokens, rows):
     if loss.kind in ("tokens", "sequences"):
         if not loss.uses_advantages and level != "correct":
             losses = losses * mean(tokens["advantages"])
-        if config.tis_coef > 0:
+        if "tis_weights" in tokens:
+            weight = mean(tokens["tis_weights"])
+            losses = losses * weight
+            if not config.tis_type.endswith("truncate"):
+                extra = extra | {"tis_masked": (weight == 0).double()}
+        elif config.tis_coef > 0:
             ratio = mean(tokens["old_logps"] - tokens["llm_logps"]).exp()
             outside = (ratio > config.tis_coef) | (ratio < 1 / config.tis_coef)
             if config.tis_type == "mask":
@@ -137,6 +160,10 @@ def batch_loss(hf, loss, config, batch):
         learns = loss.uses_advantages or not of_one or batch["advantages"].any()
     if not learns:
         return None
+    if loss.selection is not None:
+        batch = batch | {"selected": loss.selection(batch)}
+    if config.tis_coef > 0 and config.tis_type not in ("truncate", "mask"):
+        batch = batch | {"tis_weights": sequence_weights(batch, config)}
     total, sums, all_tokens, rows = 0.0, {}, [], []
     for row, length in enumerate(batch["lengths"].tolist()):
         mask = batch["action_mask"][row, :length]
@@ -144,7 +171,8 @@ def batch_loss(hf, loss, config, batch):
             continue
         logits = hf(batch["states"][row : row + 1, :length]).logits[0, mask] / config.temperature
         tokens = statistics(logits, batch["actions"][row, :length][mask], loss.top_k)
-        names = ("old_logps", "ref_logps", "llm_logps", "advantages", "rewards")
+        names = ("old_logps", "ref_logps", "llm_logps", "advantages", "rewards", "selected")
+        names += ("tis_weights",)
         fields = {name: batch[name][row, :length][mask].double() for name in names if name in batch}
         tokens |= {"old_logps": tokens["logps"].detach()} | fields
         if loss.segments:
@@ -160,7 +188,11 @@ def batch_loss(hf, loss, config, batch):
             d = tokens["llm_logps"] - tokens["old_logps"]
             metrics["rollout/llm_kl"] = _KL["k3"](d)
             ratio = (tokens["old_logps"] - tokens["llm_logps"]).exp()
-            if config.tis_coef > 0 and config.tis_type == "truncate":
+            if "tis_weights" in tokens and not loss.segments:
+                losses = losses * tokens["tis_weights"]
+                if not config.tis_type.endswith("truncate"):
+                    metrics["actor/tis_masked"] = (tokens["tis_weights"] == 0).double()
+            elif config.tis_coef > 0 and config.tis_type == "truncate":
                 losses = losses * ratio.clamp(max=config.tis_coef)
             elif config.tis_coef > 0 and not loss.segments:
                 outside = (ratio > config.tis_coef) | (ratio < 1 / config.tis_coef)

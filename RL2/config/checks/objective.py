@@ -5,13 +5,18 @@ from omegaconf import DictConfig
 from RL2.config.models import check_model
 from RL2.runtime.errors import ConfigError
 
+CLIPPED_LOSSES = ("ppo", "gspo", "gspo_token", "gmpo", "clip_cov", "entropy_80_20")
+"""The losses that take both clips, which `actor.clip` sets."""
+
 
 def check_importance(actor: DictConfig, rollout: DictConfig) -> None:
-    if actor.tis_type == "mask" and actor.tis_coef < 1:
+    if actor.tis_type == "truncate":
+        return
+    if actor.tis_coef == 0 or actor.tis_coef < 1 and not actor.tis_type.endswith("truncate"):
         advice = "has no effect with" if actor.tis_coef == 0 else "leaves no token with"
         raise ConfigError(
-            f"actor.tis_type=mask: {advice} actor.tis_coef={actor.tis_coef}; set actor.tis_coef to "
-            "1 or more, such as 2"
+            f"actor.tis_type={actor.tis_type}: {advice} actor.tis_coef={actor.tis_coef}; set "
+            "actor.tis_coef to 1 or more, such as 2"
         )
 
 
@@ -42,7 +47,8 @@ def check_reference(actor: DictConfig, ref_actor: DictConfig, adv: DictConfig) -
 
 
 def check_clip(actor: DictConfig, rollout: DictConfig) -> None:
-    if actor.clip is not None and actor.loss.import_path is None and actor.loss.name != "ppo":
+    named = actor.loss.name if actor.loss.import_path is None else None
+    if actor.clip is not None and named is not None and named not in CLIPPED_LOSSES:
         raise ConfigError(
             f"actor.clip={actor.clip}: has no effect with actor.loss.name={actor.loss.name}; "
             "leave it out"

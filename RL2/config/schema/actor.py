@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from RL2.config.schema.choices import KLType, Scheduler
+from RL2.config.schema.choices import Divergence, KLType, Scheduler
 from RL2.config.schema.keys import (
     ABOVE_ZERO,
     FRACTION,
@@ -68,7 +68,9 @@ class LoRAConfig:
 
 @dataclass
 class LossConfig:
-    name: str = by_trainer("the loss per token", own="actor.loss.import_path=my_loss.py:my_loss")
+    name: str = by_trainer(
+        "the loss (see docs/algorithms.md)", own="actor.loss.import_path=my_loss.py:my_loss"
+    )
     import_path: str | None = key(
         None,
         "your own loss (file.py:function or package.module:function), used instead of name",
@@ -102,10 +104,58 @@ class LossConfig:
 @dataclass
 class RLLossConfig(LossConfig):
     clip_low: float | None = follow(
-        "actor.clip", "ppo: the ratio is clipped below at 1 - clip_low", ABOVE_ZERO
+        "actor.clip",
+        "losses with a clip: the ratio is clipped below at 1 - clip_low (gmpo: e^-clip_low)",
+        ABOVE_ZERO,
     )
     clip_high: float | None = follow(
-        "actor.clip", "ppo: the ratio is clipped above at 1 + clip_high", ABOVE_ZERO
+        "actor.clip",
+        "losses with a clip: the ratio is clipped above at 1 + clip_high (gmpo: e^clip_high)",
+        ABOVE_ZERO,
+    )
+    dual_clip: float | None = key(
+        None,
+        "ppo: the loss of a token with a negative advantage A is at most -dual_clip * A; null: no "
+        "such bound",
+        Range(lambda x: 1 < x < math.inf, "be above 1"),
+    )
+    tau_pos: float | None = key(
+        None, "sapo: steepness of the gate where the advantage is above 0; null: 1.0", ABOVE_ZERO
+    )
+    tau_neg: float | None = key(
+        None, "sapo: steepness of the gate elsewhere; null: 1.05", ABOVE_ZERO
+    )
+    divergence: Divergence | None = key(
+        None, "dppo: how far a token has moved, tv (|p_old - p|) or kl (binary KL); null: tv"
+    )
+    max_divergence: float | None = key(
+        None,
+        "dppo: divergence beyond which a token counts no more; null: 0.15 for tv, 0.05 for kl",
+        FROM_ZERO,
+    )
+    max_ratio: float | None = key(
+        None,
+        "dppo: bound on the ratio; null: 20",
+        Range(lambda x: 1 <= x < math.inf, "be 1 or more"),
+    )
+    share: float | None = key(
+        None,
+        "clip_cov, kl_cov, entropy_80_20: share of a batch's tokens that are selected; null: 2e-4, "
+        "2e-3, 0.2",
+        PROBABILITY,
+    )
+    min_covariance: float | None = key(
+        None,
+        "clip_cov: selected tokens have a covariance above this; null: 1.0",
+        Range(math.isfinite, "be finite"),
+    )
+    max_covariance: float | None = key(
+        None,
+        "clip_cov: selected tokens have a covariance below this; null: 5.0",
+        Range(math.isfinite, "be finite"),
+    )
+    kl_coef: float | None = key(
+        None, "kl_cov: weight of the KL penalty at selected tokens; null: 1.0", FROM_ZERO
     )
 
 
@@ -202,14 +252,19 @@ class ActorConfig(TrainedModelConfig):
     )
     update_per_rollout: int = key(1, "optimizer steps on each rollout", FROM_ONE)
     clip: float | None = key(
-        "${for_loss:ppo,0.2}", "PPO's clip range, both sides (0.2 for the ppo loss)", ABOVE_ZERO
+        "${for_loss:ppo,0.2}",
+        "clip range, both sides, of a loss with a clip (0.2 for ppo; null: the loss's own)",
+        ABOVE_ZERO,
     )
     tis_coef: float = key(
         2.0,
         "importance sampling between engine and trainer, both before the first update: bound C on "
-        "the ratio; 0: off",
+        "the ratio, 1 or more for all types but those that truncate; 0: off",
         FROM_ZERO,
     )
-    tis_type: str = key("truncate", "what happens to tokens beyond the bound")
+    tis_type: str = key(
+        "truncate",
+        "weights from ratios; those of whole sequences take one more forward of a rollout",
+    )
     kl: KLConfig = group(KLConfig)
     loss: RLLossConfig = group(RLLossConfig)

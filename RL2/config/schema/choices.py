@@ -28,6 +28,11 @@ class KLType(StrEnum):
     advantage = "advantage"
 
 
+class Divergence(StrEnum):
+    tv = "tv"
+    kl = "kl"
+
+
 class Dtype(StrEnum):
     auto = "auto"
     float32 = "float32"

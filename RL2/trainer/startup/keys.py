@@ -19,6 +19,8 @@ Names = Mapping[str, Mapping[str, str]]
 """By key: the names of its registry, each with what it means."""
 
 NAMES = Path(__file__).with_name("names.yaml")
+# Of a key with more names, only the names are shown.
+_MOST_EXPLAINED = 9
 _WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 
 
@@ -70,6 +72,8 @@ def explanation(name: str, key: Key, names: Names) -> str:
     """What a key means, and the names that it takes."""
     if name not in names or "${" in str(key.default):
         return key.help
+    if len(names[name]) > _MOST_EXPLAINED:
+        return f"{key.help}: {' | '.join(names[name])}"
     said = (f"{one} ({meaning})" if meaning else one for one, meaning in names[name].items())
     return f"{key.help}: {' | '.join(said)}"
 

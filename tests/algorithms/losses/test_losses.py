@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 
 from RL2.algorithms import FIELDS, LOSSES, TokenLoss, resolve_loss
 from RL2.algorithms.losses import fixed_target_kl, max_target_kl, nll, ppo, rank_jsd
+from RL2.algorithms.segments import Segments
 from RL2.ops import STATISTICS, linear_token_stats, token_stats
 from RL2.runtime.errors import ConfigError
 
@@ -75,7 +76,9 @@ def losses_of(name, logits, actions, fields, **options):
 def filled(loss, n, value):
     """What a loss takes, all of one value."""
     shapes = {name: (n, loss.top_k) if name == "top_logps" else (n,) for name in loss.inputs}
-    return {name: torch.full(shape, value) for name, shape in shapes.items()}
+    values = {name: torch.full(shape, value) for name, shape in shapes.items()}
+    alone = {"sequences": Segments(torch.arange(n), n)} if "sequences" in values else {}
+    return values | alone
 
 
 # ---------------------------------------------------------------- values
@@ -497,7 +500,9 @@ def test_rank_jsd_hides_no_nan(bad):
 def test_no_tokens(name):
     loss = resolve_loss(config(name=name))
     tensors = filled(loss, 0, 0.0)
-    losses, metrics = loss({name: value.requires_grad_() for name, value in tensors.items()})
+    for name in loss.statistics:
+        tensors[name].requires_grad_()
+    losses, metrics = loss(tensors)
     assert all(values.shape == (0,) for values in (losses, *metrics.values()))
     losses.sum().backward()
 

@@ -9,6 +9,9 @@ def test_masked_importance_weights_need_a_band(message, composed):
     text = message("ppo", "actor.tis_type=mask", "actor.tis_coef=0.5")
     assert text.startswith("actor.tis_type=mask: leaves no token with actor.tis_coef=0.5; set ")
     validate(composed("ppo", "actor.tis_type=mask"), 1)
+    text = message("spo", "actor.tis_type=sequence_truncate")
+    assert text.startswith("actor.tis_type=sequence_truncate: has no effect with actor.tis_coef=0")
+    validate(composed("ppo", "actor.tis_type=geometric_truncate", "actor.tis_coef=0.5"), 1)
 
 
 def test_options_without_effect(message, composed):
