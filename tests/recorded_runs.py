@@ -54,7 +54,7 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "small packs": ("ppo", 1, {**_GROUPS, "actor__max_length_per_device": 32}),
     "turns": ("ppo", 1, {**_GROUPS, "rollout__max_turns": 3, "rollout__env_path": "turns.py"}),
     "gspo": ("ppo", 2, {**_GROUPS, "actor__update_per_rollout": 2, "actor__sp_size": 2,
-                        "actor__loss__import_path": "tests.invariance.losses:gspo"}),
+                        "actor__loss__name": "gspo"}),
     "lora": ("spo", 1, _LORA),
     "ddp 2": ("spo", 2, {"actor__ddp_size": 2}),
     "fsdp 2": ("ppo", 2, {**_GROUPS, "actor__update_per_rollout": 2}),

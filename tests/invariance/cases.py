@@ -179,7 +179,7 @@ LOSS_NODES |= {
     "above": {"import_path": "tests.invariance.losses:above"},
 }
 # With bounds that some tokens of these batches are beyond, and some are not.
-_CLIPS = {"clip_low": 0.1, "clip_high": 0.1}
+_CLIPS = {"clip_low": 0.03, "clip_high": 0.03}
 OF_RATIOS = {
     "cispo": {"clip_high": 0.2},
     "sapo": {},
@@ -320,7 +320,7 @@ CASES |= {
         "gspo", "token", batch="pairs", changes=_ENTROPY | {"kl": _KL | {"type": "loss"}}
     ),
     "gspo-no-other-policy": Case("gspo", "sequence", batch="pairs", without=_NO_POLICIES),
-    "gspo-one_row": Case("gspo", "sequence", "spo", "one_row"),
+    "gmpo-one_row": Case("gmpo", "sequence", "spo", "one_row"),
     "gspo-one_correct": Case("gspo", "correct", "spo", "pairs_one_correct"),
     "likelihood-none_correct": Case("likelihood", "token", "spo", "pairs_none_correct"),
     "best_of_group-none_correct": Case("best_of_group", "token", "spo", "pairs_none_correct"),

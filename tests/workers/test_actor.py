@@ -42,7 +42,7 @@ LOSSES = {
     "spo": {"name": "max_target_kl"},
     "spo_0p5": {"name": "fixed_target_kl"},
     "rank_jsd": {"name": "rank_jsd", "max_rank": 3},
-    "gspo": {"import_path": "tests.invariance.losses:gspo"},
+    "gspo": {"name": "gspo"},
     "dpo": {"import_path": "tests.invariance.losses:dpo"},
 }
 LEVELS = ("token", "sequence", "correct")

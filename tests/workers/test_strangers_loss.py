@@ -110,12 +110,25 @@ FAULTS = {
 
 def every_fault(model, folder, batch):
     """What comes of each, the last rank being the one with the fault."""
-    paths = [f"{folder}/{number}/my_loss.py:f" for number in range(len(FAULTS))]
+    paths = [f"{folder}/{number}/my_loss.py:f" for number in range(len(FAULTS) + 1)]
     actor, answers = make_actor(model, paths[0]), []
     for path in paths:
         actor.loss, actor.fault = resolve_loss({"name": None, "import_path": path}), None
         answers.append(update(actor, batch))
     return answers
+
+
+SELECTION = """
+def f(logps, selected, advantages):
+    return -logps * selected * advantages
+
+def chosen(old_logps, action_mask):
+    if action_mask.shape[1] > 4:  # not in the trial
+        raise RuntimeError("no such row")
+    return action_mask.float()
+
+f.select = chosen
+"""
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
@@ -126,10 +139,16 @@ def test_a_loss_that_goes_wrong_on_one_rank_ends_all_in_one_line(tmp_path, model
         body = f"def f(logps, ranks, advantages):\n    if {RUNS}:"
         body += f"\n        if dist.get_rank() == {n_ranks - 1}:\n            {line}"
         written(folder, f"{body}\n    return -logps")
+    last = tmp_path / f"{len(FAULTS)}"
+    last.mkdir()
+    written(last, SELECTION)
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    found = run_on_ranks(n_ranks, every_fault, model, tmp_path, make_batch())
+    batch = make_batch()
+    batch["old_logps"] = torch.zeros(batch["action_mask"].shape)
+    found = run_on_ranks(n_ranks, every_fault, model, tmp_path, batch)
+    said_of = FAULTS | {"selection": "its selection: it raised RuntimeError: no such row"}
     for answers in found:
-        for (line, said), answer in zip(FAULTS.items(), answers, strict=True):
+        for (line, said), answer in zip(said_of.items(), answers, strict=True):
             assert isinstance(answer, tuple), (line, answer)
             message, same = answer
             assert re.match(rf"actor.loss.import_path=\S*my_loss.py:f: {said}", message), line
