@@ -58,13 +58,14 @@ class DataPath:
     files: list[str]
 
 
-def find_data(group: str, path: str) -> DataPath:
-    """The files that `{group}.path` names; the hub is not queried.
+def find_data(group: str, path: str, name: str = "path") -> DataPath:
+    """The files that `{group}.{name}` names; the hub is not queried.
 
     Raises:
         ConfigError: the path cannot name any rows.
     """
-    key = f"{group}.path={path}"
+    of_key = f"{group}.{name}"
+    key = f"{of_key}={path}"
     try:
         split, name = split_data_path(path)
         if is_described(name):
@@ -89,7 +90,7 @@ def find_data(group: str, path: str) -> DataPath:
     elif not is_hub_name(split, name):
         raise ConfigError(
             f"{key}: neither a file or folder ({FILES}) nor split@name:config such as "
-            f"train@openai/gsm8k:main{_with_split(group, path)}"
+            f"train@openai/gsm8k:main{_with_split(of_key, path)}"
         )
     return DataPath(split, name, files)
 
@@ -211,10 +212,10 @@ def _words(file: Path) -> set[str]:
     return _SPLIT_WORDS.keys() & set(re.split(r"[^a-z]+", str(file).lower()))
 
 
-def _with_split(group: str, path: str) -> str:
+def _with_split(key: str, path: str) -> str:
     """The advice for the name of a data set without its split."""
     if not _HUB_DATA.fullmatch(path):
         return ""
-    split = "test" if group == "test_data" else "train"
+    split = "test" if "test" in key else "train"
     config = "" if ":" in path else "[:config]"
-    return f"; a data set on the hub needs its split: {group}.path='{split}@{path}{config}'"
+    return f"; a data set on the hub needs its split: {key}='{split}@{path}{config}'"

@@ -4,6 +4,7 @@ from RL2.datasets.base import StatefulBatchSampler, collate, make_loader
 from RL2.datasets.items import Items
 from RL2.datasets.labels import LabelDataset
 from RL2.datasets.pairs import PairDataset
+from RL2.datasets.parts import held_out
 from RL2.datasets.readers import load_rows
 from RL2.datasets.rl import RLDataset
 from RL2.datasets.rows import Rows
@@ -18,6 +19,7 @@ __all__ = [
     "SFTDataset",
     "StatefulBatchSampler",
     "collate",
+    "held_out",
     "load_rows",
     "make_loader",
 ]

@@ -125,15 +125,20 @@ class Trainer:
         before = self.run.position()
         with self.run.save_if_interrupted(step - 1, before), self.timers("rollout"):
             batch, metrics = self.source.collect(step, last=step == self.n_steps)
-        for name, fields in self._fields_to_compute(batch).items():
-            with self.timers(f"compute_{name}"):
-                batch = self.providers[name](batch, fields)
+        batch = self._with_fields(batch)
         with self.run.save_if_update_fails(step - 1, before):
             batch = self._with_advantages(batch)
             for name, learner in self.learners.items():
                 with self.timers(f"update_{name}"):
                     metrics |= learner.update(batch, step)
         return metrics | self.alarm(metrics)
+
+    def _with_fields(self, batch: Batch | None) -> Batch | None:
+        """Add the fields that the algorithm needs and no batch brings (a collective)."""
+        for name, fields in self._fields_to_compute(batch).items():
+            with self.timers(f"compute_{name}"):
+                batch = self.providers[name](batch, fields)
+        return batch
 
     def _fields_to_compute(self, batch: Batch | None) -> Mapping[str, Mapping[str, str]]:
         """What to compute for the algorithm; nothing if rank 0 has no batch (a collective)."""
@@ -178,7 +183,10 @@ class Trainer:
             return {}
         with self.timers("evaluate"):
             metrics = self.source.evaluate(step)
-        self.run.save_if_best(step, metrics.get("test/score"))
+            batch = self._with_advantages(self._with_fields(self.source.test_batch()))
+            metrics |= self.learners["actor"].evaluate(batch)
+            self.learners["actor"].offload()
+        self.run.save_if_best(step, metrics)
         return metrics
 
     def _end_step(self, step: int, metrics: dict[str, float]) -> None:

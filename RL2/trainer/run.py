@@ -1,7 +1,6 @@
 """A run's state and folder: how it starts, is saved, stops, resumes and ends."""
 
 import logging
-import math
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +34,9 @@ from RL2.trainer.startup.fingerprints import readable
 from RL2.workers import Learner
 
 logger = logging.getLogger(__name__)
+
+# What decides which evaluation is the best, and whether more of it is better (1) or less (-1).
+_BEST = {"test/score": 1, "test/loss": -1}
 
 
 class Position(NamedTuple):
@@ -182,12 +184,16 @@ class Run:
         save_model(actor, self.files, self.path(name), str(self.config.trainer.save_dtype))
         actor.offload()
 
-    def save_if_best(self, step: int, score: float | None) -> None:
-        """Write `best` if the score beats those of all earlier evaluations (a collective)."""
-        score = broadcast(score)
-        if score is None or score <= self.best.get("test/score", -math.inf):
+    def save_if_best(self, step: int, metrics: dict[str, float]) -> None:
+        """Write `best` if an evaluation beats all earlier ones by its `test/score`, or without that
+        by its `test/loss`, of which less is better (a collective)."""
+        found = broadcast(next(((name, metrics[name]) for name in _BEST if name in metrics), None))
+        if found is None:
             return
-        best = {"step": step, "test/score": score}
+        name, value = found
+        if name in self.best and _BEST[name] * (value - self.best[name]) <= 0:
+            return
+        best = {"step": step, name: value}
         try:
             if step > 0 and self.config.trainer.get("keep_best"):
                 with self.timers("save"):
@@ -312,11 +318,12 @@ class Run:
         self.done = True
 
     def _best_line(self) -> str:
-        step, score = self.best["step"], self.best["test/score"]
+        step, name = self.best["step"], next(name for name in _BEST if name in self.best)
+        value = self.best[name]
         if step == 0:
-            return f"no evaluation beat the start: test/score was {score:.4f} before training"
+            return f"no evaluation beat the start: {name} was {value:.4f} before training"
         kept = "in best" if self.config.trainer.keep_best else "not kept: trainer.keep_best=false"
-        return f"best evaluation: test/score {score:.4f} at step {step} ({kept})"
+        return f"best evaluation: {name} {value:.4f} at step {step} ({kept})"
 
     def _cannot_write(self, path: Path, reason: OSError | str) -> str:
         if isinstance(reason, OSError):

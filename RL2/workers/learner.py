@@ -269,15 +269,64 @@ class Learner(ShardedModel):
             self.moved |= f"{self.name}/grad_norm" in metrics[-1]
         return self._merged(metrics) | {f"{self.name}/lr": rate}
 
-    def _optimizer_step(self, batch: Batch | None) -> dict[str, float]:
+    def evaluate(self, batch: Batch | None) -> dict[str, float]:
+        """The loss on rank 0's batch, and what is measured beside it, averaged over all of it as in
+        an update, as `test/...` on every rank. Leaves weights, gradients and random states as they
+        are.
+
+        Raises:
+            TrainingError: a loss that breaks `RL2.algorithms.contract`; on every rank.
+        """
+        if self.segments:
+            self._check_segments(batch)
+        batch, n_actions, fields = self._shared(batch)
+        if not n_actions:
+            return {}
+        sums: dict[str, Tensor] = {}
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.inference():
+            for micro_batch in self.scatter_update(batch, fields):
+                loss, metrics = self.losses(self.to_device(micro_batch))
+                for name, value in (metrics | {f"{self.name}/loss": loss}).items():
+                    sums[name] = sums.get(name, 0.0) + value
+        totals = self._totals(sums)
+        means = {name: total / n_actions for name, total in totals.items()}
+        means[f"{self.name}/loss"] = totals[f"{self.name}/loss"]
+        own = f"{self.name}/"
+        return {
+            f"test/{name.removeprefix(own)}": value
+            for name, value in means.items()
+            if name.startswith(own) and math.isfinite(value)
+        }
+
+    def _shared(self, batch: Batch | None) -> tuple[Batch | None, int, tuple[str, ...]]:
+        """Rank 0's batch from `_prepare`, and on every rank how many actions it has, 0 to skip it,
+        and the fields that ranks need."""
         prepared = None
         if rank() == 0:
             batch, prepared = self._prepare(batch)
-        prepared = broadcast(prepared)
-        if prepared is None:
-            return {f"{self.name}/skipped": 1.0}
-        n_actions, fields = prepared
+        n_actions, fields = broadcast(prepared) or (0, ())
+        return batch, n_actions, fields
 
+    def _totals(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Sums over all ranks, by name. A loss may have some on one rank only: elsewhere they count
+        as 0. TrainingError on every rank if the loss broke its contract on one."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = sums | {"bad_calls": torch.full_like(zero, self.fault is not None)}
+        names = all_names(sums)
+        # One wait for the device for all metrics.
+        totals = sum_over_ranks(torch.stack([sums.get(name, zero).double() for name in names]))
+        totals = totals / self.layout.tp_size  # these ranks counted the same tokens
+        totals = dict(zip(names, totals.tolist(), strict=True))
+        if totals.pop("bad_calls"):
+            self.optimizer.zero_grad()
+            raise TrainingError(f"{self.origin}: {first_reason(self.fault)}")
+        return totals
+
+    def _optimizer_step(self, batch: Batch | None) -> dict[str, float]:
+        batch, n_actions, fields = self._shared(batch)
+        if not n_actions:
+            return {f"{self.name}/skipped": 1.0}
         micro_batches = self.scatter_update(batch, fields)
         sums: dict[str, Tensor] = {}
         for number, micro_batch in enumerate(micro_batches, start=1):
@@ -292,16 +341,7 @@ class Learner(ShardedModel):
         # The norm misses what one replica, or one tensor-parallel rank, has in parameters that
         # others hold as well. If it is not finite on one rank, all must skip.
         sums["bad_ranks"] = (~grad_norm.isfinite()).to(grad_norm)
-        sums["bad_calls"] = torch.full_like(grad_norm, self.fault is not None)
-        # One wait for the device for all metrics. A loss may have some on one rank only: elsewhere
-        # they count as 0.
-        names, zero = all_names(sums), torch.zeros_like(grad_norm)
-        totals = sum_over_ranks(torch.stack([sums.get(name, zero).double() for name in names]))
-        totals = totals / self.layout.tp_size  # these ranks counted the same tokens
-        totals, norm = dict(zip(names, totals.tolist(), strict=True)), grad_norm.item()
-        if totals.pop("bad_calls"):
-            self.optimizer.zero_grad()
-            raise TrainingError(f"{self.origin}: {first_reason(self.fault)}")
+        totals, norm = self._totals(sums), grad_norm.item()
         loss = totals[f"{self.name}/loss"]
         n_bad, n_ranks = totals.pop("bad_ranks") * self.layout.tp_size, world_size()
         if n_bad == n_ranks and self._may_be_overflow(loss):

@@ -46,6 +46,7 @@ CHECKS: tuple[Callable[..., None], ...] = (
     lengths.check_sft_rows,
     data.check_separator,
     data.check_rows,
+    data.check_held_out,
     trainer.check_folder_names,
     trainer.check_health,
     trainer.check_checkpoint,

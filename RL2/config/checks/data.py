@@ -16,6 +16,28 @@ def check_prompts(train_data: DictConfig, test_data: DictConfig) -> None:
 
 def check_rows(data: DictConfig) -> None:
     find_data("data", data.path)
+    if data.test_path is not None:
+        find_data("data", data.test_path, "test_path")
+
+
+def check_held_out(data: DictConfig, trainer: DictConfig) -> None:
+    ratio, path, freq = data.test_ratio, data.test_path, trainer.test_freq
+    if ratio and path is not None:
+        raise ConfigError(
+            f"data.test_ratio={ratio}: has no effect with data.test_path={path}, which gives the "
+            "rows to evaluate; leave one of the two out"
+        )
+    if freq is not None and not ratio and path is None:
+        raise ConfigError(
+            f"trainer.test_freq={freq}: has no effect without rows to evaluate; set "
+            "data.test_ratio to a share of the rows, such as 0.05, or data.test_path to a file"
+        )
+    if freq is None and (ratio or path is not None):
+        key = f"data.test_ratio={ratio}" if ratio else f"data.test_path={path}"
+        raise ConfigError(
+            f"{key}: has no effect without trainer.test_freq; set that to the steps between "
+            "evaluations"
+        )
 
 
 def check_separator(data: DictConfig) -> None:

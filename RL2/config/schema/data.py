@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from RL2.config.schema.choices import Overlong
-from RL2.config.schema.keys import FROM_ONE, follow, key, required
+from RL2.config.schema.keys import FROM_ONE, Range, follow, key, required
 
 _PATH = (
     "split@name:config on the hub (train@openai/gsm8k:main), a json, jsonl, csv, tsv, parquet or "
@@ -80,6 +80,14 @@ class SFTDataConfig:
         "",
         'text between prompt and response of {"prompt", "response"} rows, learned with the '
         'response; "": nothing between them',
+    )
+    test_ratio: float = key(
+        0.0,
+        "share of the rows, chosen by trainer.seed, that are evaluated and not trained on; 0: none",
+        Range(lambda x: 0 <= x < 1, "be 0 or more and below 1"),
+    )
+    test_path: str | None = key(
+        None, "rows to evaluate instead, as path; null: those of test_ratio", path=True
     )
 
 

@@ -93,6 +93,12 @@ class TrainerConfig:
     max_steps: int | None = key(
         None, "stop after this many steps; null: when the epochs are done", FROM_ONE
     )
+    test_freq: int | None = key(None, "steps between evaluations; null: no evaluation", FROM_ONE)
+    keep_best: bool = key(
+        True,
+        "keep the model of the best evaluation, in addition to the last one: the highest "
+        "test/score, or without rollouts the lowest test/loss",
+    )
     save_dir: str = by_trainer("folder for checkpoints, metrics.jsonl and rollouts", path=True)
     save_freq: int | None = key(None, "steps between checkpoints; null: only at the end", FROM_ONE)
     save_dtype: Dtype = key(
@@ -137,13 +143,9 @@ class TrainerConfig:
 
 @dataclass
 class RLTrainerConfig(TrainerConfig):
-    test_freq: int | None = key(None, "steps between evaluations; null: no evaluation", FROM_ONE)
     test_sampled: bool = key(
         False,
         "evaluations also sample the test set with train_sampling_params (test/sampled_score)",
-    )
-    keep_best: bool = key(
-        True, "keep the model with the best test/score, in addition to the last one"
     )
     dump_rollouts: bool = key(True, "write each step's responses to rollouts/step*.jsonl")
     show_samples: int = key(

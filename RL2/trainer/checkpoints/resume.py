@@ -29,11 +29,13 @@ FIXED = {
     "actor.lora.target_modules": "other layers have the adapters that were trained",
     "train_data.prompts_per_rollout": _BATCHES,
     "data.batch_size": _BATCHES,
+    "data.test_ratio": "it decides which rows are trained on",
     "trainer.seed": "it decides the order of the rows, which cannot change during a run",
 }
 """Keys that may not change, and why. The rows of the data are compared by content
 (`RL2.datasets.base`), as the files may have moved."""
 
+_OTHER_TESTS = "its rows have changed, so scores do not compare with earlier ones"
 FIXED_INPUTS = {
     "actor.model_name": "its weights, config.json or code have changed",
     "vocabulary": "the tokenizer gives tokens other numbers than those that were trained",
@@ -51,7 +53,8 @@ OTHER_INPUTS = {
         ("rollout.env_path", *CODE_KEYS),
         "the file, or a module that it imports, is not what it was",
     ),
-    "test_data.path": "its rows have changed, so scores do not compare with earlier ones",
+    "test_data.path": _OTHER_TESTS,
+    "data.test_path": _OTHER_TESTS,
 }
 """Fingerprints whose changes are logged. Those whose names are not keys belong to
 actor.model_name."""

@@ -3,8 +3,9 @@
 import time
 
 _SUMMARY = (
-    "test/score", "train/score", "actor/loss", "actor/entropy", "train/avg_response_length",
-    "actor/grad_norm", "actor/skipped", "actor/nonfinite", "timing/step",
+    "test/score", "test/loss", "test/accuracy", "train/score", "actor/loss", "actor/entropy",
+    "train/avg_response_length", "actor/grad_norm", "actor/skipped", "actor/nonfinite",
+    "timing/step",
 )  # fmt: skip
 _ONLY_IF_NOT_ZERO = ("actor/skipped", "actor/nonfinite")
 

@@ -14,13 +14,17 @@ from RL2.trainer.sources.rows import RowSource
 
 
 class PairSource(RowSource):
-    """Pairs of answers of `data`, two rows of a batch each, the chosen one first."""
+    """Pairs of answers of `data`, two rows of a batch each, the chosen one first.
+
+    Its batches have `pair_ids`, `chosen`, `labels [B, T]` (1 for chosen and -1 for rejected
+    answers) and `row_ids`, a number for each answer of the data set.
+    """
 
     unit = "pairs"
 
     @classmethod
     def brings(cls, config: DictConfig) -> tuple[str, ...]:
-        return (*super().brings(config), "pair_ids", "chosen")
+        return (*super().brings(config), "pair_ids", "chosen", "labels")
 
     def read(
         self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens
@@ -31,7 +35,10 @@ class PairSource(RowSource):
         batch = super().batch([item[side] for item in items for side in ("chosen", "rejected")])
         pairs = torch.arange(len(items)).repeat_interleave(2)
         chosen = torch.tensor([True, False]).repeat(len(items))
-        return batch | {"pair_ids": pairs, "chosen": chosen, "group_ids": pairs}
+        labels = torch.where(chosen, 1.0, -1.0)[:, None] * batch["action_mask"]
+        return batch | {
+            "pair_ids": pairs, "chosen": chosen, "labels": labels, "group_ids": pairs,
+        }  # fmt: skip
 
 
 class ScoredPairSource(PairSource):
@@ -46,7 +53,8 @@ class ScoredPairSource(PairSource):
 class LabelSource(RowSource):
     """Answers of `data`, each with a label.
 
-    Its batches have `labels [B, T]`: 1 for desired and -1 for undesired answers, 0 at other tokens.
+    Its batches have `labels [B, T]`, 1 for desired and -1 for undesired answers, and `row_ids`, the
+    number of each row.
     """
 
     @classmethod

@@ -4,11 +4,12 @@ import inspect
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from RL2.datasets import Items, SFTDataset, collate, make_loader
+from RL2.datasets import Items, SFTDataset, collate, held_out, make_loader
+from RL2.datasets.base import option
 from RL2.datasets.end_of_turn import EndTokens
 from RL2.distributed import rank
 from RL2.distributed.comm import Batch
@@ -36,23 +37,29 @@ def _misshapen(batch: Batch) -> str | None:
 class RowSource(Source):
     """Rows of `data`, every response token an action of advantage 1.
 
-    The last step of an epoch takes the rows that are left. A derived class may `read` another kind
-    of data set, and make a `batch` of its items in its own way.
+    The last step of an epoch takes the rows that are left. The actor's loss is evaluated on those
+    that `data.test_ratio` holds out, or on those of `data.test_path`. A derived class may `read`
+    another kind of data set, and make a `batch` of its items in its own way.
     """
 
     groups = ("data",)
     unit = "rows"  # what data.batch_size counts
 
     def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens):
-        items = self.read(config.data, tokenizer, ends)
         self.name = config.trainer.source
-        if not isinstance(items, (list, Dataset)):
-            raise ConfigError(
-                f"trainer.source={self.name}: read returned a {type(items).__name__}; return a list"
-            )
-        self.data = Items(items) if isinstance(items, list) else items
-        self.datasets, self.rows = {"data": self.data}, {"training rows": len(self.data)}
-        self.end_ids = self.data.end_ids
+        self.test_freq = option(config.trainer, "test_freq")
+        self.data = self._read(config.data, tokenizer, ends)
+        self.datasets, self.end_ids = {"data": self.data}, self.data.end_ids
+        self.test: Dataset | None = None
+        self.has_test_file = option(config.data, "test_path") is not None
+        if self.has_test_file:
+            self.test = self._read_test(config.data, tokenizer, ends)
+            self.datasets["data.test_path"] = self.test
+        elif ratio := option(config.data, "test_ratio", 0):
+            self.data, self.test = held_out(self.data, ratio, config.trainer.seed)
+        self.rows = {"training rows": len(self.data)}
+        if self.test is not None:
+            self.rows["test rows"] = len(self.test)
         self.per_step = f"{config.data.batch_size} {self.unit} each"
         loader = make_loader(
             self.data, config.data.batch_size, seed=config.trainer.seed, drop_last=False
@@ -72,6 +79,26 @@ class RowSource(Source):
     def brings(cls, config: DictConfig) -> tuple[str, ...]:
         return ("advantages", "correct")
 
+    def _read(
+        self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens
+    ) -> Dataset:
+        items = self.read(config, tokenizer, ends)
+        if not isinstance(items, (list, Dataset)):
+            raise ConfigError(
+                f"trainer.source={self.name}: read returned a {type(items).__name__}; return a list"
+            )
+        return Items(items) if isinstance(items, list) else items
+
+    def _read_test(
+        self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens
+    ) -> Dataset:
+        """The rows of `data.test_path`; `read` takes the path of a config."""
+        instead = OmegaConf.merge(config, {"path": config.test_path})
+        try:
+            return self._read(instead, tokenizer, ends)
+        except RL2Error as error:
+            raise type(error)(str(error).replace("data.path", "data.test_path", 1)) from error
+
     def read(
         self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens
     ) -> Dataset | list[Any]:
@@ -88,6 +115,11 @@ class RowSource(Source):
         items = self.stream.draw_batch()
         if rank() != 0:
             return None, {}
+        batch = self._checked_batch(items)
+        n_actions = batch["action_mask"].sum().item()
+        return batch, {"train/avg_response_length": n_actions / len(batch["states"])}
+
+    def _checked_batch(self, items: list[Any]) -> Batch:
         try:
             batch = self.batch(items)
         except RL2Error:
@@ -97,8 +129,19 @@ class RowSource(Source):
             raise TrainingError(f"trainer.source={self.name}: batch {what}") from error
         if wrong := _misshapen(batch):
             raise TrainingError(f"trainer.source={self.name}: {wrong}")
-        n_actions = batch["action_mask"].sum().item()
-        return batch, {"train/avg_response_length": n_actions / len(batch["states"])}
+        return batch
+
+    def evaluates(self, step: int) -> bool:
+        frequency = self.test_freq
+        return self.test is not None and frequency is not None and step % frequency == 0
+
+    def test_batch(self) -> Batch | None:
+        if self.test is None or rank() != 0:
+            return None
+        batch = self._checked_batch([self.test[i] for i in range(len(self.test))])
+        if self.has_test_file and "row_ids" in batch:  # other rows than those of the same numbers
+            batch["row_ids"] = -1 - batch["row_ids"]
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state_dict() if rank() == 0 else {}

@@ -33,8 +33,8 @@ class Source(ABC):
         groups: the groups of the config that it reads.
         steps_per_epoch: how many steps `trainer.n_epochs` counts as one epoch.
         per_step: what one step takes, in words.
-        datasets: the data sets that were read, by the config node whose `path` names them; each has
-            a length and a `fingerprint`. A resumed run compares them.
+        datasets: the data sets that were read, by the config node whose `path` names them, or the
+            key that does; each has a length and a `fingerprint`. A resumed run compares them.
         rows: the numbers of rows, by their purpose.
         end_ids: tokens at which its sequences end.
         ends: what happens there, in words.
@@ -89,8 +89,13 @@ class Source(ABC):
         return False
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Metrics on rank 0 (a collective). The best `test/score` decides what `best/` holds."""
+        """Metrics on rank 0 (a collective). The best `test/score` decides what `best/` holds, or
+        the lowest `test/loss` where there is no score."""
         return {}
+
+    def test_batch(self) -> Batch | None:
+        """Rank 0: the batch on which an evaluation measures the actor's loss; None for none."""
+        return None
 
     @property
     def unwritten(self) -> tuple[Path, OSError] | None:

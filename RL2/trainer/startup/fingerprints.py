@@ -38,8 +38,9 @@ def of_run(
         found[key] = " ".join(source_fingerprint(_file_of(place)) for place in places)
     if (env_path := OmegaConf.select(config, "rollout.env_path")) is not None:
         found["rollout.env_path"] = source_fingerprint(env_path)
-    if "test_data" in datasets:
-        found["test_data.path"] = datasets["test_data"].fingerprint
+    for name, key in (("test_data", "test_data.path"), ("data.test_path", "data.test_path")):
+        if name in datasets:
+            found[key] = datasets[name].fingerprint
     found |= {f"{name}.model_name": _of_model(config[name]) for name in models}
     found |= tokenizer_parts(tokenizer)
     found["end tokens"] = str([sorted(ends.ids), ends.saved])

@@ -27,7 +27,7 @@ _VARIABLES = "set it alike for all ranks, or for none"
 # Paths may differ between machines. The contents are compared when they are read.
 _PATH_KEYS = {
     "actor.model_name", "ref_actor.model_name", "rollout.model_name", "rollout.env_path",
-    "train_data.path", "test_data.path", "data.path",
+    "train_data.path", "test_data.path", "data.path", "data.test_path",
 }  # fmt: skip
 # What each machine may set for itself, and what only rank 0 uses.
 _MACHINE_KEYS = {
@@ -66,9 +66,10 @@ def file_facts(
         that names them.
     """
     facts = {}
-    for key, data in datasets.items():
-        shown, found = f"{len(data)} rows of {config[key].path}", f"{len(data)} {data.fingerprint}"
-        facts[f"{key}.path"] = _of_file(shown, found)
+    for name, data in datasets.items():
+        key = name if "." in name else f"{name}.path"
+        shown = f"{len(data)} rows of {OmegaConf.select(config, key)}"
+        facts[key] = _of_file(shown, f"{len(data)} {data.fingerprint}")
     for name, found in inputs.items():
         if (key := name) not in facts:
             if "." not in name:

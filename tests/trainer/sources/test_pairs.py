@@ -36,6 +36,8 @@ def test_batches_of_pairs(tmp_path, tiny_tokenizer):
     assert first["pair_ids"].tolist() == [0, 0, 1, 1] == first["group_ids"].tolist()
     assert first["sample_ids"].tolist() == [0, 1, 2, 3]
     assert first["chosen"].tolist() == [True, False] * 2
+    signs = torch.tensor([[1.0], [-1.0]] * 2)
+    assert torch.equal(first["labels"], signs * first["action_mask"])
     assert fault_of(first, ("sequences", "pairs"), max_length=100) is None
     state = json.loads(json.dumps(made.state_dict()))
     then = [made.collect(step, last=False)[0] for step in (2, 3, 4)]
