@@ -45,6 +45,7 @@ class Trainer:
         algorithm: how the run learns from a batch.
         providers: the functions that compute fields for the algorithm, by name.
         learners: the models that are trained, by name, in the order of their updates.
+        references: the frozen models that may follow the actor, by name.
     """
 
     def __init__(self, config: DictConfig, device: torch.device, stop: StopRequest | None = None):
@@ -67,9 +68,10 @@ class Trainer:
         files = all_or_none(lambda: files_beside_weights(actor, inputs.tokenizer))
         for learner in self.learners.values():
             learner.prepare_scheduler(self.n_steps * learner.updates_per_rollout)
-        self.providers = load_providers(
+        self.providers, self.references = load_providers(
             config, self.algorithm.needs, self.learners, device, self.traffic
         )
+        claimed[0].references = self.references
         self.source.start(device, actor.dtypes.compute)
         self.run = Run(
             config, device, self.stop, claimed, self.source, self.learners, files, self.n_steps,
@@ -131,6 +133,8 @@ class Trainer:
             for name, learner in self.learners.items():
                 with self.timers(f"update_{name}"):
                     metrics |= learner.update(batch, step)
+        for reference in self.references.values():
+            reference.follow(self.learners["actor"], step)
         return metrics | self.alarm(metrics)
 
     def _with_fields(self, batch: Batch | None) -> Batch | None:

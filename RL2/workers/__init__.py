@@ -2,6 +2,7 @@
 
 from RL2.workers.actor import Actor
 from RL2.workers.learner import Learner
+from RL2.workers.reference import Reference
 from RL2.workers.sharded_model import ShardedModel
 
-__all__ = ["Actor", "Learner", "ShardedModel"]
+__all__ = ["Actor", "Learner", "Reference", "ShardedModel"]

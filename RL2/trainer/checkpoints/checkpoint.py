@@ -60,6 +60,7 @@ class Checkpoints:
     Attributes:
         inputs: fingerprints of the run's inputs (`fingerprints.of_run`), kept as well.
         threads, machines: what the run computes with (`startup.machine`), kept as well.
+        references: frozen models by name, kept once they are renewed.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Checkpoints:
         self.config = config
         self.inputs: dict[str, str] = {}
         self.threads, self.machines = 0, []
+        self.references: contents.References = {}
         self.versions = resume.versions()  # of the running code, whatever is installed later
         # The thread that writes needs a process group of its own. The memory of the copies is kept
         # for the next save.
@@ -117,7 +119,7 @@ class Checkpoints:
             CheckpointError: see `writing.write`.
         """
         self.wait()
-        tensors, numbers = contents.collect(learners)
+        tensors, numbers = contents.collect(learners, self.references)
         if self._stager is not None:
             tensors = self._stager.stage(tensors)
         device = next(iter(learners.values())).device
@@ -125,7 +127,12 @@ class Checkpoints:
             tensors,
             contents.rng_state(device),
             position,
-            state | {"step": step, "learners": numbers},
+            state
+            | {
+                "step": step,
+                "learners": numbers,
+                "renewed": sorted(tensors.keys() - learners.keys()),
+            },
             self.config,
             self._about(step, [*learners]),
         )
@@ -251,9 +258,8 @@ class Checkpoints:
         logger.info("%s: nothing under %s, starting anew", key, self.folder)
         return None
 
-    @staticmethod
-    def _restore(folder: Path, learners: Learners, source: Any) -> dict[str, Any]:
-        state = contents.restore(folder, learners)
+    def _restore(self, folder: Path, learners: Learners, source: Any) -> dict[str, Any]:
+        state = contents.restore(folder, learners, self.references)
         own = folder / f"rank{rank()}.pt"
         if exists(own):
             generators = torch.load(own, weights_only=True)["rng"]

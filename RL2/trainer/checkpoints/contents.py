@@ -1,6 +1,7 @@
 """What a checkpoint holds of each learner, by name, and of each rank's random generators.
 
     {<name>: {"model": ..., "optimizer": ...}}       the tensors, as torch.distributed.checkpoint
+    {<name>: {"model": ...}}                         of a reference that was renewed
     trainer.json: {"learners": {<name>: ...}, ...}   numbers of each learner, and of the trainer
 
 A learner's frozen parameters are in no checkpoint: they come from its model_name. Version 0.1 had
@@ -14,21 +15,29 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.tensor import DTensor
 
-from RL2.workers import Learner
+from RL2.workers import Learner, Reference
 
 TRAINER = "trainer.json"
 ACTOR_ALONE = ("actor",)
 """The learners of a checkpoint of version 0.1."""
 
 Learners = Mapping[str, Learner]
+References = Mapping[str, Reference]
 Generators = dict[str, torch.Tensor]
 
 
-def collect(learners: Learners) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors and numbers of learners, by their names."""
+def collect(
+    learners: Learners, references: References | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors of learners and renewed references, and the numbers of learners, by names."""
     tensors, numbers = {}, {}
     for name, learner in learners.items():
         # get_state_dict, not optimizer.state_dict(): DCP drops AdamW's moments of the latter
@@ -39,11 +48,17 @@ def collect(learners: Learners) -> tuple[dict[str, Any], dict[str, Any]]:
             "updates_per_rollout": learner.updates_per_rollout,
             "bad_steps": learner.bad_steps,
         }
+    for name, reference in (references or {}).items():
+        if reference.renewed:
+            tensors[name] = {"model": get_model_state_dict(reference.model)}
     return tensors, numbers
 
 
-def restore(folder: Path, learners: Learners) -> dict[str, Any]:
-    """Restore learners to what `collect` returned; returns the trainer's state (a collective)."""
+def restore(
+    folder: Path, learners: Learners, references: References | None = None
+) -> dict[str, Any]:
+    """Restore learners and references to what `collect` returned; returns the trainer's state (a
+    collective)."""
     state = json.loads((folder / TRAINER).read_text())
     named = "learners" in state
     numbers = state.pop("learners") if named else {ACTOR_ALONE[0]: state}
@@ -65,7 +80,20 @@ def restore(folder: Path, learners: Learners) -> dict[str, Any]:
         updates = _updates(numbers[name], learner.updates_per_rollout)
         learner.prepare_scheduler(learner.n_updates, updates)
         learner.bad_steps = numbers[name]["bad_steps"]
+    renewed = state.pop("renewed", ())
+    for name, reference in (references or {}).items():
+        if name in renewed:
+            _restore(folder, name, reference)
     return state
+
+
+def _restore(folder: Path, name: str, reference: Reference) -> None:
+    reference.load()
+    state = get_model_state_dict(reference.model)
+    dcp.load({name: {"model": state}}, checkpoint_id=folder)
+    set_model_state_dict(reference.model, state)
+    reference.renewed = True
+    reference.offload()
 
 
 def _trained(learner: Learner, state: dict[str, Any]) -> dict[str, Any]:

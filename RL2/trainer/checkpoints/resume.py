@@ -64,6 +64,7 @@ NOTES = {
     "actor.lora.seed": "without effect on adapters that are trained already",
     "train_data.path": "its rows must be the same",
     "data.path": "its rows must be the same",
+    "ref_actor.renew_every": "a renewed reference stays as it is in the checkpoint until then",
     **dict.fromkeys(
         [
             "actor.lr",
@@ -72,6 +73,7 @@ NOTES = {
             "actor.decay_ratio",
             "actor.min_lr_ratio",
             "actor.update_per_rollout",
+            "actor.epochs_per_rollout",
             "trainer.n_epochs",
             "trainer.max_steps",
         ],

@@ -14,7 +14,7 @@ from RL2.datasets.end_of_turn import special_ids
 from RL2.distributed import Traffic
 from RL2.distributed.comm import Batch
 from RL2.runtime.errors import ConfigError, first_line
-from RL2.workers import Actor, Learner, ShardedModel
+from RL2.workers import Actor, Learner, Reference
 
 Provider = Callable[[Batch | None, Mapping[str, str]], Batch | None]
 """Adds fields, given as {name: statistic}, to rank 0's batch (a collective)."""
@@ -55,7 +55,8 @@ def load_learners(
     config: DictConfig, algorithm: Algorithm, device: torch.device, traffic: Traffic
 ) -> dict[str, Learner]:
     """The models that are trained, by their nodes, in the order of their updates."""
-    loss, others = algorithm.loss, (config.trainer.max_bad_steps, traffic)
+    loss, run = algorithm.loss, config.trainer
+    others = (run.max_bad_steps, traffic, run.seed)
     if loss.head == "token_stats":
         return {"actor": Actor(config.actor, device, loss, *others)}
     return {"actor": Learner(config.actor, device, "actor", loss, *others)}
@@ -67,26 +68,31 @@ def load_providers(
     learners: Mapping[str, Learner],
     device: torch.device,
     traffic: Traffic,
-) -> dict[str, Provider]:
-    """The providers of the fields that an algorithm needs, by their names in `needs`."""
+) -> tuple[dict[str, Provider], dict[str, Reference]]:
+    """The providers of the fields that an algorithm needs, by their names in `needs`, and the
+    frozen models behind them that may be renewed, by their nodes."""
     providers: dict[str, Provider] = {"old_logps": learners["actor"].annotate}
+    references: dict[str, Reference] = {}
     if "ref_logps" in needs:
         reference = load_reference(config, device, traffic)
+        if reference.every:
+            reference.check(learners["actor"])
         reference.offload()
         providers["ref_logps"] = reference.annotate
-    return providers
+        references["ref_actor"] = reference
+    return providers, references
 
 
-def load_reference(config: DictConfig, device: torch.device, traffic: Traffic) -> ShardedModel:
+def load_reference(config: DictConfig, device: torch.device, traffic: Traffic) -> Reference:
     """The reference policy: `ref_actor`, or if a trainer has none, the actor's initial model. A
     ConfigError names the keys of `ref_actor`, which workers do not know."""
     if "ref_actor" not in config:
         names = keys_of(RefActorConfig).keys() & config.actor.keys()
         node = {name: config.actor[name] for name in names}
         node["max_inference_length_per_device"] = config.actor.max_length_per_device
-        return ShardedModel(OmegaConf.create(node), device, traffic)
+        return Reference(OmegaConf.create(node), device, traffic)
     try:
-        return ShardedModel(config.ref_actor, device, traffic)
+        return Reference(config.ref_actor, device, traffic)
     except ConfigError as error:
         if str(error).startswith("actor."):
             raise ConfigError(f"ref_{error}") from error
