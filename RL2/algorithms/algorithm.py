@@ -26,9 +26,10 @@ class Penalty:
     coef: float
     where: str
     estimator: str
+    clamp: float | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
-        kl = approx_kl(batch["old_logps"], batch["ref_logps"], self.estimator)
+        kl = approx_kl(batch["old_logps"], batch["ref_logps"], self.estimator, self.clamp)
         return self.coef * kl * batch["action_mask"]
 
 
@@ -93,6 +94,7 @@ def resolve_algorithm(config: DictConfig, brought: Collection[str]) -> Algorithm
         estimator = resolve_advantage(config.adv, own)
         check_estimator(config, estimator, brought)
     needs = needed_fields(config, loss, estimator, brought)
+    check_renewal(config, needs)
     return Algorithm(loss, estimator, needs, resolve_penalty(config))
 
 
@@ -101,7 +103,7 @@ def resolve_penalty(config: DictConfig) -> Penalty | None:
     kl = config.actor.get("kl")
     if kl is None or kl.coef == 0 or kl.type not in ("reward", "advantage"):
         return None
-    return Penalty(kl.coef, str(kl.type), kl.reward_estimator)
+    return Penalty(kl.coef, str(kl.type), kl.reward_estimator, kl.get("clamp"))
 
 
 def needed_fields(
@@ -114,19 +116,25 @@ def needed_fields(
     that are named and that no batch brings.
 
     `old_logps` are needed only if an estimator or the selection of a loss names them, if the policy
-    moves away from the one that sampled (several optimizer steps per rollout, with a loss or
-    importance weights that use them), if the KL enters rewards or advantages, or if importance
-    weights are those of whole sequences. With one step they are the update's own,
+    moves away from the one that sampled (several optimizer steps per rollout, with a loss,
+    importance weights or a KL that use them), if the KL enters rewards or advantages, or if
+    importance weights are those of whole sequences. With one step they are the update's own,
     without a second forward.
     """
     actor, named = config.actor, {*loss.fields}
     tis = Corrections.of(actor)
-    looks_back = "old_logps" in named or tis.tis_coef > 0
+    updates = actor.get("update_per_rollout", 1) * actor.get("epochs_per_rollout", 1)
+    looks_back = (
+        "old_logps" in named
+        or tis.tis_coef > 0
+        or actor.get("max_ratio") is not None
+        or (actor.get("kl") or {}).get("unbiased", False)
+    )
     made = [one for one in (estimator, loss.selection) if one is not None]
     of_estimator = {field for one in made for field in one.fields.values()}
     before, named = [], named | of_estimator
     if (
-        (actor.get("update_per_rollout", 1) > 1 and looks_back)
+        (updates > 1 and looks_back)
         or resolve_penalty(config) is not None
         or "old_logps" in of_estimator
         or (tis.of_sequences and "llm_logps" in brought)
@@ -143,6 +151,16 @@ def needed_fields(
         for provider, fields in (("old_logps", before), ("ref_logps", reference))
     }
     return {provider: fields for provider, fields in needs.items() if fields}
+
+
+def check_renewal(config: DictConfig, needs: Collection[str]) -> None:
+    """ConfigError if a reference would be renewed that nothing is compared with."""
+    every = config.get("ref_actor", {}).get("renew_every", 0)
+    if every and "ref_logps" not in needs:
+        raise ConfigError(
+            f"ref_actor.renew_every={every}: has no effect, as nothing is compared with the "
+            "reference; set actor.kl.coef and actor.kl.type, or leave it out"
+        )
 
 
 def check_estimator(config: DictConfig, estimator: Estimator, brought: Collection[str]) -> None:

@@ -17,7 +17,8 @@ from RL2.runtime.user_code import Unfit, file_of, settings_kept
 
 # The metrics that every update writes under `actor/`.
 RESERVED = (
-    "entropy", "grad_norm", "kl", "loss", "lr", "nonfinite", "p_max", "skipped", "tis_masked",
+    "entropy", "grad_norm", "kl", "loss", "lr", "mean_ratio", "nonfinite", "p_max", "ratio_skipped",
+    "skipped", "tis_masked",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from RL2.algorithms.importance import TIS_TYPES, importance_weights
 from RL2.algorithms.kl import approx_kl
+from RL2.algorithms.reductions import weighted_sum
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Corrections:
     kl_coef: float = 0.0
     kl_type: str | None = None
     kl_loss_estimator: str = "k2"
+    kl_clamp: float | None = None
+    kl_avg_level: str | None = None
+    kl_unbiased: bool = False
 
     @property
     def of_sequences(self) -> bool:
@@ -34,24 +38,24 @@ class Corrections:
             "tis_coef": config.get("tis_coef"),
             "tis_type": config.get("tis_type"),
             "entropy_coef": entropy.get("coef"),
-            "kl_coef": kl.get("coef"),
-            "kl_type": kl.get("type"),
-            "kl_loss_estimator": kl.get("loss_estimator"),
         }
+        names = ("coef", "type", "loss_estimator", "clamp", "avg_level", "unbiased")
+        found |= {f"kl_{name}": kl.get(name) for name in names}
         return cls(**{name: value for name, value in found.items() if value is not None})
 
 
 def penalised(
     losses: Tensor, tokens: Mapping[str, Tensor], corrections: Corrections
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses `[N]` of tokens with entropy bonus and KL penalty, and the sums of their metrics.
+    """The weighted sum of losses `[N]` of tokens with entropy bonus and KL penalty, and the sums of
+    their metrics.
 
     Args:
-        tokens: `[N]` each: `logps`, `entropy`, `old_logps` and, if they exist, `llm_logps` and
-            `ref_logps`.
+        tokens: `[N]` each: `logps`, `entropy`, `old_logps`, `loss_weights` and, if they exist,
+            `llm_logps`, `ref_logps`, and `kl_weights`, by which the KL is then summed.
     """
     logps, entropy = tokens["logps"], tokens["entropy"]
-    metrics = {"actor/entropy": entropy.sum()}
+    penalty, metrics = 0.0, {"actor/entropy": entropy.sum()}
     if "llm_logps" in tokens:
         # k3 on the engine's own samples: KL(engine || trainer), zero if both are one policy
         kl = approx_kl(tokens["llm_logps"], tokens["old_logps"], "k3")
@@ -59,11 +63,16 @@ def penalised(
     if corrections.entropy_coef != 0:  # else entropy is a metric, and costs no gradient
         losses = losses - corrections.entropy_coef * entropy
     if "ref_logps" in tokens:
-        kl = approx_kl(logps, tokens["ref_logps"], corrections.kl_loss_estimator)
+        estimator, clamp = corrections.kl_loss_estimator, corrections.kl_clamp
+        kl = approx_kl(logps, tokens["ref_logps"], estimator, clamp)
         metrics["actor/kl"] = kl.sum()
-        if corrections.kl_type == "loss":
+        if corrections.kl_unbiased:
+            kl = kl * (logps - tokens["old_logps"]).exp()
+        if corrections.kl_type == "loss" and "kl_weights" in tokens:
+            penalty = corrections.kl_coef * weighted_sum(kl, tokens["kl_weights"])
+        elif corrections.kl_type == "loss":
             losses = losses + corrections.kl_coef * kl
-    return losses, metrics
+    return weighted_sum(losses, tokens["loss_weights"]) + penalty, metrics
 
 
 def reweighted(

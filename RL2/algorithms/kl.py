@@ -29,9 +29,20 @@ def _k3(d: Tensor) -> Tensor:
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": _k1, "k2": _k2, "k3": _k3}
 
 
-def approx_kl(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
+def approx_kl(
+    logps: Tensor, ref_logps: Tensor, estimator: str, clamp: float | None = None
+) -> Tensor:
     """Per-token estimate of the KL to the reference, in nats, in the shape of `logps`.
 
     Tokens at which both log-probabilities are zero (no action tokens) give zero.
+
+    clamp: estimates above it count as it and those below 0 as 0, without gradient.
     """
-    return KL_ESTIMATORS[estimator](logps - ref_logps)
+    d = logps - ref_logps
+    kl = KL_ESTIMATORS[estimator](d)
+    if clamp is None:
+        return kl
+    bounded = kl.detach().clamp(0.0, clamp)
+    outside = bounded != kl.detach()
+    # Computed anew: the gradient of an overflow would be NaN even where it is not used.
+    return torch.where(outside, bounded, KL_ESTIMATORS[estimator](d.masked_fill(outside, 0.0)))

@@ -32,11 +32,17 @@ def _per_token_of_its_sample(mask: Tensor, sample: Tensor) -> Tensor:
     return mask / n_actions[sample].unsqueeze(-1).clamp(min=1)
 
 
+def _sequence_sum(mask: Tensor, correct: Tensor, sample: Tensor) -> Tensor:
+    """All samples: summed over the tokens of each."""
+    return mask / max(len(sample.unique()), 1)
+
+
 AVG_LEVELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "token": _token,
     "sequence": _sequence,
     "correct": _correct,
 }
+KL_LEVELS = AVG_LEVELS | {"sequence_sum": _sequence_sum}
 
 
 def token_weights(
@@ -53,8 +59,8 @@ def token_weights(
         correct: bool `[B]`, rows whose sample has a positive summed reward.
         avg_level: `token`: 1 / (all action tokens); `sequence`: 1 / (n_i x all samples);
             `correct`: 1 / (n_i x correct samples) on correct ones, 0 elsewhere; n_i are the action
-            tokens of sample i. Samples without action tokens weigh 0, and still count in the
-            divisors of `sequence` and `correct`.
+            tokens of sample i; `sequence_sum`: 1 / (all samples). Samples without action tokens
+            weigh 0, and still count in the divisors of all but `token`.
         sample_ids: int64 `[B]`, the sample that each row belongs to: one of several turns that do
             not continue each other has a row for each, and weighs as much as any other. Default:
             each row is a sample of its own.
@@ -68,7 +74,7 @@ def token_weights(
     if sample_ids is None:
         sample_ids = torch.arange(len(mask), device=mask.device)
     sample = sample_ids.unique(return_inverse=True)[1]
-    return AVG_LEVELS[avg_level](mask, correct.to(torch.float64), sample).to(dtype)
+    return KL_LEVELS[avg_level](mask, correct.to(torch.float64), sample).to(dtype)
 
 
 def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:

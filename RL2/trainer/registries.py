@@ -11,6 +11,7 @@ REGISTRIES: dict[str, tuple[str, ...]] = {
     "actor.tis_type": ("RL2.algorithms.importance:TIS_TYPES",),
     "actor.kl.reward_estimator": ("RL2.algorithms.kl:KL_ESTIMATORS",),
     "actor.kl.loss_estimator": ("RL2.algorithms.kl:KL_ESTIMATORS",),
+    "actor.kl.avg_level": ("RL2.algorithms.reductions:KL_LEVELS",),
     "actor.token_stats": ("RL2.ops.token_stats.linear:IMPLEMENTATIONS", "auto"),
     "ref_actor.token_stats": ("RL2.ops.token_stats.linear:IMPLEMENTATIONS", "auto"),
     "rollout.engine": ("RL2.config.engines:ENGINES", "auto"),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from RL2.algorithms.corrections import Corrections, penalised, reweighted
 from RL2.algorithms.importance import sequence_weights
+from RL2.algorithms.reductions import token_weights
 from RL2.algorithms.token_loss import TokenLoss
 from RL2.distributed import Traffic
 from RL2.distributed.comm import Batch
@@ -28,8 +29,9 @@ class Actor(Learner):
         loss: TokenLoss,
         max_bad_steps: int = 1,
         traffic: Traffic | None = None,
+        seed: int = 0,
     ):
-        super().__init__(config, device, "actor", loss, max_bad_steps, traffic)
+        super().__init__(config, device, "actor", loss, max_bad_steps, traffic, seed)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -41,8 +43,14 @@ class Actor(Learner):
         return not self.loss.is_multiplied or bool(batch["advantages"].any())
 
     def whole_batch_fields(self, batch: Batch) -> Batch:
-        """With the importance weights of whole sequences."""
+        """With the importance weights of whole sequences, and weights of the KL's own."""
         fields, corrections = super().whole_batch_fields(batch), Corrections.of(self.config)
+        if corrections.kl_avg_level is not None and "ref_logps" in batch:
+            mask, correct, samples = (
+                batch[name] for name in ("action_mask", "correct", "sample_ids")
+            )
+            level = corrections.kl_avg_level
+            fields["kl_weights"] = token_weights(mask, correct, level, samples)
         if corrections.of_sequences and "llm_logps" in batch:
             fields["tis_weights"] = sequence_weights(
                 batch["old_logps"], batch["llm_logps"], batch["action_mask"], batch["sample_ids"],
@@ -66,9 +74,19 @@ class Actor(Learner):
         losses, masked = reweighted(losses, old, llm, Corrections.of(self.config), weights)
         return losses, {} if masked is None else {"tis_masked": masked}
 
-    def penalised(self, losses: Tensor, tokens: Batch) -> tuple[Tensor, Batch]:
-        losses, sums = penalised(losses, self.complete(tokens), Corrections.of(self.config))
-        if self.moved and "old_logps" not in tokens:  # it would measure our own update
+    def refuses(self, totals: dict[str, float], n_actions: int) -> str | None:
+        """A policy that is too far from the one that the advantages are of."""
+        bound = self.config.get("max_ratio")
+        too_far = bound is not None and totals["actor/mean_ratio"] / n_actions > bound
+        return "actor/ratio_skipped" if too_far else None
+
+    def total(self, losses: Tensor, tokens: Batch) -> tuple[Tensor, Batch]:
+        had_old, tokens = "old_logps" in tokens, self.complete(tokens)
+        loss, sums = penalised(losses, tokens, Corrections.of(self.config))
+        if self.moved and not had_old:  # it would measure our own update
             sums.pop("rollout/llm_kl", None)
-        sums[f"{self.name}/p_max"] = tokens["max_logps"].detach().exp().sum()
-        return losses, sums
+        sums["actor/p_max"] = tokens["max_logps"].detach().exp().sum()
+        if self.config.get("max_ratio") is not None:
+            ratios = (tokens["logps"].detach() - tokens["old_logps"]).exp()
+            sums |= {"actor/mean_ratio": ratios.sum(), "actor/ratio_skipped": ratios.new_zeros(())}
+        return loss, sums

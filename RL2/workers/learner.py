@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from RL2.algorithms.contract import RESERVED
 from RL2.algorithms.parameters import HEADS
 from RL2.algorithms.reductions import token_weights, weighted_sum
-from RL2.algorithms.segments import add_up, fault_of, kept_together
+from RL2.algorithms.segments import add_up, fault_of
 from RL2.algorithms.token_loss import TokenLoss
 from RL2.distributed import Traffic, broadcast, clip_gradients, rank, sum_over_ranks, world_size
 from RL2.distributed.agreement import all_names, first_reason
@@ -21,6 +21,7 @@ from RL2.models.build import start_updates
 from RL2.runtime.errors import TrainingError
 from RL2.runtime.user_code import Unfit
 from RL2.workers.packs import Pack, scatter_whole
+from RL2.workers.parts import order_of, split_batch
 from RL2.workers.schedule import schedule
 from RL2.workers.sharded_model import ALWAYS, ShardedModel
 
@@ -35,28 +36,11 @@ _PACK_FIELDS = {
 }  # the others are [N], one per action token
 
 
-def split_batch(batch: Batch, n_parts: int, segments: tuple[str, ...] = ()) -> list[Batch]:
-    """Cut a batch into `n_parts` optimizer batches, never through a multi-turn sample, nor through
-    a group or pair if those are among `segments`."""
-    unit = kept_together(batch, segments)
-    units = torch.arange(int(unit.max()) + 1).tensor_split(n_parts)
-    parts = [_slice(torch.isin(unit, some).nonzero().squeeze(-1)) for some in units]
-    return [{name: field[rows] for name, field in batch.items()} for rows in parts]
-
-
-def _slice(rows: Tensor) -> Tensor | slice:
-    """Rows that follow each other as a slice, which copies nothing."""
-    if not len(rows):
-        return slice(0, 0)
-    ends = slice(int(rows[0]), int(rows[-1]) + 1)
-    return ends if ends.stop - ends.start == len(rows) else rows
-
-
 class Learner(ShardedModel):
     """A model that is trained, with AdamW on fp32 weights and a learning rate schedule.
 
-    A subclass may put more around the loss (`complete`, `scaled`, `penalised`), and say which
-    batches cannot change its weights (`learns`).
+    A subclass may put more around the loss (`complete`, `scaled`, `total`), and say which batches
+    cannot change its weights (`learns`), and which must not (`refuses`).
 
     Args:
         config: the learner's node, such as `actor`.
@@ -65,6 +49,7 @@ class Learner(ShardedModel):
         loss: what `update` minimises; it says which head the model has.
         max_bad_steps: non-finite updates in a row after which `update` raises.
         traffic: counts the bytes that cross ranks.
+        seed: of the order of samples in several passes over a batch.
 
     Attributes:
         statistics: what the head computes besides what the loss takes.
@@ -82,11 +67,13 @@ class Learner(ShardedModel):
         loss: TokenLoss,
         max_bad_steps: int = 1,
         traffic: Traffic | None = None,
+        seed: int = 0,
     ):
         super().__init__(config, device, traffic, head=loss.head, train=True)
         self.name = name
         self.loss = loss
         self.max_bad_steps = max_bad_steps
+        self.seed = seed
         self.bad_steps = 0
         self.moved = False
         self.fault: str | None = None
@@ -120,16 +107,19 @@ class Learner(ShardedModel):
         return True
 
     def whole_batch_fields(self, batch: Batch) -> Batch:
-        """Rank 0: the fields that only the whole of an optimizer batch gives: `selected`."""
+        """Rank 0: the fields that only the whole of an optimizer batch gives: `loss_weights`, by
+        which the losses of tokens are multiplied before they are summed, and `selected`."""
+        mask, correct, samples = (batch[name] for name in ("action_mask", "correct", "sample_ids"))
+        weights = token_weights(mask, correct, self.config.avg_level, samples)
         if self.loss.selection is None:
-            return {}
+            return {"loss_weights": weights}
         selected = torch.zeros(batch["action_mask"].shape)
         if self.fault is None:
             try:
                 selected = self.loss.selection(batch).float()
             except Unfit as fault:
                 self.fault = f"its selection: {fault}"
-        return {"selected": selected}
+        return {"loss_weights": weights, "selected": selected}
 
     def complete(self, tokens: Batch) -> Batch:
         """Tokens with all fields that the loss may take."""
@@ -142,10 +132,15 @@ class Learner(ShardedModel):
         `[n]`. each: from one value per token to one per loss."""
         return losses, {}
 
-    def penalised(self, losses: Tensor, tokens: Batch) -> tuple[Tensor, Batch]:
-        """The losses `[N]` of this rank's tokens plus what each token adds to them, and the sums of
-        metrics by full name."""
-        return losses, {}
+    def total(self, losses: Tensor, tokens: Batch) -> tuple[Tensor, Batch]:
+        """The weighted sum of the losses `[N]` of this rank's tokens, with what each token adds,
+        and the sums of metrics by full name."""
+        return weighted_sum(losses, tokens["loss_weights"]), {}
+
+    def refuses(self, totals: dict[str, float], n_actions: int) -> str | None:
+        """Whether an optimizer step with these sums of metrics must not change the weights: the
+        metric that counts such steps."""
+        return None
 
     def scatter_update(self, batch: Batch | None, fields: tuple[str, ...]) -> list[Batch]:
         """This rank's micro-batches of rank 0's optimizer batch, for `to_device` and `losses`."""
@@ -181,15 +176,14 @@ class Learner(ShardedModel):
         the sums of their metrics."""
         tokens, weights = self.complete(own), own["loss_weights"]
         losses, metrics = self._call_loss(tokens, weights, lambda x: x)
-        losses, sums = self.penalised(losses, own)
-        sums |= {name: values.sum() for name, values in metrics.items()}
-        return weighted_sum(losses, weights), sums
+        loss, sums = self.total(losses, own)
+        return loss, sums | {name: values.sum() for name, values in metrics.items()}
 
     def _loss_of_segments(self, own: Batch, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
         """The same for a loss of sequences, groups or pairs, which is called with all action tokens
         of a pack; each of the ranks that share the pack counts its part of the result.
 
-        What `penalised` adds is that of this rank's `own` tokens.
+        What `total` adds is that of this rank's `own` tokens.
         """
         kind, main = self.loss.kind, HEADS[self.loss.head][0]
         needed = {main, *self.loss.statistics}
@@ -200,11 +194,11 @@ class Learner(ShardedModel):
         losses, metrics = self._call_loss(tokens, weights, each)
         loss = weighted_sum(losses, weights) / len(pack.sizes)
 
-        penalties, sums = self.penalised(torch.zeros_like(own[main]), own)
+        more, sums = self.total(torch.zeros_like(own[main]), own)
         n_bad = metrics.pop("bad_losses").sum() / len(pack.sizes)
         share = pack.scale / len(pack.sizes)
         sums |= {name: values.sum() * share for name, values in metrics.items()}
-        return loss + weighted_sum(penalties, own["loss_weights"]), sums | {"bad_losses": n_bad}
+        return loss + more, sums | {"bad_losses": n_bad}
 
     def _call_loss(
         self, tokens: Batch, weights: Tensor, each: Callable[[Tensor], Tensor]
@@ -233,7 +227,11 @@ class Learner(ShardedModel):
     @property
     def updates_per_rollout(self) -> int:
         """Optimizer steps on one batch of the source."""
-        return self.config.get("update_per_rollout", 1)
+        return self.config.get("update_per_rollout", 1) * self._n_epochs
+
+    @property
+    def _n_epochs(self) -> int:
+        return self.config.get("epochs_per_rollout", 1)
 
     def prepare_scheduler(self, n_updates: int, done: int = 0) -> None:
         """Warm-up and decay of the learning rate over `n_updates` optimizer steps, of which `done`
@@ -244,10 +242,13 @@ class Learner(ShardedModel):
     def update(self, batch: Batch | None, step: int) -> dict[str, float]:
         """`updates_per_rollout` optimizer steps on rank 0's batch; metrics on every rank.
 
+        Of several passes over it, each is in an order of its own.
+
         `batch` is None on the other ranks, and on rank 0 if a rollout left nothing to train on. A
         step that cannot change the weights (no action, no correct sequence with
         `avg_level=correct`, `learns` says so) is skipped and counted in `<name>/skipped`; one whose
-        loss or gradient is not finite is left out and counted in `<name>/nonfinite`.
+        loss or gradient is not finite is left out and counted in `<name>/nonfinite`, one that
+        `refuses` names in the metric it gives.
 
         Raises:
             TrainingError: `max_bad_steps` non-finite updates in a row, or a loss that breaks
@@ -255,19 +256,26 @@ class Learner(ShardedModel):
         """
         if step <= self.config.freeze_steps:
             return {}
-        n_parts = self.updates_per_rollout
         if self.segments:
             self._check_segments(batch)
-        parts = [None] * n_parts if batch is None else split_batch(batch, n_parts, self.segments)
         self.load(optimizer=True)
         start_updates(self.model, self.config.dropout)
         rate = self.scheduler.get_last_lr()[0]
         self.moved = False
         metrics: list[dict[str, float]] = []
-        for part in parts:
-            metrics.append(self._optimizer_step(part))
-            self.moved |= f"{self.name}/grad_norm" in metrics[-1]
+        for epoch in range(self._n_epochs):
+            for part in self._parts(batch, step, epoch):
+                metrics.append(self._optimizer_step(part))
+                self.moved |= f"{self.name}/grad_norm" in metrics[-1]
         return self._merged(metrics) | {f"{self.name}/lr": rate}
+
+    def _parts(self, batch: Batch | None, step: int, epoch: int) -> list[Batch | None]:
+        """The optimizer batches of a pass over the batch."""
+        n_parts = self.config.get("update_per_rollout", 1)
+        if batch is None:
+            return [None] * n_parts
+        order = order_of(self.seed, step, epoch) if self._n_epochs > 1 else None
+        return split_batch(batch, n_parts, self.segments, order)
 
     def evaluate(self, batch: Batch | None) -> dict[str, float]:
         """The loss on rank 0's batch, and what is measured beside it, averaged over all of it as in
@@ -349,6 +357,9 @@ class Learner(ShardedModel):
             n_bad, norm = sum_over_ranks((~large.isfinite()).to(large)).item(), large.item()
         if n_bad and math.isfinite(norm):
             norm = math.nan
+        if (refused := self.refuses(totals, n_actions)) is not None:
+            self.optimizer.zero_grad()
+            return {refused: 1.0, f"{self.name}/skipped": 0.0}
         bad_losses = round(totals.pop("bad_losses", 0))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return self._reject(loss, norm, bad_losses)
@@ -384,9 +395,9 @@ class Learner(ShardedModel):
             return batch, None
         if not (batch["correct"].any() if level == "correct" else self.learns(batch)):
             return batch, None
-        weights = token_weights(batch["action_mask"], batch["correct"], level, batch["sample_ids"])
-        batch = batch | self.whole_batch_fields(batch) | {"loss_weights": weights}
-        fields = (*ALWAYS, "loss_weights", *sorted({*self.fields} & batch.keys()))
+        whole = self.whole_batch_fields(batch)
+        batch = batch | whole
+        fields = (*ALWAYS, *whole, *sorted({*self.fields} & batch.keys() - whole.keys()))
         return batch, (int(batch["action_mask"].sum()), fields)
 
     def clip_gradients(self) -> Tensor:
@@ -443,7 +454,7 @@ class Learner(ShardedModel):
         for one in metrics:
             for name, value in one.items():
                 values.setdefault(name, []).append(value)
-        counts = (f"{self.name}/skipped", f"{self.name}/nonfinite")
+        counts = [f"{self.name}/{name}" for name in ("skipped", "nonfinite", "ratio_skipped")]
         return {
             name: sum(numbers) if name in counts else sum(numbers) / len(numbers)
             for name, numbers in values.items()

@@ -1,5 +1,8 @@
 """What stands around a token loss. The numbers are held by tests/invariance."""
 
+import math
+
+import pytest
 import torch
 from omegaconf import OmegaConf
 
@@ -7,7 +10,7 @@ from RL2.algorithms.corrections import Corrections, penalised, reweighted
 
 
 def tokens(**fields):
-    made = {"logps": -1.0, "entropy": 2.0, "old_logps": -1.5} | fields
+    made = {"logps": -1.0, "entropy": 2.0, "old_logps": -1.5, "loss_weights": 1.0} | fields
     return {name: torch.tensor([value]) for name, value in made.items()}
 
 
@@ -16,7 +19,7 @@ def test_what_a_config_does_not_have_is_off():
     losses = torch.tensor([3.0])
     given = tokens(llm_logps=-9.0, ref_logps=-9.0)
     same, metrics = penalised(losses, given, Corrections())
-    assert torch.equal(same, losses)
+    assert same.item() == 3.0
     same, masked = reweighted(losses, given["old_logps"], given["llm_logps"], Corrections())
     assert torch.equal(same, losses) and masked is None
     assert metrics.keys() == {"actor/entropy", "actor/kl", "rollout/llm_kl"}
@@ -48,3 +51,33 @@ def test_weights_of_sequences_take_the_place_of_those_of_tokens():
         assert found[0].item() == 1.5 and found[1] == masked
     assert not Corrections(tis_coef=0.0, tis_type="sequence_mask").of_sequences
     assert not Corrections(tis_coef=2.0, tis_type="mask").of_sequences
+
+
+def kl_of(logps, **kl):
+    """The penalty of one token, with k3, and its gradient."""
+    kl = {"coef": 2.0, "type": "loss", "loss_estimator": "k3"} | kl
+    given = tokens(ref_logps=-1.25, old_logps=-1.25) | {"logps": torch.tensor([logps])}
+    given = {name: x.double() for name, x in given.items()} | {"loss_weights": torch.ones(1) / 2}
+    if kl.get("avg_level"):
+        given["kl_weights"] = torch.ones(1)
+    found = Corrections.of(OmegaConf.create({"kl": kl}))
+
+    def penalty(x):
+        return penalised(torch.zeros(1).double(), given | {"logps": x}, found)[0]
+
+    x = given["logps"].requires_grad_()
+    assert torch.autograd.gradcheck(penalty, x)
+    return penalty(x).item(), torch.autograd.grad(penalty(x), x)[0].item()
+
+
+def test_the_kl_of_the_loss():
+    """logps -1.0, d = 0.25: k3 is exp(-0.25) - 0.75, its derivative 1 - exp(-0.25)."""
+    k3, slope = math.exp(-0.25) - 0.75, 1 - math.exp(-0.25)
+    assert kl_of(-1.0) == pytest.approx((k3, slope))  # coef 2, weight 1/2
+    assert kl_of(-1.0, avg_level="sequence_sum") == pytest.approx((2 * k3, 2 * slope))
+    ratio = math.exp(0.25)
+    assert kl_of(-1.0, unbiased=True) == pytest.approx((ratio * k3, ratio * (slope + k3)))
+    # the reference's gradient of KL(policy || reference): d * ratio
+    assert kl_of(-1.0, unbiased=True)[1] == pytest.approx(0.25 * ratio)
+    assert kl_of(-1.0, clamp=0.01) == (pytest.approx(0.01), 0.0)
+    assert kl_of(-1.0, clamp=0.01, unbiased=True) == pytest.approx((0.01 * ratio, 0.01 * ratio))

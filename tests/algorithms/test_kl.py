@@ -32,3 +32,17 @@ def test_k3_keeps_its_digits_for_small_differences():
 def test_gradients(name):
     logps, ref = torch.randn(2, 20, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: approx_kl(x, ref, name), logps.requires_grad_())
+
+
+def test_clamped_estimates_have_no_gradient_and_no_nan():
+    """d = 0.5 is inside; k3 of -200 overflows, of -3 it is 16.1; k1 of -200 and -3 is below 0."""
+    ref = torch.tensor([0.0, 200.0, 3.0, 0.0])
+    logps = torch.tensor([0.5, 0.0, 0.0, 0.0], requires_grad=True)
+    k3 = approx_kl(logps, ref, "k3", clamp=10.0)
+    assert k3.tolist() == [pytest.approx(math.exp(-0.5) - 0.5), 10, 10, 0]
+    assert torch.autograd.grad(k3.sum(), logps)[0].tolist() == [
+        pytest.approx(1 - math.exp(-0.5)), 0, 0, 0,
+    ]  # fmt: skip
+    k1 = approx_kl(logps, ref, "k1", clamp=10.0)
+    assert k1.tolist() == [0.5, 0, 0, 0]
+    assert torch.autograd.grad(k1.sum(), logps)[0].tolist() == [1, 0, 0, 1]

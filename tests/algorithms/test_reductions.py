@@ -125,3 +125,11 @@ def test_an_infinite_loss_of_weight_zero_counts_as_zero():
     total = weighted_sum(values, torch.tensor([2.0, 0.0, 0.0]))
     total.backward()
     assert total.item() == 2 and values.grad.tolist() == [2, 0, 0]
+
+
+def test_sequence_sum():
+    """The KL of VinePPO: a mean over samples of the sums over their tokens."""
+    weights = token_weights(MASK, torch.zeros(4).bool(), "sequence_sum")
+    assert weighted_sum(LOSSES, weights).item() == pytest.approx((6 + 5 + 15 + 0) / 4)
+    of_three = token_weights(MASK, torch.zeros(4).bool(), "sequence_sum", SAMPLES)
+    assert weighted_sum(LOSSES, of_three).item() == pytest.approx((6 + 5 + 15 + 0) / 3)

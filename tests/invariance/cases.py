@@ -272,6 +272,14 @@ CASES |= {
         "max_target_kl", "token", "spo", changes={"kl": _KL | {"type": "advantage"}}
     ),
 }  # fmt: skip
+CASES |= {
+    f"kl-{name}": Case(loss, level, changes={"kl": _KL | {"type": "loss"} | changes})
+    for name, loss, level, changes in (
+        ("sequence_sum", "ppo", "token", {"avg_level": "sequence_sum", "clamp": 0.02}),
+        ("of-all", "max_target_kl", "correct", {"avg_level": "token", "loss_estimator": "k3"}),
+        ("unbiased", "nll", "sequence", {"unbiased": True, "loss_estimator": "k3"}),
+    )
+}
 CASES |= {  # a rank, or all of them, has little or nothing to learn from
     f"{batch}-{loss}-{level}": Case(loss, level, "spo", batch)
     for batch in ("none_correct", "one_correct", "three_rows_correct")
@@ -318,6 +326,10 @@ CASES |= {
     "gspo_token-tis": Case("gspo_token", "sequence", batch="pairs", changes={"tis_coef": 1.1}),
     "gspo-entropy-kl": Case(
         "gspo", "token", batch="pairs", changes=_ENTROPY | {"kl": _KL | {"type": "loss"}}
+    ),
+    "gspo-kl-sequence_sum": Case(
+        "gspo", "token", batch="pairs",
+        changes={"kl": _KL | {"type": "loss", "avg_level": "sequence_sum", "unbiased": True}},
     ),
     "gspo-no-other-policy": Case("gspo", "sequence", batch="pairs", without=_NO_POLICIES),
     "gmpo-one_row": Case("gmpo", "sequence", "spo", "one_row"),

@@ -247,7 +247,7 @@ MUTATIONS |= {
     ),
     "g-pair-cut-by-an-update": Mutation(
         LEARNER,
-        "split_batch(batch, n_parts, self.segments)",
+        "split_batch(batch, n_parts, self.segments, order)",
         "split_batch(batch, n_parts)",
         f"{UPDATE}[qwen3-packed-three_updates-dpo]",
     ),

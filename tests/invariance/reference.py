@@ -43,6 +43,8 @@ def row_weight(batch, row, level):
         return 1 / sum(n_actions.values())
     if level == "sequence":
         return 1 / (n_actions[own] * len(n_actions))
+    if level == "sequence_sum":
+        return 1 / len(n_actions)
     return 1 / (n_actions[own] * len(correct)) if own in correct else 0.0
 
 
@@ -202,11 +204,15 @@ def batch_loss(hf, loss, config, batch):
         metrics["actor/entropy"] = tokens["entropy"]
         metrics["actor/p_max"] = tokens["max_logps"].exp()
         if "ref_logps" in fields:
-            metrics["actor/kl"] = _KL[config.kl.loss_estimator](
-                tokens["logps"] - fields["ref_logps"]
-            )
+            kl = _KL[config.kl.loss_estimator](tokens["logps"] - fields["ref_logps"])
+            if config.kl.get("clamp") is not None:
+                kl = kl.clamp(0, config.kl.clamp)
+            metrics["actor/kl"] = kl
+            if config.kl.get("unbiased"):
+                kl = kl * (tokens["logps"] - tokens["old_logps"]).exp()
             if config.kl.type == "loss":
-                losses = losses + config.kl.coef * metrics["actor/kl"]
+                level = config.kl.get("avg_level") or config.avg_level
+                total = total + config.kl.coef * kl.sum() * row_weight(batch, row, level)
         total = total + losses.sum() * row_weight(batch, row, config.avg_level)
         for name, values in metrics.items():
             sums[name] = sums.get(name, 0.0) + values.sum().item() / n_all

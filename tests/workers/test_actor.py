@@ -17,7 +17,7 @@ from RL2.algorithms import resolve_loss
 from RL2.distributed import process_group, rank
 from RL2.runtime.errors import ConfigError, TrainingError
 from RL2.workers import Actor
-from RL2.workers.learner import not_finite, split_batch
+from RL2.workers.learner import not_finite
 from tests.ranks import run_on_ranks
 
 VOCAB = 67
@@ -367,21 +367,6 @@ def frozen_then_not(model, batch):
 def test_freeze_steps_leave_the_actor_alone(tmp_path):
     ((frozen, loss),) = run_on_ranks(1, frozen_then_not, make_model(tmp_path), as_spo(make_batch()))
     assert frozen == {} and loss > 0
-
-
-def test_split_batch_keeps_samples_whole():
-    batch = make_batch(n_rows=6) | {"sample_ids": torch.tensor([0, 0, 1, 2, 2, 2])}
-    parts = split_batch(batch, 2)
-    assert [part["sample_ids"].tolist() for part in parts] == [[0, 0, 1], [2, 2, 2]]
-    assert torch.equal(torch.cat([part["states"] for part in parts]), batch["states"])
-    assert parts[0]["states"].data_ptr() == batch["states"].data_ptr()  # no copy
-    assert [len(part["states"]) for part in split_batch(batch, 5)] == [2, 1, 3, 0, 0]
-
-
-def test_split_batch_keeps_pairs_whole():
-    batch = make_batch(n_rows=6) | {"pair_ids": torch.tensor([3, 1, 3, 2, 2, 1])}
-    parts = split_batch(batch, 2, ("sequences", "pairs"))
-    assert [part["sample_ids"].tolist() for part in parts] == [[0, 1, 2, 5], [3, 4]]
 
 
 PAIRS = {"pair_ids": torch.tensor([0, 0, 1, 1]), "chosen": torch.tensor([1, 0, 0, 1]).bool()}

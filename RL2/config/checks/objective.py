@@ -2,6 +2,7 @@
 
 from omegaconf import DictConfig
 
+from RL2.config.flat import as_text
 from RL2.config.models import check_model
 from RL2.runtime.errors import ConfigError
 
@@ -31,6 +32,30 @@ def check_kl(actor: DictConfig, ref_actor: DictConfig) -> None:
         raise ConfigError(
             f"actor.kl.type={kl.type}: has no effect with actor.kl.coef=0; set "
             "actor.kl.coef above 0"
+        )
+
+
+def check_kl_of_loss(actor: DictConfig, ref_actor: DictConfig) -> None:
+    kl = actor.kl
+    for name in ("avg_level", "unbiased"):
+        if kl[name] and kl.type != "loss":
+            has = "without actor.kl.type" if kl.type is None else f"with actor.kl.type={kl.type}"
+            raise ConfigError(
+                f"actor.kl.{name}={as_text(kl[name])}: has no effect {has}; use "
+                "actor.kl.type=loss, or leave it out"
+            )
+    if kl.clamp is not None and kl.type is None:
+        raise ConfigError(
+            f"actor.kl.clamp={kl.clamp}: has no effect without actor.kl.type; set actor.kl.coef "
+            "and actor.kl.type, or leave it out"
+        )
+
+
+def check_renewal(ref_actor: DictConfig) -> None:
+    if ref_actor.renew_mix != 1 and ref_actor.renew_every == 0:
+        raise ConfigError(
+            f"ref_actor.renew_mix={ref_actor.renew_mix}: has no effect with "
+            "ref_actor.renew_every=0; set that, or leave it out"
         )
 
 
@@ -70,6 +95,15 @@ def check_advantages(adv: DictConfig) -> None:
                 f"adv.{name}=true: has no effect with adv.estimator=spo; leave it out, or use "
                 "adv.estimator=reinforce"
             )
+
+
+def check_ratio(actor: DictConfig, train_data: DictConfig) -> None:
+    if actor.max_ratio is not None and actor.update_per_rollout * actor.epochs_per_rollout == 1:
+        raise ConfigError(
+            f"actor.max_ratio={actor.max_ratio}: has no effect with one optimizer step on a "
+            "rollout, where the ratio is 1; set actor.update_per_rollout or "
+            "actor.epochs_per_rollout, or leave it out"
+        )
 
 
 def check_updates(actor: DictConfig, train_data: DictConfig) -> None:

@@ -32,6 +32,19 @@ class KLConfig:
     )
     reward_estimator: str = key("k1", "KL estimator for the types reward and advantage")
     loss_estimator: str = key("k2", "KL estimator for the type loss")
+    clamp: float | None = key(
+        None,
+        "estimates of the KL are clamped to 0 ... this, token by token; null: they are not",
+        ABOVE_ZERO,
+    )
+    avg_level: str | None = key(
+        None, "type loss: what the summed KL is divided by; null: as actor.avg_level"
+    )
+    unbiased: bool = key(
+        False,
+        "type loss: multiply the KL by the ratio exp(logps - old_logps), with its gradient, which "
+        "then is that of KL(policy || reference) without bias",
+    )
 
 
 @dataclass
@@ -250,7 +263,20 @@ class ActorConfig(TrainedModelConfig):
     max_inference_length_per_device: int = follow(
         "actor.max_length_per_device", "tokens in one forward without gradients", FROM_ONE
     )
-    update_per_rollout: int = key(1, "optimizer steps on each rollout", FROM_ONE)
+    update_per_rollout: int = key(
+        1, "optimizer steps on each rollout, in each pass over it", FROM_ONE
+    )
+    epochs_per_rollout: int = key(
+        1,
+        "passes over each rollout; with several, its samples are shuffled for each of them",
+        FROM_ONE,
+    )
+    max_ratio: float | None = key(
+        None,
+        "an optimizer step is left out if the mean of exp(logps - old_logps) over its action "
+        "tokens is larger, such as 10; null: never",
+        Range(lambda x: 1 < x < math.inf, "be above 1"),
+    )
     clip: float | None = key(
         "${for_loss:ppo,0.2}",
         "clip range, both sides, of a loss with a clip (0.2 for ppo; null: the loss's own)",

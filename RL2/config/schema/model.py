@@ -4,7 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from RL2.config.schema.choices import Device, Dtype
-from RL2.config.schema.keys import ABOVE_ZERO, FROM_ONE, follow, key, required
+from RL2.config.schema.keys import (
+    ABOVE_ZERO,
+    FROM_ONE,
+    FROM_ZERO,
+    PROBABILITY,
+    follow,
+    key,
+    required,
+)
 
 
 @dataclass
@@ -76,6 +84,14 @@ class RefActorConfig(ModelConfig):
     sp_size: int = follow("actor.sp_size", within=FROM_ONE)
     temperature: float = follow("actor.temperature", within=ABOVE_ZERO)
     offload_model: bool = follow("actor.offload_model")
+    renew_every: int = key(
+        0, "after every so many training steps it is replaced by the actor; 0: never", FROM_ZERO
+    )
+    renew_mix: float = key(
+        1.0,
+        "share of the actor in what replaces it; the rest is the reference before",
+        PROBABILITY,
+    )
     max_inference_length_per_device: int = follow(
         "actor.max_inference_length_per_device", "tokens in one forward", FROM_ONE
     )

@@ -40,3 +40,23 @@ def test_update_per_rollout(message, composed):
     text = message("ppo", "actor.update_per_rollout=3", "train_data.responses_per_prompt=2")
     assert text.startswith("actor.update_per_rollout=3: must divide the 16 samples")
     validate(composed("ppo", "actor.update_per_rollout=4"), 1)
+
+
+def test_options_of_the_kl_of_the_loss(message, composed):
+    text = message("ppo", "actor.kl.unbiased=true")
+    assert text.startswith("actor.kl.unbiased=true: has no effect without actor.kl.type; use actor")
+    reward = ("actor.kl.coef=0.1", "actor.kl.type=reward")
+    text = message("ppo", *reward, "actor.kl.avg_level=sequence_sum")
+    assert text.startswith("actor.kl.avg_level=sequence_sum: has no effect with actor.kl.type=rewa")
+    assert "without actor.kl.type; set" in message("ppo", "actor.kl.clamp=10")
+    validate(composed("ppo", *reward, "actor.kl.clamp=10"), 1)
+    loss = ("actor.kl.coef=0.1", "actor.kl.type=loss", "actor.kl.avg_level=sequence_sum")
+    validate(composed("ppo", *loss, "actor.kl.unbiased=true", "ref_actor.renew_every=3"), 1)
+    text = message("ppo", "ref_actor.renew_mix=0.5")
+    assert text.startswith("ref_actor.renew_mix=0.5: has no effect with ref_actor.renew_every=0; ")
+
+
+def test_a_guard_of_one_update(message, composed):
+    text = message("ppo", "actor.max_ratio=10")
+    assert text.startswith("actor.max_ratio=10.0: has no effect with one optimizer step on a roll")
+    validate(composed("ppo", "actor.max_ratio=10", "actor.epochs_per_rollout=2"), 1)
