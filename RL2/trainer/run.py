@@ -20,10 +20,12 @@ from RL2.trainer.checkpoints import record
 from RL2.trainer.checkpoints.checkpoint import Checkpoints
 from RL2.trainer.checkpoints.contents import rng_state, set_rng_state
 from RL2.trainer.checkpoints.export import (
+    BEST,
     FilesInMemory,
     existing_best,
     fingerprint_of,
     save_model,
+    value_of,
 )
 from RL2.trainer.health import observe
 from RL2.trainer.sinks.metrics import Metrics
@@ -34,9 +36,6 @@ from RL2.trainer.startup.fingerprints import readable
 from RL2.workers import Learner
 
 logger = logging.getLogger(__name__)
-
-# What decides which evaluation is the best, and whether more of it is better (1) or less (-1).
-_BEST = {"test/score": 1, "test/loss": -1}
 
 
 class Position(NamedTuple):
@@ -187,11 +186,11 @@ class Run:
     def save_if_best(self, step: int, metrics: dict[str, float]) -> None:
         """Write `best` if an evaluation beats all earlier ones by its `test/score`, or without that
         by its `test/loss`, of which less is better (a collective)."""
-        found = broadcast(next(((name, metrics[name]) for name in _BEST if name in metrics), None))
+        found = broadcast(value_of(metrics))
         if found is None:
             return
         name, value = found
-        if name in self.best and _BEST[name] * (value - self.best[name]) <= 0:
+        if name in self.best and BEST[name] * (value - self.best[name]) <= 0:
             return
         best = {"step": step, name: value}
         try:
@@ -318,8 +317,7 @@ class Run:
         self.done = True
 
     def _best_line(self) -> str:
-        step, name = self.best["step"], next(name for name in _BEST if name in self.best)
-        value = self.best[name]
+        step, (name, value) = self.best["step"], value_of(self.best)
         if step == 0:
             return f"no evaluation beat the start: {name} was {value:.4f} before training"
         kept = "in best" if self.config.trainer.keep_best else "not kept: trainer.keep_best=false"

@@ -3,6 +3,7 @@
 import copy
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +27,15 @@ logger = logging.getLogger(__name__)
 _PREFIX = "model."  # HeadedModel's name for the transformers model inside
 
 
+# What decides which evaluation is the best, and whether more of it is better (1) or less (-1).
+BEST = {"test/score": 1, "test/loss": -1}
+
+
+def value_of(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
+    """What decides how good an evaluation is, and its value; None if there is nothing of it."""
+    return next(((name, metrics[name]) for name in BEST if name in metrics), None)
+
+
 def existing_best(best: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The best evaluation that a resumed run may keep: none if `folder` does not hold that model,
     as the next model would have to beat it to be saved."""
@@ -38,8 +48,8 @@ def existing_best(best: dict[str, Any], folder: Path) -> dict[str, Any]:
     else:
         return best
     logger.warning(
-        "%s %s, which held the best model so far (test/score %g at step %d); the next evaluation "
-        "counts as the best", folder, lost, best["test/score"], best["step"],
+        "%s %s, which held the best model so far (%s %g at step %d); the next evaluation "
+        "counts as the best", folder, lost, *value_of(best), best["step"],
     )  # fmt: skip
     return {}
 

@@ -63,3 +63,23 @@ def test_separators(composed, separator):
     config = composed("sft")
     config.data.separator = separator
     validate(config, 1)
+
+
+@pytest.mark.parametrize(
+    ("lines", "text"),
+    [
+        (["data.test_ratio=1.0"], "data.test_ratio=1.0: must be 0 or more and below 1"),
+        (["data.test_ratio=0.1"], "data.test_ratio=0.1: has no effect without trainer.test_freq"),
+        (["data.test_path=rows.jsonl"],
+         "data.test_path=rows.jsonl: has no effect without trainer.test_freq"),
+        (["trainer.test_freq=2"],
+         "trainer.test_freq=2: has no effect without rows to evaluate; set data.test_ratio to"),
+        (["trainer.test_freq=2", "data.test_ratio=0.1", "data.test_path=rows.jsonl"],
+         "data.test_ratio=0.1: has no effect with data.test_path=rows.jsonl"),
+        (["trainer.test_freq=2", "data.test_path=no.jsonl"],
+         "data.test_path=no.jsonl: no such file"),
+    ],
+)  # fmt: skip
+def test_held_out_rows(message, workdir, lines, text):
+    (workdir / "rows.jsonl").write_text("{}\n")
+    assert message("sft", *lines).startswith(text)
