@@ -28,6 +28,7 @@ from RL2.trainer.startup.inputs import read_inputs
 from RL2.trainer.startup.models import load_learners, load_providers
 from RL2.trainer.startup.shared_folder import check_shared
 from RL2.trainer.startup.started_with import file_facts
+from RL2.workers.evaluation import evaluate
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ class Trainer:
         with self.timers("evaluate"):
             metrics = self.source.evaluate(step)
             batch = self._with_advantages(self._with_fields(self.source.test_batch()))
-            metrics |= self.learners["actor"].evaluate(batch)
+            metrics |= evaluate(self.learners["actor"], batch)
             self.learners["actor"].offload()
         self.run.save_if_best(step, metrics)
         return metrics

@@ -257,7 +257,7 @@ class Learner(ShardedModel):
         if step <= self.config.freeze_steps:
             return {}
         if self.segments:
-            self._check_segments(batch)
+            self.check_segments(batch)
         self.load(optimizer=True)
         start_updates(self.model, self.config.dropout)
         rate = self.scheduler.get_last_lr()[0]
@@ -277,37 +277,7 @@ class Learner(ShardedModel):
         order = order_of(self.seed, step, epoch) if self._n_epochs > 1 else None
         return split_batch(batch, n_parts, self.segments, order)
 
-    def evaluate(self, batch: Batch | None) -> dict[str, float]:
-        """The loss on rank 0's batch, and what is measured beside it, averaged over all of it as in
-        an update, as `test/...` on every rank. Leaves weights, gradients and random states as they
-        are.
-
-        Raises:
-            TrainingError: a loss that breaks `RL2.algorithms.contract`; on every rank.
-        """
-        if self.segments:
-            self._check_segments(batch)
-        batch, n_actions, fields = self._shared(batch)
-        if not n_actions:
-            return {}
-        sums: dict[str, Tensor] = {}
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self.inference():
-            for micro_batch in self.scatter_update(batch, fields):
-                loss, metrics = self.losses(self.to_device(micro_batch))
-                for name, value in (metrics | {f"{self.name}/loss": loss}).items():
-                    sums[name] = sums.get(name, 0.0) + value
-        totals = self._totals(sums)
-        means = {name: total / n_actions for name, total in totals.items()}
-        means[f"{self.name}/loss"] = totals[f"{self.name}/loss"]
-        own = f"{self.name}/"
-        return {
-            f"test/{name.removeprefix(own)}": value
-            for name, value in means.items()
-            if name.startswith(own) and math.isfinite(value)
-        }
-
-    def _shared(self, batch: Batch | None) -> tuple[Batch | None, int, tuple[str, ...]]:
+    def shared(self, batch: Batch | None) -> tuple[Batch | None, int, tuple[str, ...]]:
         """Rank 0's batch from `_prepare`, and on every rank how many actions it has, 0 to skip it,
         and the fields that ranks need."""
         prepared = None
@@ -316,7 +286,7 @@ class Learner(ShardedModel):
         n_actions, fields = broadcast(prepared) or (0, ())
         return batch, n_actions, fields
 
-    def _totals(self, sums: dict[str, Tensor]) -> dict[str, float]:
+    def totals(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Sums over all ranks, by name. A loss may have some on one rank only: elsewhere they count
         as 0. TrainingError on every rank if the loss broke its contract on one."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -332,7 +302,7 @@ class Learner(ShardedModel):
         return totals
 
     def _optimizer_step(self, batch: Batch | None) -> dict[str, float]:
-        batch, n_actions, fields = self._shared(batch)
+        batch, n_actions, fields = self.shared(batch)
         if not n_actions:
             return {f"{self.name}/skipped": 1.0}
         micro_batches = self.scatter_update(batch, fields)
@@ -349,7 +319,7 @@ class Learner(ShardedModel):
         # The norm misses what one replica, or one tensor-parallel rank, has in parameters that
         # others hold as well. If it is not finite on one rank, all must skip.
         sums["bad_ranks"] = (~grad_norm.isfinite()).to(grad_norm)
-        totals, norm = self._totals(sums), grad_norm.item()
+        totals, norm = self.totals(sums), grad_norm.item()
         loss = totals[f"{self.name}/loss"]
         n_bad, n_ranks = totals.pop("bad_ranks") * self.layout.tp_size, world_size()
         if n_bad == n_ranks and self._may_be_overflow(loss):
@@ -371,7 +341,7 @@ class Learner(ShardedModel):
         own = {"loss": loss, "grad_norm": norm, "skipped": 0.0, "nonfinite": 0.0}
         return self._finite(means | {f"{self.name}/{name}": own[name] for name in own})
 
-    def _check_segments(self, batch: Batch | None) -> None:
+    def check_segments(self, batch: Batch | None) -> None:
         """TrainingError on every rank if rank 0's batch does not fit the segments of the loss."""
         reason = None
         if batch is not None:
