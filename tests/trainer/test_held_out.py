@@ -11,9 +11,6 @@ from RL2.datasets import Items, held_out
 from RL2.runtime.errors import CheckpointError, RL2Error
 from tests.trainer.support import (
     N_ROWS,
-    command,
-    overrides,
-    rows_of,
     train,
     weights,
     write_files,
@@ -91,19 +88,6 @@ def test_evaluating_changes_nothing_of_training(files, tmp_path):
         assert {name: one[name] for name in same} == {name: other[name] for name in same}
     ours, theirs = weights(tmp_path / "often/final"), weights(tmp_path / "rarely/final")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_any_number_of_ranks(files, run, tmp_path):
-    lines = overrides(
-        files, "sft", tmp_path, **TESTED, actor__max_length_per_device=64, trainer__max_steps=1
-    )
-    done = command("sft", lines, 2)
-    assert done.returncode == 0, done.stderr
-    for row, other in zip(rows_of(tmp_path), run[1][:2], strict=True):
-        names = {name for name in other if name.startswith("test/")}
-        assert names
-        for name in names:
-            assert row[name] == pytest.approx(other[name], rel=1e-5)
 
 
 def test_a_resumed_run_goes_on_with_the_same_rows(files, run, tmp_path):
