@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from RL2.distributed.comm import Batch
 from RL2.models.build import start_updates
 from RL2.runtime.errors import TrainingError
 from RL2.runtime.user_code import Unfit
+from RL2.workers.metrics import merged, not_finite
 from RL2.workers.packs import Pack, scatter_whole
 from RL2.workers.parts import order_of, split_batch
 from RL2.workers.schedule import schedule
@@ -267,7 +268,7 @@ class Learner(ShardedModel):
             for part in self._parts(batch, step, epoch):
                 metrics.append(self._optimizer_step(part))
                 self.moved |= f"{self.name}/grad_norm" in metrics[-1]
-        return self._merged(metrics) | {f"{self.name}/lr": rate}
+        return merged(metrics, self.name) | {f"{self.name}/lr": rate}
 
     def _parts(self, batch: Batch | None, step: int, epoch: int) -> list[Batch | None]:
         """The optimizer batches of a pass over the batch."""
@@ -418,18 +419,6 @@ class Learner(ShardedModel):
         self.warned |= bad.keys()
         return {name: value for name, value in metrics.items() if name not in bad}
 
-    def _merged(self, metrics: Iterable[dict[str, float]]) -> dict[str, float]:
-        """Mean over the optimizer steps that have the metric; counts are summed."""
-        values: dict[str, list[float]] = {}
-        for one in metrics:
-            for name, value in one.items():
-                values.setdefault(name, []).append(value)
-        counts = [f"{self.name}/{name}" for name in ("skipped", "nonfinite", "ratio_skipped")]
-        return {
-            name: sum(numbers) if name in counts else sum(numbers) / len(numbers)
-            for name, numbers in values.items()
-        }
-
     def load(self, *, optimizer: bool = False) -> None:
         """Move the weights back to the device after `offload`, the moments only if `optimizer`."""
         super().load()
@@ -442,15 +431,6 @@ class Learner(ShardedModel):
         super().offload()
         if self.config.offload_optimizer:
             _move_moments(self.optimizer, torch.device("cpu"))
-
-
-def not_finite(loss: float, norm: float) -> str:
-    """Which of the two was not finite in an update that is left out."""
-    values = {"loss": loss, "gradient norm": norm}
-    bad = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
-    good = [f"{name} {value:.4g}" for name, value in values.items() if math.isfinite(value)]
-    also = f" (the {good[0]} was)" if good else ""
-    return f"the {' and the '.join(bad)} {'was' if good else 'were'} not finite{also}"
 
 
 def _move_moments(optimizer: torch.optim.Optimizer, device: torch.device) -> None:

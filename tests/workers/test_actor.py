@@ -17,7 +17,7 @@ from RL2.algorithms import resolve_loss
 from RL2.distributed import process_group, rank
 from RL2.runtime.errors import ConfigError, TrainingError
 from RL2.workers import Actor
-from RL2.workers.learner import not_finite
+from RL2.workers.metrics import not_finite
 from tests.ranks import run_on_ranks
 
 VOCAB = 67
