@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 from omegaconf import DictConfig
@@ -22,7 +23,9 @@ class SFTDataset(Dataset):
 
     Rows are {"prompt", "response"}, {"question", "answer"} (the prompt text of RL, the whole answer
     as response) or {"messages"} (every assistant turn is learned; the token ids are those of the
-    chat template's own rendering).
+    chat template's own rendering). If that shows an assistant turn in another way when turns follow
+    it, such as without its thoughts, a row becomes several sequences, in which each turn stands as
+    the policy writes it and behind what the policy sees.
 
     What is learned ends as a rollout does, with an end token: the one with which the chat template
     closes the turn, or the marker of the next role if that is an end token (GLM). If a text has
@@ -35,7 +38,7 @@ class SFTDataset(Dataset):
 
     end_ids: the tokens that end what is learned.
 
-    An item is a Sequence {"token_ids": list[int], "action_mask": list[bool]}.
+    An item is a Sequence {"token_ids": list[int], "action_mask": list[bool]}, or a list of several.
 
     Args:
         config: node `data`: path, max_length (tokens, null for no limit), overlong, max_examples,
@@ -60,32 +63,32 @@ class SFTDataset(Dataset):
         parse = _Parser(tokenizer, ends, key, option(config, "separator", ""))
         parsed = rows.parsed(parse, key)
         parse.unread.report()
-        sequences = _tokenized(parsed, tokenizer, ends, key)
-        for i, sequence in enumerate(sequences):
-            if not any(sequence["action_mask"][1:]):
+        found = _tokenized(parsed, tokenizer, ends, key)
+        for i, sequences in enumerate(found):
+            if not all(any(sequence["action_mask"][1:]) for sequence in sequences):
                 problem = "no token to learn (the first token of a row cannot be learned)"
                 raise rows.error(i, key, problem)
         kept = keep_within(
-            [len(sequence["token_ids"]) for sequence in sequences],
+            [max(len(sequence["token_ids"]) for sequence in sequences) for sequences in found],
             option(config, "max_length"),
             option(config, "overlong", "error"),
             rows,
             what="sequences",
             limit_key=f"{key}.max_length",
         )
-        self._sequences = [sequences[i] for i in kept]
-        self.end_ids = end_ids_of(self._sequences, ends)
+        self.end_ids = end_ids_of((sequence for i in kept for sequence in found[i]), ends)
+        self._items = [found[i] if len(found[i]) > 1 else found[i][0] for i in kept]
         self.fingerprint = rows.fingerprint(kept)
 
     def __len__(self) -> int:
-        return len(self._sequences)
+        return len(self._items)
 
-    def __getitem__(self, index: int) -> Sequence:
-        return self._sequences[index]
+    def __getitem__(self, index: int) -> Sequence | list[Sequence]:
+        return self._items[index]
 
 
 class _Parser:
-    """Turns a row into a prompt and a response, or into a conversation."""
+    """Turns a row into a prompt and a response, or into conversations."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, ends: EndTokens, key: str, separator: str
@@ -93,7 +96,7 @@ class _Parser:
         self.tokenizer, self.separator = tokenizer, separator
         self.turns, self.unread = Turns(tokenizer, ends, key), Unread(key, tokenizer)
 
-    def __call__(self, row: dict[str, Any]) -> Answer | Conversation:
+    def __call__(self, row: dict[str, Any]) -> Answer | list[Conversation]:
         kind = format_of(row, SFT_ROWS)
         if kind is None:
             raise missing_keys(row, SFT_FORMATS)
@@ -101,7 +104,7 @@ class _Parser:
         if "messages" in kind.needs:
             messages, tools = messages_of(row), tools_of(row)
             self.unread.add_messages(messages, tools)
-            return self.turns.conversation(messages, tools)
+            return self.turns.conversations(messages, tools)
         if "prompt" in kind.needs:
             prompt, response = (text_of(row, name) for name in kind.needs)
             return Answer(prompt, self.separator + response, self.turns.last())
@@ -113,14 +116,17 @@ class _Parser:
 
 
 def _tokenized(
-    parsed: list[Answer | Conversation],
+    parsed: list[Answer | list[Conversation]],
     tokenizer: PreTrainedTokenizerBase,
     ends: EndTokens,
     key: str,
-) -> list[Sequence]:
-    """The sequence of each row, in the order of the rows."""
+) -> list[list[Sequence]]:
+    """The sequences of each row, in the order of the rows."""
     answers = [one for one in parsed if isinstance(one, Answer)]
-    talks = [one for one in parsed if isinstance(one, Conversation)]
+    talks = [talk for one in parsed if not isinstance(one, Answer) for talk in one]
     of_answers = iter(tokenize_answers(answers, tokenizer, ends))
     of_talks = iter(tokenize_conversations(talks, tokenizer, key))
-    return [next(of_answers if isinstance(one, Answer) else of_talks) for one in parsed]
+    return [
+        [next(of_answers)] if isinstance(one, Answer) else [*islice(of_talks, len(one))]
+        for one in parsed
+    ]

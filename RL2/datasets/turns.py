@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,6 +40,27 @@ class Conversation:
     spans: list[tuple[int, int]]
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """A turn of the assistant at the end of a conversation.
+
+    Attributes:
+        shown: the chat template's text up to and including the turn.
+        start, end: where what is learned begins and ends in it.
+        is_closed: whether that ends with an end token.
+    """
+
+    shown: str
+    start: int
+    end: int
+    is_closed: bool
+
+    @property
+    def learned(self) -> str:
+        """The text up to the end of what is learned."""
+        return self.shown[: self.end]
+
+
 class Turns:
     """Finds the turns of the assistant in rendered conversations.
 
@@ -66,46 +87,65 @@ class Turns:
     def answer(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Answer:
         """The last message, an assistant's turn, as the answer to those before it."""
         shown = partial(render, self.tokenizer, tools=tools)
-        before = shown(messages[:-1], add_generation_prompt=True)
-        upto = shown(messages, add_generation_prompt=False)
-        if not upto.startswith(before):
-            raise BadRow(_differs(len(messages) - 1))
-        turn = upto.removeprefix(before)
-        end, is_closed = self._end(turn, messages[-1].get("content") or "")
-        return Answer(before, turn[:end], None if is_closed else self.last())
+        turn = self._located(messages, len(messages) - 1, shown)
+        end = None if turn.is_closed else self.last()
+        return Answer(turn.shown[: turn.start], turn.shown[turn.start : turn.end], end)
 
-    def conversation(
+    def conversations(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
-    ) -> Conversation:
-        """Find each assistant turn that is learned in the rendered text.
+    ) -> list[Conversation]:
+        """All assistant turns that are learned, each behind what the policy sees when it writes it:
+        the chat template's text of the turns before, with the generation prompt.
 
-        A turn is the text between the rendering of all turns before it, with the generation prompt,
-        and the rendering that includes it. Both must be prefixes of the whole, the second up to the
-        end of the turn, or the positions would be wrong.
+        One conversation, if what was shown and written before each turn stays as it is in the
+        template's text of all messages. Where a template shows a turn in another way when turns
+        follow (without its thoughts, or with another end), a further conversation begins at the
+        next one.
         """
         shown = partial(render, self.tokenizer, tools=tools)
         text = shown(messages, add_generation_prompt=False)
-        turns = learned_turns(messages)
-        if turns[0] == 0:
+        indices = learned_turns(messages)
+        if indices[0] == 0:
             raise BadRow("messages begin with an assistant turn; put a user turn before")
+        turns = [self._located(messages, i, shown) for i in indices]
+        if all(text.startswith(turn.learned) for turn in turns):
+            return [self._written(turns, text)]
+        parts: list[list[_Turn]] = []
+        for turn in turns:
+            if parts and turn.shown.startswith(parts[-1][-1].learned):
+                parts[-1].append(turn)
+            else:
+                parts.append([turn])
+        texts = [part[-1].learned for part in parts]
+        if text.startswith(texts[-1]):
+            texts[-1] = text
+        return [self._written(part, text) for part, text in zip(parts, texts, strict=True)]
+
+    def _located(self, messages: list[dict[str, Any]], i: int, shown: Callable[..., str]) -> _Turn:
+        """The text of the assistant's turn `i` as the last one of a conversation."""
+        before = shown(messages[:i], add_generation_prompt=True)
+        upto = shown(messages[: i + 1], add_generation_prompt=False)
+        if not upto.startswith(before):
+            raise BadRow(
+                f"the chat template renders messages[{i}] differently when it is generated, so "
+                "what the assistant wrote cannot be located; use another chat template"
+            )
+        end, is_closed = self._end(upto.removeprefix(before), messages[i].get("content") or "")
+        return _Turn(upto, len(before), len(before) + end, is_closed)
+
+    def _written(self, turns: list[_Turn], text: str) -> Conversation:
+        """The text with an end behind each of the turns, all of which it shows."""
         pieces, spans, done, n_written = [], [], 0, 0
-        for i in turns:
-            before = shown(messages[:i], add_generation_prompt=True)
-            upto = shown(messages[: i + 1], add_generation_prompt=False)
-            turn = upto.removeprefix(before)
-            words, is_closed = self._end(turn, messages[i].get("content") or "")
-            end = len(before) + words
-            if not (upto.startswith(before) and text.startswith(upto[:end])):
-                raise BadRow(_differs(i))
-            closing = ""
-            if not is_closed:
-                rest = text[len(upto) :] if text.startswith(upto) else ""
+        for turn in turns:
+            end, closing = turn.end, ""
+            if not turn.is_closed:
+                rest = text[len(turn.shown) :] if text.startswith(turn.shown) else ""
                 marker = _starts_with(rest.lstrip(), self.stops)
                 if marker:
                     end = len(text) - len(rest.lstrip()) + len(marker)
                 else:
                     closing = self.tokenizer.convert_ids_to_tokens(self.last())
-            start = n_written + len(before) - done
+            start = n_written + turn.start - done
             pieces += [text[done:end], closing]
             n_written += end - done + len(closing)
             spans.append((start, n_written))
@@ -132,14 +172,6 @@ class Turns:
         if found >= 0 and tail.isspace() and tail.startswith(own):
             return behind + len(own), False
         return len(turn.rstrip()), False
-
-
-def _differs(i: int) -> str:
-    return (
-        f"the chat template renders messages[{i}] differently when turns follow it or when it is "
-        "generated, so what the assistant wrote cannot be located; make one row of each assistant "
-        "turn, or use another chat template"
-    )
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> tuple[str, ...]:

@@ -119,26 +119,11 @@ def test_kinds_of_rows_mix_in_order(tiny_tokenizer):
     assert [text[:3] for text in texts] == ["one", "1 +", "r<|", "one"]
 
 
-def test_template_that_rewrites_earlier_turns_is_refused(tiny_tokenizer):
-    """As those of reasoning models, which drop the thoughts of all turns but the last."""
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-        "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n</think>' }}{% endif %}"
-        "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    message = error_of(tokenizer, [{"messages": CHAT[:3]}, {"messages": CHAT}])
-    assert "rows.jsonl:3: the chat template renders messages[2] differently" in message
-    assert "make one row of each assistant turn" in message
-    (sequence,) = load(tokenizer, [{"messages": CHAT[:3]}])
-    assert learned(tokenizer, sequence) == "<think>\n</think>one<|im_end|>"
-
-
 def test_generation_prompt_that_is_no_prefix_is_refused(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant:\n")
-    assert "renders messages[2] differently" in error_of(tokenizer, [{"messages": CHAT}])
+    message = error_of(tokenizer, [{"messages": CHAT}])
+    assert "renders messages[2] differently when it is generated" in message
 
 
 # ------------------------------------------------------------------------------ end of turn

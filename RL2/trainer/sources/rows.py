@@ -106,10 +106,14 @@ class RowSource(Source):
         return SFTDataset(config, tokenizer, key="data", ends=ends)
 
     def batch(self, items: list[Any]) -> Batch:
-        """The batch of some items."""
-        batch = collate(items)
-        ones = torch.ones(len(batch["states"]), dtype=torch.bool)
-        return batch | {"advantages": batch["action_mask"].float(), "correct": ones}
+        """The batch of some items, each a sequence, or a list of those that are one sample."""
+        samples = [item if isinstance(item, list) else [item] for item in items]
+        batch = collate([sequence for sample in samples for sequence in sample])
+        ids = torch.arange(len(items)).repeat_interleave(torch.tensor([*map(len, samples)]))
+        ones = torch.ones(len(ids), dtype=torch.bool)
+        advantages = batch["action_mask"].float()
+        more = {"sample_ids": ids, "group_ids": ids, "advantages": advantages, "correct": ones}
+        return batch | more
 
     def collect(self, step: int, last: bool) -> Result:
         items = self.stream.draw_batch()
@@ -117,7 +121,8 @@ class RowSource(Source):
             return None, {}
         batch = self._checked_batch(items)
         n_actions = batch["action_mask"].sum().item()
-        return batch, {"train/avg_response_length": n_actions / len(batch["states"])}
+        n_samples = len(batch["sample_ids"].unique())
+        return batch, {"train/avg_response_length": n_actions / n_samples}
 
     def _checked_batch(self, items: list[Any]) -> Batch:
         try:
