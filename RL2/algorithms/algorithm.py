@@ -94,6 +94,7 @@ def resolve_algorithm(config: DictConfig, brought: Collection[str]) -> Algorithm
         estimator = resolve_advantage(config.adv, own)
         check_estimator(config, estimator, brought)
     needs = needed_fields(config, loss, estimator, brought)
+    check_reference(config, needs)
     check_renewal(config, needs)
     return Algorithm(loss, estimator, needs, resolve_penalty(config))
 
@@ -148,7 +149,11 @@ def needed_fields(
         provider: {
             name: OLD_STATISTICS.get(name, "logps") for name in fields if name not in brought
         }
-        for provider, fields in (("old_logps", before), ("ref_logps", reference))
+        for provider, fields in (
+            ("old_logps", before),
+            ("ref_logps", reference),
+            ("mismatch_kl", {"mismatch_kl"} & named),
+        )
     }
     return {provider: fields for provider, fields in needs.items() if fields}
 
@@ -176,6 +181,39 @@ def check_estimator(config: DictConfig, estimator: Estimator, brought: Collectio
         )
 
 
+# A loss that learns from the answers of a source has this head and names one of these, such as...
+_OF_SOURCE = {
+    "pairs": ("token_stats", {"pairs", "labels"}, "dpo, dpop, ipo, simpo, orpo or kto"),
+    "scored_pairs": ("scalar", {"pairs"}, "bradley_terry"),
+    "labels": ("token_stats", {"labels"}, "kto"),
+}
+
+
+def check_answers(config: DictConfig, loss: TokenLoss) -> None:
+    """ConfigError if a loss would learn from rejected answers as it does from chosen ones, or at
+    the wrong tokens."""
+    source = str(config.trainer.source)
+    if source not in _OF_SOURCE:
+        return
+    head, names, losses = _OF_SOURCE[source]
+    if loss.head != head or not names & {*loss.inputs}:
+        what = "values" if head == "scalar" else "token statistics"
+        raise ConfigError(
+            f"{loss.origin}: does not fit trainer.source={source}, whose losses take {what} and "
+            f"{' or '.join(sorted(names))}; use {losses}"
+        )
+
+
+def check_reference(config: DictConfig, needs: Collection[str]) -> None:
+    """ConfigError if a reference policy of its own would not be used."""
+    name = config.ref_actor.model_name if "ref_actor" in config else config.actor.model_name
+    if name != config.actor.model_name and "ref_logps" not in needs:
+        raise ConfigError(
+            f"ref_actor.model_name={name}: has no effect, as neither the loss nor actor.kl uses a "
+            "reference; leave it out"
+        )
+
+
 def check_loss(config: DictConfig, loss: TokenLoss, brought: Collection[str]) -> None:
     """ConfigError if this run cannot give the loss what it names, or would ignore a key."""
     actor = config.actor
@@ -195,11 +233,13 @@ def check_loss(config: DictConfig, loss: TokenLoss, brought: Collection[str]) ->
             "ranks that share their tokens would draw other numbers; use actor.tp_size=1, or a "
             "torch.Generator with a seed"
         )
+    check_answers(config, loss)
     there = {"old_logps", *OLD_STATISTICS, "ref_logps", *brought}
     there |= {"advantages"} if "adv" in config else set()
     if loss.selection is not None:
         check_estimator(config, loss.selection, brought)
         there |= {"selected"}
+    there |= {"mismatch_kl"} if "labels" in brought else set()
     if missing := sorted(set(loss.fields) - there):
         raise ConfigError(
             f"actor.loss: {loss.name} needs {', '.join(missing)}, which "

@@ -25,6 +25,7 @@ are options. The names, with N action tokens in a loss and B rows of T tokens in
     sample_ids group_ids        no                              [B] int64
     lengths                     no                              [B] int64, tokens of the row
     correct                     no                              [B] bool, reward above 0
+    labels mismatch_kl          [N]; see `losses.preferences`   no
     a judge's field, or one     [N]                             [B, T]
     that a source brings
 """
@@ -61,6 +62,9 @@ FIELDS: tuple[str, ...] = (
     "old_values", "returns",
 )  # fmt: skip
 """Fields of a batch that a loss may name in every run with rollouts; the last two with a critic."""
+
+DATA_FIELDS: tuple[str, ...] = ("labels", "mismatch_kl")
+"""Fields of a batch that a loss may name in a run on labelled answers."""
 
 ROW_FIELDS: tuple[str, ...] = ("sample_ids", "group_ids", "lengths", "correct")
 """Fields `[B]` of a batch, which a loss may not name."""

@@ -15,6 +15,7 @@ from RL2.algorithms import contract, estimator_trial
 from RL2.algorithms.estimator import Estimator
 from RL2.algorithms.losses import LOSSES
 from RL2.algorithms.parameters import (
+    DATA_FIELDS,
     ESTIMATOR_FIELDS,
     FIELDS,
     HEADS,
@@ -146,7 +147,7 @@ def resolve_loss(
 
     select = getattr(function, "select", None)
     selected = ("selected",) if select is not None else ()
-    known = tuple(dict.fromkeys((*LEARNED, *FIELDS, *selected, *brought, *SEGMENTS)))
+    known = tuple(dict.fromkeys((*LEARNED, *FIELDS, *DATA_FIELDS, *selected, *brought, *SEGMENTS)))
     kinds = "neither a token statistic nor a batch field"
     inputs, defaults = parameters_of(function, known, origin, "loss", kinds)
     learned = [name for name in inputs if name in LEARNED]

@@ -23,7 +23,7 @@ from RL2.trainer.health import LLMKLAlarm
 from RL2.trainer.run import Run, Start, claim_folder
 from RL2.trainer.sinks.timers import Timers
 from RL2.trainer.startup.banner import banner
-from RL2.trainer.startup.ends import name_ends
+from RL2.trainer.startup.ends import name_ends, name_padding
 from RL2.trainer.startup.inputs import read_inputs
 from RL2.trainer.startup.models import load_learners, load_providers
 from RL2.trainer.startup.shared_folder import check_shared
@@ -65,18 +65,22 @@ class Trainer:
 
         self.learners = load_learners(config, self.algorithm, device, self.traffic)
         actor = self.learners["actor"]
-        name_ends(actor.hf_model, inputs.ends.saved, inputs.missing_ends)
+        if self.algorithm.loss.head == "scalar":
+            name_padding(actor.hf_model, inputs.tokenizer, {*inputs.ends.ids, *self.source.end_ids})
+        else:
+            name_ends(actor.hf_model, inputs.ends.saved, inputs.missing_ends)
         files = all_or_none(lambda: files_beside_weights(actor, inputs.tokenizer))
         for learner in self.learners.values():
             learner.prepare_scheduler(self.n_steps * learner.updates_per_rollout)
         self.providers, self.references = load_providers(
-            config, self.algorithm.needs, self.learners, device, self.traffic
-        )
+            config, self.algorithm.needs, self.learners, device, self.traffic,
+            keep=self.source.repeats and self.n_steps > self.source.steps_per_epoch,
+        )  # fmt: skip
         claimed[0].references = self.references
         self.source.start(device, actor.dtypes.compute)
         self.run = Run(
             config, device, self.stop, claimed, self.source, self.learners, files, self.n_steps,
-            self.timers, self.traffic,
+            self.timers, self.traffic, self.providers.get("ref_logps"),
         )  # fmt: skip
 
     def train(self) -> None:

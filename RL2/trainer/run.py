@@ -28,6 +28,7 @@ from RL2.trainer.checkpoints.export import (
     value_of,
 )
 from RL2.trainer.health import observe
+from RL2.trainer.references import Resumable
 from RL2.trainer.sinks.metrics import Metrics
 from RL2.trainer.sinks.timers import Timers
 from RL2.trainer.sources.source import Source
@@ -87,6 +88,7 @@ class Run:
         stop: the request to end early.
         claimed: what `claim_folder` returned.
         files: what a saved model needs besides its weights (`export.files_beside_weights`).
+        references: the provider of `ref_logps`, if there is one.
     """
 
     def __init__(
@@ -101,10 +103,12 @@ class Run:
         n_steps: int,
         timers: Timers,
         traffic: Traffic,
+        references: Any = None,
     ):
         self.config, self.device, self.stop = config, device, stop
         self.checkpoints, self.lock = claimed
         self.source, self.learners, self.files = source, learners, files
+        self.resumable = Resumable(source, references)
         self.n_steps, self.timers, self.traffic = n_steps, timers, traffic
         self.metrics: Metrics | None = None  # on rank 0
         self.best: dict[str, Any] = {}
@@ -118,7 +122,7 @@ class Run:
         """Load the checkpoint that `trainer.load_ckpt_from` names, if any."""
         which, state = self.config.trainer.load_ckpt_from, None
         if which is not None:
-            state = self.checkpoints.load(which, self.learners, self.source)
+            state = self.checkpoints.load(which, self.learners, self.resumable)
         state = {"step": 0, "unfinished": None, "run_id": None, "best": {}, "health": {}} | (
             state or {}
         )
@@ -162,7 +166,8 @@ class Run:
                 "best": self.best, "health": self.health, "unfinished": unfinished,
                 "run_id": self.metrics.run_id if self.metrics else None,
             }  # fmt: skip
-            self.checkpoints.save(step, self.learners, source, state)
+            position = self.resumable.complete(source)
+            self.checkpoints.save(step, self.learners, position, state)
 
     def save_unless_saved(
         self, step: int, position: Position, unfinished: dict[str, float] | None = None

@@ -21,6 +21,8 @@ from RL2.algorithms.losses import LOSSES
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
 from RL2.runtime.errors import ConfigError, TrainingError
 
+OF_A_REFERENCE = ("dpo", "dpop", "ipo", "kto")
+OTHERS = [name for name in LOSSES if name not in OF_A_REFERENCE]
 KL_OFF = {"coef": 0.0, "type": None}
 
 
@@ -57,12 +59,12 @@ def names(needs):
 SELECT = {"clip_cov": ("old_logps",), "kl_cov": ("old_logps",), "entropy_80_20": ("old_entropy",)}
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", OTHERS)
 def test_one_update_without_kl_needs_no_second_forward_but_for_a_selection(loss):
     assert required(loss) == SELECT.get(loss, ())
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", OTHERS)
 def test_old_logps_only_where_the_policy_moves_away_and_the_loss_looks_back(loss):
     looks_back = "old_logps" in resolve_loss({"name": loss}).fields
     expected = {"old_logps"} if looks_back else set()
@@ -85,6 +87,11 @@ def test_importance_weights_of_sequences_need_old_logps(kind):
     ):  # fmt: skip
         needs = needed_fields(config(tis_coef=coef, tis_type=kind), loss, brought=brought)
         assert names(needs) == (("old_logps",) if needed else ())
+
+
+def test_losses_of_a_reference_need_no_other_policy():
+    for loss in OF_A_REFERENCE:
+        assert required(loss) == required(loss, update_per_rollout=2) == ("ref_logps",)
 
 
 @pytest.mark.parametrize("kind", ["reward", "advantage"])

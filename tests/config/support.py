@@ -33,7 +33,7 @@ SFT_REQUIRED = [
 
 def required(name: str) -> list[str]:
     """The keys that the user of a trainer must give."""
-    return SFT_REQUIRED if name == "sft" else RL_REQUIRED
+    return SFT_REQUIRED if name in ("sft", "dpo", "rm") else RL_REQUIRED
 
 
 def write_model_files(folder: Path, **config) -> Path:

@@ -165,6 +165,8 @@ def make_batch(model: str, name: str) -> dict[str, Tensor] | None:
         "group_ids": samples // 2,
         "pair_ids": 2 * (samples // 4) + samples % 2,  # no neighbours
         "chosen": samples % 4 < 2,
+        "labels": (1.0 - 2.0 * (samples % 3 == 1))[:, None] * mask,
+        "mismatch_kl": 0.3 * mask,
         "correct": sample_returns(rewards, samples) > 0,
         "old_entropy": near(1.0).abs(),
     }
@@ -172,6 +174,7 @@ def make_batch(model: str, name: str) -> dict[str, Tensor] | None:
 
 
 _HERE = Path(__file__).parent
+PREFERENCES = ("dpo", "dpop", "ipo", "simpo", "orpo", "kto")
 LOSS_NODES = {name: {"name": name} for name in ("ppo", "max_target_kl", "fixed_target_kl", "nll")}
 LOSS_NODES |= {
     "rank_jsd": {"name": "rank_jsd", "max_rank": 3},
@@ -188,11 +191,12 @@ OF_RATIOS = {
     "kl_cov": {"share": 0.2},
     "entropy_80_20": {"clip_low": 0.1},
 }
-OF_SEGMENTS = ("gspo", "likelihood", "best_of_group", "dpo")
-_OWN_OF_SEGMENTS = ("ratios", "likelihood", "best_of_group", "dpo")
+OF_SEGMENTS = ("gspo", "likelihood", "best_of_group")
+_OWN_OF_SEGMENTS = ("ratios", "likelihood", "best_of_group")
 LOSS_NODES_OF_SEGMENTS = {
     name: {"import_path": f"tests.invariance.losses:{name}"} for name in _OWN_OF_SEGMENTS
 } | {name: {"name": name} | _CLIPS for name in ("gspo", "gspo_token", "gmpo")}
+LOSS_NODES_OF_SEGMENTS |= {name: {"name": name} for name in PREFERENCES}
 OTHER_NODES = LOSS_NODES_OF_SEGMENTS | {
     name: {"name": name} | options for name, options in OF_RATIOS.items()
 }
@@ -313,11 +317,10 @@ CASES["three_updates-tis"] = Case(
 )
 
 CASES |= {
-    f"{loss}-{level}": Case(loss, level, batch="pairs")
-    for loss in OF_SEGMENTS
-    for level in LEVELS
-    if (loss, level) != ("dpo", "correct")
+    f"{loss}-{level}": Case(loss, level, batch="pairs") for loss in OF_SEGMENTS for level in LEVELS
 }
+CASES |= {f"{loss}-sequence": Case(loss, "sequence", batch="pairs") for loss in PREFERENCES}
+CASES["dpo-token"] = Case("dpo", "token", batch="pairs")
 CASES |= {
     "gspo-tis-mask": Case("gspo", "sequence", batch="pairs",
                           changes={"tis_coef": 1.2, "tis_type": "mask"}),
@@ -388,6 +391,7 @@ SOME_CASES = FAMILY_CASES | {
         "nothing_but_prompts-ppo", "all_filtered-ppo", "three_updates-nll-three_rows_correct",
         "three_updates-margin-one_row", "gspo-token", "gspo_token-sequence", "three_updates-kl_cov",
         "tis-geometric_mask-ppo", "tis-token_reject-gspo",
-        "best_of_group-sequence", "dpo-token", "three_updates-dpo",
+        "best_of_group-sequence", "dpo-token", "dpop-sequence", "kto-sequence",
+         "three_updates-dpo",
     )
 }  # fmt: skip

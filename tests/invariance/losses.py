@@ -1,7 +1,6 @@
 """Losses of a user's own, named by `actor.loss.import_path`."""
 
 import torch
-import torch.nn.functional as F
 
 
 def margin(logps, log1mps, max_log1mps, entropy, advantages, llm_logps, *, bound=1.5):
@@ -41,9 +40,3 @@ def best_of_group(logps, top_logps, rewards, sequences, groups, *, max_rank=2):
     norm = groups.sum(scores.exp()).log()
     losses = norm - groups.sum(wanted * scores) + 0.01 * groups.mean(scores.square())
     return losses, {"best": norm - groups.mean(scores)}
-
-
-def dpo(logps, ref_logps, sequences, pairs, *, beta=0.1):
-    """Rafailov et al. 2023, "Direct Preference Optimization"."""
-    margin = pairs.difference(sequences.sum(logps - ref_logps))
-    return -F.logsigmoid(beta * margin), {"margin": margin, "right": margin > 0}

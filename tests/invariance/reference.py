@@ -77,11 +77,16 @@ class Sums:
 class Pairs(Sums):
     def __init__(self, ids, chosen):
         super().__init__(ids)
-        self.chosen = chosen
+        self.is_chosen = chosen
+
+    def chosen(self, x):
+        return self.sum(torch.where(torch.tensor(self.is_chosen), x, 0.0))
+
+    def rejected(self, x):
+        return self.sum(torch.where(torch.tensor(self.is_chosen), 0.0, x))
 
     def difference(self, x):
-        signed = [value if chosen else -value for value, chosen in zip(x, self.chosen, strict=True)]
-        return self.sum(torch.stack(signed))
+        return self.chosen(x) - self.rejected(x)
 
 
 def segments_of(batch, rows):
@@ -175,6 +180,7 @@ def batch_loss(hf, loss, config, batch):
         tokens = statistics(logits, batch["actions"][row, :length][mask], loss.top_k)
         names = ("old_logps", "ref_logps", "llm_logps", "advantages", "rewards", "selected")
         names += ("tis_weights",)
+        names += ("labels", "mismatch_kl")
         fields = {name: batch[name][row, :length][mask].double() for name in names if name in batch}
         tokens |= {"old_logps": tokens["logps"].detach()} | fields
         if loss.segments:

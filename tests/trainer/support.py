@@ -41,6 +41,22 @@ def write_rows(path: Path, n_rows: int = N_ROWS) -> Path:
     return path
 
 
+def write_pairs(path: Path, n_rows: int = 12, labelled: bool = False) -> Path:
+    """Pairs of answers of different lengths, or each of them with a label."""
+    rows = []
+    for i in range(n_rows):
+        total = i + 3 * i % 7
+        row = {"prompt": f"{i} + {3 * i % 7} = ", "chosen": f"{total}.", "rejected": f"{-total}..."}
+        if labelled:
+            for side in ("chosen", "rejected"):
+                label = side == "chosen"
+                rows.append({"prompt": row["prompt"], "completion": row[side], "label": label})
+        else:
+            rows.append(row)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def write_model(folder: Path, shape: str = "qwen3", std: float = 0.4, width: int = 32) -> Path:
     """A random model and its tokenizer; a large `std` makes it sure of its tokens."""
     tokenizer = make_tiny_tokenizer()
@@ -92,6 +108,8 @@ def overrides(files: Path, trainer: str, save_dir: Path | str, **changes) -> lis
             "data.batch_size": 8,
             "actor.max_length_per_device": 512,
         }
+    elif trainer in ("dpo", "rm"):
+        own = {"data.path": files / "pairs.jsonl", "data.max_length": 64, "data.batch_size": 4}
     else:
         own = {
             "actor.use_liger_kernel": "false",

@@ -22,6 +22,15 @@ from typing import Any
 from RL2.algorithms.losses.exploring_paths import fixed_target_kl, max_target_kl, rank_jsd
 from RL2.algorithms.losses.gates import dppo, sapo
 from RL2.algorithms.losses.policy import nll, ppo
+from RL2.algorithms.losses.preferences import (
+    bradley_terry,
+    dpo,
+    dpop,
+    ipo,
+    kto,
+    orpo,
+    simpo,
+)
 from RL2.algorithms.losses.ratios import cispo, gmpo, gspo, gspo_token
 from RL2.algorithms.losses.selection import clip_cov, entropy_80_20, kl_cov
 
@@ -40,4 +49,11 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "clip_cov": clip_cov,
     "kl_cov": kl_cov,
     "entropy_80_20": entropy_80_20,
+    "dpo": dpo,
+    "dpop": dpop,
+    "ipo": ipo,
+    "simpo": simpo,
+    "orpo": orpo,
+    "kto": kto,
+    "bradley_terry": bradley_terry,
 }

@@ -21,7 +21,7 @@ def check_importance(actor: DictConfig, rollout: DictConfig) -> None:
         )
 
 
-def check_kl(actor: DictConfig, ref_actor: DictConfig) -> None:
+def check_kl(actor: DictConfig, rollout: DictConfig) -> None:
     kl = actor.kl
     if kl.coef > 0 and kl.type is None:
         raise ConfigError(
@@ -59,16 +59,10 @@ def check_renewal(ref_actor: DictConfig) -> None:
         )
 
 
-def check_reference(actor: DictConfig, ref_actor: DictConfig, adv: DictConfig) -> None:
-    if ref_actor.model_name == actor.model_name:
-        return
-    own = actor.loss.import_path is not None or adv.import_path is not None
-    if actor.kl.coef == 0 and not own:
-        raise ConfigError(
-            f"ref_actor.model_name={ref_actor.model_name}: has no effect with actor.kl.coef=0; set "
-            "actor.kl.coef and actor.kl.type, or leave it out"
-        )
-    check_model(ref_actor, "ref_actor")
+def check_reference(actor: DictConfig, ref_actor: DictConfig) -> None:
+    """Whether it is used, only the loss says (`RL2.algorithms.algorithm`)."""
+    if ref_actor.model_name != actor.model_name:
+        check_model(ref_actor, "ref_actor")
 
 
 def check_clip(actor: DictConfig, rollout: DictConfig) -> None:
@@ -118,6 +112,6 @@ def check_updates(actor: DictConfig, train_data: DictConfig) -> None:
 def check_sft_average(actor: DictConfig, data: DictConfig) -> None:
     if actor.avg_level == "correct":
         raise ConfigError(
-            "actor.avg_level=correct: in sft every sequence counts as correct; use token or "
+            "actor.avg_level=correct: every sequence of data.path counts as correct; use token or "
             "sequence"
         )

@@ -5,6 +5,7 @@ The yaml files of `RL2/trainer/config` define the trainers: they hold the keys t
 give, and the defaults that differ from those here.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_origin
 
@@ -13,16 +14,24 @@ from omegaconf import DictConfig, OmegaConf
 
 from RL2.config.schema.actor import ActorConfig, SFTActorConfig
 from RL2.config.schema.adv import AdvConfig
-from RL2.config.schema.data import PromptDataConfig, SFTDataConfig, TestDataConfig
+from RL2.config.schema.data import (
+    PairDataConfig,
+    PromptDataConfig,
+    SFTDataConfig,
+    TestDataConfig,
+)
 from RL2.config.schema.keys import Key, group, key_types, keys_of
 from RL2.config.schema.model import RefActorConfig
+from RL2.config.schema.preferences import DPOActorConfig, RewardActorConfig
 from RL2.config.schema.rollout import RolloutConfig
 from RL2.config.schema.trainer import RLTrainerConfig, TrainerConfig
 
 __all__ = [
     "SCHEMAS",
+    "DPOConfig",
     "Key",
     "RLConfig",
+    "RMConfig",
     "SFTConfig",
     "all_keys",
     "key_types",
@@ -59,7 +68,35 @@ class SFTConfig:
     trainer: TrainerConfig = group(TrainerConfig, "the run, what it saves, and when it stops")
 
 
-SCHEMAS: dict[str, type] = {"ppo": RLConfig, "spo": RLConfig, "spo_0p5": RLConfig, "sft": SFTConfig}
+@dataclass
+class DPOConfig:
+    """Configuration of `dpo`."""
+
+    data: PairDataConfig = group(PairDataConfig, "pairs, or answers with a label (dpo, rm)")
+    actor: DPOActorConfig = group(DPOActorConfig, "the policy that is trained")
+    ref_actor: RefActorConfig = group(
+        RefActorConfig, "the frozen reference policy; loaded only for losses that have one"
+    )
+    trainer: TrainerConfig = group(TrainerConfig, "the run, what it saves, and when it stops")
+
+
+@dataclass
+class RMConfig:
+    """Configuration of `rm`."""
+
+    data: PairDataConfig = group(PairDataConfig, "pairs of answers")
+    actor: RewardActorConfig = group(RewardActorConfig, "the reward model that is trained")
+    trainer: TrainerConfig = group(TrainerConfig, "the run, what it saves, and when it stops")
+
+
+SCHEMAS: dict[str, type] = {
+    "ppo": RLConfig,
+    "spo": RLConfig,
+    "spo_0p5": RLConfig,
+    "sft": SFTConfig,
+    "dpo": DPOConfig,
+    "rm": RMConfig,
+}
 """The schema behind each yaml file of `RL2/trainer/config`."""
 
 
@@ -72,10 +109,23 @@ def all_keys() -> dict[str, Key]:
 
 
 def schema_of(config: DictConfig) -> type:
-    """The schema that a composed config belongs to, by its groups."""
-    return max(
-        dict.fromkeys(SCHEMAS.values()), key=lambda schema: len(keys_of(schema).keys() & {*config})
-    )
+    """The schema that a composed config belongs to, by its keys."""
+    given = {*_names(config)}
+
+    def fit(schema: type) -> tuple[int, int]:
+        known = keys_of(schema).keys()
+        return len(known & given), -len(known)
+
+    return max(dict.fromkeys(SCHEMAS.values()), key=fit)
+
+
+def _names(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all keys and groups."""
+    for name in map(str, config):
+        yield prefix + name
+        node = config._get_node(name)
+        if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing()):
+            yield from _names(node, f"{prefix}{name}.")
 
 
 def structured(schema: type) -> DictConfig:
@@ -91,18 +141,22 @@ def structured(schema: type) -> DictConfig:
 
 def _for_loss(*names_and_values: Any, _root_: DictConfig) -> Any:
     values = dict(zip(names_and_values[::2], names_and_values[1::2], strict=True))
-    chosen = _root_.actor.loss
-    return values.get(chosen.name) if chosen.import_path is None else None
+    chosen, others = _root_.actor.loss, values.get("others")
+    return values.get(chosen.name, others) if chosen.import_path is None else others
 
 
 def register_schemas() -> None:
-    """Register the schemas with hydra, and `${for_loss:name,value,…}` with OmegaConf.
+    """Register the schemas with hydra, and `${for_loss:name,value,…}` and `${twice:number}` with
+    OmegaConf.
 
     `for_loss` takes loss names, each followed by a value. It resolves to the value of the loss that
-    `actor.loss.name` names, else to null, so that an option of one loss is not passed to another
-    loss that does not take it. Calling this twice is harmless.
+    `actor.loss.name` names, else to that of the name `others`, or null, so that an option of one
+    loss is not passed to another loss that does not take it. Calling this twice is harmless.
     """
     store = ConfigStore.instance()
     store.store(name="rl_schema", node=structured(RLConfig), provider="RL2")
     store.store(name="sft_schema", node=structured(SFTConfig), provider="RL2")
+    store.store(name="dpo_schema", node=structured(DPOConfig), provider="RL2")
+    store.store(name="rm_schema", node=structured(RMConfig), provider="RL2")
     OmegaConf.register_new_resolver("for_loss", _for_loss, replace=True)
+    OmegaConf.register_new_resolver("twice", lambda number: 2 * number, replace=True)

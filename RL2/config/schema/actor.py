@@ -80,7 +80,9 @@ class LoRAConfig:
 
 
 @dataclass
-class LossConfig:
+class LossChoice:
+    """A loss, and options of a user's own."""
+
     name: str = by_trainer(
         "the loss (see docs/algorithms.md)", own="actor.loss.import_path=my_loss.py:my_loss"
     )
@@ -89,6 +91,13 @@ class LossConfig:
         "your own loss (file.py:function or package.module:function), used instead of name",
         code=True,
     )
+    options: dict[str, Any] = key(
+        {}, "keyword arguments for your own loss, e.g. actor.loss.options.beta=0.1"
+    )
+
+
+@dataclass
+class LossConfig(LossChoice):
     detach_target: bool | None = key(
         "${for_loss:max_target_kl,false,rank_jsd,true}",
         "max_target_kl, rank_jsd: no gradient through the target (false for max_target_kl "
@@ -108,9 +117,6 @@ class LossConfig:
         "rank_jsd: how many of the most likely tokens are used; a less likely token counts as the "
         "next rank",
         FROM_ONE,
-    )
-    options: dict[str, Any] = key(
-        {}, "keyword arguments for your own loss, e.g. actor.loss.options.beta=0.1"
     )
 
 

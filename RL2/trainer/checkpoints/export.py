@@ -94,8 +94,9 @@ def files_beside_weights(actor: Actor, tokenizer: Any) -> FilesInMemory | None:
     if rank() != 0:
         return None
     origin = f"actor.model_name={actor.config.model_name}"
-    for part in (actor.hf_model.config, actor.hf_model.generation_config):
-        FilesInMemory(part, origin)
+    for name in ("config", "generation_config"):  # a model that writes no text may lack the latter
+        if (part := getattr(actor.hf_model, name, None)) is not None:
+            FilesInMemory(part, origin)
     return FilesInMemory(tokenizer, origin)
 
 

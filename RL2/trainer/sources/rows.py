@@ -43,6 +43,7 @@ class RowSource(Source):
     """
 
     groups = ("data",)
+    repeats = True
     unit = "rows"  # what data.batch_size counts
 
     def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens):

@@ -36,6 +36,7 @@ class Source(ABC):
         datasets: the data sets that were read, by the config node whose `path` names them, or the
             key that does; each has a length and a `fingerprint`. A resumed run compares them.
         rows: the numbers of rows, by their purpose.
+        repeats: whether the same rows come again in the next epoch.
         end_ids: tokens at which its sequences end.
         ends: what happens there, in words.
     """
@@ -45,6 +46,7 @@ class Source(ABC):
     per_step: str
     datasets: Mapping[str, Dataset] = {}
     rows: Mapping[str, int] = {}
+    repeats: bool = False
     end_ids: Collection[int] = ()
     ends: str = "turns are learned to end"
 

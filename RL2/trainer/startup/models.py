@@ -14,6 +14,7 @@ from RL2.datasets.end_of_turn import special_ids
 from RL2.distributed import Traffic
 from RL2.distributed.comm import Batch
 from RL2.runtime.errors import ConfigError, first_line
+from RL2.trainer.references import KeptReferences, MismatchKL
 from RL2.workers import Actor, Learner, Reference
 
 Provider = Callable[[Batch | None, Mapping[str, str]], Batch | None]
@@ -68,9 +69,14 @@ def load_providers(
     learners: Mapping[str, Learner],
     device: torch.device,
     traffic: Traffic,
+    keep: bool,
 ) -> tuple[dict[str, Provider], dict[str, Reference]]:
     """The providers of the fields that an algorithm needs, by their names in `needs`, and the
-    frozen models behind them that may be renewed, by their nodes."""
+    frozen models behind them that may be renewed, by their nodes.
+
+    keep: whether rows come again, so that what a reference says about them is kept, unless it is
+        renewed.
+    """
     providers: dict[str, Provider] = {"old_logps": learners["actor"].annotate}
     references: dict[str, Reference] = {}
     if "ref_logps" in needs:
@@ -78,8 +84,12 @@ def load_providers(
         if reference.every:
             reference.check(learners["actor"])
         reference.offload()
-        providers["ref_logps"] = reference.annotate
+        kept = keep and not reference.every
+        providers["ref_logps"] = KeptReferences(reference) if kept else reference.annotate
         references["ref_actor"] = reference
+        if "mismatch_kl" in needs:
+            longest = config.data.max_length
+            providers["mismatch_kl"] = MismatchKL(learners["actor"], reference, longest)
     return providers, references
 
 

@@ -41,8 +41,8 @@ for one trainer, and `--help WORD` the keys that mention WORD. `--cfg job` after
 the config that the command results in.
 
 `???` must be set. `${key}` follows another key until it is set. `${for_loss:name,value,…}` takes
-the value after the name in `actor.loss.name`, and is null for any other loss. null means off, or
-that the library decides, as the explanation says.
+the value after the name in `actor.loss.name`, else that after `others`, or null; `${twice:number}`
+doubles. null means off, or that the library decides, as the explanation says.
 
 A yaml file of your own begins with `defaults: [spo, _self_]` and holds the keys that differ.
 

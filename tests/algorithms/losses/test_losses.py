@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from RL2.algorithms import FIELDS, LOSSES, TokenLoss, resolve_loss
 from RL2.algorithms.losses import fixed_target_kl, max_target_kl, nll, ppo, rank_jsd
-from RL2.algorithms.segments import Segments
+from RL2.algorithms.segments import SEGMENTS, segments_of
 from RL2.ops import STATISTICS, linear_token_stats, token_stats
 from RL2.runtime.errors import ConfigError
 
@@ -77,8 +77,10 @@ def filled(loss, n, value):
     """What a loss takes, all of one value."""
     shapes = {name: (n, loss.top_k) if name == "top_logps" else (n,) for name in loss.inputs}
     values = {name: torch.full(shape, value) for name, shape in shapes.items()}
-    alone = {"sequences": Segments(torch.arange(n), n)} if "sequences" in values else {}
-    return values | alone
+    row = torch.arange(n)
+    ids = {"sample_ids": row, "group_ids": row, "pair_ids": row, "chosen": row >= 0}
+    found = segments_of(row, ids, SEGMENTS, "cpu")
+    return values | {name: found[name] for name in loss.inputs if name in SEGMENTS}
 
 
 # ---------------------------------------------------------------- values
@@ -500,8 +502,8 @@ def test_rank_jsd_hides_no_nan(bad):
 def test_no_tokens(name):
     loss = resolve_loss(config(name=name))
     tensors = filled(loss, 0, 0.0)
-    for name in loss.statistics:
-        tensors[name].requires_grad_()
+    for statistic in loss.statistics:
+        tensors[statistic].requires_grad_()
     losses, metrics = loss(tensors)
     assert all(values.shape == (0,) for values in (losses, *metrics.values()))
     losses.sum().backward()
@@ -688,7 +690,7 @@ def test_a_loss_in_a_module():
 @pytest.mark.parametrize(
     "changes, parts",
     [
-        (dict(name="pop"), ["actor.loss.name=pop: unknown; did you mean ppo?", "import_path"]),
+        (dict(name="ppi"), ["actor.loss.name=ppi: unknown; did you mean ppo?", "import_path"]),
         (dict(name="zzz"), ["actor.loss.name=zzz: unknown; use ppo, max_target_kl"]),
         (dict(name=None), ["actor.loss.name=None: unknown; use"]),
         (
