@@ -11,7 +11,7 @@ from RL2.algorithms import LOSSES, resolve_loss
 from RL2.config import register_schemas
 from RL2.config.flat import flat
 from RL2.config.schema import SCHEMAS, key_types, keys_of
-from tests.config.support import CONFIG_DIR, compose_config
+from tests.config.support import CONFIG_DIR, compose_config, required
 
 NAMES = sorted(SCHEMAS)
 

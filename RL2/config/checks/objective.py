@@ -35,7 +35,7 @@ def check_kl(actor: DictConfig, rollout: DictConfig) -> None:
         )
 
 
-def check_kl_of_loss(actor: DictConfig, ref_actor: DictConfig) -> None:
+def check_kl_of_loss(actor: DictConfig, rollout: DictConfig) -> None:
     kl = actor.kl
     for name in ("avg_level", "unbiased"):
         if kl[name] and kl.type != "loss":
