@@ -2,17 +2,22 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from RL2.algorithms.advantages.returns import rewards_to_go
 from RL2.algorithms.corrections import Corrections
 from RL2.algorithms.estimator import Estimator, resolve_advantage
 from RL2.algorithms.kl import approx_kl
+from RL2.algorithms.losses.values import value
 from RL2.algorithms.parameters import OLD_STATISTICS, ROW_FIELDS
 from RL2.algorithms.rewards import in_float32
 from RL2.algorithms.segments import check_segments
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
+from RL2.config.schema.critic import CriticConfig
+from RL2.config.schema.keys import keys_of
 from RL2.runtime.errors import ConfigError, TrainingError
 from RL2.runtime.user_code import Unfit
 
@@ -43,16 +48,20 @@ class Algorithm:
         needs: what is computed after a batch is collected and before its advantages: by the name of
             the provider, the fields with their token statistics. One forward per provider.
         penalty: the KL penalty; None if there is none, or the KL is a part of the loss.
+        value_loss: what the critic minimises; None without a critic.
+        gamma: discounts the returns that it learns, if the estimator does not give them.
     """
 
     loss: TokenLoss
     advantage: Estimator | None = None
     needs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     penalty: Penalty | None = None
+    value_loss: TokenLoss | None = None
+    gamma: float = 1.0
 
     def advantages(self, batch: Batch | None) -> Batch | None:
-        """The batch with `advantages [B, T]`. They and the rewards, which were float64, become
-        float32. None, on a rank without a batch, stays None.
+        """The batch with `advantages [B, T]`, and with a critic `returns [B, T]`. They and the
+        rewards, which were float64, become float32. None, on a rank without a batch, stays None.
 
         Raises:
             TrainingError: the estimator breaks its contract.
@@ -64,12 +73,16 @@ class Algorithm:
         if penalty is not None and self.penalty.where == "reward":
             rewards = rewards - penalty
         try:
-            advantages = in_float32(self.advantage(batch | {"rewards": rewards}))
+            found = self.advantage(batch | {"rewards": rewards})
         except Unfit as fault:
             raise TrainingError(f"{self.advantage.origin}: {fault}") from fault
+        if self.value_loss is not None and "returns" not in found:
+            mask, samples = batch["action_mask"], batch["sample_ids"]
+            found["returns"] = rewards_to_go(rewards, mask, samples, self.gamma)
+        found = {name: in_float32(x) for name, x in found.items()}
         if penalty is not None and self.penalty.where == "advantage":
-            advantages = advantages - penalty
-        return batch | {"rewards": batch["rewards"].float(), "advantages": advantages}
+            found["advantages"] = found["advantages"] - penalty
+        return batch | {"rewards": batch["rewards"].float(), **found}
 
 
 def resolve_algorithm(config: DictConfig, brought: Collection[str]) -> Algorithm:
@@ -83,7 +96,6 @@ def resolve_algorithm(config: DictConfig, brought: Collection[str]) -> Algorithm
     """
     own = [name for name in brought if name not in (*ROW_FIELDS, "pair_ids", "chosen")]
     loss = resolve_loss(config.actor.loss, brought=own)
-    check_loss(config, loss, brought)
     estimator = None
     if "advantages" not in brought:
         if "adv" not in config:
@@ -93,10 +105,33 @@ def resolve_algorithm(config: DictConfig, brought: Collection[str]) -> Algorithm
             )
         estimator = resolve_advantage(config.adv, own)
         check_estimator(config, estimator, brought)
+    value_loss = resolve_value_loss(config, estimator)
+    learned = () if value_loss is None else ("old_values", "returns")
+    check_loss(config, loss, [*brought, *learned])
     needs = needed_fields(config, loss, estimator, brought)
     check_reference(config, needs)
     check_renewal(config, needs)
-    return Algorithm(loss, estimator, needs, resolve_penalty(config))
+    gamma = 1.0 if value_loss is None else config.adv.gamma
+    return Algorithm(loss, estimator, needs, resolve_penalty(config), value_loss, gamma)
+
+
+def resolve_value_loss(config: DictConfig, estimator: Estimator | None) -> TokenLoss | None:
+    """What the critic learns; None if no estimator names its values."""
+    if estimator is not None and estimator.has_critic:
+        names = ("values", "old_values", "returns")
+        return TokenLoss("value", partial(value, clip=config.critic.clip), names, origin="critic")
+    if "critic" not in config:
+        return None
+    where = f"trainer.source={config.trainer.source}" if estimator is None else estimator.origin
+    unset = OmegaConf.merge(config, {"critic": OmegaConf.structured(CriticConfig)})
+    for name, key in keys_of(CriticConfig, "critic.").items():
+        given = OmegaConf.select(config, name)
+        if not key.is_group and given != OmegaConf.select(unset, name):
+            raise ConfigError(
+                f"{name}={given}: has no effect with {where}, which has no critic; leave it out, "
+                "or use adv.estimator=gae"
+            )
+    return None
 
 
 def resolve_penalty(config: DictConfig) -> Penalty | None:
@@ -155,6 +190,8 @@ def needed_fields(
             ("mismatch_kl", {"mismatch_kl"} & named),
         )
     }
+    if "old_values" in of_estimator:
+        needs["old_values"] = {"old_values": "values"}
     return {provider: fields for provider, fields in needs.items() if fields}
 
 
@@ -173,6 +210,7 @@ def check_estimator(config: DictConfig, estimator: Estimator, brought: Collectio
     there = {"action_mask", "sample_ids", "lengths", *brought}
     there |= {"advantages"} if "adv" in config and estimator.what != "advantages" else set()
     there |= {"old_logps", *OLD_STATISTICS, "ref_logps"}
+    there |= {"old_values"} if "critic" in config else set()
     if missing := sorted({*estimator.fields.values()} - there):
         raise ConfigError(
             f"{estimator.origin}: needs {', '.join(missing)}, which "

@@ -38,7 +38,7 @@ class Estimator:
     """
 
     name: str
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
     inputs: tuple[str, ...]
     origin: str = "adv"
     what: str = "advantages"
@@ -47,40 +47,67 @@ class Estimator:
     def fields(self) -> dict[str, str]:
         """The field of a batch for each of its inputs."""
         by_statistic = {now: field for field, now in OLD_STATISTICS.items()}
+        by_statistic["values"] = "old_values"
         return {name: by_statistic.get(name, name) for name in self.inputs}
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Advantages, or `what` it returns, `[B, T]` of a batch, 0 where `action_mask` is False.
+    @property
+    def has_critic(self) -> bool:
+        """Whether it takes the values of a critic, which is then trained."""
+        return "values" in self.inputs
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`advantages [B, T]`, or `what` it is for, of a batch, and `returns [B, T]` if it gives
+        them; 0 where `action_mask` is False.
 
         Raises:
             Unfit: it raises, changes its inputs or settings of the whole process, or returns
                 something else than finite numbers.
         """
         tensors = {name: batch[field] for name, field in self.fields.items()}
-        mask = batch["action_mask"]
-        advantages = contract.attempt(self.function, tensors)
-        if not isinstance(advantages, Tensor) or advantages.shape != mask.shape:
-            is_tensor = isinstance(advantages, Tensor)
-            got = list(advantages.shape) if is_tensor else type(advantages).__name__
+        result = contract.attempt(self.function, tensors)
+        found = {self.what: result}
+        if isinstance(result, tuple):
+            found = self._of_tuple(result)
+        return {name: _checked(name, x, batch["action_mask"], tensors) for name, x in found.items()}
+
+    def _of_tuple(self, result: tuple) -> dict[str, Any]:
+        if len(result) != 2 or not isinstance(result[1], Mapping) or {*result[1]} != {"returns"}:
             raise Unfit(
-                f"{self.what} of {len(mask)} rows came back as {got}, expected a tensor "
-                f"{list(mask.shape)}; return one value per token, such as "
-                "value_per_row.unsqueeze(-1) * action_mask"
+                'it returned a tuple that is not (advantages, {"returns": returns}); return the '
+                "advantages, or that"
             )
-        if advantages.dtype not in (torch.float32, torch.float64):
-            dtype = str(advantages.dtype).removeprefix("torch.")
-            raise Unfit(f"{self.what} came back as {dtype}, expected float32 or float64")
-        if advantages.layout != torch.strided or advantages.device != mask.device:
-            raise Unfit(f"{self.what} came back sparse or not on {mask.device}; return them there")
-        advantages = advantages.detach().masked_fill(~mask, 0.0)
-        bad = ~advantages.isfinite()
-        if bad.any() and all(_has_no_bad_values(name, x, mask) for name, x in tensors.items()):
-            row, token = bad.nonzero()[0].tolist()
+        if not self.has_critic:
             raise Unfit(
-                f"{int(bad.sum())} of {int(mask.sum())} {self.what} are not finite, the first of "
-                f"them {advantages[row, token]} in row {row}"
+                "it returned returns, which nothing learns without a critic; name values among its "
+                "parameters, or return the advantages alone"
             )
-        return advantages
+        return {self.what: result[0], **result[1]}
+
+
+def _checked(name: str, x: Any, mask: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+    if not isinstance(x, Tensor) or x.shape != mask.shape:
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise Unfit(
+            f"{name} of {len(mask)} rows came back as {got}, expected a tensor "
+            f"{list(mask.shape)}; return one value per token, such as "
+            "value_per_row.unsqueeze(-1) * action_mask"
+        )
+    if x.dtype not in (torch.float32, torch.float64):
+        raise Unfit(
+            f"{name} came back as {str(x.dtype).removeprefix('torch.')}, expected float32 or "
+            "float64"
+        )
+    if x.layout != torch.strided or x.device != mask.device:
+        raise Unfit(f"{name} came back sparse or not on {mask.device}; return them there")
+    x = x.detach().masked_fill(~mask, 0.0)
+    bad = ~x.isfinite()
+    if bad.any() and all(_has_no_bad_values(one, of, mask) for one, of in given.items()):
+        row, token = bad.nonzero()[0].tolist()
+        raise Unfit(
+            f"{int(bad.sum())} of {int(mask.sum())} {name} are not finite, the first of them "
+            f"{x[row, token]} in row {row}"
+        )
+    return x
 
 
 def _has_no_bad_values(name: str, given: Tensor, mask: Tensor) -> bool:
@@ -131,7 +158,11 @@ def resolve_advantage(adv_config: Mapping[str, Any], brought: Collection[str] = 
     inputs, defaults = parameters_of(function, known, origin, "estimator", kinds)
     if not inputs:
         raise ConfigError(f"{origin}: takes nothing of a batch; name fields such as rewards")
+    # the returns that a critic learns if the estimator gives none
+    taken_elsewhere = ("gamma",) if "values" in inputs else ()
     for key, value in keys.items():
+        if key in taken_elsewhere:
+            continue
         if key not in defaults and value is not None and value != _NEUTRAL.get(key):
             way_out = f"set it to {_NEUTRAL[key]}" if key in _NEUTRAL else "leave it out"
             raise ConfigError(f"adv.{key}={value}: has no effect with {origin}; {way_out}")

@@ -41,6 +41,7 @@ def rollout(others: tuple[str, ...] = ()) -> Batch:
         "old_logps": p.log(),
         "ref_logps": p.log() - 0.1,
         "llm_logps": p.log() + 0.05,
+        "values": p - 0.3,
         "log1mps": (-p).log1p(),
         "max_logps": p_max.log(),
         "max_log1mps": (-p_max).log1p(),
@@ -86,7 +87,7 @@ _OFTEN = (
 
 def _named(values: Batch) -> Batch:
     """Copies of these values under their names in a batch."""
-    fields = {now: field for field, now in OLD_STATISTICS.items()}
+    fields = {now: field for field, now in OLD_STATISTICS.items()} | {"values": "old_values"}
     return {fields.get(name, name): x.clone() for name, x in values.items()}
 
 

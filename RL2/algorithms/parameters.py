@@ -71,7 +71,7 @@ ROW_FIELDS: tuple[str, ...] = ("sample_ids", "group_ids", "lengths", "correct")
 
 ESTIMATOR_FIELDS: tuple[str, ...] = (
     "rewards", "action_mask", *ROW_FIELDS, "turn_ids", "old_logps", "ref_logps", "llm_logps",
-    *OLD_STATISTICS.values(),
+    *OLD_STATISTICS.values(), "values",
 )  # fmt: skip
 """What an advantage estimator may name in every run with rollouts."""
 

@@ -194,8 +194,7 @@ VALUES: dict[str, dict[str, str]] = {
         "dr_grpo": "Dr. GRPO is reinforce",
         "rloo": "reinforce subtracts the mean of all n samples, which is RLOO times (n - 1) / n",
         "reinforce_plus_plus": "that is reinforce with adv.global_norm=true adv.norm_var=true",
-        "ppo": "PPO's needs a critic, which this version does not have yet",
-        "gae": "it needs a critic, which this version does not have yet",
+        "ppo": "PPO's with a critic is gae",
     },
     "loss.name": {
         "grpo": "its clipped loss is ppo, its advantages are adv.norm_var=true",

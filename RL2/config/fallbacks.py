@@ -34,7 +34,7 @@ def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list
             where it is neither installed nor given; `rollout.tp_size` above 1 without servers.
     """
     lines = call_each(
-        (_without_peft, _saved_dtype, _actor, _ref_actor, _rollout, _escaped_stops),
+        (_without_peft, _saved_dtype, _actor, _ref_actor, _critic, _rollout, _escaped_stops),
         config,
         cuda=cuda,
         available=available,
@@ -64,6 +64,10 @@ def _actor(actor: DictConfig, cuda: bool, available: Set[str]) -> list[str]:
 
 def _ref_actor(ref_actor: DictConfig, cuda: bool, available: Set[str]) -> list[str]:
     return _model(ref_actor, "ref_actor", cuda, available)
+
+
+def _critic(critic: DictConfig, cuda: bool, available: Set[str]) -> list[str]:
+    return _model(critic, "critic", cuda, available)
 
 
 def _escaped_stops(rollout: DictConfig) -> list[str]:
@@ -130,7 +134,7 @@ def _model(node: DictConfig, group: str, cuda: bool, available: Set[str]) -> lis
         elif "liger_kernel" not in available:
             why = "needs liger-kernel, which is not installed; running without it"
             fall_back("use_liger_kernel", False, why)
-    if node.token_stats.startswith("triton"):
+    if node.get("token_stats", "").startswith("triton"):
         asked = f"{group}.token_stats={node.token_stats}"
         if not on_cuda:
             raise ConfigError(f"{asked}: needs CUDA, and {group}.device is cpu; use auto")

@@ -30,9 +30,6 @@ from RL2.config.schema import SCHEMAS, all_keys, key_types, keys_of, structured
 from RL2.runtime.errors import ConfigError
 from RL2.runtime.secrets import HIDDEN, is_secret_name, redact
 
-# Groups that users of other libraries may expect, and that do not exist yet.
-_PLANNED_GROUPS = {"critic": "this version has no critic yet, leave it out"}
-
 # Lines of hydra's messages that begin like this are left out.
 _OMITTED_LINES = (
     "full_key:", "object_type=", "reference_type=", "To append", "See ", "Config search path",
@@ -278,8 +275,6 @@ def _kind(member: Any) -> str:
 
 def _advice(key: str, schema: type) -> str:
     group, _, name = key.rpartition(".")
-    if key.partition(".")[0] in _PLANNED_GROUPS:
-        return _PLANNED_GROUPS[key.partition(".")[0]]
     known = key_types(schema)
     if (here := key_here(key, known)) is not None:
         return here

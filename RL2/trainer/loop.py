@@ -138,6 +138,8 @@ class Trainer:
             for name, learner in self.learners.items():
                 with self.timers(f"update_{name}"):
                     metrics |= learner.update(batch, step)
+                    if name != "actor":  # which is published
+                        learner.offload()
         for reference in self.references.values():
             reference.follow(self.learners["actor"], step)
         return metrics | self.alarm(metrics)

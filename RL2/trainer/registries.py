@@ -8,6 +8,7 @@ from typing import Any
 REGISTRIES: dict[str, tuple[str, ...]] = {
     "actor.loss.name": ("RL2.algorithms.losses:LOSSES",),
     "actor.avg_level": ("RL2.algorithms.reductions:AVG_LEVELS",),
+    "critic.avg_level": ("RL2.algorithms.reductions:AVG_LEVELS",),
     "actor.tis_type": ("RL2.algorithms.importance:TIS_TYPES",),
     "actor.kl.reward_estimator": ("RL2.algorithms.kl:KL_ESTIMATORS",),
     "actor.kl.loss_estimator": ("RL2.algorithms.kl:KL_ESTIMATORS",),

@@ -117,7 +117,7 @@ class Learner(ShardedModel):
         selected = torch.zeros(batch["action_mask"].shape)
         if self.fault is None:
             try:
-                selected = self.loss.selection(batch).float()
+                selected = self.loss.selection(batch)["selections"].float()
             except Unfit as fault:
                 self.fault = f"its selection: {fault}"
         return {"loss_weights": weights, "selected": selected}

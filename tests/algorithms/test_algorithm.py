@@ -7,8 +7,10 @@ import torch
 from omegaconf import OmegaConf
 
 from RL2.algorithms.advantages import reinforce
+from RL2.algorithms.advantages.returns import rewards_to_go
 from RL2.algorithms.algorithm import (
     Algorithm,
+    Penalty,
     check_estimator,
     check_loss,
     needed_fields,
@@ -293,6 +295,39 @@ def test_an_estimator_names_fields_of_the_policy_before_the_update(own):
     expected = given["rewards"].sum(-1, keepdim=True) - given["old_logps"] + given["kindness"]
     expected += 0.5 * given["old_entropy"] * (given["turn_ids"] == 0)
     torch.testing.assert_close(found, expected * given["action_mask"])
+
+
+def test_an_estimator_that_names_values_has_a_critic(own):
+    """What it learns are the estimator's returns, or else the rewards to come."""
+    loss, value_loss = resolve_loss({"name": "nll"}), TokenLoss("value", None, ("values",))
+    body = "def f(rewards, values, *, gamma=1.0): return rewards - values"
+    estimator = own(body, gamma=0.5)
+    assert estimator.has_critic
+    needs = needed_fields(config(), loss, estimator)
+    assert needs == {"old_values": {"old_values": "values"}}
+    given = batch() | {"old_values": torch.rand(3, 4)}
+    found = Algorithm(loss, estimator, value_loss=value_loss, gamma=0.5).advantages(given)
+    mask = given["action_mask"]
+    expected = ((given["rewards"] - given["old_values"]) * mask).float()
+    torch.testing.assert_close(found["advantages"], expected)
+    to_go = rewards_to_go(given["rewards"], mask, given["sample_ids"], 0.5).float()
+    assert torch.equal(found["returns"], to_go) and found["returns"].dtype == torch.float32
+    both = own(f"{body}, {{'returns': 2 * values}}")
+    found = Algorithm(loss, both, value_loss=value_loss).advantages(given)["returns"]
+    assert torch.equal(found, 2 * given["old_values"] * mask)
+    assert own("def f(rewards, values): return rewards", gamma=0.5)  # adv.gamma has an effect
+    with pytest.raises(ConfigError, match="^adv.gamma=0.5: has no effect with adv.import_path=.*"):
+        own("def f(rewards): return rewards", gamma=0.5)
+
+
+def test_the_kl_of_the_rewards_is_in_what_the_critic_learns():
+    given = batch() | {"old_values": torch.zeros(3, 4), "ref_logps": torch.zeros(3, 4)}
+    penalty = Penalty(0.1, "reward", "k1")
+    algorithm = Algorithm(None, resolve_advantage({"estimator": "gae"}), penalty=penalty)
+    found = algorithm.advantages(given)["returns"]
+    mask, rewards = given["action_mask"], given["rewards"] - 0.1 * given["old_logps"]
+    expected = rewards_to_go(rewards, mask, given["sample_ids"], 1.0).float()
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_loss_names_statistics_of_the_policy_before_the_update(tmp_path):

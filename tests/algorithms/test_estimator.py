@@ -24,13 +24,13 @@ def test_configured():
         ({"global_norm": True}, [0.25, -0.75, 1.25, -0.75]),
         ({"estimator": "spo"}, [1, 0, 2, 0]),
     ):
-        assert per_row(resolve_advantage(adv_config(**changes))(batch)) == expected
+        assert per_row(resolve_advantage(adv_config(**changes))(batch)["advantages"]) == expected
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(estimator="gea"), "adv.estimator=gea: unknown; use reinforce, spo"),
+        (dict(estimator="gea"), "adv.estimator=gea: unknown; did you mean gae? use reinfor"),
         (dict(estimator="reinfroce"), "did you mean reinforce?"),
         (
             dict(estimator="spo", norm_var=True),
@@ -70,8 +70,11 @@ def test_options_are_bound(tmp_path):
     body = "def f(rewards, *, gamma, beta=1.0):\n    return rewards * gamma + beta"
     batch = {"rewards": torch.ones(1, 2), "action_mask": torch.tensor([[True, False]])}
     found = resolved(tmp_path, body, gamma=0.5, options={"beta": 3.0})(batch)
-    assert found.tolist() == [[3.5, 0.0]]  # 0 where there is no action
-    assert resolved(tmp_path, body, gamma=1.0, options={"gamma": 0.25})(batch)[0, 0] == 1.25
+    assert found["advantages"].tolist() == [[3.5, 0.0]]  # 0 where there is no action
+    assert (
+        resolved(tmp_path, body, gamma=1.0, options={"gamma": 0.25})(batch)["advantages"][0, 0]
+        == 1.25
+    )
     with pytest.raises(ConfigError, match="mine.py:f: its option gamma has no default; set adv.op"):
         resolved(tmp_path, body)
 
@@ -115,6 +118,22 @@ SURE = [
         "its parameter *rewards does not say what the estimator ne",
     ),
     ("def f(*, x=1): return x", "takes nothing of a batch; name fields such as rewards"),
+    (
+        'def f(rewards): return rewards, {"returns": rewards}',
+        "it returned returns, which nothing learns without a critic; name values among its",
+    ),
+    (
+        'def f(rewards, values): return rewards, {"return": rewards}',
+        'it returned a tuple that is not (advantages, {"returns": returns}); return the adv',
+    ),
+    (
+        'def f(rewards, values): return rewards, {"returns": rewards / 0}',
+        "11 of 11 returns are not finite, the first of them nan in row 0 (mine.py:3, div)",
+    ),
+    (
+        'def f(rewards, values): return rewards, {"returns": 0}',
+        "returns of 5 rows came back as int, expected a tensor [5, 4]",
+    ),
 ]
 POSSIBLE = [
     (

@@ -46,11 +46,14 @@ def test_unknown_key(prefix):
 
 
 def test_unknown_key_advice():
-    assert "did you mean actor.lr?" in message("lr=1e-6")
+    assert "did you mean actor.lr or critic.lr?" in message("lr=1e-6")
     assert "did you mean rollout.env_path?" in message("trainer.env_path=x")
     assert "the keys of actor.kl are coef, type" in message("actor.kl.zzz=1")
     assert "the groups are train_data, test_data, actor" in message("qqq=1")
-    assert "has no critic yet" in message("critic.lr=1e-6")
+    assert "critic.lrr=1: unknown key; did you mean critic.lr or actor.lr?" in message(
+        "critic.lrr=1"
+    )
+    assert "unknown key" in message("critic.temperature=1")  # it has no distribution
     assert "actor.kl.cof=1: unknown key; did you mean actor.kl.coef" in message("actor.kl={cof:1}")
     assert "unknown key" in message("rollout.engine=auto", name="sft")
 
@@ -91,14 +94,8 @@ def test_deleted_key():
         ),
         (
             "adv.estimator=gea",
-            "adv.estimator=gea: not an estimator; use reinforce or spo, or "
-            "adv.import_path=my_estimator.py:my_estimator for your own (did you mean gae? it needs "
-            "a critic, which this version does not have yet)",
-        ),
-        (
-            "adv.estimator=gae",
-            "adv.estimator=gae: it needs a critic, which this version does not have yet; use "
-            "reinforce or spo",
+            "adv.estimator=gea: not an estimator; use reinforce, spo or gae, or "
+            "adv.import_path=my_estimator.py:my_estimator for your own (did you mean gae?)",
         ),
     ],
 )

@@ -174,7 +174,7 @@ def test_scripts_differ_in_experiment_name_and_pass_overrides_on():
         assert os.access(ROOT / "examples" / f"gsm8k_{name}.sh", os.X_OK)
 
 
-# The keys that published commands rely on; critic is to come.
+# The keys that published commands rely on.
 DOCUMENTED = {
     "train_data": "path prompts_per_rollout responses_per_prompt",
     "test_data": "path prompts_per_rollout responses_per_prompt",
@@ -186,6 +186,9 @@ DOCUMENTED = {
     "actor.entropy": "coef",
     "ref_actor": "model_name use_liger_kernel ddp_size tp_size sp_size "
     "max_inference_length_per_device temperature offload_model",
+    "critic": "model_name gradient_checkpointing ddp_size tp_size sp_size max_length_per_device "
+    "max_inference_length_per_device update_per_rollout clip avg_level lr weight_decay "
+    "max_grad_norm scheduler warmup_ratio offload_model offload_optimizer",
     "rollout": "model_name dtype tp_size gpu_memory_utilization responses_per_prompt max_turns "
     "env_path dynamic_filtering base_port",
     "rollout.train_sampling_params": "temperature max_new_tokens stop no_stop_trim",

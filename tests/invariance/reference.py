@@ -168,7 +168,7 @@ def batch_loss(hf, loss, config, batch):
     if not learns:
         return None
     if loss.selection is not None:
-        batch = batch | {"selected": loss.selection(batch)}
+        batch = batch | {"selected": loss.selection(batch)["selections"]}
     if config.tis_coef > 0 and config.tis_type not in ("truncate", "mask"):
         batch = batch | {"tis_weights": sequence_weights(batch, config)}
     total, sums, all_tokens, rows = 0.0, {}, [], []

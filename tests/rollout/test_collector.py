@@ -356,7 +356,7 @@ def test_a_failed_sample_is_in_neither_baseline_nor_batch(make, workers):
         width = batch[name].shape[-1] if batch[name].dim() > 1 else None
         assert torch.equal(batch[name], whole[name][left][..., :width]), name
     estimator = resolve_advantage({"estimator": "reinforce"})
-    advantages = estimator(batch)
+    advantages = estimator(batch)["advantages"]
     rewards = batch["rewards"].sum(-1)
     for row, group in enumerate(batch["group_ids"].tolist()):
         baseline = rewards[batch["group_ids"] == group].mean()

@@ -7,6 +7,10 @@ sample id, the samples of one prompt their group id. Its keyword-only parameters
 from `adv.*` and `adv.options.*`. It returns the advantages `[B, T]`; those where `action_mask` is
 False are not read.
 
+One that names `values [B, T]` gets what a critic says of each token before it is written, and the
+run trains one. It may return `(advantages, {"returns": [B, T]})`, which the critic learns; without
+them it learns the rewards to come, discounted by `adv.gamma`.
+
     def surprised(rewards, action_mask, entropy, turn_ids, *, bonus=0.1):
         first = (turn_ids == 0).float()
         return (rewards.sum(-1, keepdim=True) + bonus * entropy * first) * action_mask
@@ -18,5 +22,6 @@ from collections.abc import Callable
 from typing import Any
 
 from RL2.algorithms.advantages.baselines import reinforce, spo
+from RL2.algorithms.advantages.gae import gae
 
-ADVANTAGES: dict[str, Callable[..., Any]] = {"reinforce": reinforce, "spo": spo}
+ADVANTAGES: dict[str, Callable[..., Any]] = {"reinforce": reinforce, "spo": spo, "gae": gae}

@@ -1,5 +1,7 @@
 """Sums of rewards."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -17,3 +19,57 @@ def sum_by(values: Tensor, index: Tensor) -> Tensor:
     """Sums of the values with the same index: `[n]`, `[n]` -> `[largest index + 1]`."""
     n = int(index.max()) + 1 if len(index) else 0
     return values.new_zeros(n).index_add_(0, index, values)
+
+
+@dataclass(frozen=True, eq=False)
+class Time:
+    """Where the N action tokens of a batch are: `[S, L]` by sample and time, L those of the longest
+    sample.
+
+    Attributes:
+        mask: `[B, T]`, which tokens they are.
+        sample, step: `[N]`, their places in the table.
+    """
+
+    mask: Tensor
+    sample: Tensor
+    step: Tensor
+
+    def table(self, x: Tensor) -> Tensor:
+        """`[B, T]` -> `[S, L]` in float64; 0 after the last token of a sample."""
+        n, length = (int(one.max()) + 1 if len(one) else 0 for one in (self.sample, self.step))
+        table = torch.zeros(n, length, dtype=torch.float64, device=x.device)
+        table[self.sample, self.step] = x[self.mask].double()
+        return table
+
+    def tokens(self, table: Tensor) -> Tensor:
+        """`[S, L]` -> `[B, T]`; 0 at tokens that are no actions."""
+        x = table.new_zeros(self.mask.shape)
+        x[self.mask] = table[self.sample, self.step]
+        return x
+
+
+def in_time(action_mask: Tensor, sample_ids: Tensor) -> Time:
+    """The action tokens of each sample one after the other; its rows continue each other."""
+    row = action_mask.nonzero()[:, 0]
+    sample = sample_ids[row].unique(return_inverse=True)[1]
+    order = sample.argsort(stable=True)
+    counts = torch.bincount(sample)
+    first = counts.cumsum(0) - counts
+    step = torch.empty_like(sample)
+    step[order] = torch.arange(len(sample), device=sample.device) - first[sample[order]]
+    return Time(action_mask, sample, step)
+
+
+def discounted(x: Tensor, factor: float) -> Tensor:
+    """sum over k of factor^k x_{t+k}: `[S, L]` -> `[S, L]`."""
+    result, later = torch.empty_like(x), x.new_zeros(len(x))
+    for t in reversed(range(x.shape[1])):
+        later = result[:, t] = x[:, t] + factor * later
+    return result
+
+
+def rewards_to_go(rewards: Tensor, action_mask: Tensor, sample_ids: Tensor, gamma: float) -> Tensor:
+    """The discounted rewards from each action token on: `[B, T]`."""
+    place = in_time(action_mask, sample_ids)
+    return place.tokens(discounted(place.table(rewards), gamma))

@@ -43,14 +43,22 @@ def check_responses(actor: DictConfig, rollout: DictConfig, train_data: DictConf
 
 
 def check_inference(actor: DictConfig, ref_actor: DictConfig) -> None:
-    for group, node in (("actor", actor), ("ref_actor", ref_actor)):
-        length = node.max_inference_length_per_device
-        if length * node.sp_size < _longest(actor):
-            times = f" * {group}.sp_size={node.sp_size}" if node.sp_size > 1 else ""
-            raise ConfigError(
-                f"{group}.max_inference_length_per_device={length}{times}: must be at least "
-                f"{_room(actor)}, the longest sequence; leave it out or raise it"
-            )
+    _check_room(actor, actor, "actor", "max_inference_length_per_device")
+    _check_room(actor, ref_actor, "ref_actor", "max_inference_length_per_device")
+
+
+def check_inference_of_critic(actor: DictConfig, critic: DictConfig) -> None:
+    for key in ("max_length_per_device", "max_inference_length_per_device"):
+        _check_room(actor, critic, "critic", key)
+
+
+def _check_room(actor: DictConfig, node: DictConfig, group: str, key: str) -> None:
+    if node[key] * node.sp_size < _longest(actor):
+        times = f" * {group}.sp_size={node.sp_size}" if node.sp_size > 1 else ""
+        raise ConfigError(
+            f"{group}.{key}={node[key]}{times}: must be at least {_room(actor)}, the longest "
+            "sequence; leave it out or raise it"
+        )
 
 
 def check_pairs(actor: DictConfig, data: DictConfig, trainer: DictConfig) -> None:

@@ -13,6 +13,10 @@ def check_ref_actor(ref_actor: DictConfig, world_size: int) -> None:
     _check_model(ref_actor, "ref_actor", world_size)
 
 
+def check_critic(critic: DictConfig, world_size: int) -> None:
+    _check_model(critic, "critic", world_size)
+
+
 def check_rollout(rollout: DictConfig, world_size: int) -> None:
     _check_divides("rollout.tp_size", rollout.tp_size, world_size)
 

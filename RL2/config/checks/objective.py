@@ -78,16 +78,16 @@ def check_advantages(adv: DictConfig) -> None:
     if adv.import_path is not None:  # only its file says which options it takes
         return
     for name in ("gamma", "lamda"):
-        if adv[name] != 1:
+        if adv[name] != 1 and adv.estimator in ("reinforce", "spo"):
             raise ConfigError(
                 f"adv.{name}={adv[name]}: has no effect with adv.estimator="
                 f"{adv.estimator}, which has no critic; leave it out"
             )
     for name in ("global_norm", "norm_var"):
-        if adv[name] and adv.estimator == "spo":
+        if adv[name] and adv.estimator in ("spo", "gae"):
             raise ConfigError(
-                f"adv.{name}=true: has no effect with adv.estimator=spo; leave it out, or use "
-                "adv.estimator=reinforce"
+                f"adv.{name}=true: has no effect with adv.estimator={adv.estimator}; leave it out, "
+                "or use adv.estimator=reinforce"
             )
 
 
@@ -100,13 +100,14 @@ def check_ratio(actor: DictConfig, train_data: DictConfig) -> None:
         )
 
 
-def check_updates(actor: DictConfig, train_data: DictConfig) -> None:
+def check_updates(actor: DictConfig, critic: DictConfig, train_data: DictConfig) -> None:
     samples = train_data.prompts_per_rollout * train_data.responses_per_prompt
-    if samples % actor.update_per_rollout:
-        raise ConfigError(
-            f"actor.update_per_rollout={actor.update_per_rollout}: must divide the {samples} "
-            "samples of a rollout (train_data.prompts_per_rollout * responses_per_prompt)"
-        )
+    for group, node in (("actor", actor), ("critic", critic)):
+        if samples % node.update_per_rollout:
+            raise ConfigError(
+                f"{group}.update_per_rollout={node.update_per_rollout}: must divide the {samples} "
+                "samples of a rollout (train_data.prompts_per_rollout * responses_per_prompt)"
+            )
 
 
 def check_sft_average(actor: DictConfig, data: DictConfig) -> None:

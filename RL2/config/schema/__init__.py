@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from RL2.config.schema.actor import ActorConfig, SFTActorConfig
 from RL2.config.schema.adv import AdvConfig
+from RL2.config.schema.critic import CriticConfig
 from RL2.config.schema.data import (
     PairDataConfig,
     PromptDataConfig,
@@ -51,6 +52,10 @@ class RLConfig:
     actor: ActorConfig = group(ActorConfig, "the policy that is trained")
     ref_actor: RefActorConfig = group(
         RefActorConfig, "the frozen reference policy of actor.kl; loaded only when that is on"
+    )
+    critic: CriticConfig = group(
+        CriticConfig,
+        "the model of values; loaded only for an estimator that names them, such as gae",
     )
     rollout: RolloutConfig = group(
         RolloutConfig, "the engine that generates, and the environment that rewards"

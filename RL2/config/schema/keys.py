@@ -119,6 +119,23 @@ def follow(
     return key(f"${{{other}}}", help or f"as {other}", within, path=path, takes=takes)
 
 
+def following(kind: type, node: str, without: tuple[str, ...] = ()) -> type:
+    """A group with the keys of another one, which follow those of `node` unless they are set."""
+    fields = []
+    for one in dataclasses.fields(kind):
+        entry = f"{node}.{one.name}"
+        if one.name in without:
+            continue
+        if dataclasses.is_dataclass(hint := get_type_hints(kind)[one.name]):
+            hint = following(hint, entry)
+            declared = group(hint)
+        else:
+            about = {name: one.metadata.get(name) for name in ("within", "path", "takes")}
+            declared = follow(entry, **about)
+        fields.append((one.name, hint, declared))
+    return dataclasses.make_dataclass(kind.__name__, fields)
+
+
 def group(kind: type, help: str = "") -> Any:
     """A group of keys, with a help text for the whole group."""
     return field(default_factory=kind, metadata={"help": help})

@@ -24,9 +24,15 @@ PACKAGES = ("rl2", "torch", "transformers")
 
 _BATCHES = "steps, epochs and the learning rate's schedule are counted in batches of that size"
 FIXED = {
-    "actor.lora.rank": "it is the shape of what was trained",
-    "actor.lora.alpha": "adapters are scaled by alpha / rank, so the model would change",
-    "actor.lora.target_modules": "other layers have the adapters that were trained",
+    **{
+        f"{name}.lora.{key}": why
+        for name in ("actor", "critic")
+        for key, why in {
+            "rank": "it is the shape of what was trained",
+            "alpha": "adapters are scaled by alpha / rank, so the model would change",
+            "target_modules": "other layers have the adapters that were trained",
+        }.items()
+    },
     "train_data.prompts_per_rollout": _BATCHES,
     "data.batch_size": _BATCHES,
     "data.test_ratio": "it decides which rows are trained on",
@@ -38,6 +44,7 @@ FIXED = {
 _OTHER_TESTS = "its rows have changed, so scores do not compare with earlier ones"
 FIXED_INPUTS = {
     "actor.model_name": "its weights, config.json or code have changed",
+    "critic.model_name": "its weights, config.json or code have changed",
     "vocabulary": "the tokenizer gives tokens other numbers than those that were trained",
 }
 """Fingerprints (`fingerprints.of_run`) that may not change, and why."""
@@ -62,12 +69,20 @@ actor.model_name."""
 _REPLANNED = "the learning rate continues at this step of the new schedule"
 NOTES = {
     "actor.lora.seed": "without effect on adapters that are trained already",
+    "critic.lora.seed": "without effect on adapters that are trained already",
     "train_data.path": "its rows must be the same",
     "data.path": "its rows must be the same",
     "ref_actor.renew_every": "a renewed reference stays as it is in the checkpoint until then",
     **dict.fromkeys(
         [
             "actor.lr",
+            "critic.lr",
+            "critic.scheduler",
+            "critic.warmup_ratio",
+            "critic.decay_ratio",
+            "critic.min_lr_ratio",
+            "critic.update_per_rollout",
+            "critic.epochs_per_rollout",
             "actor.scheduler",
             "actor.warmup_ratio",
             "actor.decay_ratio",

@@ -12,7 +12,7 @@ from RL2.trainer.sources.opening import open_source, resolve_source
 from RL2.trainer.sources.source import Source
 from RL2.trainer.startup.ends import missing_ends
 from RL2.trainer.startup.fingerprints import of_run
-from RL2.trainer.startup.models import load_tokenizer
+from RL2.trainer.startup.models import check_vocabulary, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,15 @@ def read_inputs(config: DictConfig) -> Inputs:
     waits for other ranks."""
     make_source = resolve_source(config)
     algorithm = resolve_algorithm(config, make_source.brings(config))
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config, algorithm.loss.head)
     ends = load_end_tokens(config.actor, tokenizer)
     source = open_source(make_source, config, tokenizer, ends)
     missing = missing_ends(config.actor.model_name, tokenizer, ends, source)
+    used = {"ref_actor": "ref_logps" in algorithm.needs, "critic": algorithm.value_loss is not None}
     models = ["actor"]
-    if "ref_logps" in algorithm.needs and "ref_actor" in config:
-        ask_hub(config.ref_actor, "ref_actor")
-        models.append("ref_actor")
+    for name in (name for name in used if used[name] and name in config):
+        ask_hub(config[name], name)
+        check_vocabulary(config, name, tokenizer)
+        models.append(name)
     fingerprints = of_run(config, tokenizer, ends, source.datasets, models)
     return Inputs(algorithm, source, tokenizer, ends, missing, fingerprints)

@@ -1,6 +1,7 @@
 """Loads the actor's tokenizer, and the models that compute fields of a batch."""
 
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -15,14 +16,15 @@ from RL2.distributed import Traffic
 from RL2.distributed.comm import Batch
 from RL2.runtime.errors import ConfigError, first_line
 from RL2.trainer.references import KeptReferences, MismatchKL
-from RL2.workers import Actor, Learner, Reference
+from RL2.workers import Actor, Critic, Learner, Reference
 
 Provider = Callable[[Batch | None, Mapping[str, str]], Batch | None]
 """Adds fields, given as {name: statistic}, to rank 0's batch (a collective)."""
 
 
-def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
-    """The actor's tokenizer; ConfigError if there is none, or it is of another model."""
+def load_tokenizer(config: DictConfig, head: str = "token_stats") -> PreTrainedTokenizerBase:
+    """The actor's tokenizer; ConfigError if there is none, it is of another model, or the model has
+    none of the `head` that a loss needs."""
     name, options = config.actor.model_name, hub_options(config.actor)
     ask_hub(config.actor, "actor")
     try:
@@ -32,6 +34,12 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
             f"actor.model_name={name}: its config.json describes no model that transformers knows "
             f"({first_line(error)}); give a folder made by save_pretrained or a model id"
         ) from error
+    kinds = [kind for kind in model.architectures or () if kind.endswith("Classification")]
+    if kinds and head == "token_stats":
+        raise ConfigError(
+            f"actor.model_name={name}: is a {kinds[0]}, such as reward models are, whose head "
+            "gives scores and no next token; give a causal language model"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # as above
@@ -41,9 +49,7 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
             "that this machine reaches or has cached"
         ) from error
     rows = getattr(model.get_text_config(), "vocab_size", None)
-    # Special tokens beyond them are never used.
-    ordinary = set(tokenizer.get_vocab().values()) - special_ids(tokenizer)
-    if rows is not None and max(ordinary, default=0) >= rows:
+    if rows is not None and max(_ordinary(tokenizer).values(), default=0) >= rows:
         raise ConfigError(
             f"actor.model_name={name}: the tokenizer has {len(tokenizer)} tokens, the model "
             f"{rows} (vocab_size in its config.json); give a model with the tokenizer that it was "
@@ -52,15 +58,60 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _ordinary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The numbers of its tokens, but for special ones: those beyond a model's are never used."""
+    special = special_ids(tokenizer)
+    return {token: n for token, n in tokenizer.get_vocab().items() if n not in special}
+
+
+def check_vocabulary(config: DictConfig, group: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ConfigError if another model of a run reads the numbers of the actor's `tokenizer` as other
+    tokens. A model without a tokenizer of its own has to have enough of them."""
+    node, actor = config[group], config.actor.model_name
+    if node.model_name == actor:
+        return
+    own, key = _ordinary(tokenizer), f"{group}.model_name={node.model_name}"
+    way_out = f"; give a model with the tokens of actor.model_name={actor}"
+    theirs = _read(AutoTokenizer, node)
+    other = {} if theirs is None else theirs.get_vocab()
+    # without files of a tokenizer transformers may make an empty one
+    if other and _ordinary(theirs) and not own.items() <= other.items():
+        token = next(token for token, number in own.items() if other.get(token) != number)
+        there = other.get(token, "not among them")
+        raise ConfigError(
+            f"{key}: its tokenizer has {len(theirs)} tokens, the actor's {len(tokenizer)}, and "
+            f"{token!r} is {there} there and {own[token]} here{way_out}"
+        )
+    model = _read(AutoConfig, node)
+    rows = None if model is None else getattr(model.get_text_config(), "vocab_size", None)
+    if rows is not None and max(own.values(), default=0) >= rows:
+        raise ConfigError(
+            f"{key}: has {rows} tokens (vocab_size in its config.json), the actor's tokenizer "
+            f"{len(tokenizer)}{way_out}"
+        )
+
+
+def _read(kind: Any, node: DictConfig) -> Any:
+    try:
+        return kind.from_pretrained(node.model_name, **hub_options(node))
+    except Exception:  # broken files make it raise anything; loading the model reports it
+        return None
+
+
 def load_learners(
     config: DictConfig, algorithm: Algorithm, device: torch.device, traffic: Traffic
 ) -> dict[str, Learner]:
     """The models that are trained, by their nodes, in the order of their updates."""
     loss, run = algorithm.loss, config.trainer
     others = (run.max_bad_steps, traffic, run.seed)
+    learners: dict[str, Learner] = {}
+    if algorithm.value_loss is not None:
+        learners["critic"] = Critic(config.critic, device, "critic", algorithm.value_loss, *others)
     if loss.head == "token_stats":
-        return {"actor": Actor(config.actor, device, loss, *others)}
-    return {"actor": Learner(config.actor, device, "actor", loss, *others)}
+        learners["actor"] = Actor(config.actor, device, loss, *others)
+    else:
+        learners["actor"] = Learner(config.actor, device, "actor", loss, *others)
+    return learners
 
 
 def load_providers(
@@ -79,6 +130,8 @@ def load_providers(
     """
     providers: dict[str, Provider] = {"old_logps": learners["actor"].annotate}
     references: dict[str, Reference] = {}
+    if "critic" in learners:
+        providers["old_values"] = learners["critic"].annotate
     if "ref_logps" in needs:
         reference = load_reference(config, device, traffic)
         if reference.every:

@@ -110,7 +110,7 @@ def test_gradients_and_extremes(loss):
 def test_options_go_to_both_functions():
     loss = resolve_loss({"name": "clip_cov", "share": 1.0, "max_covariance": 3.5, "clip_low": 0.5})
     batch = {"old_logps": LOGPS, "advantages": ADVANTAGES, "action_mask": MASK}
-    assert loss.selection(batch)[MASK].tolist() == [0, 0, 1, 1, 0]
+    assert loss.selection(batch)["selections"][MASK].tolist() == [0, 0, 1, 1, 0]
     assert loss.function.keywords == {"clip_low": 0.5}
     assert loss.selection.fields == {name: name for name in loss.selection.inputs}
     assert resolve_loss({"name": "entropy_80_20"}).selection.fields["entropy"] == "old_entropy"
@@ -146,7 +146,7 @@ def test_a_loss_of_your_own_may_select(tmp_path):
     own = {"import_path": f"{tmp_path / 'mine.py'}:mine", "options": {"above": -2.0, "scale": 3}}
     loss = resolve_loss(own)
     batch = {"old_logps": LOGPS, "action_mask": MASK}
-    assert loss.selection(batch)[MASK].tolist() == [1, 0, 0, 0, 0]
+    assert loss.selection(batch)["selections"][MASK].tolist() == [1, 0, 0, 0, 0]
     given = {"logps": torch.tensor([-1.0, -2.0]), "selected": torch.tensor([1.0, 0.0])}
     assert loss(given)[0].tolist() == [3, 0]
     for name, message in (
