@@ -1,6 +1,8 @@
 """Loads the actor's tokenizer, and the models that compute fields of a batch."""
 
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -98,6 +100,16 @@ def _read(kind: Any, node: DictConfig) -> Any:
         return None
 
 
+@contextmanager
+def said_of(node: str) -> Iterator[None]:
+    """ConfigErrors of a model name the keys of its node; the model knows those of `actor` only."""
+    try:
+        yield
+    except ConfigError as error:
+        text = re.sub(r"(?<![\w./])actor\.", f"{node}.", str(error))
+        raise ConfigError(text) from error
+
+
 def load_learners(
     config: DictConfig, algorithm: Algorithm, device: torch.device, traffic: Traffic
 ) -> dict[str, Learner]:
@@ -106,7 +118,9 @@ def load_learners(
     others = (run.max_bad_steps, traffic, run.seed)
     learners: dict[str, Learner] = {}
     if algorithm.value_loss is not None:
-        learners["critic"] = Critic(config.critic, device, "critic", algorithm.value_loss, *others)
+        with said_of("critic"):
+            value_loss = algorithm.value_loss
+            learners["critic"] = Critic(config.critic, device, "critic", value_loss, *others)
     if loss.head == "token_stats":
         learners["actor"] = Actor(config.actor, device, loss, *others)
     else:
@@ -147,16 +161,11 @@ def load_providers(
 
 
 def load_reference(config: DictConfig, device: torch.device, traffic: Traffic) -> Reference:
-    """The reference policy: `ref_actor`, or if a trainer has none, the actor's initial model. A
-    ConfigError names the keys of `ref_actor`, which workers do not know."""
+    """The reference policy: `ref_actor`, or if a trainer has none, the actor's initial model."""
     if "ref_actor" not in config:
         names = keys_of(RefActorConfig).keys() & config.actor.keys()
         node = {name: config.actor[name] for name in names}
         node["max_inference_length_per_device"] = config.actor.max_length_per_device
         return Reference(OmegaConf.create(node), device, traffic)
-    try:
+    with said_of("ref_actor"):
         return Reference(config.ref_actor, device, traffic)
-    except ConfigError as error:
-        if str(error).startswith("actor."):
-            raise ConfigError(f"ref_{error}") from error
-        raise
