@@ -1,5 +1,6 @@
 """Pairs of answers, of which one is preferred, and answers with a label."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ class PairSource(RowSource):
         self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, ends: EndTokens
     ) -> Dataset | list[Any]:
         return PairDataset(config, tokenizer, key="data", ends=ends)
+
+    def largest(self) -> Iterator[Batch]:
+        for pairs in self.datasets.values():
+            sizes = [sum(len(one["token_ids"]) for one in pair.values()) for pair in pairs]
+            yield self.batch([pairs[sizes.index(max(sizes))]])
 
     def batch(self, items: list[Any]) -> Batch:
         batch = super().batch([item[side] for item in items for side in ("chosen", "rejected")])

@@ -3,7 +3,7 @@
 # ruff: noqa: B027  most sources do not need the empty methods
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,11 @@ class Source(ABC):
         """Metrics on rank 0 (a collective). The best `test/score` decides what `best/` holds, or
         the lowest `test/loss` where there is no score."""
         return {}
+
+    def largest(self) -> Iterator[Batch]:
+        """Batches of what a loss may need whole, the largest of their kind, to see before a model
+        loads whether they fit."""
+        yield from ()
 
     def test_batch(self) -> Batch | None:
         """Rank 0: the batch on which an evaluation measures the actor's loss; None for none."""

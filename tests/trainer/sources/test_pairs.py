@@ -6,10 +6,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from RL2.algorithms import resolve_loss
 from RL2.algorithms.segments import fault_of
 from RL2.datasets.end_of_turn import end_tokens
+from RL2.runtime.errors import ConfigError
 from RL2.trainer.sources.pairs import LabelSource, PairSource, ScoredPairSource
 from RL2.trainer.sources.rows import RowSource
+from RL2.trainer.startup.inputs import check_room
 
 PAIRS = [{"prompt": "p", "chosen": c, "rejected": c.lower() * 3} for c in "ABCDE"]
 LABELS = [{"prompt": "p", "completion": c, "label": c < "C"} for c in "ABCDE"]
@@ -17,7 +20,7 @@ LABELS = [{"prompt": "p", "completion": c, "label": c < "C"} for c in "ABCDE"]
 
 def source(make: type[RowSource], folder, rows: list, tokenizer) -> RowSource:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"path": str(folder / "rows.jsonl"), "batch_size": 2, "max_length": 9}
+    data = {"path": str(folder / "rows.jsonl"), "batch_size": 2, "max_length": 12}
     config = OmegaConf.create({"data": data, "trainer": {"seed": 3, "source": "x"}})
     return make(config, tokenizer, end_tokens(tokenizer))
 
@@ -73,3 +76,13 @@ def test_what_they_say_they_bring_is_there(tmp_path, tiny_tokenizer, make):
     rows = LABELS if make is LabelSource else PAIRS
     batch, _ = source(make, tmp_path, rows, tiny_tokenizer).collect(1, last=False)
     assert {*make.brings(None)} <= batch.keys()
+
+
+def test_a_pair_that_no_micro_batch_holds_is_found_before_a_model_loads(tmp_path, tiny_tokenizer):
+    pairs = [*PAIRS, {"prompt": "p", "chosen": "long", "rejected": "longest"}]  # 5 + 8 + 2 of p
+    made = source(PairSource, tmp_path, pairs, tiny_tokenizer)
+    loss = resolve_loss({"import_path": "tests.invariance.losses:dpo"})
+    actor = OmegaConf.create({"max_length_per_device": 13, "sp_size": 1})
+    check_room(actor, loss, made)
+    with pytest.raises(ConfigError, match="has 13 tokens and a micro-batch 12; raise actor.max_le"):
+        check_room(OmegaConf.merge(actor, {"max_length_per_device": 12}), loss, made)
