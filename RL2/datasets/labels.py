@@ -30,8 +30,7 @@ class LabelDataset(Dataset):
     messages, or {"messages", "completion", "label"}. The label is true or false (in a CSV cell also
     as text); 1, 0 and -1 mean the same. Rows with an empty completion are left out and counted.
 
-    An item is a Sequence with `labels`, 1 for desired and -1 for undesired at every token, and its
-    number `row_ids`.
+    An item is a Sequence with `labels`, 1 for desired and -1 for undesired at every token.
 
     Args: those of `PairDataset`.
     """
@@ -73,9 +72,8 @@ class LabelDataset(Dataset):
             limit_key=f"{key}.max_length",
         )
         self._items = [
-            sequences[i]
-            | {"labels": [parsed[full[i]][1]] * len(sequences[i]["token_ids"]), "row_ids": number}
-            for number, i in enumerate(kept)
+            sequences[i] | {"labels": [parsed[full[i]][1]] * len(sequences[i]["token_ids"])}
+            for i in kept
         ]
         self.end_ids = end_ids_of(self._items, ends)
         self.fingerprint = rows.fingerprint(kept)

@@ -33,8 +33,7 @@ class PairDataset(Dataset):
     Pairs whose answers have the same tokens teach nothing, and nor does an answer without text:
     both are left out, and counted in one warning.
 
-    An item is {"chosen": Sequence, "rejected": Sequence}, each with its number `row_ids`: 2i in the
-    i-th pair that is kept, and 2i + 1.
+    An item is {"chosen": Sequence, "rejected": Sequence}.
 
     Args:
         config: node `data`: path, max_length (tokens of the longer answer with its prompt, null for
@@ -82,13 +81,7 @@ class PairDataset(Dataset):
         )
         self.end_ids = end_ids_of((sequence for i in kept for sequence in found[i]), ends)
         form = _scored if scored else lambda sequence: sequence
-        self._pairs = [
-            {
-                side: form(sequence) | {"row_ids": 2 * number + which}
-                for which, (side, sequence) in enumerate(zip(SIDES, found[i], strict=True))
-            }
-            for number, i in enumerate(kept)
-        ]
+        self._pairs = [dict(zip(SIDES, map(form, found[i]), strict=True)) for i in kept]
         self.fingerprint = rows.fingerprint(kept)
 
     def __len__(self) -> int:

@@ -30,8 +30,8 @@ def test_rows_are_those_of_sft_with_a_label(tiny_tokenizer):
     text, one, other = load(tiny_tokenizer, rows)
     Path("sft.jsonl").write_text('{"prompt": "How many?", "response": "two"}\n')
     (plain,) = SFTDataset(OmegaConf.create({"path": "sft.jsonl"}), tiny_tokenizer)
-    assert text == plain | {"labels": [1.0] * len(plain["token_ids"]), "row_ids": 0}
-    assert one | {"row_ids": 2} == other and set(one["labels"]) == {-1.0}
+    assert text == plain | {"labels": [1.0] * len(plain["token_ids"])}
+    assert one == other and set(one["labels"]) == {-1.0}
 
 
 @pytest.mark.parametrize(

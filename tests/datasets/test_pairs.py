@@ -60,8 +60,7 @@ def test_texts_are_tokenised_as_in_sft(tiny_tokenizer, kind, separator):
     (pair,) = load(tokenizer, [TEXTS], separator=separator)
     for side, sequence in pair.items():
         row = {"prompt": TEXTS["prompt"], "response": TEXTS[side]}
-        number = {"row_ids": ("chosen", "rejected").index(side)}
-        assert sequence == sft(tokenizer, row, separator=separator) | number
+        assert sequence == sft(tokenizer, row, separator=separator)
     check_shares_prompt(pair)
 
 
@@ -122,7 +121,6 @@ def test_scored_pairs_mark_one_token_behind_the_end(tiny_tokenizer):
         ids = plain[side]["token_ids"]
         assert sequence["token_ids"][:-1] == ids and len(sequence["token_ids"]) == len(ids) + 1
         assert sequence["action_mask"] == [False] * len(ids) + [True]
-        assert sequence["row_ids"] == plain[side]["row_ids"]
     assert load(tiny_tokenizer, [TEXTS], scored=True).end_ids == (tiny_tokenizer.eos_token_id,)
 
 

@@ -15,6 +15,7 @@ from tests.trainer.support import (
     weights,
     write_files,
     write_model,
+    write_pairs,
 )
 
 TESTED = {"data__test_ratio": 0.25, "trainer__test_freq": 1}
@@ -121,3 +122,26 @@ def test_a_side_without_rows(files, tmp_path, ratio, what):
         train(files, "sft", tmp_path, data__test_ratio=ratio, trainer__test_freq=1)
     text = f"data.test_ratio={ratio}: leaves no row to {what}, as data.path has 24; "
     assert str(caught.value).startswith(text)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "bradley_terry"])
+def test_preferences_are_measured_as_in_training(tmp_path, loss):
+    """A test set that is the whole training set has, before the first step, the numbers of a step
+    that takes all rows."""
+    write_model(tmp_path / "model")
+    write_model(tmp_path / "other", std=0.3)
+    write_pairs(tmp_path / "pairs.jsonl", labelled=loss == "kto")
+    options = {
+        "data__batch_size": 24, "trainer__max_steps": 1, "trainer__test_freq": 1,
+        "data__test_path": tmp_path / "pairs.jsonl", "data__path": tmp_path / "pairs.jsonl",
+    }  # fmt: skip
+    if loss != "bradley_terry":
+        options |= {"actor__loss__name": loss, "ref_actor__model_name": tmp_path / "other"}
+    trainer = "rm" if loss == "bradley_terry" else "dpo"
+    before, step = train(tmp_path, trainer, tmp_path / "run", **options)
+    of_step = {n.removeprefix("actor/"): step[n] for n in step if n.startswith("actor/")}
+    for name in ("grad_norm", "lr", "skipped", "nonfinite"):
+        del of_step[name]
+    assert {"loss", "accuracy"} <= of_step.keys() and (loss == "kto" or "margin" in of_step)
+    found = {n.removeprefix("test/"): x for n, x in before.items() if n.startswith("test/")}
+    assert found == pytest.approx(of_step, rel=1e-5, abs=1e-6)

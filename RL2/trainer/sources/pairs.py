@@ -17,8 +17,8 @@ from RL2.trainer.sources.rows import RowSource
 class PairSource(RowSource):
     """Pairs of answers of `data`, two rows of a batch each, the chosen one first.
 
-    Its batches have `pair_ids`, `chosen`, `labels [B, T]` (1 for chosen and -1 for rejected
-    answers) and `row_ids`, a number for each answer of the data set.
+    Its batches have `pair_ids`, `chosen` and `labels [B, T]`, 1 for chosen and -1 for rejected
+    answers.
     """
 
     unit = "pairs"
@@ -59,8 +59,7 @@ class ScoredPairSource(PairSource):
 class LabelSource(RowSource):
     """Answers of `data`, each with a label.
 
-    Its batches have `labels [B, T]`, 1 for desired and -1 for undesired answers, and `row_ids`, the
-    number of each row.
+    Its batches have `labels [B, T]`, 1 for desired and -1 for undesired answers.
     """
 
     @classmethod

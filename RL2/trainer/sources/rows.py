@@ -52,8 +52,7 @@ class RowSource(Source):
         self.data = self._read(config.data, tokenizer, ends)
         self.datasets, self.end_ids = {"data": self.data}, self.data.end_ids
         self.test: Dataset | None = None
-        self.has_test_file = option(config.data, "test_path") is not None
-        if self.has_test_file:
+        if option(config.data, "test_path") is not None:
             self.test = self._read_test(config.data, tokenizer, ends)
             self.datasets["data.test_path"] = self.test
         elif ratio := option(config.data, "test_ratio", 0):
@@ -144,10 +143,7 @@ class RowSource(Source):
     def test_batch(self) -> Batch | None:
         if self.test is None or rank() != 0:
             return None
-        batch = self._checked_batch([self.test[i] for i in range(len(self.test))])
-        if self.has_test_file and "row_ids" in batch:  # other rows than those of the same numbers
-            batch["row_ids"] = -1 - batch["row_ids"]
-        return batch
+        return self._checked_batch([self.test[i] for i in range(len(self.test))])
 
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state_dict() if rank() == 0 else {}

@@ -81,7 +81,7 @@ def test_what_they_say_they_bring_is_there(tmp_path, tiny_tokenizer, make):
 def test_a_pair_that_no_micro_batch_holds_is_found_before_a_model_loads(tmp_path, tiny_tokenizer):
     pairs = [*PAIRS, {"prompt": "p", "chosen": "long", "rejected": "longest"}]  # 5 + 8 + 2 of p
     made = source(PairSource, tmp_path, pairs, tiny_tokenizer)
-    loss = resolve_loss({"import_path": "tests.invariance.losses:dpo"})
+    loss = resolve_loss({"name": "dpo"})
     actor = OmegaConf.create({"max_length_per_device": 13, "sp_size": 1})
     check_room(actor, loss, made)
     with pytest.raises(ConfigError, match="has 13 tokens and a micro-batch 12; raise actor.max_le"):
