@@ -125,6 +125,13 @@ def test_a_reference_looks_at_each_row_once_and_a_resumed_run_at_none(files, tmp
     assert same_weights(weights(tmp_path / "whole/final"), weights(tmp_path / "on/final"))
 
 
+def test_nothing_is_kept_of_a_reference_that_is_renewed(files, tmp_path, annotated):
+    """It is the policy before each step, so that every log-ratio is 0, in the second epoch too."""
+    whole = train(files, "dpo", tmp_path / "whole", **EPOCHS, ref_actor__renew_every=1)
+    assert [row["actor/loss"] for row in whole] == pytest.approx([math.log(2)] * 6, abs=1e-6)
+    assert len(annotated) == 6
+
+
 def test_one_epoch_keeps_nothing(files, tmp_path):
     train(files, "dpo", tmp_path, trainer__save_freq=1, trainer__max_steps=1)
     saved = torch.load(tmp_path / "checkpoints/step000001/rank0.pt")
