@@ -230,7 +230,7 @@ _OF_SOURCE = {
 def check_answers(config: DictConfig, loss: TokenLoss) -> None:
     """ConfigError if a loss would learn from rejected answers as it does from chosen ones, or at
     the wrong tokens."""
-    source = str(config.trainer.source)
+    source = str(config.get("trainer", {}).get("source"))
     if source not in _OF_SOURCE:
         return
     head, names, losses = _OF_SOURCE[source]
@@ -244,8 +244,8 @@ def check_answers(config: DictConfig, loss: TokenLoss) -> None:
 
 def check_reference(config: DictConfig, needs: Collection[str]) -> None:
     """ConfigError if a reference policy of its own would not be used."""
-    name = config.ref_actor.model_name if "ref_actor" in config else config.actor.model_name
-    if name != config.actor.model_name and "ref_logps" not in needs:
+    name, own = (config.get(node, {}).get("model_name") for node in ("ref_actor", "actor"))
+    if name not in (None, own) and "ref_logps" not in needs:
         raise ConfigError(
             f"ref_actor.model_name={name}: has no effect, as neither the loss nor actor.kl uses a "
             "reference; leave it out"

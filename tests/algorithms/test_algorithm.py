@@ -72,6 +72,7 @@ def test_old_logps_only_where_the_policy_moves_away_and_the_loss_looks_back(loss
     expected = {"old_logps"} if looks_back else set()
     assert {*required(loss, update_per_rollout=2)} == expected | {*SELECT.get(loss, ())}
     one_policy = {"max_target_kl", "fixed_target_kl", "rank_jsd", "nll"}
+    one_policy |= {"simpo", "orpo", "bradley_terry"}
     assert looks_back == (loss not in one_policy)
 
 
@@ -93,7 +94,8 @@ def test_importance_weights_of_sequences_need_old_logps(kind):
 
 def test_losses_of_a_reference_need_no_other_policy():
     for loss in OF_A_REFERENCE:
-        assert required(loss) == required(loss, update_per_rollout=2) == ("ref_logps",)
+        kl = ("mismatch_kl",) if loss == "kto" else ()
+        assert required(loss) == required(loss, update_per_rollout=2) == ("ref_logps", *kl)
 
 
 @pytest.mark.parametrize("kind", ["reward", "advantage"])
@@ -208,7 +210,7 @@ def test_a_loss_of_values_is_for_a_model_that_writes_nothing():
     loss = TokenLoss("bradley_terry", bradley_terry, ("values", "sequences"), kind="sequences")
     assert (loss.head, loss.is_multiplied, loss.statistics) == ("scalar", False, ("values",))
     node = {"avg_level": "token", "entropy": {"coef": 0.0}}
-    rows = OmegaConf.create({"actor": node, "trainer": {"source": "pairs"}})
+    rows = OmegaConf.create({"actor": node, "trainer": {"source": "rows"}})
     check_loss(rows, loss, ())
     with pytest.raises(ConfigError, match="takes values, one number a token, but the actor of"):
         check_loss(OmegaConf.merge(rows, {"rollout": {}}), loss, ())
@@ -359,3 +361,45 @@ def test_an_estimator_that_fails_in_the_run_is_named(own):
     given = batch()
     given["rewards"][0, 1] = torch.nan
     assert Algorithm(None, own(bad)).advantages(given)["advantages"].isnan().any()
+
+
+def preferences(source, loss, ref="model"):
+    actor = {"avg_level": "sequence", "model_name": "model"}
+    config = {"actor": actor | {"loss": {"name": loss}}, "trainer": {"source": source}}
+    brought = {
+        "pairs": ("pair_ids", "chosen", "labels"), "scored_pairs": ("pair_ids", "chosen"),
+        "labels": ("labels",), "rows": (),
+    }[source]  # fmt: skip
+    config["ref_actor"] = {"model_name": ref}
+    return resolve_algorithm(OmegaConf.create(config), ("advantages", "correct", *brought))
+
+
+@pytest.mark.parametrize(
+    ("source", "loss", "use"),
+    [
+        ("pairs", "nll", "dpo, dpop, ipo, simpo, orpo or kto"),
+        ("pairs", "bradley_terry", "dpo, dpop, ipo, simpo, orpo or kto"),
+        ("scored_pairs", "dpo", "bradley_terry"),
+        ("labels", "dpo", "kto"),
+    ],
+)
+def test_a_loss_must_tell_the_answers_of_its_source_apart(source, loss, use):
+    with pytest.raises(ConfigError) as error:
+        preferences(source, loss)
+    message = str(error.value)
+    start = f"actor.loss.name={loss}: does not fit trainer.source={source}, whose losses take "
+    assert message.startswith(start) and message.endswith(f"; use {use}")
+
+
+def test_a_reference_is_refused_where_nothing_uses_it():
+    for loss in ("simpo", "orpo"):
+        assert preferences("pairs", loss).needs == {}
+        with pytest.raises(ConfigError, match="^ref_actor.model_name=other: has no effect, as nei"):
+            preferences("pairs", loss, ref="other")
+    assert [*preferences("pairs", "dpo", ref="other").needs] == ["ref_logps"]
+    assert [*preferences("labels", "kto", ref="other").needs] == ["ref_logps", "mismatch_kl"]
+
+
+def test_kto_needs_labels():
+    with pytest.raises(ConfigError, match="kto needs labels, mismatch_kl, which"):
+        preferences("rows", "kto")

@@ -13,7 +13,7 @@ from RL2.algorithms import ADVANTAGES, LOSSES, resolve_advantage, resolve_loss
 from RL2.config import check_overrides, validate
 from RL2.config.checks.objective import CLIPPED_LOSSES
 from RL2.config.presets import FOLDER, preset_names, read_preset
-from RL2.config.schema import RLConfig, keys_of
+from RL2.config.schema import all_keys
 from RL2.runtime.errors import ConfigError
 from RL2.trainer.algorithms import listed
 from RL2.trainer.registries import registry_of
@@ -52,7 +52,7 @@ def test_every_loss_and_estimator_is_in_a_preset():
 
 
 def test_each_option_of_a_loss_is_a_key():
-    keys, takes = keys_of(RLConfig), {}
+    keys, takes = all_keys(), {}
     for name, function in LOSSES.items():
         functions = [function, *filter(None, [getattr(function, "select", None)])]
         parameters = [one for f in functions for one in signature(f).parameters.values()]
