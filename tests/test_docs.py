@@ -137,6 +137,14 @@ def test_the_losses_of_sequences_work(tmp_path, caplog):
         assert loss.kind == kind and caplog.messages == []
 
 
+def test_the_loss_that_selects_works(tmp_path, caplog):
+    (tmp_path / "my_selection.py").write_text(example("my_selection.py"), encoding="utf-8")
+    loss = resolve_loss({"import_path": f"{tmp_path / 'my_selection.py'}:surprising"})
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    batch = {"old_logps": torch.tensor([[-1.0, -4.0, -2.0, -3.0]]), "action_mask": mask}
+    assert loss.selection(batch).tolist() == [[0, 1, 0, 0]] and caplog.messages == []
+
+
 def test_loss_inputs_are_all_named():
     from RL2.algorithms import FIELDS
     from RL2.algorithms.segments import SEGMENTS
@@ -221,6 +229,7 @@ def test_the_glossary_names_what_the_code_writes_and_no_more():
         "actor/<name>", "critic/*", "timing/*", "actor/clip_ratio", "actor/tis_masked",
         "critic/clip_ratio", "critic/explained_variance",
     }  # fmt: skip
+    own |= {"actor/gate", "actor/selected"}
     assert set(explained_metrics()) - own == written_metrics() - own
 
 

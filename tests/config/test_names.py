@@ -20,12 +20,12 @@ def test_what_the_trainers_name_is_there(composed, trainer):
     ("key", "value", "said"),
     [
         ("actor.avg_level", "tokn", "not an avg_level; use token, sequence or correct (did you"),
-        ("actor.tis_type", "cut", "not a tis_type; use truncate or mask"),
+        ("actor.tis_type", "cut", "not a tis_type; use truncate, mask, sequence_truncate, "),
         ("actor.token_stats", "fused", "not a token_stats; use auto, naive, tiled, compiled,"),
         ("actor.kl.loss_estimator", "low_var_kl", "that is k3; use k1, k2 or k3"),
         ("adv.estimator", "grpo", "GRPO is reinforce with adv.norm_var=true, Dr. GRPO is"),
         ("actor.loss.name", "max_target", "not a loss; use ppo, max_target_kl, fixed_target_kl, "),
-        ("actor.loss.name", "dapo", "its clipped loss is ppo, with actor.loss.clip_high above"),
+        ("actor.loss.name", "dapo", "its clipped loss is ppo, and algorithm=dapo sets all of it"),
     ],
 )
 def test_what_no_registry_has(composed, key, value, said):

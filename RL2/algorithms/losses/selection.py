@@ -37,17 +37,22 @@ def clip_cov(
 
 
 def kl_cov(
-    logps: Tensor, old_logps: Tensor, advantages: Tensor, selected: Tensor, *, kl_coef: float = 1.0
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    selected: Tensor,
+    *,
+    kl_weight: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-A r, and a KL penalty at the tokens of highest covariance (KL-Cov; Cui et al. 2025, "The
     Entropy Mechanism of Reinforcement Learning", arXiv:2505.22617).
 
-    -A r + kl_coef |logps - old_logps| at the share of tokens with the highest covariances, see
+    -A r + kl_weight |logps - old_logps| at the share of tokens with the highest covariances, see
     `covariances`; -A r without a clip at all others, r = exp(logps - old_logps). The absolute
     difference is what the authors' code takes for the KL. It is 0 in the first optimizer step on a
     rollout.
     """
-    penalty = kl_coef * selected * (logps - old_logps).abs()
+    penalty = kl_weight * selected * (logps - old_logps).abs()
     losses = penalty - advantages * ratio_of(logps - old_logps)
     return losses, {"selected": selected}
 

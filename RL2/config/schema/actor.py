@@ -173,7 +173,7 @@ class RLLossConfig(LossConfig):
         "clip_cov: selected tokens have a covariance below this; null: 5.0",
         Range(math.isfinite, "be finite"),
     )
-    kl_coef: float | None = key(
+    kl_weight: float | None = key(
         None, "kl_cov: weight of the KL penalty at selected tokens; null: 1.0", FROM_ZERO
     )
 

@@ -84,13 +84,13 @@ def test_losses_by_hand():
     assert metrics["clip_ratio"].tolist() == [1, 1, 0, 0]
     torch.testing.assert_close(entropy_80_20(*given)[0], torch.tensor([0, -1.2, 0, -1.0]))
     assert entropy_80_20(*given)[1]["clip_ratio"].tolist() == [0, 1, 0, 0]
-    losses, metrics = kl_cov(*given, kl_coef=2.0)
+    losses, metrics = kl_cov(*given, kl_weight=2.0)
     d = logps.abs()
     torch.testing.assert_close(
         losses, torch.stack([-ratio[0], 2 * d[1] - 1.5, -2 * ratio[2], 2 * d[3] - 1.0])
     )
     assert metrics["selected"] is selected
-    found = gradient(lambda x: kl_cov(x, *given[1:], kl_coef=2.0), logps)
+    found = gradient(lambda x: kl_cov(x, *given[1:], kl_weight=2.0), logps)
     torch.testing.assert_close(found, torch.tensor([-1.5, -1.5 + 2, -1.0, -1.0 - 2]))
 
 
