@@ -226,7 +226,8 @@ def test_each_metric_is_explained_once():
 def test_the_glossary_names_what_the_code_writes_and_no_more():
     # named by a loss or after a learner
     own = {
-        "actor/<name>", "critic/*", "timing/*", "actor/clip_ratio", "actor/tis_masked",
+        "actor/<name>", "test/<name>", "critic/*", "timing/*", "actor/clip_ratio",
+        "actor/tis_masked",
         "critic/clip_ratio", "critic/explained_variance",
     }  # fmt: skip
     own |= {"actor/gate", "actor/selected"}
