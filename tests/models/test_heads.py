@@ -1,6 +1,8 @@
 """The scalar head, against transformers' layer on hidden states of one row at a time. That of token
 statistics is held by tests/invariance and tests/ops/token_stats."""
 
+from functools import partial
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -13,6 +15,7 @@ from transformers import (
     BertForSequenceClassification,
 )
 
+from RL2.algorithms.losses.values import value
 from RL2.algorithms.token_loss import TokenLoss
 from RL2.distributed import rank
 from RL2.models.heads import HEADS, Question
@@ -52,31 +55,65 @@ def with_score(model, score=None):
 
 
 def data():
-    batch = make_batch()
-    rewards = torch.randn(batch["states"].shape, generator=torch.Generator().manual_seed(1))
-    return batch | {"rewards": rewards * batch["action_mask"]}
+    """Eight rows that make four pairs, and what a critic learns from."""
+    batch = make_batch(8)
+    generator = torch.Generator().manual_seed(1)
+    fields = {
+        name: torch.randn(batch["states"].shape, generator=generator) * batch["action_mask"]
+        for name in ("rewards", "returns", "old_values")
+    }
+    rows = torch.arange(8)
+    return batch | fields | {"pair_ids": rows // 2, "chosen": rows % 2 == 0}
 
 
-def naive(model, batch):
-    """Values `[B, T]`, loss and gradients, by transformers and autograd, one row at a time."""
+def pairwise(values, sequences, pairs):
+    margin = pairs.difference(sequences.mean(values))
+    return -torch.nn.functional.logsigmoid(margin), {"margin": margin}
+
+
+LOSSES = {
+    "regression": REGRESSION,
+    "value": TokenLoss("value", partial(value, clip=0.1), ("values", "old_values", "returns")),
+    "pairs": TokenLoss("pairwise", pairwise, ("values", "sequences", "pairs"), kind="pairs"),
+}
+
+
+def values_of(reference, batch):
+    """Values `[B, T]` by transformers, one row at a time."""
+    rows = []
+    for row, length in enumerate(batch["lengths"]):
+        hidden = reference.base_model(batch["states"][row, None, :length]).last_hidden_state[0]
+        values = hidden @ reference.score.weight[0]
+        rows.append(torch.nn.functional.pad(values, (0, batch["states"].shape[1] - int(length))))
+    return torch.stack(rows) * batch["action_mask"]
+
+
+def naive(model, batch, loss="regression"):
+    """Values, loss and gradients, by transformers and autograd."""
     reference = AutoModelForSequenceClassification.from_pretrained(
         model, num_labels=1, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    values = torch.zeros(batch["states"].shape)
-    total, n = 0.0, batch["action_mask"].sum()
-    for row, length in enumerate(batch["lengths"]):
-        hidden = reference.base_model(batch["states"][row, None, :length]).last_hidden_state[0]
-        of_row = hidden @ reference.score.weight[0]
-        mask = batch["action_mask"][row, :length]
-        values[row, :length][mask] = of_row[mask].detach()
-        total = total + (of_row - batch["rewards"][row, :length])[mask].square().sum() / n
+    values, mask = values_of(reference, batch), batch["action_mask"]
+    if loss == "pairs":  # a pair weighs as much as its tokens
+        means = values.sum(-1) / mask.sum(-1)
+        margins, n = means[0::2] - means[1::2], mask.sum(-1)
+        weights = (n[0::2] + n[1::2]) / n.sum()
+        total = -(weights * torch.nn.functional.logsigmoid(margins)).sum()
+    elif loss == "value":
+        near = batch["old_values"] + (values - batch["old_values"]).clamp(-0.1, 0.1)
+        errors = [(x - batch["returns"]).square() for x in (values, near)]
+        total = torch.maximum(*errors)[mask].mean()
+    else:
+        total = (values - batch["rewards"]).square()[mask].mean()
     total.backward()
     gradients = {name: p.grad for name, p in reference.named_parameters()}
-    return values, total.item(), gradients
+    return values.detach(), total.item(), gradients
 
 
-def learn(model, batch, changes, folder):
-    critic = make_critic(model, avg_level="token", max_grad_norm=1e9, **changes)
+def learn(model, batch, changes, folder, loss="regression"):
+    config = actor_config(model, avg_level="token", max_grad_norm=1e9, **changes)
+    critic = Learner(config, CPU, "critic", LOSSES[loss])
+    critic.prepare_scheduler(4)
     mine = batch if rank() == 0 else None
     values = critic.annotate(mine, {"old_values": "values"})
     found, clip = {}, critic.clip_gradients
@@ -104,19 +141,29 @@ SPREADS = {
 }
 
 
-@pytest.mark.parametrize("spread", SPREADS)
-def test_values_loss_and_gradients_are_those_of_the_formula(tmp_path, spread):
+# The formula of each loss, under some spreads; that of the critic under all.
+CASES = [("value", spread) for spread in SPREADS] + [
+    ("regression", "gpt2"), ("pairs", "small packs"), ("pairs", "fsdp2"), ("pairs", "sp2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("loss", "spread"), CASES)
+def test_values_loss_and_gradients_are_those_of_the_formula(tmp_path, loss, spread):
     n_ranks, changes = SPREADS[spread]
     shape = "gpt2" if spread == "gpt2" else "qwen3"
     model, batch = make_model(tmp_path / "model", shape), data()
+    if loss == "pairs":
+        changes = changes | {"max_length_per_device": 48}
     with_score(model)
-    values, loss, gradients = naive(model, batch)
-    for own, metrics, found, _ in run_on_ranks(n_ranks, learn, model, batch, changes, None):
+    values, expected, gradients = naive(model, batch, loss)
+    results = run_on_ranks(n_ranks, learn, model, batch, changes, None, loss)
+    for own, metrics, found, _ in results:
         if own is not None:
             torch.testing.assert_close(own, values, rtol=1e-4, atol=1e-5)
-        assert metrics["critic/loss"] == pytest.approx(loss, rel=1e-5)
-        n = batch["action_mask"].sum().item()
-        assert metrics["critic/value"] == pytest.approx(values.sum().item() / n, rel=1e-4)
+        assert metrics["critic/loss"] == pytest.approx(expected, rel=1e-5)
+        if loss == "regression":
+            n = batch["action_mask"].sum().item()
+            assert metrics["critic/value"] == pytest.approx(values.sum().item() / n, rel=1e-4)
         assert found.keys() == gradients.keys() and "score.weight" in found
         for name, gradient in gradients.items():
             torch.testing.assert_close(found[name], gradient, rtol=2e-3, atol=2e-5, msg=name)
