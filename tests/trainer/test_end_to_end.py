@@ -288,6 +288,14 @@ def test_freeze_steps_sample_but_do_not_train(files, tmp_path):
 # ------------------------------------------------------------------------------ a stranger's files
 
 
+def test_presets_train_and_what_they_need_of_the_whole_batch_is_computed(files, tmp_path):
+    """Two of them: a loss that selects tokens, and importance weights of sequences."""
+    chosen = {"algorithm": "[entropy_80_20,rejection]", "rollout__dynamic_filtering": "false"}
+    (row,) = train(files, "ppo", tmp_path, **chosen, trainer__max_steps=1)
+    assert 0.15 < row["actor/selected"] <= 0.25  # a fifth, rounded down; equal ones included
+    assert {"actor/clip_ratio", "actor/tis_masked", "timing/compute_old_logps"} <= row.keys()
+
+
 def test_a_strangers_loss_trains(files, tmp_path):
     loss = tmp_path / "my_loss.py"
     loss.write_text(

@@ -68,7 +68,7 @@ def test_it_comes_before_all_that_takes_time(tmp_path, monkeypatch):
         raise AssertionError("something was loaded")
 
     monkeypatch.setattr(loop, "check_shared", refuse)
-    for name in ("read_inputs", "Actor"):
+    for name in ("read_inputs", "load_learners"):
         monkeypatch.setattr(loop, name, never)
     with pytest.raises(ConfigError, match=f"asked for {tmp_path / 'run'}"):
         train(write_files(tmp_path), "sft", tmp_path / "run")
