@@ -28,6 +28,7 @@ CHECKS: tuple[Callable[..., None], ...] = (
     rollout.check_what_follows,
     rollout.check_stops,
     rollout.check_environment,
+    rollout.check_reward_model,
     rollout.check_batches,
     lengths.check_context,
     lengths.check_responses,

@@ -7,6 +7,7 @@ import sys
 from omegaconf import DictConfig, ListConfig
 
 from RL2.config.engines import SERVERS
+from RL2.config.models import check_model
 from RL2.config.paths import check_folder, not_there
 from RL2.runtime.errors import ConfigError
 from RL2.runtime.secrets import is_secret_name, redact
@@ -92,6 +93,22 @@ def check_stops(rollout: DictConfig) -> None:
                 f"rollout.{name}.stop={stop}: must be a text, a list of texts or null; quote it: "
                 f"'rollout.{name}.stop=\"...\"'"
             )
+
+
+def check_reward_model(rollout: DictConfig) -> None:
+    name, judges = rollout.reward_model.model_name, rollout.judges
+    if name is None and "reward_model" in judges:
+        raise ConfigError(
+            "rollout.judges=[reward_model]: has no model; give rollout.reward_model.model_name, "
+            "such as the final/ of RL2.trainer.rm"
+        )
+    if name is not None and "reward_model" not in judges:
+        raise ConfigError(
+            f"rollout.reward_model.model_name={name}: has no effect without the judge "
+            "reward_model; add it to rollout.judges, or leave this out"
+        )
+    if name is not None:
+        check_model(rollout.reward_model, "rollout.reward_model")
 
 
 def check_environment(rollout: DictConfig) -> None:

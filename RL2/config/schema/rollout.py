@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from RL2.config.engines import EMBEDDED, SERVERS
-from RL2.config.schema.choices import Dtype, Truncated, WeightSync
+from RL2.config.schema.choices import Device, Dtype, Truncated, WeightSync
 from RL2.config.schema.keys import (
     ABOVE_ZERO,
     FROM_ONE,
@@ -16,6 +16,26 @@ from RL2.config.schema.keys import (
     key,
     required,
 )
+
+
+@dataclass
+class RewardModelConfig:
+    model_name: str | None = key(
+        None,
+        "the model of the judge reward_model: a folder, such as the final/ of rm, or hub id of a "
+        "sequence classification model with one label",
+        path=True,
+    )
+    device: Device = key(Device.auto, "auto | cpu | cuda; auto: that of the rank")
+    batch_size: int = key(16, "samples in one forward", FROM_ONE)
+    revision: str | None = key(None, "commit of a hub id, 40 hex digits; null: the newest")
+    trust_remote_code: bool = key(
+        False, "run Python code that comes with the model; code from the hub needs a revision"
+    )
+    allow_pickle: bool = key(
+        False,
+        "load pickled weights (*.bin) where there are no safetensors; loading them can run code",
+    )
 
 
 @dataclass
@@ -144,10 +164,11 @@ class RolloutConfig:
     judges: list[str] = key(
         [],
         "functions that see a prompt's finished samples in training and add fields to them: "
-        "agreement, or your own (file.py:function or package.module:function)",
+        "agreement, reward_model, or your own (file.py:function or package.module:function)",
         code=True,
         own="my_judge.py:my_judge",
     )
+    reward_model: RewardModelConfig = group(RewardModelConfig)
     env_timeout: float = key(
         60.0, "seconds after which a call of the environment counts as failed", ABOVE_ZERO
     )

@@ -9,20 +9,26 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from transformers import PreTrainedTokenizerBase
+
 from RL2.algorithms.parameters import ESTIMATOR_FIELDS, FIELDS, did_you_mean, import_function
 from RL2.engines.protocol import MalformedReply, SamplingParams
 from RL2.environments.calls import LARGEST
 from RL2.ops.token_stats import STATISTICS
 from RL2.rollout.judges.agreement import agreement
 from RL2.rollout.judges.asking import Asking
+from RL2.rollout.judges.reward_model import RewardModel
 from RL2.rollout.player import Gate, Player
 from RL2.rollout.samples import Group, Sample
 from RL2.runtime.errors import ConfigError, EngineError, EnvError, raised
 from RL2.runtime.user_code import file_of
 
 REWARD = "reward"
-JUDGES: dict[str, Callable[..., Coroutine[Any, Any, Mapping[str, Sequence]]]] = {
-    "agreement": agreement
+# A class is made with the node `rollout`, and its method `judge` is the judge.
+JUDGES: dict[str, Callable[..., Any]] = {
+    "agreement": agreement,
+    "reward_model": RewardModel,
 }
 # Names that a judge's field cannot have.
 _TAKEN = {
@@ -34,12 +40,14 @@ _TAKEN = {
 @dataclass(frozen=True)
 class Judge:
     """A judge, and the names of the fields that it adds to samples. origin: the config key and
-    value that chose it. number: its place among the run's judges."""
+    value that chose it. number: its place among the run's judges. start: loads what it needs, if
+    anything, from the policy's tokenizer and the rank's device."""
 
     function: Callable[..., Coroutine[Any, Any, Mapping[str, Sequence]]]
     fields: tuple[str, ...]
     origin: str
     number: int
+    start: Callable[[PreTrainedTokenizerBase, torch.device], None] | None = None
 
     async def __call__(self, group: Group, engine: Asking) -> None:
         """Add its fields to the samples of a group, and set its rewards.
@@ -104,9 +112,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value) and abs(value) <= LARGEST
 
 
-def resolve_judges(names: Iterable[str]) -> tuple[Judge, ...]:
+def resolve_judges(
+    names: Iterable[str], rollout: Mapping[str, Any] | None = None
+) -> tuple[Judge, ...]:
     """The judges that `rollout.judges` names: keys of `JUDGES`, `file.py:function` or
-    `package.module:function`.
+    `package.module:function`. rollout: that node of the config, for judges with keys of their own.
 
     Raises:
         ConfigError: a judge does not exist, is not an async function with two parameters, or has no
@@ -124,6 +134,10 @@ def resolve_judges(names: Iterable[str]) -> tuple[Judge, ...]:
                 f"{origin}: unknown; {did_you_mean(name, JUDGES)}use {', '.join(JUDGES)}, or "
                 "my_judge.py:my_judge for your own"
             )
+        start = None
+        if name in JUDGES and inspect.isclass(function):
+            made = function(rollout)
+            function, start = made.judge, made.start
         if not inspect.iscoroutinefunction(function):
             raise ConfigError(f"{origin}: is not an async function; define it with async def")
         if len(inspect.signature(function).parameters) != 2:
@@ -142,7 +156,7 @@ def resolve_judges(names: Iterable[str]) -> tuple[Judge, ...]:
                 raise ConfigError(f"{origin}: its field {field} {why}; give it another name")
         if twice := [one for one in fields for other in judges if one in other.fields]:
             raise ConfigError(f"{origin}: another judge already adds {twice[0]}; keep one of them")
-        judges.append(Judge(function, fields, origin, number))
+        judges.append(Judge(function, fields, origin, number, start))
     return tuple(judges)
 
 

@@ -49,7 +49,7 @@ class RolloutSource(Source):
         if ":" in (engine := str(config.rollout.engine)):
             engine_maker(engine)  # a file of the user: report its faults now
         self.end_tokens, self.end_ids = ends, ends.ids
-        self.judges = resolve_judges(config.rollout.get("judges") or ())
+        self.judges = resolve_judges(config.rollout.get("judges") or (), config.rollout)
         self.environment = load_environment(
             config.rollout.env_path,
             timeout=config.rollout.env_timeout,
@@ -90,7 +90,7 @@ class RolloutSource(Source):
 
     @classmethod
     def brings(cls, config: DictConfig) -> tuple[str, ...]:
-        of_judges = fields_of(resolve_judges(config.rollout.get("judges") or ()))
+        of_judges = fields_of(resolve_judges(config.rollout.get("judges") or (), config.rollout))
         return ("rewards", "llm_logps", "correct", "group_ids", "turn_ids", *of_judges)
 
     def _warn_if_no_end_token(self) -> None:
@@ -113,6 +113,9 @@ class RolloutSource(Source):
         if self.config.rollout.dtype == "auto":  # on CUDA: one dtype for both
             self.config.rollout.dtype = str(dtype).removeprefix("torch.")
         drivers = self._drivers()
+        for judge in self.judges:
+            if judge.start is not None and rank() in drivers:
+                judge.start(self.tokenizer, device)
         engine = build_engine(self.config, self.tokenizer, device) if rank() in drivers else None
         dumps = Path(self.config.trainer.save_dir) / "rollouts"
         self.collector = Collector(

@@ -68,3 +68,11 @@ def test_how_batches_come_together(message, composed):
         ["rollout.llm_kl_alarm=null", "rollout.max_malformed=null"],
     ):
         validate(composed("spo", *overrides), 1)
+
+
+def test_a_reward_model_and_its_judge_need_each_other(message, composed, workdir):
+    judges, key = "rollout.judges=[reward_model]", "rollout.reward_model.model_name"
+    assert message("ppo", judges).startswith(f"{judges}: has no model; give {key}")
+    assert message("ppo", f"{key}=a/b").startswith(f"{key}=a/b: has no effect without the judge")
+    assert message("ppo", judges, f"{key}=nothing").startswith(f"{key}=nothing: ")
+    validate(composed("ppo", judges, f"{key}=a/b"), 1)
