@@ -13,7 +13,7 @@ import torch
 from RL2.algorithms import resolve_loss
 from RL2.config import check_overrides, validate
 from RL2.config.overrides import is_open
-from RL2.config.schema import RLConfig, SFTConfig, key_types
+from RL2.config.schema import all_keys
 from RL2.environments.environment import load_environment
 from RL2.rollout.sample_table import SampleTable, summarise
 from RL2.rollout.samples import Sample
@@ -24,7 +24,7 @@ from tests.docs import COMMANDS, DOCS, ROOT, TEXT, blocks, commands, example
 README, METRICS = TEXT["README"], TEXT["metrics"]
 PICTURE = "docs/quickstart.png"  # drawn by a run: a checkout may be without it
 
-KEYS = key_types(RLConfig) | key_types(SFTConfig)
+KEYS = {name: key.kind for name, key in all_keys().items()}
 
 
 def script(name: str) -> tuple[str, list[str]]:
@@ -46,7 +46,7 @@ def test_every_key_exists(path):
     groups = "|".join(key for key in KEYS if "." not in key)
     text = path.read_text(encoding="utf-8")
     for key in re.findall(rf"(?<![\w./])(?:{groups})\.[a-z_0-9.]*\w", text):
-        is_file = key.endswith(".py")  # benchmarks/rollout.py
+        is_file = key.endswith((".py", ".md"))  # benchmarks/rollout.py
         assert is_file or key in KEYS or is_open(key, KEYS), f"{path.name}: {key}"
 
 
@@ -62,6 +62,7 @@ def readme_folder(tmp_path, monkeypatch):
     for name in ("train.jsonl", "test.jsonl"):
         (quickstart / "data").mkdir(exist_ok=True)
         (quickstart / "data" / name).write_text("{}\n", encoding="utf-8")
+    (tmp_path / "pairs.jsonl").write_text("{}\n", encoding="utf-8")
     (tmp_path / ".venv-sglang" / "bin").mkdir(parents=True)
     (tmp_path / ".venv-sglang" / "bin" / "python").touch(mode=0o755)
     return tmp_path
@@ -142,7 +143,7 @@ def test_the_loss_that_selects_works(tmp_path, caplog):
     loss = resolve_loss({"import_path": f"{tmp_path / 'my_selection.py'}:surprising"})
     mask = torch.ones(1, 4, dtype=torch.bool)
     batch = {"old_logps": torch.tensor([[-1.0, -4.0, -2.0, -3.0]]), "action_mask": mask}
-    assert loss.selection(batch).tolist() == [[0, 1, 0, 0]] and caplog.messages == []
+    assert loss.selection(batch)["selections"].tolist() == [[0, 1, 0, 0]] and caplog.messages == []
 
 
 def test_loss_inputs_are_all_named():
