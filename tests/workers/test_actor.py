@@ -43,7 +43,7 @@ LOSSES = {
     "spo_0p5": {"name": "fixed_target_kl"},
     "rank_jsd": {"name": "rank_jsd", "max_rank": 3},
     "gspo": {"name": "gspo"},
-    "dpo": {"import_path": "tests.invariance.losses:dpo"},
+    "dpo": {"name": "dpo"},
 }
 LEVELS = ("token", "sequence", "correct")
 
@@ -389,7 +389,7 @@ def test_a_batch_that_a_loss_of_pairs_cannot_take_is_one_line_on_all_ranks(
     batch = make_batch(n_rows=4) | fields
     batch["ref_logps"] = batch["old_logps"]
     for line in run_on_ranks(2, refused, make_model(tmp_path), batch, changes):
-        assert re.match(f"actor.loss.import_path=tests.invariance.losses:dpo: {said}", line)
+        assert re.match(f"actor.loss.name=dpo: {said}", line)
         assert "\n" not in line
 
 
