@@ -91,7 +91,6 @@ KEYS: dict[str, str] = {
     "test_size": "data.test_ratio",
     "filter_overlong_prompts": "train_data.overlong, error or drop | data.overlong, error or drop",
     "reward_funcs": "rollout.env_path, a python file whose `step` gives the reward",
-    "reward_model": "rollout.env_path, a python file whose `step` gives the reward",
     "reward_function": "rollout.env_path, a python file whose `step` gives the reward",
     "custom_reward_function": "rollout.env_path, a python file whose `step` gives the reward",
     # rollout
