@@ -243,6 +243,7 @@ def test_every_phase_that_is_timed_is_named():
     by_name = set(re.findall(r'timers\(f"(\w+)_{', text))
     assert phases and by_name == {"compute", "update"}
     phases |= {"compute_old_logps", "compute_ref_logps", "compute_old_values"}
+    phases |= {"compute_mismatch_kl"}
     phases |= {"update_actor", "update_critic"}
     assert phases == set(re.findall(r"`(\w+)`", row))
 

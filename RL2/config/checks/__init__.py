@@ -47,7 +47,6 @@ CHECKS: tuple[Callable[..., None], ...] = (
     data.check_evaluation,
     objective.check_sft_average,
     lengths.check_sft_rows,
-    lengths.check_pairs,
     data.check_separator,
     data.check_rows,
     data.check_held_out,

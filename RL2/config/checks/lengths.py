@@ -61,15 +61,6 @@ def _check_room(actor: DictConfig, node: DictConfig, group: str, key: str) -> No
         )
 
 
-def check_pairs(actor: DictConfig, data: DictConfig, trainer: DictConfig) -> None:
-    if "pairs" not in str(trainer.source).split("_") or 2 * data.max_length <= _longest(actor):
-        return
-    raise ConfigError(
-        f"{_room(actor)}: must be at least {2 * data.max_length}, twice data.max_length, as one "
-        "forward holds both sequences of a pair; leave it out, or lower data.max_length"
-    )
-
-
 def check_sft_rows(actor: DictConfig, data: DictConfig) -> None:
     length, context = data.max_length, context_length(actor.model_name)
     if context is not None and length > context:

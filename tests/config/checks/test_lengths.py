@@ -15,12 +15,5 @@ def test_lengths(message, composed):
     validate(composed("spo", "actor.sp_size=2", "actor.max_length_per_device=129"), 2)
     text = message("spo", "actor.sp_size=2", "ref_actor.sp_size=1", world_size=2)
     assert text.startswith("ref_actor.max_inference_length_per_device=512: must be at least")
-    text = message("dpo", "actor.max_length_per_device=1000")
-    assert text == (
-        "actor.max_length_per_device=1000: must be at least 1024, twice data.max_length, as one "
-        "forward holds both sequences of a pair; leave it out, or lower data.max_length"
-    )
-    assert "must be at least 1024" in message("rm", "actor.max_length_per_device=512")
-    validate(composed("dpo", "actor.loss.name=kto", "actor.max_length_per_device=512"), 1)
     text = message("sft", "actor.max_length_per_device=100")
     assert text.startswith("data.max_length=512: must be at most actor.max_length_per_device=100")
