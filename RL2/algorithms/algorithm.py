@@ -12,7 +12,7 @@ from RL2.algorithms.corrections import Corrections
 from RL2.algorithms.estimator import Estimator, resolve_advantage
 from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.losses.values import value
-from RL2.algorithms.parameters import OLD_STATISTICS, ROW_FIELDS
+from RL2.algorithms.parameters import GIVEN_BY, OLD_STATISTICS, ROW_FIELDS
 from RL2.algorithms.rewards import in_float32
 from RL2.algorithms.segments import check_segments
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
@@ -82,7 +82,9 @@ class Algorithm:
         found = {name: in_float32(x) for name, x in found.items()}
         if penalty is not None and self.penalty.where == "advantage":
             found["advantages"] = found["advantages"] - penalty
-        return batch | {"rewards": batch["rewards"].float(), **found}
+        several = ("reward_parts", "reward_weights")  # [B, K], which only an estimator reads
+        kept = {name: x for name, x in batch.items() if name not in several}
+        return kept | {"rewards": batch["rewards"].float(), **found}
 
 
 def resolve_algorithm(config: DictConfig, brought: Collection[str]) -> Algorithm:
@@ -211,7 +213,11 @@ def check_estimator(config: DictConfig, estimator: Estimator, brought: Collectio
     there |= {"advantages"} if "adv" in config and estimator.what != "advantages" else set()
     there |= {"old_logps", *OLD_STATISTICS, "ref_logps"}
     there |= {"old_values"} if "critic" in config else set()
-    if missing := sorted({*estimator.fields.values()} - there):
+    missing = sorted({*estimator.fields.values()} - there)
+    for name in missing:
+        if name in GIVEN_BY:
+            raise ConfigError(f"{estimator.origin}: needs {name}; set {GIVEN_BY[name]} as well")
+    if missing:
         raise ConfigError(
             f"{estimator.origin}: needs {', '.join(missing)}, which "
             f"trainer.source={config.trainer.source} does not bring; use another estimator, or a "

@@ -14,6 +14,7 @@ from RL2.algorithms.advantages import ADVANTAGES
 from RL2.algorithms.estimator_trial import try_out
 from RL2.algorithms.parameters import (
     ESTIMATOR_FIELDS,
+    GIVEN_BY,
     OLD_STATISTICS,
     bind_options,
     did_you_mean,
@@ -153,7 +154,7 @@ def resolve_advantage(adv_config: Mapping[str, Any], brought: Collection[str] = 
             f"adv.estimator={name}: unknown; {did_you_mean(name, ADVANTAGES)}use "
             f"{', '.join(ADVANTAGES)}, or adv.import_path=my_estimator.py:my_estimator for your own"
         )
-    known = tuple(dict.fromkeys((*ESTIMATOR_FIELDS, *brought)))
+    known = tuple(dict.fromkeys((*ESTIMATOR_FIELDS, *GIVEN_BY, *brought)))
     kinds = "no field of a batch"
     inputs, defaults = parameters_of(function, known, origin, "estimator", kinds)
     if not inputs:

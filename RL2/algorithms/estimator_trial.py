@@ -37,6 +37,10 @@ def rollout(others: tuple[str, ...] = ()) -> Batch:
         "group_ids": torch.tensor([0, 0, 0, 1, 1]),
         "lengths": lengths,
         "correct": torch.tensor([True, True, False, True, True]),
+        "reward_parts": torch.tensor(
+            [[0.0, 1.0], [0.0, 1.0], [1.0, 0.5], [1.0, 0.0], [0.0, 0.0]], dtype=torch.float64
+        ),
+        "reward_weights": torch.tensor([1.0, 0.5], dtype=torch.float64).expand(5, 2).clone(),
         "turn_ids": turn_ids.masked_fill(~mask, -1),
         "old_logps": p.log(),
         "ref_logps": p.log() - 0.1,
@@ -49,7 +53,7 @@ def rollout(others: tuple[str, ...] = ()) -> Batch:
         "ranks": (p < 0.5) + 1.0,
     } | {name: p for name in others if name not in ESTIMATOR_FIELDS}
     return {
-        name: x * mask if x.dim() == 2 and x.is_floating_point() else x
+        name: x * mask if x.shape == mask.shape and x.is_floating_point() else x
         for name, x in values.items()
     }
 

@@ -26,6 +26,8 @@ are options. The names, with N action tokens in a loss and B rows of T tokens in
     lengths                     no                              [B] int64, tokens of the row
     correct                     no                              [B] bool, reward above 0
     labels mismatch_kl          [N]; see `losses.preferences`   no
+    reward_parts reward_weights no                              [B, K] float64, the K rewards of
+                                                                `rollout.rewards`
     a judge's field, or one     [N]                             [B, T]
     that a source brings
 """
@@ -66,8 +68,16 @@ FIELDS: tuple[str, ...] = (
 DATA_FIELDS: tuple[str, ...] = ("labels", "mismatch_kl")
 """Fields of a batch that a loss may name in a run on labelled answers."""
 
-ROW_FIELDS: tuple[str, ...] = ("sample_ids", "group_ids", "lengths", "correct")
-"""Fields `[B]` of a batch, which a loss may not name."""
+ROW_FIELDS: tuple[str, ...] = (
+    "sample_ids", "group_ids", "lengths", "correct", "reward_parts", "reward_weights",
+)  # fmt: skip
+"""Fields `[B]` or `[B, K]` of a batch, which a loss may not name."""
+
+GIVEN_BY: dict[str, str] = {
+    "greedy_reward": "rollout.judges=[greedy]",
+    "reward_parts": "rollout.rewards={name: weight, ...}",
+}
+"""Fields that a built-in estimator names, and the setting that brings them."""
 
 ESTIMATOR_FIELDS: tuple[str, ...] = (
     "rewards", "action_mask", *ROW_FIELDS, "turn_ids", "old_logps", "ref_logps", "llm_logps",

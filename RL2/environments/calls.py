@@ -27,14 +27,16 @@ _MAX_MESSAGE = 500  # characters of an error's text that are shown
 _MOST_UNKNOWN = 8  # unknown keys of an answer that are shown
 _TICKS = 8  # parts of a time limit
 
-# Keys of an answer of `step`: the required ones, and all.
+# Keys of an answer of `step`: the required ones, and all but the dict SEVERAL; where that is, the
+# first required one may be missing.
 NEEDED = ("reward", "score", "done")
 GIVES = ("next_state", *NEEDED, "extra_info")
+SEVERAL = "rewards"
 _TAKES = {"step": ("state", "action", "extra_info"), "reset": ("extra_info",)}
 
 Functions = dict[str, Callable[..., Awaitable[Any]]]
 # Text (the next state), numbers by name, extra_info, unknown keys.
-Answer = tuple[str | None, dict[str, float | bool], Any, tuple[str, ...]]
+Answer = tuple[str | None, dict[str, Any], Any, tuple[str, ...]]
 
 
 class Failed(Exception):
@@ -176,19 +178,23 @@ def describe(error: BaseException) -> str:
 def _checked_step(answer: Any, extra_info: Any) -> Answer:
     if not isinstance(answer, dict):
         raise Failed(f"returned {type(answer).__name__}, not a dict with {', '.join(NEEDED)}")
-    unknown = tuple(f"{key!r:.80}" for key in answer if key not in GIVES)[:_MOST_UNKNOWN]
+    several = isinstance(answer.get(SEVERAL), dict)
+    gives = (*GIVES, SEVERAL) if several else GIVES
+    unknown = tuple(f"{key!r:.80}" for key in answer if key not in gives)[:_MOST_UNKNOWN]
     try:
-        return _known_keys(answer, extra_info, unknown)
+        return _known_keys(answer, several, extra_info, unknown)
     except Failed as error:
         also = f"; unknown keys: {', '.join(unknown)}" if unknown else ""
         raise Failed(f"{error}{also}") from error
 
 
-def _known_keys(answer: dict, extra_info: Any, unknown: tuple[str, ...]) -> Answer:
-    missing = {*NEEDED} - answer.keys()
+def _known_keys(answer: dict, several: bool, extra_info: Any, unknown: tuple[str, ...]) -> Answer:
+    missing = {*NEEDED[several:]} - answer.keys()
     if missing:
         raise Failed(f"the returned dict lacks {', '.join(sorted(missing))}")
-    numbers = {key: _finite(key, answer[key]) for key in ("reward", "score")}
+    numbers = {key: _finite(key, answer[key]) for key in ("reward", "score") if key in answer}
+    if several:
+        numbers[SEVERAL] = _rewards(answer[SEVERAL])
     done = _scalar(answer["done"])
     if not isinstance(done, bool):
         raise Failed(f"done={done!r:.80} is not a bool")
@@ -198,6 +204,12 @@ def _known_keys(answer: dict, extra_info: Any, unknown: tuple[str, ...]) -> Answ
     extra_info = _checked_extra_info(answer.get("extra_info", extra_info))
     text = text if text is None else _text("next_state", text)
     return text, numbers | {"done": done}, extra_info, unknown
+
+
+def _rewards(rewards: dict) -> dict[str, float]:
+    if not all(isinstance(name, str) for name in rewards):
+        raise Failed(f"rewards={rewards!r:.80} is not a dict of numbers by name")
+    return {str(name): _finite(f"rewards[{name!r:.80}]", x) for name, x in rewards.items()}
 
 
 def _checked_reset(answer: Any, extra_info: Any) -> Answer:

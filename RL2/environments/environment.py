@@ -21,16 +21,19 @@ class Step:
     """The checked answer of `step`.
 
     next_state: text that the policy sees next; None when `done`.
-    reward, score: finite floats; the reward is trained on, the score is reported.
+    reward, score: finite floats; the reward is trained on, the score is reported. The reward is
+        None if there are `rewards` in place of it.
     done: whether the sample ends here.
     extra_info: passed to the next `step`; bytes if the environment runs in a separate process.
+    rewards: several rewards by name; None if there is one.
     """
 
     next_state: str | None
-    reward: float
     score: float
     done: bool
     extra_info: dict[str, Any] | bytes
+    reward: float | None = None
+    rewards: dict[str, float] | None = None
 
 
 class Environment:
@@ -38,7 +41,8 @@ class Environment:
 
     `step(state, action, extra_info)` must return a dict with `next_state` (str; may be missing or
     None when done), `reward` and `score` (finite numbers), `done` (bool), and `extra_info` (dict;
-    when missing, the one passed in goes on).
+    when missing, the one passed in goes on). It may return `rewards`, a dict of finite numbers by
+    name (`rollout.rewards` has their weights); `reward` is then their weighted sum if missing.
     If `step` has a parameter `finish_reason`, it gets the reason why the action ended: "stop" (an
     end token or a stop text) or "length" (the token limit of a turn).
     `reset(extra_info)`, needed only where rows have no prompt, must return the first state (str)

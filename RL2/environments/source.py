@@ -9,7 +9,7 @@ import ast
 import difflib
 from collections.abc import Iterable, Iterator
 
-from RL2.environments.calls import GIVES, NEEDED
+from RL2.environments.calls import GIVES, NEEDED, SEVERAL
 
 
 def fault_of_returns(source: bytes) -> str | None:
@@ -88,7 +88,9 @@ def _fault(value: ast.expr | None) -> str | None:
     if not all(isinstance(key, ast.Constant) for key in value.keys):  # None: `**other`
         return None
     keys = [key.value for key in value.keys]
-    missing = [key for key in NEEDED if key not in keys]
+    of_key = dict(zip(keys, value.values, strict=True))
+    several = SEVERAL in keys and not isinstance(of_key[SEVERAL], ast.Constant)
+    missing = [key for key in NEEDED[several:] if key not in keys]
     if not missing:
         return None
     unknown = [repr(key)[:80] for key in keys if key not in GIVES]

@@ -28,6 +28,7 @@ from RL2.environments.environment import Environment, load_environment
 from RL2.rollout.driver import Driver
 from RL2.rollout.failures import FailureCount
 from RL2.rollout.judges.judge import Judge, fields_of
+from RL2.rollout.overlong import Overlong
 from RL2.rollout.player import Player
 from RL2.rollout.reports import Reports
 from RL2.rollout.rounds import Rounds
@@ -116,6 +117,10 @@ class Collector:
         self.partial_rollout = bool(config.partial_rollout)
         self.over_sampling: int | None = config.over_sampling
         self.truncated = str(config.get("truncated", "keep"))
+        self.overlong = Overlong(
+            int(config.get("overlong_buffer", 0)), float(config.get("overlong_penalty", 1.0))
+        )
+        self.rewards = {name: float(x) for name, x in (config.get("rewards") or {}).items()}
         self.failures = FailureCount(
             {"env": config.max_env_errors, "malformed": config.max_malformed}
         )
@@ -145,6 +150,8 @@ class Collector:
                 max_length=min(limits, default=None),
                 ends=ends,
                 truncated=self.truncated,
+                overlong=self.overlong,
+                rewards=self.rewards,
                 settled=settled,
             )
             driver = Driver(player, int(config.max_in_flight), self.failures, judges)
@@ -303,7 +310,7 @@ class Collector:
         samples, n_resampled = self._rounds.answer(step)
         traffic = Traffic()
         fields = fields_of(self.judges) if step.train else ()
-        table = SampleTable.of(samples, self.rollouts_dir is not None, fields)
+        table = SampleTable.of(samples, self.rollouts_dir is not None, fields, tuple(self.rewards))
         table = gather_samples(table, self.n_ranks, self.group, traffic)
         if table is None:
             return None, {}
@@ -329,6 +336,13 @@ class Collector:
             return None, metrics
         metrics |= traffic.pop()
         metrics["rollout/tokens"] = float(good.samples["length"].sum())
+        if self.judges:
+            metrics["rollout/judge_tokens"] = float(good.samples["judge_tokens"].sum())
+            metrics["rollout/tokens"] += metrics["rollout/judge_tokens"]
+        if self.overlong.buffer and len(good):
+            metrics["train/overlong_penalty"] = (
+                (good.samples["reward"] - good.samples["earned"]).mean().item()
+            )
         metrics["rollout/tokens_per_s"] = metrics["rollout/tokens"] / seconds
         if self.truncated == "mask":
             good = good.whole()
@@ -337,4 +351,4 @@ class Collector:
             metrics["rollout/resampled"] = float(n_resampled)
         if step.carries:
             metrics["rollout/unfinished"] = float(len(self.carried))
-        return to_batch(good, step.n_responses), metrics
+        return to_batch(good, step.n_responses, self.rewards), metrics

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,8 @@ from RL2.datasets.continuation import continuation_encoder
 from RL2.datasets.end_of_turn import EndTokens, end_tokens
 from RL2.engines.protocol import Completion, Engine, MalformedReply, SamplingParams
 from RL2.environments.calls import LARGEST, TOO_LARGE
-from RL2.environments.environment import Environment
+from RL2.environments.environment import Environment, Step
+from RL2.rollout.overlong import Overlong
 from RL2.rollout.samples import (
     Sample,
     Turn,
@@ -94,6 +96,8 @@ class Player:
         ends: end tokens of the policy; None takes those of the tokenizer.
         truncated: what happens to samples with a turn that was cut off at the token limit: "keep",
             "mask" (left out of the batch) or "zero" (their reward is 0).
+        overlong: the penalty for long answers in training.
+        rewards: weights of an environment's several rewards, by name; empty if it has one.
         settled: set while no sample is between two requests, i.e. uses its environment or its
             tokenizer.
     """
@@ -109,6 +113,8 @@ class Player:
         max_length: int | None,
         ends: EndTokens | None = None,
         truncated: str = "keep",
+        overlong: Overlong | None = None,
+        rewards: Mapping[str, float] = MappingProxyType({}),
         settled: asyncio.Event | None = None,
     ):
         self.engine = engine
@@ -121,6 +127,8 @@ class Player:
         self._encode_continuation = lambda text: continuations([text])[0]
         self.ends = ends or end_tokens(tokenizer)
         self.truncated = truncated
+        self.overlong = overlong or Overlong()
+        self.rewards = dict(rewards)
         self._settled = settled or asyncio.Event()
         self._settled.set()
         self._n_between = 0
@@ -144,7 +152,7 @@ class Player:
         except MalformedReply as error:
             sample.fail(str(error), "malformed")
         sample.ended = True
-        self.zero_if_truncated(sample)
+        self.shape(sample, sampling if train else None)
         sample.masked = sample.truncated and self.truncated == "mask"
 
     async def _play(
@@ -177,6 +185,7 @@ class Player:
                     result = await self.environment.step(
                         state, action, sample.extra_info, key, completion.finish_reason
                     )
+                    reward = self._reward_of(result)
                     ends = result.done or turn + 1 == self.max_turns
                     continues = not ends and result.next_state.startswith(prefix)
                     text = "" if ends else result.next_state
@@ -193,14 +202,16 @@ class Player:
                 finally:  # so that a failed sample shows what was judged
                     extend(sequence, completion.token_ids, completion)
                     sample.written = None
-                add_reward(sequence, result.reward)
+                add_reward(sequence, reward)
+                for name in self.rewards:
+                    sample.parts[name] = sample.parts.get(name, 0.0) + result.rewards[name]
                 sample.turns.append(
                     Turn(
                         state,
                         action,
                         len(completion.token_ids),
                         completion.finish_reason,
-                        result.reward,
+                        reward,
                         result.score,
                     )  # fmt: skip
                 )
@@ -236,10 +247,34 @@ class Player:
         sample.extra_info = extra_info
         sample.sequences.append(start_sequence(ids))
 
-    def zero_if_truncated(self, sample: Sample) -> None:
-        """With `rollout.truncated=zero`, set the reward of a sample that was cut off to 0."""
+    def shape(self, sample: Sample, sampling: SamplingParams | None) -> None:
+        """With `rollout.truncated=zero`, set the reward of a sample that was cut off to 0; give it
+        its penalty for length. May be called again when a judge has set the reward.
+
+        sampling: that of training; None in an evaluation, where no answer is too long.
+        """
         if sample.truncated and self.truncated == "zero":
             sample.zero_rewards()
+            sample.parts = dict.fromkeys(sample.parts, 0.0)
+        if sampling is not None and sample.error is None:
+            limit = sampling.max_new_tokens
+            sample.set_penalty(
+                sum(self.overlong.of_turn(one.length, limit) for one in sample.turns)
+            )
+
+    def _reward_of(self, result: Step) -> float:
+        """The reward of a step: its own, or the weighted sum of its several ones.
+
+        Raises EnvError if these are not those of `rollout.rewards`.
+        """
+        if (given := {*(result.rewards or {})}) != {*self.rewards}:
+            raise EnvError(
+                f"{self.environment.path}: step returned the rewards {sorted(given)}, and "
+                f"rollout.rewards names {sorted(self.rewards)}; give each its weight there"
+            )
+        if result.reward is not None:
+            return result.reward
+        return math.fsum(weight * result.rewards[name] for name, weight in self.rewards.items())
 
     def _check_sums(self, sample: Sample) -> None:
         """Raise EnvError if the sum over turns is not finite in float32."""

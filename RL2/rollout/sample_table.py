@@ -10,10 +10,11 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ _SAMPLES = {
     "clipped": torch.int64,  # whether a turn was cut off at the token limit
     "failed": torch.int64,
     "n_bytes": torch.int64,  # length of its line
+    "judge_tokens": torch.int64,
     "reward": torch.float64,
+    "earned": torch.float64,  # without the penalty for length
     "score": torch.float64,
 }
 _SEQUENCES = {"sample": torch.int64, "n_tokens": torch.int64}
@@ -60,12 +63,20 @@ def _token_columns(fields: Iterable[str]) -> dict[str, torch.dtype]:
     return {"rewards": _TOKENS["rewards"]} | dict.fromkeys(fields, torch.float32) | _TOKENS
 
 
+PART = "reward/"  # begins the names of the columns of several rewards
+
+
+def _sample_columns(parts: Iterable[str]) -> dict[str, torch.dtype]:
+    return _SAMPLES | {PART + name: torch.float64 for name in parts}
+
+
 @dataclass(frozen=True)
 class SampleTable:
     """Some samples.
 
     Attributes:
-        samples: `[S]` columns, see `_SAMPLES`, and `start`, the offset of its line in the text.
+        samples: `[S]` columns, see `_sample_columns`, and `start`, where its line begins in the
+            text.
         sequences: `[Q]` columns: number of the `sample`, `n_tokens`, and `start`, the offset in the
             tokens. Ordered by sample.
         tokens: columns of the tokens of all sequences. text: UTF-8, one line for each sample for
@@ -79,10 +90,14 @@ class SampleTable:
 
     @classmethod
     def of(
-        cls, samples: list[Sample], lines: bool = False, fields: tuple[str, ...] = ()
+        cls,
+        samples: list[Sample],
+        lines: bool = False,
+        fields: tuple[str, ...] = (),
+        parts: tuple[str, ...] = (),
     ) -> SampleTable:
         """A table of samples. lines: whether to make the text for `dump`. fields: names of judges'
-        fields to include."""
+        fields to include. parts: names of several rewards to include."""
         text = [_line(sample) if lines else b"" for sample in samples]
         rows = [(i, one) for i, sample in enumerate(samples) for one in sample.sequences]
         per_sample = [
@@ -95,12 +110,16 @@ class SampleTable:
                 one.truncated,
                 one.error is not None,
                 len(line),
+                one.judge_tokens,
                 one.reward,
+                one.earned,
                 one.score,
+                *(one.parts.get(name, 0.0) for name in parts),
             )
             for one, line in zip(samples, text, strict=True)
         ]
-        columns = zip(*per_sample, strict=True) if per_sample else [()] * len(_SAMPLES)
+        dtypes = _sample_columns(parts)
+        columns = zip(*per_sample, strict=True) if per_sample else [()] * len(dtypes)
         n_tokens = [len(one["token_ids"]) for _, one in rows]
         tokens = {}
         for name, dtype in _TOKENS.items():
@@ -117,7 +136,7 @@ class SampleTable:
         return cls._of_columns(
             {
                 name: torch.tensor(values, dtype=dtype)
-                for (name, dtype), values in zip(_SAMPLES.items(), columns, strict=True)
+                for (name, dtype), values in zip(dtypes.items(), columns, strict=True)
             },
             {
                 "sample": torch.tensor([i for i, _ in rows], dtype=torch.int64),
@@ -137,6 +156,11 @@ class SampleTable:
             tokens,
             text,
         )
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of several rewards."""
+        return [name.removeprefix(PART) for name in self.samples if name.startswith(PART)]
 
     def __len__(self) -> int:
         return len(self.samples["position"])
@@ -170,12 +194,12 @@ class SampleTable:
         return self.select((self.samples["clipped"] == 0).nonzero().squeeze(1))
 
     def without_equal_groups(self) -> tuple[SampleTable, float]:
-        """Drop the groups with equal rewards, which teach nothing relative to their mean.
+        """Drop the groups whose rewards are equal but for penalties of length.
 
         Returns the remaining samples and the fraction of groups dropped (0 without groups).
         """
         positions, group = self.samples["position"].unique(return_inverse=True)
-        equal = all_equal(self.samples["reward"], group, len(positions))
+        equal = all_equal(self.samples["earned"], group, len(positions))
         kept = (~equal[group]).nonzero().squeeze(1)
         return self.select(kept), int(equal.sum()) / max(1, len(positions))
 
@@ -192,7 +216,7 @@ def gather_samples(
         return table
     parts = (table.samples, table.sequences, table.tokens, {"text": table.text})
     fields = [name for name in table.tokens if name not in _TOKENS]
-    names = (_SAMPLES, _SEQUENCES, _token_columns(fields), _TEXT)
+    names = (_sample_columns(table.parts), _SEQUENCES, _token_columns(fields), _TEXT)
     columns = [part[name] for of_part, part in zip(names, parts, strict=True) for name in of_part]
     buffer = torch.cat([column.view(torch.uint8) for column in columns])
     buffer = torch.nn.functional.pad(buffer, (0, -len(buffer) % 8))
@@ -233,13 +257,16 @@ def _unpack(
     return parts
 
 
-def to_batch(table: SampleTable, n_responses: int) -> dict[str, Tensor] | None:
+def to_batch(
+    table: SampleTable, n_responses: int, weights: Mapping[str, float] = MappingProxyType({})
+) -> dict[str, Tensor] | None:
     """One row per sequence, in the samples' order; None without samples.
 
     The fields of `RL2.datasets.collate`, with rewards in float64, and: sample_ids, group_ids [B]
     int64; correct [B] bool; turn_ids [B, T] int64, the turn (from 0) of its sample in which the
     policy wrote the token; weight_versions [B, T] int64, the weights that wrote it. The last two
-    are -1 for tokens that the policy did not write. Judges' fields are [B, T] float32.
+    are -1 for tokens that the policy did not write. Judges' fields are [B, T] float32. With several
+    rewards, whose weights these are: reward_parts, reward_weights [B, K] float64.
     """
     sample, starts = table.sequences["sample"], table.sequences["start"]
     lengths = table.sequences["n_tokens"] - 1
@@ -279,6 +306,19 @@ def to_batch(table: SampleTable, n_responses: int) -> dict[str, Tensor] | None:
             for name in table.tokens
             if name not in _TOKENS
         },
+        **_several(table, weights),
+    }
+
+
+def _several(table: SampleTable, weights: Mapping[str, float]) -> Columns:
+    if not weights:
+        return {}
+    rows = table.sequences["sample"]
+    return {
+        "reward_parts": torch.stack([table.samples[PART + name][rows] for name in weights], -1),
+        "reward_weights": torch.tensor([*weights.values()], dtype=torch.float64).repeat(
+            len(rows), 1
+        ),
     }
 
 
@@ -298,6 +338,10 @@ def summarise(table: SampleTable, prefix: str) -> dict[str, float]:
         f"{prefix}/length_clip_ratio": mean("clipped"),
         f"{prefix}/n_turns": mean("n_turns"),
         f"{prefix}/empty_actions": float(table.samples["empty_actions"].sum()),
+        **{
+            ("test/" if prefix == "test" else "") + PART + name: mean(PART + name)
+            for name in table.parts
+        },
     }
 
 
@@ -373,6 +417,8 @@ def _record(sample: Sample) -> dict[str, Any]:
         record["turns"] = [vars(turn) for turn in sample.turns]
     if sample.fields:
         record["fields"] = sample.fields
+    if sample.parts:
+        record["rewards"] = sample.parts
     if failed:
         record["error"] = sample.error
     if sample.answer is not None:

@@ -123,6 +123,9 @@ class Sample:
     ended: whether the sample is finished.
     masked: whether it is left out of the batch, because it was cut off.
     fields: values from judges: a number, or one for each token that the policy wrote.
+    judge_tokens: tokens that the engine wrote for judges, counted at one of the group's samples.
+    parts: the sums of several rewards by name (`rollout.rewards`).
+    penalty: for its length (`RL2.rollout.overlong`); a part of the reward, 0 or less.
     """
 
     position: int
@@ -140,6 +143,9 @@ class Sample:
     ended: bool = False
     masked: bool = False
     fields: dict[str, float | list[float]] = field(default_factory=dict)
+    judge_tokens: int = 0
+    parts: dict[str, float] = field(default_factory=dict)
+    penalty: float = 0.0
 
     @property
     def truncated(self) -> bool:
@@ -147,8 +153,13 @@ class Sample:
         return any(turn.finish_reason == "length" for turn in self.turns)
 
     @property
-    def reward(self) -> float:
+    def earned(self) -> float:
+        """The reward without the penalty."""
         return total(turn.reward for turn in self.turns)
+
+    @property
+    def reward(self) -> float:
+        return total([*(turn.reward for turn in self.turns), self.penalty])
 
     @property
     def score(self) -> float:
@@ -160,6 +171,7 @@ class Sample:
 
     def zero_rewards(self) -> None:
         """Make the reward 0; the score stays."""
+        self.penalty = 0.0
         for turn in self.turns:
             turn.reward = 0.0
         for sequence in self.sequences:
@@ -169,6 +181,15 @@ class Sample:
         """Set the sample's reward, on the last action; the score stays."""
         self.zero_rewards()
         self.turns[-1].reward = reward
+        self._add_to_last_action(reward)
+
+    def set_penalty(self, penalty: float) -> None:
+        """Set the penalty, on the last action."""
+        if penalty != self.penalty:
+            self._add_to_last_action(penalty - self.penalty)
+            self.penalty = penalty
+
+    def _add_to_last_action(self, reward: float) -> None:
         acted = [one for one in self.sequences if any(one["action_mask"])]
         add_reward(acted[-1], reward)
 
@@ -187,7 +208,7 @@ class Sample:
             {name: list(values) for name, values in sequence.items()} for sequence in self.sequences
         ]
         state["extra_info"] = None if self.ended else deepcopy(self.extra_info)
-        state["fields"] = dict(self.fields)
+        state["fields"], state["parts"] = dict(self.fields), dict(self.parts)
         state["answer"] = self.answer if _is_plain(self.answer) else str(self.answer)
         state["written"] = asdict(self.written) if self.written else None
         return state
@@ -244,7 +265,7 @@ class Group:
         """Whether a finished group goes into a batch: some sample is good and not masked and, with
         `filtering`, the rewards differ."""
         good = [sample for sample in self.samples if sample.error is None and not sample.masked]
-        rewards = [sample.reward for sample in good]
+        rewards = [sample.earned for sample in good]
         return bool(rewards) and not (filtering and are_equal(rewards))
 
 

@@ -206,6 +206,8 @@ ESTIMATORS = {
     "grpo": {"estimator": "reinforce", "global_norm": True, "norm_var": True},
     "spo": {"estimator": "spo"},
 }
+_SHELF = ("rloo", "opo", "maxrl", "pass_k", "reinforce_pp", "reinforce_pp_baseline")
+ESTIMATORS |= {name: {"estimator": name} for name in _SHELF}
 
 
 @dataclass(frozen=True)
@@ -284,6 +286,7 @@ CASES |= {
         ("unbiased", "nll", "sequence", {"unbiased": True, "loss_estimator": "k3"}),
     )
 }
+CASES |= {name: Case(advantage=name) for name in _SHELF}
 CASES |= {  # a rank, or all of them, has little or nothing to learn from
     f"{batch}-{loss}-{level}": Case(loss, level, "spo", batch)
     for batch in ("none_correct", "one_correct", "three_rows_correct")

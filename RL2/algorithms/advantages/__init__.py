@@ -21,7 +21,22 @@ is a complete example, which a run uses with `adv.import_path=my_estimator.py:su
 from collections.abc import Callable
 from typing import Any
 
-from RL2.algorithms.advantages.baselines import reinforce, spo
+from RL2.algorithms.advantages.attempts import maxrl, pass_k
+from RL2.algorithms.advantages.baselines import opo, reinforce, remax, rloo, spo
 from RL2.algorithms.advantages.gae import gae
+from RL2.algorithms.advantages.plus_plus import reinforce_pp, reinforce_pp_baseline
+from RL2.algorithms.advantages.several import gdpo
 
-ADVANTAGES: dict[str, Callable[..., Any]] = {"reinforce": reinforce, "spo": spo, "gae": gae}
+ADVANTAGES: dict[str, Callable[..., Any]] = {
+    "reinforce": reinforce,
+    "spo": spo,
+    "gae": gae,
+    "rloo": rloo,
+    "opo": opo,
+    "remax": remax,
+    "reinforce_pp": reinforce_pp,
+    "reinforce_pp_baseline": reinforce_pp_baseline,
+    "maxrl": maxrl,
+    "pass_k": pass_k,
+    "gdpo": gdpo,
+}

@@ -1,10 +1,13 @@
 """Returns of samples, minus a baseline."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from RL2.algorithms.advantages.returns import sample_returns, sum_by
-from RL2.algorithms.rewards import all_equal, totals
+from RL2.algorithms.advantages.samples import by_sample
+from RL2.algorithms.rewards import SMALLEST, TOLERANCE
 
 
 def reinforce(
@@ -24,26 +27,62 @@ def reinforce(
     all of them have the same return, up to rounding, or there is only one, the advantage is exactly
     0. `norm_var=False` is Dr. GRPO (Liu et al. 2025), `True` GRPO (Shao et al. 2024).
     """
-    samples, sample_of_row = torch.unique(sample_ids, return_inverse=True)
-    # fp64: equal rewards must give a mean that is equal to them.
-    returns, sizes = totals(rewards, sample_of_row, len(samples))
-    group_of_sample = group_ids.new_zeros(len(samples)).scatter_(0, sample_of_row, group_ids)
-    groups, group_of_sample = torch.unique(group_of_sample, return_inverse=True)
-    if global_norm or len(groups) == len(samples):
-        group_of_sample = torch.zeros_like(group_of_sample)
-
-    counts = torch.bincount(group_of_sample)
-    mean = sum_by(returns, group_of_sample) / counts
-    advantages = returns - mean[group_of_sample]
-    equal = all_equal(returns, group_of_sample, len(counts), sizes)
-    if norm_var:
-        variance = sum_by(advantages.square(), group_of_sample) / (counts - 1).clamp(min=1)
-        advantages = advantages / variance.sqrt()[group_of_sample]
-    advantages = advantages.masked_fill(equal[group_of_sample], 0.0)
-    return (advantages[sample_of_row].unsqueeze(-1) * action_mask).to(rewards.dtype)
+    samples = by_sample(rewards, sample_ids, group_ids)
+    if global_norm or len(samples.counts) == len(samples.returns):
+        group = torch.zeros_like(samples.group)
+        samples = replace(samples, group=group, counts=torch.bincount(group))
+    return samples.tokens(samples.relative(norm_var), action_mask, rewards.dtype)
 
 
 def spo(rewards: Tensor, action_mask: Tensor, sample_ids: Tensor, group_ids: Tensor) -> Tensor:
     """Return of the sample on each of its action tokens: no baseline, no normalisation
     ("Exploring Paths", section 3.1)."""
     return sample_returns(rewards, sample_ids).unsqueeze(-1) * action_mask
+
+
+def rloo(rewards: Tensor, action_mask: Tensor, sample_ids: Tensor, group_ids: Tensor) -> Tensor:
+    """RLOO (Ahmadian et al. 2024, "Back to Basics", equation 8; Kool et al. 2019): the return minus
+    the mean return of the *other* samples of the group,
+
+        A_i = r_i - 1/(G-1) sum over j != i of r_j = G/(G-1) (r_i - mean)
+
+    A sample that is alone in its group, because the others failed, has no baseline and gets 0.
+    """
+    samples = by_sample(rewards, sample_ids, group_ids)
+    counts = samples.counts[samples.group].double()
+    advantages = counts / (counts - 1).clamp(min=1) * samples.relative()
+    return samples.tokens(advantages, action_mask, rewards.dtype)
+
+
+def opo(rewards: Tensor, action_mask: Tensor, sample_ids: Tensor, group_ids: Tensor) -> Tensor:
+    """OPO (Hao et al. 2025, "On-Policy RL with Optimal Reward Baseline", equation 9): the baseline
+    is the mean return of the group, weighted by lengths,
+
+        b = sum of l_i r_i / sum of l_i,  A_i = r_i - b
+
+    It has the least variance if a sample's squared gradient grows as its length l_i, which is the
+    number of its action tokens, those of all turns.
+    """
+    samples = by_sample(rewards, sample_ids, group_ids)
+    lengths = sum_by(action_mask.sum(-1).double(), samples.of_row)
+    weighted = sum_by(lengths * samples.returns, samples.group)
+    baseline = weighted / sum_by(lengths, samples.group).clamp(min=1)
+    advantages = samples.returns - baseline[samples.group]
+    return samples.tokens(advantages.masked_fill(samples.equal(), 0.0), action_mask, rewards.dtype)
+
+
+def remax(
+    rewards: Tensor, action_mask: Tensor, sample_ids: Tensor, greedy_reward: Tensor
+) -> Tensor:
+    """ReMax (Li et al. 2024, algorithm 1): the return minus the reward of the greedy answer to the
+    same prompt, A_i = r_i - r(greedy). That is `greedy_reward`, the field of the judge `greedy`
+    (`rollout.judges=[greedy]`). One sample of a prompt is enough.
+
+    The paper's per-token KL is `actor.kl.type=reward`, which counts in the whole return here; in
+    the paper, from its token on.
+    """
+    returns = sample_returns(rewards.double(), sample_ids).unsqueeze(-1)
+    advantages = returns - greedy_reward
+    noise = TOLERANCE * torch.maximum(returns.abs(), greedy_reward.abs())
+    equal = advantages.abs() <= noise.clamp(min=SMALLEST)  # the field is float32
+    return (advantages.masked_fill(equal, 0.0) * action_mask).to(rewards.dtype)

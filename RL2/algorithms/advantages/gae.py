@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from RL2.algorithms.advantages.returns import discounted, in_time
-from RL2.algorithms.rewards import all_equal
+from RL2.algorithms.advantages.returns import discounted, in_time, normalised
 
 
 def gae(
@@ -30,12 +29,4 @@ def gae(
     found = discounted(rewards_ + gamma * after - values_, gamma * lamda)
     advantages, returns = place.tokens(found), place.tokens(found + values_)
     sizes = returns.abs() + values.abs()
-    return _normalised(advantages, sizes, action_mask), {"returns": returns}
-
-
-def _normalised(x: Tensor, sizes: Tensor, mask: Tensor) -> Tensor:
-    """sizes: the magnitude of what each of them was summed from."""
-    own, one = x[mask], torch.zeros(int(mask.sum()), dtype=torch.int64, device=x.device)
-    if len(own) == 0 or all_equal(own, one, 1, sizes[mask]):
-        return torch.zeros_like(x)
-    return (x - own.mean()) / own.std() * mask
+    return normalised(advantages, action_mask, sizes), {"returns": returns}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from RL2.algorithms.rewards import totals
+from RL2.algorithms.rewards import all_equal, totals
 
 
 def sample_returns(rewards: Tensor, sample_ids: Tensor) -> Tensor:
@@ -73,3 +73,17 @@ def rewards_to_go(rewards: Tensor, action_mask: Tensor, sample_ids: Tensor, gamm
     """The discounted rewards from each action token on: `[B, T]`."""
     place = in_time(action_mask, sample_ids)
     return place.tokens(discounted(place.table(rewards), gamma))
+
+
+def normalised(x: Tensor, mask: Tensor | None = None, sizes: Tensor | None = None) -> Tensor:
+    """Mean 0 and an unbiased standard deviation of 1 over the values where the mask is True, in
+    float64; 0 elsewhere, and where all of them are equal, up to rounding.
+
+    sizes: the magnitudes of what they were summed from; by default their own.
+    """
+    mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+    own, result = x[mask].double(), torch.zeros_like(x, dtype=torch.float64)
+    one = torch.zeros_like(own, dtype=torch.int64)
+    if len(own) and not all_equal(own, one, 1, None if sizes is None else sizes[mask]):
+        result[mask] = (own - own.mean()) / own.std()
+    return result

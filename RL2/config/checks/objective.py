@@ -9,6 +9,20 @@ from RL2.runtime.errors import ConfigError
 CLIPPED_LOSSES = ("ppo", "gspo", "gspo_token", "gmpo", "clip_cov", "entropy_80_20")
 """The losses that take both clips, which `actor.clip` sets."""
 
+# Options of built-in estimators: the value that says nothing, and those that take it.
+_OPTIONS = {
+    "gamma": (1.0, ("gae", "reinforce_pp")),
+    "lamda": (1.0, ("gae",)),
+    "global_norm": (False, ("reinforce",)),
+    "norm_var": (False, ("reinforce",)),
+    "k": (None, ("pass_k",)),
+}
+_OF_GROUPS = ("rloo", "opo", "reinforce_pp_baseline", "maxrl", "pass_k", "gdpo")
+_WITHOUT_KL = {
+    "maxrl": "divides by mean rewards, which a KL makes negative",
+    "gdpo": "reads rollout.rewards, which hold no KL",
+}
+
 
 def check_importance(actor: DictConfig, rollout: DictConfig) -> None:
     if actor.tis_type == "truncate":
@@ -74,21 +88,39 @@ def check_clip(actor: DictConfig, rollout: DictConfig) -> None:
         )
 
 
-def check_advantages(adv: DictConfig) -> None:
+def check_advantages(
+    adv: DictConfig, train_data: DictConfig, actor: DictConfig, rollout: DictConfig
+) -> None:
     if adv.import_path is not None:  # only its file says which options it takes
         return
-    for name in ("gamma", "lamda"):
-        if adv[name] != 1 and adv.estimator in ("reinforce", "spo"):
+    name, chosen = adv.estimator, f"adv.estimator={adv.estimator}"
+    for option, (unset, estimators) in _OPTIONS.items():
+        if adv[option] != unset and name not in estimators:
+            others = " or ".join(f"adv.estimator={one}" for one in estimators)
             raise ConfigError(
-                f"adv.{name}={adv[name]}: has no effect with adv.estimator="
-                f"{adv.estimator}, which has no critic; leave it out"
+                f"adv.{option}={str(adv[option]).lower()}: has no effect with {chosen}; leave it "
+                f"out, or use {others}"
             )
-    for name in ("global_norm", "norm_var"):
-        if adv[name] and adv.estimator in ("spo", "gae"):
-            raise ConfigError(
-                f"adv.{name}=true: has no effect with adv.estimator={adv.estimator}; leave it out, "
-                "or use adv.estimator=reinforce"
-            )
+    n = train_data.responses_per_prompt
+    if name in _OF_GROUPS and n < 2:
+        raise ConfigError(
+            f"{chosen}: compares the samples of a prompt, and there is one; set "
+            "train_data.responses_per_prompt to 2 or more"
+        )
+    if adv.k is not None and adv.k > n:
+        raise ConfigError(
+            f"adv.k={adv.k}: more attempts than samples of a prompt, "
+            f"train_data.responses_per_prompt={n}; lower it, or raise that"
+        )
+    if name in _WITHOUT_KL and actor.kl.type == "reward":
+        raise ConfigError(
+            f"actor.kl.type=reward: {chosen} {_WITHOUT_KL[name]}; use actor.kl.type=loss"
+        )
+    if name == "gdpo" and rollout.overlong_buffer:
+        raise ConfigError(
+            f"rollout.overlong_buffer={rollout.overlong_buffer}: lowers the single reward, which "
+            f"{chosen} does not read; leave it out"
+        )
 
 
 def check_ratio(actor: DictConfig, train_data: DictConfig) -> None:

@@ -1,5 +1,6 @@
 """Rollouts: servers, stop texts, the environment, and how a step's batch is formed."""
 
+import math
 import os
 import re
 import sys
@@ -143,6 +144,26 @@ def check_batches(rollout: DictConfig) -> None:
                 f"{key}: has no effect with train_data.responses_per_prompt=1, as one sample of a "
                 "prompt leaves nothing to compare; raise that, or leave it out"
             )
+    for name, weight in rollout.rewards.items():
+        if not math.isfinite(weight):
+            raise ConfigError(f"rollout.rewards.{name}={weight}: must be finite")
+    limit = rollout.train_sampling_params.max_new_tokens
+    if rollout.overlong_buffer > limit:
+        raise ConfigError(
+            f"rollout.overlong_buffer={rollout.overlong_buffer}: more than all "
+            f"rollout.train_sampling_params.max_new_tokens={limit}; lower it"
+        )
+    if rollout.overlong_buffer and rollout.truncated == "zero":
+        raise ConfigError(
+            f"rollout.overlong_buffer={rollout.overlong_buffer}: an answer that was cut off would "
+            "get reward 0 by rollout.truncated=zero, more than one that ended just before; use one "
+            "of the two"
+        )
+    if rollout.overlong_penalty != 1 and not rollout.overlong_buffer:
+        raise ConfigError(
+            f"rollout.overlong_penalty={rollout.overlong_penalty}: has no effect with "
+            "rollout.overlong_buffer=0; set that, or leave it out"
+        )
     if rollout.sleep and rollout.staleness:
         raise ConfigError(
             "rollout.sleep=true: the engine generates all the time with "

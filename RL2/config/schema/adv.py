@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from RL2.config.schema.keys import FRACTION, by_trainer, key
+from RL2.config.schema.keys import FRACTION, Range, by_trainer, key
 
 
 @dataclass
@@ -17,12 +17,17 @@ class AdvConfig:
         "estimator",
         code=True,
     )
-    gamma: float = key(1.0, "discount, for estimators with a critic", FRACTION)
+    gamma: float = key(1.0, "discount, for gae and reinforce_pp", FRACTION)
     lamda: float = key(1.0, "lambda of GAE, for estimators with a critic", FRACTION)
     global_norm: bool = key(False, "reinforce: subtract the mean of the batch, not of the prompt")
     norm_var: bool = key(
         False,
         "reinforce: divide by the standard deviation (equal rewards, up to rounding, give 0)",
+    )
+    k: int | None = key(
+        None,
+        "pass_k: how many attempts there are, at most train_data.responses_per_prompt; null: 2",
+        Range(lambda x: x >= 2, "be 2 or more", "; k=1 is adv.estimator=rloo"),
     )
     options: dict[str, Any] = key(
         {}, "keyword arguments for your own estimator, e.g. adv.options.beta=0.1"

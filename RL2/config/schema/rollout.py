@@ -164,11 +164,17 @@ class RolloutConfig:
     judges: list[str] = key(
         [],
         "functions that see a prompt's finished samples in training and add fields to them: "
-        "agreement, reward_model, or your own (file.py:function or package.module:function)",
+        "agreement, greedy (the reward of the greedy answer, for adv.estimator=remax), reward_model, "
+        "or your own (file.py:function or package.module:function)",
         code=True,
         own="my_judge.py:my_judge",
     )
     reward_model: RewardModelConfig = group(RewardModelConfig)
+    rewards: dict[str, float] = key(
+        {},
+        "weights of several rewards that the environment returns as `rewards`, such as "
+        "{accuracy: 1.0, format: 0.5}; adv.estimator=gdpo normalises each by itself",
+    )
     env_timeout: float = key(
         60.0, "seconds after which a call of the environment counts as failed", ABOVE_ZERO
     )
@@ -195,7 +201,19 @@ class RolloutConfig:
         "mask (left out of the loss, of what it is divided by, and of the prompt's baseline; kept "
         "in metrics and rollouts) | zero (reward 0; the score stays)",
     )
-    dynamic_filtering: bool = key(True, "leave out prompts whose samples all got the same reward")
+    overlong_buffer: int = key(
+        0,
+        "DAPO's overlong shaping: the last tokens before max_new_tokens, in which the reward (not "
+        "the score) of a turn falls linearly by up to overlong_penalty; 0: none",
+        FROM_ZERO,
+    )
+    overlong_penalty: float = key(
+        1.0, "overlong_buffer: what a turn of max_new_tokens tokens loses", ABOVE_ZERO
+    )
+    dynamic_filtering: bool = key(
+        True,
+        "leave out prompts whose samples all got the same reward, penalties for length apart",
+    )
     max_resampled: int = key(
         0,
         "maximum prompts that a step draws to replace those left out; 0: train on fewer",

@@ -21,6 +21,7 @@ fails the prompt's samples as an environment would (`rollout.max_env_errors`).
 """
 
 from RL2.rollout.judges.agreement import agreement
+from RL2.rollout.judges.greedy import greedy
 from RL2.rollout.judges.judge import JUDGES, Judge, judge_group, resolve_judges
 
-__all__ = ["JUDGES", "Judge", "agreement", "judge_group", "resolve_judges"]
+__all__ = ["JUDGES", "Judge", "agreement", "greedy", "judge_group", "resolve_judges"]

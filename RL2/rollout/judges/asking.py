@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from array import array
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from types import TracebackType
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from RL2.engines.protocol import Completion, SamplingParams, check_request
 from RL2.rollout.player import Gate, Player
+from RL2.rollout.samples import Sample
 from RL2.runtime.errors import EngineError, EnvError
 
 
@@ -35,6 +38,7 @@ class Asking:
     def __init__(self, player: Player, gate: Gate, sampling: SamplingParams, seed: tuple[int, ...]):
         self._player, self._gate, self._seed = player, gate, seed
         self._sampling = replace(sampling, stop_token_ids=player.ends.ids)
+        self.n_tokens = 0  # written for the judge so far
         self._n_open = 0
         self._between = ExitStack()
 
@@ -66,9 +70,34 @@ class Asking:
             raise EnvError(str(error)) from error
         digest = sha256(array("q", token_ids).tobytes()).digest()[:7]
         seed = (*self._seed, number, int.from_bytes(digest, "big"))
+        with self._request():
+            completion = await self._player.write(_Request(), token_ids, sampling, seed, self._gate)
+        self.n_tokens += len(completion.token_ids)
+        return completion
+
+    async def play(self, item: dict[str, Any], *, temperature: float | None = None) -> Sample:
+        """One more answer to the prompt `item` (a group's), through the environment to its end as
+        in training.
+
+        Raises EnvError if it fails there.
+        """
+        _, step, _, position, number = self._seed
+        sample = Sample(position, number, born=(step, position))
+        sampling = self._sampling
+        if temperature is not None:
+            sampling = replace(sampling, temperature=temperature)
+        with self._request():
+            await self._player.play(sample, item, sampling, self._gate, train=True)
+        self.n_tokens += sample.length
+        if sample.error is not None:
+            raise EnvError(sample.error)
+        return sample
+
+    @contextmanager
+    def _request(self) -> Iterator[None]:
         self._count(1)
         try:
-            return await self._player.write(_Request(), token_ids, sampling, seed, self._gate)
+            yield
         finally:
             self._count(-1)
 

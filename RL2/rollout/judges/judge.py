@@ -18,6 +18,7 @@ from RL2.environments.calls import LARGEST
 from RL2.ops.token_stats import STATISTICS
 from RL2.rollout.judges.agreement import agreement
 from RL2.rollout.judges.asking import Asking
+from RL2.rollout.judges.greedy import greedy
 from RL2.rollout.judges.reward_model import RewardModel
 from RL2.rollout.player import Gate, Player
 from RL2.rollout.samples import Group, Sample
@@ -28,6 +29,7 @@ REWARD = "reward"
 # A class is made with the node `rollout`, and its method `judge` is the judge.
 JUDGES: dict[str, Callable[..., Any]] = {
     "agreement": agreement,
+    "greedy": greedy,
     "reward_model": RewardModel,
 }
 # Names that a judge's field cannot have.
@@ -180,10 +182,13 @@ async def judge_group(
         for judge in judges:
             seed = (player.seed, step, 1, position, -1 - judge.number)
             with Asking(player, gate, sampling, seed) as engine:
-                await judge(view, engine)
+                try:
+                    await judge(view, engine)
+                finally:
+                    good[0].judge_tokens += engine.n_tokens
     except EnvError as error:
         for sample in good:
             sample.fail(str(error), "env")
     for sample in good:
-        player.zero_if_truncated(sample)
+        player.shape(sample, sampling)
     group.judged = True

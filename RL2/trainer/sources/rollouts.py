@@ -91,7 +91,8 @@ class RolloutSource(Source):
     @classmethod
     def brings(cls, config: DictConfig) -> tuple[str, ...]:
         of_judges = fields_of(resolve_judges(config.rollout.get("judges") or (), config.rollout))
-        return ("rewards", "llm_logps", "correct", "group_ids", "turn_ids", *of_judges)
+        several = ("reward_parts", "reward_weights") if config.rollout.get("rewards") else ()
+        return ("rewards", "llm_logps", "correct", "group_ids", "turn_ids", *several, *of_judges)
 
     def _warn_if_no_end_token(self) -> None:
         sampling = self.config.rollout.train_sampling_params

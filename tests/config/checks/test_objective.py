@@ -59,3 +59,36 @@ def test_a_guard_of_one_update(message, composed):
     text = message("ppo", "actor.max_ratio=10")
     assert text.startswith("actor.max_ratio=10.0: has no effect with one optimizer step on a roll")
     validate(composed("ppo", "actor.max_ratio=10", "actor.epochs_per_rollout=2"), 1)
+
+
+def test_estimators_of_groups(message, composed):
+    assert message("ppo", "adv.estimator=rloo", "train_data.responses_per_prompt=1") == (
+        "adv.estimator=rloo: compares the samples of a prompt, and there is one; set "
+        "train_data.responses_per_prompt to 2 or more"
+    )
+    pass_k = ("adv.estimator=pass_k", "train_data.responses_per_prompt=4")
+    assert message("ppo", *pass_k, "adv.k=5").startswith(
+        "adv.k=5: more attempts than samples of a prompt, train_data.responses_per_prompt=4; "
+    )
+    assert (
+        message("ppo", *pass_k, "adv.k=1")
+        == "adv.k=1: must be 2 or more; k=1 is adv.estimator=rloo"
+    )
+    assert message("ppo", "adv.k=2") == (
+        "adv.k=2: has no effect with adv.estimator=reinforce; leave it out, or use "
+        "adv.estimator=pass_k"
+    )
+    kl = ("actor.kl.type=reward", "actor.kl.coef=0.1")
+    assert message("ppo", *kl, "adv.estimator=maxrl", "train_data.responses_per_prompt=4") == (
+        "actor.kl.type=reward: adv.estimator=maxrl divides by mean rewards, which a KL makes "
+        "negative; use actor.kl.type=loss"
+    )
+    gdpo = ("adv.estimator=gdpo", "train_data.responses_per_prompt=4", "rollout.rewards={a: 1}")
+    assert "which hold no KL" in message("ppo", *gdpo, *kl)
+    assert "which adv.estimator=gdpo does not read" in message(
+        "ppo", *gdpo, "rollout.overlong_buffer=8"
+    )
+    assert message("ppo", "rollout.rewards={a: inf}").startswith("rollout.rewards.a=inf: must be ")
+    validate(composed("ppo", *gdpo), 1)
+    validate(composed("ppo", *pass_k, "adv.k=4"), 1)
+    validate(composed("ppo", "adv.estimator=reinforce_pp", "adv.gamma=0.9"), 1)

@@ -76,3 +76,17 @@ def test_a_reward_model_and_its_judge_need_each_other(message, composed, workdir
     assert message("ppo", f"{key}=a/b").startswith(f"{key}=a/b: has no effect without the judge")
     assert message("ppo", judges, f"{key}=nothing").startswith(f"{key}=nothing: ")
     validate(composed("ppo", judges, f"{key}=a/b"), 1)
+
+
+def test_overlong_shaping(message, composed):
+    assert message("ppo", "rollout.overlong_buffer=257") == (
+        "rollout.overlong_buffer=257: more than all "
+        "rollout.train_sampling_params.max_new_tokens=256; lower it"
+    )
+    assert message("ppo", "rollout.overlong_buffer=8", "rollout.truncated=zero").startswith(
+        "rollout.overlong_buffer=8: an answer that was cut off would get reward 0"
+    )
+    assert message("ppo", "rollout.overlong_penalty=0.5").startswith(
+        "rollout.overlong_penalty=0.5: has no effect with rollout.overlong_buffer=0"
+    )
+    validate(composed("ppo", "rollout.overlong_buffer=256", "rollout.truncated=mask"), 1)

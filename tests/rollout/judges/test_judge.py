@@ -8,6 +8,7 @@ import pytest
 
 from RL2.algorithms import resolve_advantage
 from RL2.engines.protocol import Completion, SamplingParams
+from RL2.environments.environment import load_environment
 from RL2.rollout.flight import GroupsInFlight
 from RL2.rollout.judges.judge import JUDGES, fields_of, judge_group, resolve_judges
 from RL2.rollout.player import Player
@@ -163,7 +164,7 @@ def test_fields_that_cannot_be(tmp_path, fields, said):
 
 def test_our_own_are_resolved():
     judges = resolve_judges([name for name in JUDGES if name != "reward_model"])
-    assert fields_of(judges) == ("agreement",)
+    assert fields_of(judges) == ("agreement", "greedy_reward")
 
 
 def test_a_group_that_is_carried_is_judged_once():
@@ -196,3 +197,36 @@ def test_the_examples_of_the_docs(tmp_path):
     assert [one.fields["certainty"] for one in group.samples] == [-0.5] * 3
     (ids, sampling, _) = engine.calls[0]
     assert ids == [9, 9] and sampling.temperature == 0.0
+
+
+def test_greedy_answer_is_played_through_the_environment(tmp_path):
+    """Two turns at temperature 0; its reward is the baseline of all samples, its tokens count."""
+    path = tmp_path / "env.py"
+    path.write_text(
+        "async def step(state, action, extra_info):\n"
+        "    return {'next_state': state + action + '!', 'reward': extra_info['worth'],\n"
+        "            'score': 0.0, 'done': '!' in state}\n"
+    )
+    group = make_group()
+    group.item = {"index": 0, "prompt": "q", "extra_info": {"worth": 0.3}}
+    engine = ScriptedEngine(lambda *_: Completion([70, 71, 1], [-0.5] * 3, "stop", [0] * 3))
+
+    async def go(environment, group):
+        player = Player(engine, environment, make_tokenizer(), seed=1, max_turns=3, max_length=None)
+        flight = GroupsInFlight(None, engine, 2)
+        judges = resolve_judges(["agreement", "greedy"])
+        await judge_group(group, judges, player, flight.gate, SAMPLING)
+
+    asyncio.run(go(load_environment(path), group))
+    assert [one.fields["greedy_reward"] for one in group.samples] == [0.6] * 3
+    assert [sampling.temperature for _, sampling, _ in engine.calls] == [0.0, 0.0]
+    assert len({seed for *_, seed in engine.calls}) == 2
+    assert [one.judge_tokens for one in group.samples] == [6, 0, 0]
+    assert SampleTable.of(group.samples).samples["judge_tokens"].sum() == 6
+    assert group.samples[0].reward == 0.5
+
+    group = make_group()
+    group.item = {"index": 0, "prompt": "q", "extra_info": {}}
+    asyncio.run(go(load_environment(path), group))
+    assert "rollout.judges=greedy: " in group.samples[0].error
+    assert "step raised KeyError: 'worth'" in group.samples[0].error
