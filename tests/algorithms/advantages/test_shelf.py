@@ -223,7 +223,7 @@ def test_what_all_of_them_keep(name):
     inputs = ("rewards", "action_mask", "sample_ids", "group_ids")
 
     def call(values):
-        return estimator(dict(zip(inputs, values, strict=True)))
+        return estimator(dict(zip(inputs, values, strict=True)))["advantages"]
 
     values = batch(SAMPLES, GROUPS)
     order = torch.tensor([6, 3, 1, 5, 0, 2, 4])
