@@ -164,8 +164,8 @@ class RolloutConfig:
     judges: list[str] = key(
         [],
         "functions that see a prompt's finished samples in training and add fields to them: "
-        "agreement, greedy (the reward of the greedy answer, for adv.estimator=remax), reward_model, "
-        "or your own (file.py:function or package.module:function)",
+        "agreement, greedy (the reward of the greedy answer, for adv.estimator=remax), "
+        "reward_model, or your own (file.py:function or package.module:function)",
         code=True,
         own="my_judge.py:my_judge",
     )
