@@ -2,6 +2,7 @@
 
 import pytest
 
+from RL2.algorithms import ADVANTAGES
 from RL2.config.schema import SCHEMAS, keys_of
 from RL2.trainer.startup.keys import listed_names, type_in_words
 from RL2.trainer.startup.reference import PAGE, commented, written
@@ -35,7 +36,7 @@ def test_types_in_words():
         "actor.lr": "number",
         "trainer.max_steps": "whole number or null",
         "actor.kl.type": "loss | reward | advantage or null",
-        "adv.estimator": "reinforce | spo",
+        "adv.estimator": " | ".join(ADVANTAGES),
         "actor.loss.options": "mapping {name: value}",
         "rollout.server_args": "list of texts",
         "actor.use_liger_kernel": "auto, true or false",
