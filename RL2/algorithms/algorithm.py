@@ -12,7 +12,7 @@ from RL2.algorithms.corrections import Corrections
 from RL2.algorithms.estimator import Estimator, resolve_advantage
 from RL2.algorithms.kl import approx_kl
 from RL2.algorithms.losses.values import value
-from RL2.algorithms.parameters import GIVEN_BY, OLD_STATISTICS, ROW_FIELDS
+from RL2.algorithms.parameters import GIVEN_BY, OLD_STATISTICS, ROW_FIELDS, TEACHER_FIELDS
 from RL2.algorithms.rewards import in_float32
 from RL2.algorithms.segments import check_segments
 from RL2.algorithms.token_loss import TokenLoss, resolve_loss
@@ -113,6 +113,8 @@ def resolve_algorithm(config: DictConfig, brought: Collection[str]) -> Algorithm
     needs = needed_fields(config, loss, estimator, brought)
     check_reference(config, needs)
     check_renewal(config, needs)
+    check_teacher(config, loss, estimator, needs)
+    check_rewards(config, loss, estimator)
     gamma = 1.0 if value_loss is None else config.adv.gamma
     return Algorithm(loss, estimator, needs, resolve_penalty(config), value_loss, gamma)
 
@@ -182,15 +184,12 @@ def needed_fields(
     reference = []
     if "kl" in actor and actor.kl.coef > 0 or "ref_logps" in named:
         reference.append("ref_logps")
+    teacher = [name for name in TEACHER_FIELDS if name in {*loss.fields} | of_estimator]
+    statistics = OLD_STATISTICS | TEACHER_FIELDS
+    providers = (("old_logps", before), ("ref_logps", reference), ("teacher_logps", teacher))
     needs = {
-        provider: {
-            name: OLD_STATISTICS.get(name, "logps") for name in fields if name not in brought
-        }
-        for provider, fields in (
-            ("old_logps", before),
-            ("ref_logps", reference),
-            ("mismatch_kl", {"mismatch_kl"} & named),
-        )
+        provider: {name: statistics.get(name, "logps") for name in fields if name not in brought}
+        for provider, fields in (*providers, ("mismatch_kl", {"mismatch_kl"} & named))
     }
     if "old_values" in of_estimator:
         needs["old_values"] = {"old_values": "values"}
@@ -207,11 +206,52 @@ def check_renewal(config: DictConfig, needs: Collection[str]) -> None:
         )
 
 
+def check_teacher(
+    config: DictConfig,
+    loss: TokenLoss,
+    estimator: Estimator | None,
+    needs: Mapping[str, Mapping[str, str]],
+) -> None:
+    """ConfigError if a teacher is needed and not there, or the other way round."""
+    node, wanted = config.get("teacher"), needs.get("teacher_logps", {})
+    name = None if node is None else node.model_name
+    if wanted and name is None:
+        of_loss = {*wanted} & {*loss.fields}
+        raise ConfigError(
+            f"{loss.origin if of_loss else estimator.origin}: needs {', '.join(sorted(wanted))} of "
+            "a teacher, and teacher.model_name is null; set it to a model with the actor's "
+            "vocabulary"
+        )
+    if name is not None and not wanted:
+        estimated = "" if estimator is None else f" and {estimator.origin}"
+        raise ConfigError(
+            f"teacher.model_name={name}: has no effect with {loss.origin}{estimated}, which name "
+            f"none of {', '.join(TEACHER_FIELDS)}; use another loss or estimator, or leave it out"
+        )
+    if node is not None and node.top_k is not None and "teacher_top_ids" not in wanted:
+        raise ConfigError(
+            f"teacher.top_k={node.top_k}: has no effect without a loss such as topk_kl; leave "
+            "it out"
+        )
+
+
+def check_rewards(config: DictConfig, loss: TokenLoss, estimator: Estimator | None) -> None:
+    """ConfigError if something reads the rewards of a run without any."""
+    if "rollout" not in config or config.rollout.env_path is not None:
+        return
+    for one in (loss, estimator):
+        if one is not None and {"rewards", "correct"} & {*one.inputs}:
+            raise ConfigError(
+                f"rollout.env_path=null: {one.origin} reads rewards, and without an environment "
+                "every sample gets 0; give one, such as envs/gsm8k.py"
+            )
+
+
 def check_estimator(config: DictConfig, estimator: Estimator, brought: Collection[str]) -> None:
     """ConfigError if this run cannot give an estimator, or a selection, what it names."""
     there = {"action_mask", "sample_ids", "lengths", *brought}
     there |= {"advantages"} if "adv" in config and estimator.what != "advantages" else set()
-    there |= {"old_logps", *OLD_STATISTICS, "ref_logps"}
+    there |= {"old_logps", *OLD_STATISTICS, "ref_logps", *TEACHER_FIELDS}
     there |= {"old_values"} if "critic" in config else set()
     missing = sorted({*estimator.fields.values()} - there)
     for name in missing:
@@ -278,7 +318,7 @@ def check_loss(config: DictConfig, loss: TokenLoss, brought: Collection[str]) ->
             "torch.Generator with a seed"
         )
     check_answers(config, loss)
-    there = {"old_logps", *OLD_STATISTICS, "ref_logps", *brought}
+    there = {"old_logps", *OLD_STATISTICS, "ref_logps", *TEACHER_FIELDS, *brought}
     there |= {"advantages"} if "adv" in config else set()
     if loss.selection is not None:
         check_estimator(config, loss.selection, brought)

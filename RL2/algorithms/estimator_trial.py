@@ -46,6 +46,7 @@ def rollout(others: tuple[str, ...] = ()) -> Batch:
         "ref_logps": p.log() - 0.1,
         "llm_logps": p.log() + 0.05,
         "values": p - 0.3,
+        "teacher_logps": p.log() + 0.2,
         "log1mps": (-p).log1p(),
         "max_logps": p_max.log(),
         "max_log1mps": (-p_max).log1p(),

@@ -13,10 +13,16 @@ are options. The names, with N action tokens in a loss and B rows of T tokens in
                                 of all that stands above        update
     old_values returns          [N], of the critic before its   no
                                 update, and what it learns
+    at_logps                    [N, K], with gradient: log p    no
+                                of the teacher's K tokens
+    teacher_top_logps           [N, K], log p of the teacher    no
+                                for the same tokens
+    top_ids teacher_top_ids     [N, K] int32, the tokens        no
     old_log1mps old_max_logps   [N], of the policy before the   no: without old_
     old_max_log1mps             updates on this batch
     old_entropy old_ranks
     old_logps ref_logps         [N]                             [B, T]
+    teacher_logps               [N]                             [B, T]
     llm_logps rewards           [N]                             [B, T]
     advantages                  [N]                             no: it makes them
     turn_ids                    [N] int64, the turn of its      [B, T] int64, -1 at tokens of no
@@ -43,7 +49,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from RL2.ops.token_stats import STATISTICS
+from RL2.ops.token_stats import SEVERAL, STATISTICS
 from RL2.runtime.errors import ConfigError, first_line, place
 from RL2.runtime.user_code import Unfit, undisturbed
 
@@ -55,13 +61,18 @@ LEARNED: tuple[str, ...] = tuple(name for names in HEADS.values() for name in na
 """Statistics of any head. A loss takes those of one."""
 
 OLD_STATISTICS: dict[str, str] = {
-    f"old_{name}": name for name in STATISTICS if name not in ("logps", "top_logps")
+    f"old_{name}": name for name in STATISTICS if name not in ("logps", *SEVERAL)
 }
 """Fields with a statistic of the policy before the updates on a batch, besides `old_logps`."""
 
+TEACHER_FIELDS: dict[str, str] = {
+    "teacher_logps": "logps", "teacher_top_logps": "top_logps", "teacher_top_ids": "top_ids",
+}  # fmt: skip
+"""Fields with a statistic of the teacher, `[B, T]` or `[B, T, K]`."""
+
 FIELDS: tuple[str, ...] = (
     "advantages", "old_logps", "ref_logps", "llm_logps", "rewards", "turn_ids", *OLD_STATISTICS,
-    "old_values", "returns",
+    *TEACHER_FIELDS, "old_values", "returns",
 )  # fmt: skip
 """Fields of a batch that a loss may name in every run with rollouts; the last two with a critic."""
 
@@ -81,7 +92,7 @@ GIVEN_BY: dict[str, str] = {
 
 ESTIMATOR_FIELDS: tuple[str, ...] = (
     "rewards", "action_mask", *ROW_FIELDS, "turn_ids", "old_logps", "ref_logps", "llm_logps",
-    *OLD_STATISTICS.values(), "values",
+    "teacher_logps", *OLD_STATISTICS.values(), "values",
 )  # fmt: skip
 """What an advantage estimator may name in every run with rollouts."""
 

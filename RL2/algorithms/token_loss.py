@@ -63,8 +63,10 @@ class TokenLoss:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The inputs that are fields of the batch."""
-        return tuple(name for name in self.inputs if name not in (*LEARNED, *SEGMENTS))
+        """The fields of the batch that it needs: inputs, and the tokens of `at_logps`."""
+        named = tuple(name for name in self.inputs if name not in (*LEARNED, *SEGMENTS))
+        tokens = ("teacher_top_ids",) if "at_logps" in self.inputs else ()
+        return tuple(dict.fromkeys((*named, *tokens)))
 
     @property
     def segments(self) -> tuple[str, ...]:
@@ -89,7 +91,8 @@ class TokenLoss:
         self, tensors: Mapping[str, Tensor | Segments | Pairs]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses and metrics `{name: metric}`, one value per element of the `kind`, from (at least)
-        the `inputs` by name, each `[N]` but `top_logps`, which is `[N, top_k]`, and the `segments`.
+        the `inputs` by name, each `[N]`, or `[N, K]` where it has several numbers per token, and
+        the `segments`.
 
         Raises:
             Unfit: see `RL2.algorithms.contract.call`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import logging
+import math
 import random
 import sys
 import weakref
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from RL2.algorithms.parameters import OLD_STATISTICS
 from RL2.algorithms.segments import KINDS, SEGMENTS, kept_together, kinds_of, segments_of
+from RL2.ops.token_stats import CONSTANT
 from RL2.runtime.errors import ConfigError
 from RL2.runtime.user_code import Unfit, file_of
 
@@ -58,6 +60,11 @@ def tokens(top_k: int, inputs: tuple[str, ...] = ()) -> dict[str, Tensor]:
         "values": torch.tensor([0.5, -0.2, 0.8]),
         "old_values": torch.tensor([0.4, -0.1, 1.0]),
         "returns": torch.tensor([0.9, 0.9, 1.0]),
+        "top_ids": torch.arange(max(1, top_k)).int().expand(3, -1),
+        "at_logps": torch.tensor([[0.6, 0.2, 0.1], [0.2, 0.3, 0.1], [0.1, 0.6, 0.2]]).log(),
+        "teacher_logps": p.log() + 0.2,
+        "teacher_top_logps": torch.tensor([[0.7, 0.2, 0], [0.5, 0.3, 0.1], [0.4, 0.3, 0.2]]).log(),
+        "teacher_top_ids": torch.tensor([[5, 1, 3], [0, 2, 4], [3, 5, 1]]).int(),
         "advantages": torch.tensor([1.0, -1.0, 0.5]),
         "old_logps": p.log() + 0.1,
         "ref_logps": p.log() - 0.1,
@@ -85,8 +92,9 @@ def _cycle(n: int) -> Tensor:
 
 def _of_one_policy(values: Values) -> Values:
     """The first update after a rollout: all policies are the trained one."""
-    values = values | {name: values["logps"] for name in ("old_logps", "ref_logps", "llm_logps")}
-    values = values | {"old_values": values["values"]}
+    of_tokens = ("old_logps", "ref_logps", "llm_logps", "teacher_logps")
+    values = values | {name: values["logps"] for name in of_tokens}
+    values |= {"old_values": values["values"], "teacher_top_logps": values["at_logps"]}
     return values | {name: values[now] for name, now in OLD_STATISTICS.items()}
 
 
@@ -110,6 +118,10 @@ def _peaked(values: Values) -> Values:
         "entropy": 20 * rest,
         "ranks": torch.tensor([1.0, 1000.0, 1.0]),
         "top_logps": top,
+        # All that the student gives, or almost nothing: it prefers others than the teacher.
+        "at_logps": torch.stack([most, *2 * [log_rest.clamp(min=-120) - math.log(2)]], -1).where(
+            sampled[:, None], torch.tensor([-90.0, -200.0, -14.0])
+        ),
     }
     rows = _cycle(len(values["logps"]))
     return _of_one_policy(values | {name: value[rows] for name, value in changed.items()})
@@ -201,7 +213,7 @@ def _given(values: Values, statistics: tuple[str, ...]) -> Values:
         for name, value in values.items()
     }
     for name in statistics:
-        copies[name].requires_grad_(name != "ranks")
+        copies[name].requires_grad_(name not in CONSTANT)
     return copies
 
 
@@ -329,7 +341,7 @@ def _check(
 ) -> None:
     """Raises Unfit, which names the line that causes it. learns: whether a gradient is needed."""
     values = _given(values, statistics)
-    learned = {name: values[name] for name in statistics if name != "ranks"}
+    learned = {name: values[name] for name in statistics if name not in CONSTANT}
     with torch.enable_grad():
         losses, _ = loss(values)
     if learns and not losses.requires_grad:

@@ -14,6 +14,8 @@ KEYS: dict[str, str] = {
     "model": "actor.model_name",
     "tokenizer_name": "- the tokenizer is the model's",
     "ref_model": "ref_actor.model_name",
+    "teacher_model_name_or_path": "teacher.model_name",
+    "teacher_model": "teacher.model_name",
     "torch_dtype": "actor.dtype",
     "bf16": "actor.dtype, bfloat16",
     "fp16": "actor.dtype, bfloat16 or float32: fp16 training is not supported",

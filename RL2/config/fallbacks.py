@@ -34,7 +34,16 @@ def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list
             where it is neither installed nor given; `rollout.tp_size` above 1 without servers.
     """
     lines = call_each(
-        (_without_peft, _saved_dtype, _actor, _ref_actor, _critic, _rollout, _escaped_stops),
+        (
+            _without_peft,
+            _saved_dtype,
+            _actor,
+            _ref_actor,
+            _teacher,
+            _critic,
+            _rollout,
+            _escaped_stops,
+        ),  # fmt: skip
         config,
         cuda=cuda,
         available=available,
@@ -68,6 +77,10 @@ def _ref_actor(ref_actor: DictConfig, cuda: bool, available: Set[str]) -> list[s
 
 def _critic(critic: DictConfig, cuda: bool, available: Set[str]) -> list[str]:
     return _model(critic, "critic", cuda, available)
+
+
+def _teacher(teacher: DictConfig, cuda: bool, available: Set[str]) -> list[str]:
+    return [] if teacher.model_name is None else _model(teacher, "teacher", cuda, available)
 
 
 def _escaped_stops(rollout: DictConfig) -> list[str]:

@@ -26,4 +26,6 @@ def as_text(value: Any) -> str:
         return f"[{','.join(map(as_text, value))}]"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, str) and {*"{}"} & {*value}:
+        return f'"{value}"'
     return "null" if value is None else str(value)

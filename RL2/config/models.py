@@ -16,6 +16,8 @@ from RL2.config.model_files import read_folder
 from RL2.config.paths import not_there
 from RL2.runtime.errors import ConfigError, first_line
 
+POLICY = "policy"
+"""As the name of a teacher: the actor itself."""
 HUB_NAME = r"[\w\-][\w.\-]*"
 _HUB_MODEL = re.compile(rf"{HUB_NAME}/{HUB_NAME}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -116,10 +116,23 @@ def gold_answer(answer: str) -> str:
 
 def question_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """Prompt text of a GSM8K question: from the chat template, or plain if there is none."""
+    return prompt_text(tokenizer, question_asked(tokenizer, question))
+
+
+def question_asked(tokenizer: PreTrainedTokenizerBase, question: str) -> str | list[dict[str, Any]]:
+    """A GSM8K question as the message of a user, or plain if there is no chat template."""
     if tokenizer.chat_template is None:
         return f"{question}\n{GSM8K_INSTRUCTION}\n"
-    message = {"role": "user", "content": f"{question} {GSM8K_INSTRUCTION}"}
-    return render(tokenizer, [message], add_generation_prompt=True)
+    return [{"role": "user", "content": f"{question} {GSM8K_INSTRUCTION}"}]
+
+
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase,
+    asked: str | list[dict[str, Any]],
+    tools: list[Any] | None = None,
+) -> str:
+    """Prompt text of a text, which is that itself, or of messages."""
+    return asked if isinstance(asked, str) else messages_prompt(tokenizer, asked, tools)
 
 
 def messages_prompt(

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from RL2.datasets.base import keep_within, load_limited_rows, option
+from RL2.datasets.context import Context
 from RL2.datasets.extra_info import fault_of
 from RL2.datasets.formats import RL_ROWS, Unread, format_of
 from RL2.datasets.messages import messages_of, tools_of
@@ -18,12 +19,13 @@ from RL2.datasets.prompts import (
     RL_FORMATS,
     extra_info_of,
     gold_answer,
-    messages_prompt,
     missing_keys,
-    question_prompt,
+    prompt_text,
+    question_asked,
     text_of,
 )
 from RL2.datasets.rows import BadRow, Rows
+from RL2.runtime.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,11 @@ class RLDataset(Dataset):
         key: name of that node, for messages.
         max_prompt_length: maximum tokens; None: `config.max_prompt_length`, where null is no limit.
         max_extra_info: maximum bytes of a row's extra_info, pickled; None for no limit.
+        context: makes the prompt that a teacher reads, whose tokens are kept in `contexts`.
+        max_context_length: maximum tokens of that.
+
+    Attributes:
+        contexts: the tokens of the teacher's prompts; None without `context`.
 
     Raises:
         DataError: unreadable data, a malformed row (file and line), an overlong prompt.
@@ -57,9 +64,12 @@ class RLDataset(Dataset):
         key: str = "train_data",
         max_prompt_length: int | None = None,
         max_extra_info: int | None = None,
+        context: Context | None = None,
+        max_context_length: int | None = None,
     ) -> None:
         self.key = key
         self.batch_size_key = f"{key}.prompts_per_rollout"
+        self.contexts: list[list[int]] | None = None
         if option(config, "path") is None:
             self._items: list[dict[str, Any]] = [
                 {"extra_info": {}} for _ in range(config.prompts_per_rollout)
@@ -70,7 +80,7 @@ class RLDataset(Dataset):
             max_prompt_length = option(config, "max_prompt_length")
         rows = load_limited_rows(config, key)
         unread = Unread(key, tokenizer)
-        items = rows.parsed(lambda row: _item(row, tokenizer, unread, max_extra_info), key)
+        items = rows.parsed(lambda row: _item(row, tokenizer, unread, max_extra_info, context), key)
         unread.report()
         _warn_of_missing_answers(items, rows, key)
         prompts = [item["prompt"] for item in items]
@@ -88,6 +98,10 @@ class RLDataset(Dataset):
             limit_key=f"{key}.max_prompt_length",
         )
         self._items = [items[i] for i in kept]
+        if context is not None:
+            texts = [items[i].pop("context") for i in kept]
+            self.contexts = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            _check_contexts(self.contexts, max_context_length, rows, kept)
         self.fingerprint = rows.fingerprint(kept)
 
     def __len__(self) -> int:
@@ -114,25 +128,45 @@ def _item(
     tokenizer: PreTrainedTokenizerBase,
     unread: Unread,
     max_extra_info: int | None,
+    context: Context | None = None,
 ) -> dict[str, Any]:
-    """Prompt text and extra_info of one row."""
+    """Prompt text and extra_info of one row, and with `context` the teacher's prompt text."""
     kind = format_of(row, RL_ROWS)
     if kind is None:
         raise missing_keys(row, RL_FORMATS)
     unread.add_row(row, kind)
+    tools = None
     if "messages" in kind.needs:
-        messages, tools = messages_of(row), tools_of(row)
-        unread.add_messages(messages, tools)
-        prompt = messages_prompt(tokenizer, messages, tools)
+        asked, tools = messages_of(row), tools_of(row)
+        unread.add_messages(asked, tools)
+        prompt = prompt_text(tokenizer, asked, tools)
         extra_info = extra_info_of(row)
     elif "prompt" in kind.needs:
-        prompt = text_of(row, "prompt")
+        prompt = asked = text_of(row, "prompt")
         extra_info = extra_info_of(row)
     else:
         question = text_of(row, "question")
         gold = gold_answer(text_of(row, "answer"))
-        prompt = question_prompt(tokenizer, question)
+        asked = question_asked(tokenizer, question)
+        prompt = prompt_text(tokenizer, asked)
         extra_info = {**extra_info_of(row), "answer": gold}
     if (fault := fault_of(extra_info, max_extra_info)) is not None:
         raise BadRow(fault)
-    return {"prompt": prompt, "extra_info": extra_info}
+    item = {"prompt": prompt, "extra_info": extra_info}
+    if context is None:
+        return item
+    made = context(copy.deepcopy(asked), copy.deepcopy(extra_info))
+    return item | {"context": prompt_text(tokenizer, made, tools)}
+
+
+def _check_contexts(
+    contexts: list[list[int]], limit: int | None, rows: Rows, kept: list[int]
+) -> None:
+    """DataError if the teacher's prompt of a row is empty, or longer than `limit`."""
+    for ids, row in zip(contexts, kept, strict=True):
+        if not ids or (limit is not None and len(ids) > limit):
+            raise DataError(
+                f"teacher.context: {rows.where(row)}: its prompt has {len(ids)} tokens, and must "
+                f"have 1 to {limit}; raise teacher.max_inference_length_per_device (with "
+                "teacher.model_name=policy that of actor), or make it shorter"
+            )

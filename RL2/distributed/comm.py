@@ -1,14 +1,14 @@
 """How a batch on rank 0 becomes packed micro-batches on every rank, and results come back.
 
 A batch is a dict of right-padded `[B, T]` tensors with `lengths [B]` (see `RL2.datasets.base`).
-A micro-batch is a dict of *flat* tensors: its rows, without padding, one after the other, or this
-rank's slice of that. Only valid tokens are sent, as one buffer of bytes for each rank; one index,
-computed once, says where each token goes.
+Fields with several numbers per token are `[B, T, K]`. A micro-batch is a dict of *flat* tensors:
+its rows, without padding, one after the other, or this rank's slice of that. Only valid tokens are
+sent, as one buffer of bytes for each rank; one index, computed once, says where each token goes.
 """
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,25 @@ _DTYPES = (
     torch.int64, torch.float64, torch.int32, torch.float32, torch.float16, torch.bfloat16,
     torch.int16, torch.int8, torch.uint8, torch.bool,
 )  # fmt: skip
+
+
+class Form(NamedTuple):
+    """What a field is: its dtype, the one in which it is sent, and how many numbers a token has, 0
+    if it is `[B, T]`."""
+
+    dtype: torch.dtype
+    wire: torch.dtype
+    columns: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of a token as it is sent."""
+        return max(1, self.columns) * self.wire.itemsize
+
+    def view(self, received: Tensor) -> Tensor:
+        """The field of the tokens whose bytes these are."""
+        values = received.view(self.wire).to(self.dtype)
+        return values.view(-1, self.columns) if self.columns else values
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,8 +178,8 @@ def scatter(
     """Spread rank 0's batch over all ranks as micro-batches of at most `max_length` tokens.
 
     Args:
-        batch: `[B, T]` fields and `lengths [B]` on rank 0, ignored elsewhere.
-        fields: names of the `[B, T]` fields to send.
+        batch: `[B, T]` and `[B, T, K]` fields and `lengths [B]` on rank 0, ignored elsewhere.
+        fields: names of those fields to send.
         max_length: maximum tokens of a micro-batch on a rank; a pack has up to `sp_size` times as
             many.
         layout: how the ranks share the tokens; None: data parallelism over all ranks.
@@ -171,23 +190,21 @@ def scatter(
 
     Returns:
         This rank's micro-batches in CPU memory (the same number on every rank), and the plan that
-        `gather` needs. Each holds flat `[n]` tensors of `fields`, this rank's slice of a pack;
-        `lengths`, those of the whole pack's sequences, filler included; the int `start`, the
-        first token of the slice in the pack; and int64 `[rows]` of `row_fields`, of the whole
+        `gather` needs. Each holds flat `[n]` or `[n, K]` tensors of `fields`, this rank's slice of
+        a pack; `lengths`, those of the whole pack's sequences, filler included; the int `start`,
+        the first token of the slice in the pack; and int64 `[rows]` of `row_fields`, of the whole
         pack's rows.
     """
     layout = layout or Layout(world_size=world_size())
     plan = None
     if rank() == 0:
         plan = ScatterPlan.make(batch["lengths"].cpu(), max_length, layout, quadratic, units)
-    plan, dtypes, of_rows = _share_plan(batch, fields, plan, layout, traffic, row_fields)
+    plan, forms, of_rows = _share_plan(batch, fields, plan, layout, traffic, row_fields)
     # The bytes of the fields, one after the other, wide dtypes first, so that all are aligned.
-    n_bytes = [
-        size * sum(wire.itemsize for _, wire in dtypes.values()) for size in plan.share_sizes
-    ]
+    n_bytes = [size * sum(form.n_bytes for form in forms.values()) for size in plan.share_sizes]
     width = -(-max(n_bytes) // 8) * 8  # dist.scatter wants equal shapes
 
-    buffers = _fill_buffers(batch, dtypes, plan, width) if rank() == 0 else None
+    buffers = _fill_buffers(batch, forms, plan, width) if rank() == 0 else None
     if layout.world_size == 1:
         received = buffers[0]
     else:
@@ -199,9 +216,9 @@ def scatter(
     slices = plan.slices(rank())
     sizes = [size for size, _, _ in slices]
     split, offset = {}, 0
-    for name, (dtype, wire) in dtypes.items():
-        n = sum(sizes) * wire.itemsize
-        split[name] = received[offset : offset + n].view(wire).to(dtype).split(sizes)
+    for name, form in forms.items():
+        n = sum(sizes) * form.n_bytes
+        split[name] = form.view(received[offset : offset + n]).split(sizes)
         offset += n
     place, _, _ = layout.coordinates(rank())
     own_rows = plan.rows.split(plan.counts.tolist())[place :: layout.dp_size]
@@ -238,17 +255,18 @@ def _share_plan(
     layout: Layout,
     traffic: Traffic | None,
     row_fields: tuple[str, ...],
-) -> tuple[ScatterPlan, dict[str, tuple[torch.dtype, torch.dtype]], Batch]:
-    """Rank 0's plan on every rank, `{field: (dtype, dtype in which it is sent)}`, the widest
-    first, and the `row_fields`."""
-    header = torch.zeros(2 + 2 * len(fields), dtype=torch.int64)
+) -> tuple[ScatterPlan, dict[str, Form], Batch]:
+    """Rank 0's plan on every rank, the form of each field, the widest dtype first, and the
+    `row_fields`."""
+    header = torch.zeros(2 + 3 * len(fields), dtype=torch.int64)
     of_rows = {}
     if rank() == 0:
         of_rows = {name: batch[name].to("cpu", torch.int64) for name in row_fields}
         own = [batch[name].dtype for name in fields]
         wire = [_wire_dtype(batch[name]) for name in fields]
         codes = [_DTYPES.index(dtype) for dtype in own + wire]
-        header = torch.tensor([len(plan.lengths), len(plan.counts), *codes])
+        columns = [batch[name].shape[2] if batch[name].dim() > 2 else 0 for name in fields]
+        header = torch.tensor([len(plan.lengths), len(plan.counts), *codes, *columns])
     if layout.world_size > 1:
         dist.broadcast(header, src=0)
         n_rows, n_packs = header[:2].tolist()
@@ -262,11 +280,12 @@ def _share_plan(
         of_rows = dict(zip(row_fields, rest, strict=True))
         if traffic is not None:
             traffic.add("scatter", 8 * (len(header) + len(tables)) * (layout.world_size - 1))
-    codes = header[2:].view(2, -1).T.tolist()
-    dtypes = {
-        name: (_DTYPES[own], _DTYPES[wire]) for name, (own, wire) in zip(fields, codes, strict=True)
+    codes = header[2:].view(3, -1).T.tolist()
+    forms = {
+        name: Form(_DTYPES[own], _DTYPES[wire], columns)
+        for name, (own, wire, columns) in zip(fields, codes, strict=True)
     }
-    return plan, dict(sorted(dtypes.items(), key=lambda item: -item[1][1].itemsize)), of_rows
+    return plan, dict(sorted(forms.items(), key=lambda item: -item[1].wire.itemsize)), of_rows
 
 
 def _wire_dtype(values: Tensor) -> torch.dtype:
@@ -279,14 +298,14 @@ def _wire_dtype(values: Tensor) -> torch.dtype:
 
 
 def _fill_buffers(
-    batch: Batch, dtypes: dict[str, tuple[torch.dtype, torch.dtype]], plan: ScatterPlan, width: int
+    batch: Batch, forms: dict[str, Form], plan: ScatterPlan, width: int
 ) -> list[Tensor]:
     """`[width]` bytes for each rank; tensor-parallel ranks share theirs."""
     layout = plan.layout
     n_places = layout.world_size // layout.tp_size
-    flat = {name: batch[name].to(wire).flatten() for name, (_, wire) in dtypes.items()}
+    flat = {name: batch[name].to(form.wire).flatten(0, 1) for name, form in forms.items()}
     index = plan.index(batch[next(iter(flat))].shape[1])
-    end = next(iter(flat.values())).numel()
+    end = len(next(iter(flat.values())))
     of_places = torch.empty(n_places, width, dtype=torch.uint8)
     for share, source in zip(
         of_places, index.split(plan.share_sizes[:: layout.tp_size]), strict=True
@@ -294,9 +313,9 @@ def _fill_buffers(
         filler = (source >= end).nonzero().squeeze(1)
         source = source.clamp(max=end - 1)
         offset = 0
-        for values in flat.values():
-            n = len(source) * values.itemsize
-            target = share[offset : offset + n].view(values.dtype)
+        for name, values in flat.items():
+            n = len(source) * forms[name].n_bytes
+            target = share[offset : offset + n].view(values.dtype).view(-1, *values.shape[1:])
             torch.index_select(values, 0, source, out=target)
             target.index_fill_(0, filler, 0)
             offset += n
@@ -306,8 +325,8 @@ def _fill_buffers(
 def gather(
     values: list[Tensor], plan: ScatterPlan, traffic: Traffic | None = None
 ) -> Tensor | None:
-    """Bring one flat `[n]` tensor per micro-batch back as `[B, T]` on rank 0 (None elsewhere),
-    where T is the longest row's number of tokens.
+    """Bring one flat `[n]` or `[n, K]` tensor per micro-batch back as `[B, T]` or `[B, T, K]` on
+    rank 0 (None elsewhere), where T is the longest row's number of tokens.
 
     Tensor-parallel ranks have the same values, so only the first of each group sends them.
     traffic: counts the bytes, under the name `gather`.
@@ -317,19 +336,21 @@ def gather(
     flat = torch.cat(values).cpu()[: sizes[rank()]]
     flat = concatenate_on_rank_0(flat, sizes)
     if traffic is not None:
-        traffic.add("gather", sum(sizes[1:]) * values[0].itemsize)
+        columns = values[0].shape[1:].numel()
+        traffic.add("gather", sum(sizes[1:]) * columns * values[0].itemsize)
     if flat is None:
         return None
     n_rows, n_tokens = len(plan.lengths), int(plan.lengths.max())
-    out = flat.new_zeros(n_rows * n_tokens + layout.sp_size)  # filler goes to the end
-    out.scatter_(0, plan.index(n_tokens), flat)
-    return out[: n_rows * n_tokens].view(n_rows, n_tokens)
+    # filler goes to the end
+    out = flat.new_zeros(n_rows * n_tokens + layout.sp_size, *flat.shape[1:])
+    out.index_copy_(0, plan.index(n_tokens), flat)
+    return out[: n_rows * n_tokens].unflatten(0, (n_rows, n_tokens))
 
 
 def concatenate_on_rank_0(
     values: Tensor, sizes: list[int], group: dist.ProcessGroup | None = None
 ) -> Tensor | None:
-    """All ranks' `[sizes[rank]]` CPU tensors of one dtype, one after the other, on rank 0 (None
+    """All ranks' `[sizes[rank], …]` CPU tensors of one dtype, one after the other, on rank 0 (None
     elsewhere). No padding is sent; ranks without values send nothing."""
     own = 0 if len(sizes) == 1 else dist.get_rank(group)
     if own != 0:
@@ -338,7 +359,7 @@ def concatenate_on_rank_0(
         return None
     if len(sizes) == 1:
         return values
-    result = values.new_empty(sum(sizes))
+    result = values.new_empty(sum(sizes), *values.shape[1:])
     parts = result.split(sizes)
     parts[0].copy_(values)
     requests = [

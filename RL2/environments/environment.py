@@ -119,16 +119,23 @@ class InProcess:
         """Nothing to close."""
 
 
+NO_REWARD = Path(__file__).with_name("no_reward.py")
+"""The environment of runs without one."""
+
+
 def load_environment(
-    path: str | Path, timeout: float = 60.0, workers: int | None = 0
+    path: str | Path | None, timeout: float = 60.0, workers: int | None = 0
 ) -> Environment:
-    """Load the environment file at `path`; `timeout` (seconds) bounds each call.
+    """Load the environment file at `path`; `timeout` (seconds) bounds each call. None: every
+    sample ends after a turn with the reward 0.
 
     workers: number of processes (`rollout.env_workers`); 0 runs it in this one, None chooses.
 
     Raises ConfigError naming `rollout.env_path` when the file is missing, cannot be imported, has
     no `async def step` that can be called, or one whose source shows a wrong answer.
     """
+    if path is None:
+        path, workers = NO_REWARD, 0
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"rollout.env_path={path}: no such file; give the path of a .py file")

@@ -45,6 +45,7 @@ class HeadedModel(nn.Module):
         top_k: int = 0,
         loss_fn: LossOfStatistics | None = None,
         start: int = 0,
+        at: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """
         Args:
@@ -54,7 +55,7 @@ class HeadedModel(nn.Module):
                 kernel waits for the host.
             positions: `[A]` indices into `states`; the head's results are about their next tokens.
             actions: `[A]` those next tokens.
-            temperature, wanted, top_k, loss_fn: see `RL2.models.heads.Question`.
+            temperature, wanted, top_k, loss_fn, at: see `RL2.models.heads.Question`.
             start: where in the pack the slice begins.
 
         Returns:
@@ -73,8 +74,8 @@ class HeadedModel(nn.Module):
 
         return self.head(
             Question(
-                self.model, hidden, logits, actions, temperature, wanted, top_k, loss_fn,
-                self.tp_group,
+                self.model, hidden, logits, actions, temperature, wanted, top_k, at,
+                loss_fn, self.tp_group,
             )
         )  # fmt: skip
 

@@ -38,7 +38,8 @@ class Question:
         actions: the tokens, `[A]`.
         temperature: divides the logits.
         wanted: names of the statistics to compute.
-        top_k: number of `top_logps`.
+        top_k: number of `top_logps` and `top_ids`.
+        at: the tokens `[A, K]` of `at_logps`.
         loss_fn: the loss to compute from them, which may be called on a part of the tokens at a
             time.
         tp_group: the group over which the weights are split; None: they are whole.
@@ -51,6 +52,7 @@ class Question:
     temperature: float
     wanted: Sequence[str]
     top_k: int = 0
+    at: Tensor | None = None
     loss_fn: LossOfStatistics | None = None
     tp_group: dist.ProcessGroup | None = None
 
@@ -100,7 +102,7 @@ class Head:
 class TokenStatsHead(Head):
     """Statistics of the next token's distribution, such as the log-probability of an action.
 
-    `top_logps` are `[A, top_k]`. With a linear head, logits are never stored.
+    `top_logps` are `[A, top_k]`, `at_logps` as `at`. With a linear head, logits are never stored.
     """
 
     auto_class = AutoModelForCausalLM
@@ -128,7 +130,7 @@ class TokenStatsHead(Head):
                 return question.loss_fn(stats.as_dict(), rows)
 
         if not self.linear:
-            stats = token_stats(question.logits(), *asked, question.top_k)
+            stats = token_stats(question.logits(), *asked, question.top_k, question.at)
             if loss_fn is None:
                 return stats.as_dict()
             loss, metrics = loss_of(stats, len(question.actions), loss_fn)
@@ -137,7 +139,8 @@ class TokenStatsHead(Head):
         hidden = question.hidden()
         weight, bias = self.weights(question.model)
         options = {
-            "bias": bias, "top_k": question.top_k, "implementation": self.implementation,
+            "bias": bias, "top_k": question.top_k, "at": question.at,
+            "implementation": self.implementation,
         }  # fmt: skip
         if question.tp_group is not None:
             vocab_size = question.model.get_output_embeddings().weight.shape[0]

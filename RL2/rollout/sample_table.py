@@ -34,6 +34,7 @@ _TYPECODES = {torch.int32: "i", torch.float32: "f", torch.float64: "d", torch.ui
 _SAMPLES = {
     "position": torch.int64,
     "response": torch.int64,
+    "index": torch.int64,  # of the prompt in the data set
     "length": torch.int64,
     "n_turns": torch.int64,
     "empty_actions": torch.int64,
@@ -104,6 +105,7 @@ class SampleTable:
             (
                 one.position,
                 one.response,
+                one.index,
                 one.length,
                 len(one.turns),
                 sum(not turn.action for turn in one.turns),
@@ -262,11 +264,12 @@ def to_batch(
 ) -> dict[str, Tensor] | None:
     """One row per sequence, in the samples' order; None without samples.
 
-    The fields of `RL2.datasets.collate`, with rewards in float64, and: sample_ids, group_ids [B]
-    int64; correct [B] bool; turn_ids [B, T] int64, the turn (from 0) of its sample in which the
-    policy wrote the token; weight_versions [B, T] int64, the weights that wrote it. The last two
-    are -1 for tokens that the policy did not write. Judges' fields are [B, T] float32. With several
-    rewards, whose weights these are: reward_parts, reward_weights [B, K] float64.
+    The fields of `RL2.datasets.collate`, with rewards in float64, and: sample_ids, group_ids and
+    prompt_index (the row of the data set) [B] int64; correct [B] bool; turn_ids [B, T] int64, the
+    turn (from 0) of its sample in which the policy wrote the token; weight_versions [B, T] int64,
+    the weights that wrote it. The last two are -1 for tokens that the policy did not write. Judges'
+    fields are [B, T] float32. With several rewards, whose weights these are: reward_parts,
+    reward_weights [B, K] float64.
     """
     sample, starts = table.sequences["sample"], table.sequences["start"]
     lengths = table.sequences["n_tokens"] - 1
@@ -301,6 +304,7 @@ def to_batch(
         "correct": table.samples["reward"][sample] > 0,
         "turn_ids": turn_ids.masked_fill_(~mask, -1),
         "weight_versions": padded("weight_versions", actions, torch.int64, NOT_THE_POLICY),
+        "prompt_index": table.samples["index"][sample],
         **{
             name: padded(name, actions, torch.float32)
             for name in table.tokens

@@ -115,6 +115,7 @@ class Sample:
     error: why the sample failed and is dropped; None for a good one.
     cause: cause of the error: "env" (the environment failed), "malformed" (the engine's reply made
         no sense) or "abort" (the engine gave up).
+    index: of the prompt in the data set.
     born: the step in which the sample began and its place there, which give its seed; None:
         `position` is the place.
     state, extra_info: start of the next turn; None before the first one. extra_info is bytes if the
@@ -146,6 +147,7 @@ class Sample:
     judge_tokens: int = 0
     parts: dict[str, float] = field(default_factory=dict)
     penalty: float = 0.0
+    index: int = 0
 
     @property
     def truncated(self) -> bool:
@@ -241,7 +243,8 @@ class Group:
     def begin(cls, position: int, item: dict[str, Any], n_responses: int, step: int) -> Group:
         """A new group, without answers."""
         samples = [
-            Sample(position, response, born=(step, position)) for response in range(n_responses)
+            Sample(position, response, born=(step, position), index=item["index"])
+            for response in range(n_responses)
         ]
         return cls(position, item, samples)
 
@@ -254,6 +257,8 @@ class Group:
     def from_state_dict(cls, position: int, item: dict[str, Any], state: dict[str, Any]) -> Group:
         """The group of a `state_dict`, at a new position; `item` is its prompt."""
         samples = [Sample.from_state_dict(position, sample) for sample in state["samples"]]
+        for sample in samples:
+            sample.index = item["index"]
         return cls(position, item, samples, judged=state.get("judged", False))
 
     def renumber(self, position: int) -> None:

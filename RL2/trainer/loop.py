@@ -28,6 +28,7 @@ from RL2.trainer.startup.inputs import read_inputs
 from RL2.trainer.startup.models import load_learners, load_providers
 from RL2.trainer.startup.shared_folder import check_shared
 from RL2.trainer.startup.started_with import file_facts
+from RL2.trainer.startup.teacher import teacher_kl
 from RL2.workers.evaluation import evaluate
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class Trainer:
         self.providers, self.references = load_providers(
             config, self.algorithm.needs, self.learners, device, self.traffic,
             keep=self.source.repeats and self.n_steps > self.source.steps_per_epoch,
+            contexts=self.source.contexts,
         )  # fmt: skip
         claimed[0].references = self.references
         self.source.start(device, actor.dtypes.compute)
@@ -133,6 +135,7 @@ class Trainer:
         with self.run.save_if_interrupted(step - 1, before), self.timers("rollout"):
             batch, metrics = self.source.collect(step, last=step == self.n_steps)
         batch = self._with_fields(batch)
+        metrics |= teacher_kl(batch)
         with self.run.save_if_update_fails(step - 1, before):
             batch = self._with_advantages(batch)
             for name, learner in self.learners.items():

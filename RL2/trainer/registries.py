@@ -15,6 +15,7 @@ REGISTRIES: dict[str, tuple[str, ...]] = {
     "actor.kl.avg_level": ("RL2.algorithms.reductions:KL_LEVELS",),
     "actor.token_stats": ("RL2.ops.token_stats.linear:IMPLEMENTATIONS", "auto"),
     "ref_actor.token_stats": ("RL2.ops.token_stats.linear:IMPLEMENTATIONS", "auto"),
+    "teacher.token_stats": ("RL2.ops.token_stats.linear:IMPLEMENTATIONS", "auto"),
     "rollout.engine": ("RL2.config.engines:ENGINES", "auto"),
     "trainer.trackers": ("RL2.trainer.sinks.registry:SINKS",),
     "trainer.source": ("RL2.trainer.sources.registry:SOURCES",),

@@ -116,18 +116,21 @@ class ShardedModel:
             self.traffic.add("weights", tensor.nbytes - held.nbytes)
             yield name, tensor
 
-    def annotate(self, batch: Batch | None, fields: Mapping[str, str]) -> Batch | None:
+    def annotate(
+        self, batch: Batch | None, fields: Mapping[str, str], top_k: int = 0
+    ) -> Batch | None:
         """Add this model's statistics of the actions to rank 0's batch, in one forward. fields:
-        the names of the new fields `[B, T]`, each with its statistic."""
+        the names of the new fields, `[B, T]` or `[B, T, top_k]`, each with its statistic."""
         length, wanted = self.config.max_inference_length_per_device, (*fields.values(),)
         micro_batches, plan = self.scatter(batch, ALWAYS, length)
         found: dict[str, list[torch.Tensor]] = {statistic: [] for statistic in wanted}
         with self.inference():
             for micro_batch in micro_batches:
-                stats = self.forward(self.to_device(micro_batch), wanted)
+                stats = self.forward(self.to_device(micro_batch), wanted, top_k)
                 for statistic in wanted:
-                    flat = torch.zeros(len(micro_batch["states"]))
-                    flat[micro_batch["action_mask"]] = stats[statistic].cpu()
+                    values = stats[statistic].cpu()
+                    flat = values.new_zeros(len(micro_batch["states"]), *values.shape[1:])
+                    flat[micro_batch["action_mask"]] = values
                     found[statistic].append(flat)
         values = {name: gather(found[of], plan, self.traffic) for name, of in fields.items()}
         values = {name: value for name, value in values.items() if value is not None}
@@ -168,7 +171,8 @@ class ShardedModel:
     ) -> dict[str, torch.Tensor]:
         """What the head computes for the actions of a micro-batch from `to_device`, `{name: [A]}`.
 
-        wanted: names in `RL2.ops.token_stats.STATISTICS`, or `values`.
+        wanted: names in `RL2.ops.token_stats.STATISTICS`, or `values`. The tokens of `at_logps` are
+            the micro-batch's `teacher_top_ids`.
         loss_fn: if given, the result is the sum of its loss, as `loss`, and those of its metrics.
         """
         return self.model(
@@ -181,6 +185,7 @@ class ShardedModel:
             top_k,
             loss_fn,
             micro_batch["start"],
+            micro_batch["teacher_top_ids"] if "at_logps" in wanted else None,
         )
 
     @contextmanager

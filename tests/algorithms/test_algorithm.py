@@ -48,7 +48,10 @@ def learned_from(given, config, estimator, **options):
 
 
 def required(loss, **changes):
-    return names(needed_fields(config(**changes), resolve_loss({"name": loss})))
+    """What is computed of the policies, without what a teacher gives."""
+    needs = needed_fields(config(**changes), resolve_loss({"name": loss}))
+    needs.pop("teacher_logps", None)
+    return names(needs)
 
 
 def names(needs):

@@ -94,8 +94,7 @@ def test_deleted_key():
         ),
         (
             "adv.estimator=gea",
-            "adv.estimator=gea: not an estimator; use reinforce, spo or gae, or "
-            "adv.import_path=my_estimator.py:my_estimator for your own (did you mean gae?)",
+            "adv.estimator=gea: not an estimator; use reinforce, spo, gae, ",
         ),
     ],
 )

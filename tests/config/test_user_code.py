@@ -9,7 +9,7 @@ from RL2.config.user_code import CODE_KEYS, runs_user_code, user_code, without_p
 def test_the_keys():
     assert {*CODE_KEYS} == {
         "actor.loss.import_path", "adv.import_path", "rollout.engine", "rollout.judges",
-        "trainer.source",
+        "teacher.import_path", "trainer.source",
     }  # fmt: skip
 
 

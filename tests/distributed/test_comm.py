@@ -10,7 +10,8 @@ from RL2.distributed.traffic import Traffic
 from RL2.ops import plan_packs
 from tests.ranks import run_on_ranks
 
-FIELDS = ("states", "values", "action_mask", "wide", "half")
+FIELDS = ("states", "values", "action_mask", "wide", "half", "top", "top_ids")
+N_TOP = 3
 # (dp, sp, tp)
 SHAPES = [
     (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (3, 1, 1), (1, 3, 1),
@@ -28,6 +29,8 @@ def make_batch(lengths, width=None):
         "action_mask": (torch.rand(shape, generator=generator) < 0.5) & valid,
         "wide": torch.randint(-(2**40), 2**40, shape, generator=generator) * valid,
         "half": torch.rand(shape, generator=generator).bfloat16() * valid,
+        "top": torch.rand(*shape, N_TOP, generator=generator) * valid[..., None],
+        "top_ids": (10 * torch.rand(*shape, N_TOP, generator=generator)).int() * valid[..., None],
         "lengths": torch.tensor(lengths),
     }
 
@@ -56,7 +59,8 @@ def there_and_back(lengths, max_length, layout, width=None):
     traffic = Traffic()
     micro_batches, plan = scatter(batch, FIELDS, max_length, layout, 0.01, traffic)
     backs = [
-        gather([m[name] for m in micro_batches], plan, traffic) for name in ("values", "states")
+        gather([m[name] for m in micro_batches], plan, traffic)
+        for name in ("values", "states", "top")
     ]
     return micro_batches, backs, traffic.pop()
 
@@ -75,6 +79,8 @@ def expected_packs(batch, lengths, max_length, layout):
             + [0] * n_filler
             for name in FIELDS
         }
+        for name in ("top", "top_ids"):
+            flat[name] = [[0] * N_TOP if x == 0 else x for x in flat[name]]
         yield flat | {"lengths": [lengths[row] for row in pack] + [n_filler] * (n_filler > 0)}
 
 
@@ -100,8 +106,9 @@ def test_slices_are_those_of_the_packs_and_come_back(shape):
             if which == 0:
                 assert torch.equal(backs[0], batch["values"])
                 assert torch.equal(backs[1], batch["states"])
+                assert torch.equal(backs[2], batch["top"])
             else:
-                assert backs == [None, None]
+                assert backs == [None, None, None]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -112,13 +119,13 @@ def test_bytes_are_counted(shape):
     for i, (lengths, _) in enumerate(CASES):
         shares = [sum(len(m["states"]) for m in cases[i][0]) for cases in by_rank]
         n_packs = len(by_rank[0][i][0]) * layout.dp_size
-        # int32, float32, bool, int64 and bfloat16, in multiples of 8
-        width = -(-max(shares) * (4 + 4 + 1 + 8 + 2) // 8) * 8
-        table = 8 * (2 + 2 * len(FIELDS)) + 8 * (2 * len(lengths) + n_packs)
+        # int32, float32, bool, int64, bfloat16, several float32 and int32; in multiples of 8
+        width = -(-max(shares) * (4 + 4 + 1 + 8 + 2 + 2 * N_TOP * 4) // 8) * 8
+        table = 8 * (2 + 3 * len(FIELDS)) + 8 * (2 * len(lengths) + n_packs)
         counted = sum(shares[layout.tp_size :: layout.tp_size])
         expected = {
             "comm/scatter_bytes": float((n_ranks - 1) * (width + table)),  # 0 for one rank
-            "comm/gather_bytes": float(counted * (4 + 8)),
+            "comm/gather_bytes": float(counted * (4 + 8 + 4 * N_TOP)),
         }
         for cases in by_rank:
             assert cases[i][2] == expected
@@ -165,7 +172,7 @@ def test_rows_of_a_unit_share_a_pack_whose_rows_and_tokens_all_its_ranks_have(sh
 
 
 def test_a_batch_may_be_wider_than_its_rows():
-    ((micro_batches, (back, _), _),) = run_on_ranks(
+    ((micro_batches, (back, *_), _),) = run_on_ranks(
         1, there_and_back, [3, 2], 8, Layout(), 7
     )  # as parts of a batch are
     assert micro_batches[0]["values"].shape == (5,)

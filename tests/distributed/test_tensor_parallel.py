@@ -8,16 +8,17 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config, Qwen3Moe
 
 from RL2.distributed import ProcessGroupShard, rank, shard_of
 from RL2.distributed.tensor_parallel import tensor_parallel_plan
-from RL2.ops.token_stats import STATISTICS
 from RL2.runtime.errors import ConfigError
 from tests.ops.token_stats.support import (
     NEG_INF,
+    STATISTICS,
     Tiling,
     as_linear,
     gradients,
     leaves,
     loss_of,
     random_case,
+    some_tokens,
     stats_of,
     unseen,
 )
@@ -109,7 +110,8 @@ def results_of(implementation, case, dtype, entry, trained=(True, True), layout=
     def loss_fn(stats, rows):
         return (unseen(stats) * weights[rows]).sum(), {"ranks": stats.ranks.sum()}
 
-    arguments = (hidden, weight, actions, 0.7, STATISTICS)
+    options["at"] = some_tokens(actions, V)
+    arguments = (hidden, weight, actions, 0.7, (*STATISTICS, "at_logps"))
     if entry == "stats":
         stats = stats_of(implementation, *arguments, bias, **options)
         found = stats.as_dict()

@@ -138,6 +138,7 @@ def make_batch(model: str, name: str) -> dict[str, Tensor] | None:
     # Padding that nobody may look at.
     states = torch.randint(0, hf.config.vocab_size, valid.shape, generator=generator)
     actions, logps = torch.zeros_like(states), torch.zeros(valid.shape)
+    logps_of_all = torch.zeros(*valid.shape, hf.config.vocab_size)
     for row, length in enumerate(lengths.tolist()):
         with torch.no_grad():
             logits = hf(states[row : row + 1, :length]).logits[0] / TEMPERATURE
@@ -146,6 +147,7 @@ def make_batch(model: str, name: str) -> dict[str, Tensor] | None:
         actions[row, :length] = torch.where(likely, logits.argmax(-1), sampled)
         chosen = logits.log_softmax(-1).gather(-1, actions[row, :length, None])
         logps[row, :length] = chosen[:, 0].float()
+        logps_of_all[row, :length] = logits.log_softmax(-1).float()
 
     def near(size: float) -> Tensor:
         return (logps + size * torch.randn(logps.shape, generator=generator)) * mask
@@ -170,7 +172,10 @@ def make_batch(model: str, name: str) -> dict[str, Tensor] | None:
         "correct": sample_returns(rewards, samples) > 0,
         "old_entropy": near(1.0).abs(),
     }
-    return batch
+    # The teacher's three likeliest tokens; where there is no action nobody may look at them.
+    teacher = logps_of_all + 0.5 * torch.randn(logps_of_all.shape, generator=generator)
+    top_logps, top_ids = teacher.log_softmax(-1).topk(3, -1)
+    return batch | {"teacher_top_logps": top_logps, "teacher_top_ids": top_ids.int()}
 
 
 _HERE = Path(__file__).parent
@@ -372,6 +377,11 @@ CASES |= {
     ),
 }
 
+CASES |= {
+    "three_updates-topk_kl": Case("topk_kl", "token", "spo", "mixed", {"update_per_rollout": 3}),
+    "topk_jsd-rows_without_actions": Case("topk_jsd", "token", "spo", "rows_without_actions"),
+}
+
 # What families and shapes of models are tried with.
 FAMILY_CASES = {
     name: CASES[name]
@@ -379,6 +389,7 @@ FAMILY_CASES = {
         "ppo-token-reinforce", "max_target_kl-sequence-spo", "fixed_target_kl-correct-spo",
         "rank_jsd-correct-spo", "above-sequence-spo", "margin-token-reinforce",
         "three_updates-ppo-mixed", "gspo-sequence",
+        "topk_kl-token-spo",
     )
 }  # fmt: skip
 # What spreads are tried with that are made of parts which have been tried with everything.

@@ -12,7 +12,7 @@ from RL2.algorithms import resolve_loss
 _KL = {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: torch.exp(-d) - 1 + d}
 
 
-def statistics(logits, actions, top_k):
+def statistics(logits, actions, top_k, at):
     """Of `[T, V]` logits that are already divided by the temperature."""
     logps = logits.log_softmax(-1)
     p, chosen = logps.exp(), actions[:, None]
@@ -28,6 +28,7 @@ def statistics(logits, actions, top_k):
         "entropy": -(p * logps).sum(-1),
         "ranks": 1 + (logits > logits.gather(-1, chosen)).sum(-1).double(),
         "top_logps": largest,
+        "at_logps": logps.gather(-1, at.long()),
     }
 
 
@@ -177,10 +178,10 @@ def batch_loss(hf, loss, config, batch):
         if not mask.any():
             continue
         logits = hf(batch["states"][row : row + 1, :length]).logits[0, mask] / config.temperature
-        tokens = statistics(logits, batch["actions"][row, :length][mask], loss.top_k)
+        at = batch["teacher_top_ids"][row, :length][mask]
+        tokens = statistics(logits, batch["actions"][row, :length][mask], loss.top_k, at)
         names = ("old_logps", "ref_logps", "llm_logps", "advantages", "rewards", "selected")
-        names += ("tis_weights",)
-        names += ("labels", "mismatch_kl")
+        names += ("tis_weights", "labels", "mismatch_kl", "teacher_top_logps")
         fields = {name: batch[name][row, :length][mask].double() for name in names if name in batch}
         tokens |= {"old_logps": tokens["logps"].detach()} | fields
         if loss.segments:

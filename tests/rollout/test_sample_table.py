@@ -98,6 +98,7 @@ def plain_batch(samples):
         "correct": torch.tensor([s.reward > 0 for s, _ in rows]),
         "turn_ids": pad_sequence(turns, True, -1),
         "weight_versions": pad_sequence(versions, True, NOT_THE_POLICY),
+        "prompt_index": torch.tensor([s.index for s, _ in rows]),
     }
 
 
@@ -187,7 +188,7 @@ def test_the_same_as_sample_by_sample(spread, tmp_path):
         sequences = [one for sample in sent for one in sample.sequences]
         text = "".join(json.dumps(plain_record(s), ensure_ascii=False) + "\n" for s in sent)
         n_tokens = sum(len(one["token_ids"]) for one in sequences)
-        one = 96 * len(sent) + 16 * len(sequences) + 21 * n_tokens + len(text.encode())
+        one = 104 * len(sent) + 16 * len(sequences) + 21 * n_tokens + len(text.encode())
         expected += -(-one // 8) * 8
     # the table of sizes: five numbers of each rank, there and back to all
     n = len(spread)

@@ -23,6 +23,7 @@ from typing import Any
 
 from RL2.algorithms.advantages.attempts import maxrl, pass_k
 from RL2.algorithms.advantages.baselines import opo, reinforce, remax, rloo, spo
+from RL2.algorithms.advantages.distillation import ones, reinforce_reverse_kl, reverse_kl
 from RL2.algorithms.advantages.gae import gae
 from RL2.algorithms.advantages.plus_plus import reinforce_pp, reinforce_pp_baseline
 from RL2.algorithms.advantages.several import gdpo
@@ -39,4 +40,7 @@ ADVANTAGES: dict[str, Callable[..., Any]] = {
     "maxrl": maxrl,
     "pass_k": pass_k,
     "gdpo": gdpo,
+    "reverse_kl": reverse_kl,
+    "reinforce_reverse_kl": reinforce_reverse_kl,
+    "ones": ones,
 }

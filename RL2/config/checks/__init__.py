@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
-from RL2.config.checks import actor, data, form, lengths, mesh, objective, rollout, trainer
+from RL2.config.checks import actor, data, form, lengths, mesh, objective, rollout, teacher, trainer
 from RL2.config.groups import call_each
 from RL2.config.numbers import check_numbers
 from RL2.config.schema import schema_of
@@ -18,10 +18,12 @@ CHECKS: tuple[Callable[..., None], ...] = (
     mesh.check_actor,
     mesh.check_ref_actor,
     mesh.check_critic,
+    mesh.check_teacher,
     mesh.check_rollout,
     actor.check_actor,
     actor.check_liger_of_ref,
     actor.check_critic,
+    actor.check_liger_of_teacher,
     rollout.check_server_url,
     rollout.check_server_args,
     rollout.check_server_files,
@@ -34,11 +36,15 @@ CHECKS: tuple[Callable[..., None], ...] = (
     lengths.check_responses,
     lengths.check_inference,
     lengths.check_inference_of_critic,
+    lengths.check_teacher,
     objective.check_importance,
     objective.check_kl,
     objective.check_kl_of_loss,
     objective.check_renewal,
     objective.check_reference,
+    teacher.check_model_of_teacher,
+    teacher.check_rewards,
+    teacher.check_context,
     objective.check_clip,
     objective.check_advantages,
     objective.check_ratio,

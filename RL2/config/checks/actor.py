@@ -18,6 +18,10 @@ def check_liger_of_ref(ref_actor: DictConfig) -> None:
     _check_liger(ref_actor, "ref_actor")
 
 
+def check_liger_of_teacher(teacher: DictConfig) -> None:
+    _check_liger(teacher, "teacher")
+
+
 def check_critic(actor: DictConfig, critic: DictConfig) -> None:
     _check_liger(critic, "critic")
     if critic.model_name != actor.model_name:

@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig
 
-from RL2.config.models import context_length
+from RL2.config.models import POLICY, context_length
 from RL2.runtime.errors import ConfigError
 
 
@@ -45,6 +45,11 @@ def check_responses(actor: DictConfig, rollout: DictConfig, train_data: DictConf
 def check_inference(actor: DictConfig, ref_actor: DictConfig) -> None:
     _check_room(actor, actor, "actor", "max_inference_length_per_device")
     _check_room(actor, ref_actor, "ref_actor", "max_inference_length_per_device")
+
+
+def check_teacher(actor: DictConfig, teacher: DictConfig) -> None:
+    if teacher.model_name not in (None, POLICY):
+        _check_room(actor, teacher, "teacher", "max_inference_length_per_device")
 
 
 def check_inference_of_critic(actor: DictConfig, critic: DictConfig) -> None:

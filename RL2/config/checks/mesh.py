@@ -17,6 +17,10 @@ def check_critic(critic: DictConfig, world_size: int) -> None:
     _check_model(critic, "critic", world_size)
 
 
+def check_teacher(teacher: DictConfig, world_size: int) -> None:
+    _check_model(teacher, "teacher", world_size)
+
+
 def check_rollout(rollout: DictConfig, world_size: int) -> None:
     _check_divides("rollout.tp_size", rollout.tp_size, world_size)
 

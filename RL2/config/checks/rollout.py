@@ -113,7 +113,7 @@ def check_reward_model(rollout: DictConfig) -> None:
 
 
 def check_environment(rollout: DictConfig) -> None:
-    if not os.path.isfile(rollout.env_path):
+    if rollout.env_path is not None and not os.path.isfile(rollout.env_path):
         raise ConfigError(
             f"rollout.env_path={rollout.env_path}: {not_there(rollout.env_path)}; give the python "
             "file of the environment, such as envs/gsm8k.py"

@@ -22,7 +22,7 @@ from RL2.config.schema.data import (
     TestDataConfig,
 )
 from RL2.config.schema.keys import Key, group, key_types, keys_of
-from RL2.config.schema.model import RefActorConfig
+from RL2.config.schema.model import RefActorConfig, SFTTeacherConfig, TeacherConfig
 from RL2.config.schema.preferences import DPOActorConfig, RewardActorConfig
 from RL2.config.schema.rollout import RolloutConfig
 from RL2.config.schema.trainer import RLTrainerConfig, TrainerConfig
@@ -57,6 +57,9 @@ class RLConfig:
         CriticConfig,
         "the model of values; loaded only for an estimator that names them, such as gae",
     )
+    teacher: TeacherConfig = group(
+        TeacherConfig, "the frozen model that is distilled; loaded only when model_name is set"
+    )
     rollout: RolloutConfig = group(
         RolloutConfig, "the engine that generates, and the environment that rewards"
     )
@@ -70,6 +73,9 @@ class SFTConfig:
 
     data: SFTDataConfig = group(SFTDataConfig, "prompts with the responses to learn (sft)")
     actor: SFTActorConfig = group(SFTActorConfig, "the model that is trained")
+    teacher: SFTTeacherConfig = group(
+        SFTTeacherConfig, "the frozen model that is distilled; loaded only when model_name is set"
+    )
     trainer: TrainerConfig = group(TrainerConfig, "the run, what it saves, and when it stops")
 
 

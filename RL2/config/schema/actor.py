@@ -118,6 +118,17 @@ class LossConfig(LossChoice):
         "next rank",
         FROM_ONE,
     )
+    rest: bool | None = key(
+        None,
+        "topk_kl, topk_jsd: what teacher and student give to all other tokens counts as one more "
+        "event (null, true), or both are divided by their sums over the k tokens (false)",
+    )
+    jsd_beta: float | None = key(
+        None,
+        "topk_jsd: weight of the teacher in the mixture, 0 (KL from the teacher) to 1 (KL to it); "
+        "null: 0.5",
+        FRACTION,
+    )
 
 
 @dataclass

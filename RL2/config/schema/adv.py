@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from RL2.config.schema.keys import FRACTION, Range, by_trainer, key
+from RL2.config.schema.keys import ABOVE_ZERO, FRACTION, Range, by_trainer, key
 
 
 @dataclass
@@ -28,6 +28,11 @@ class AdvConfig:
         None,
         "pass_k: how many attempts there are, at most train_data.responses_per_prompt; null: 2",
         Range(lambda x: x >= 2, "be 2 or more", "; k=1 is adv.estimator=rloo"),
+    )
+    teacher_coef: float | None = key(
+        None,
+        "reverse_kl, reinforce_reverse_kl: weight of the teacher's part; null: 1",
+        ABOVE_ZERO,
     )
     options: dict[str, Any] = key(
         {}, "keyword arguments for your own estimator, e.g. adv.options.beta=0.1"

@@ -95,3 +95,52 @@ class RefActorConfig(ModelConfig):
     max_inference_length_per_device: int = follow(
         "actor.max_inference_length_per_device", "tokens in one forward", FROM_ONE
     )
+
+
+@dataclass
+class SFTTeacherConfig(RefActorConfig):
+    """The frozen model whose distribution the actor learns."""
+
+    model_name: str | None = key(
+        None,
+        "folder or hub id of a model with the actor's vocabulary; null: no teacher",
+        path=True,
+    )
+    revision: str | None = key(None, "commit of a hub id, 40 hex digits; null: the newest")
+    temperature: float = key(1.0, "divides the teacher's logits", ABOVE_ZERO)
+    max_inference_length_per_device: int = follow(
+        "actor.max_length_per_device", "tokens in one forward", FROM_ONE
+    )
+    top_k: int | None = key(
+        None,
+        "how many of the teacher's most likely tokens losses such as topk_kl see at each position; "
+        "null: 64",
+        FROM_ONE,
+    )
+
+
+@dataclass
+class TeacherConfig(SFTTeacherConfig):
+    model_name: str | None = key(
+        None,
+        "folder or hub id of a model with the actor's vocabulary; policy: the actor itself, with "
+        "teacher.context; null: no teacher",
+        path=True,
+    )
+    temperature: float = follow(
+        "actor.temperature", "divides the teacher's logits", within=ABOVE_ZERO
+    )
+    max_inference_length_per_device: int = follow(
+        "actor.max_inference_length_per_device", "tokens in one forward", FROM_ONE
+    )
+    context: str | None = key(
+        None,
+        "another prompt for the teacher, before the same responses: a text with {prompt} and names "
+        "of extra_info such as {answer}; takes the place of the last message's content",
+    )
+    import_path: str | None = key(
+        None,
+        "your own function (prompt, extra_info) -> prompt (file.py:function or "
+        "package.module:function), used instead of context",
+        code=True,
+    )

@@ -156,9 +156,11 @@ class RolloutConfig:
         "train_data.responses_per_prompt", "samples drawn for each prompt; set it in train_data"
     )
     max_turns: int = key(1, "maximum model turns per sample", FROM_ONE)
-    env_path: str = required(
-        "the python file of the environment, such as envs/gsm8k.py",
-        "python file with the environment (envs/gsm8k.py)",
+    env_path: str | None = required(
+        "the python file of the environment, such as envs/gsm8k.py, or null to learn from a "
+        "teacher without rewards",
+        "python file with the environment (envs/gsm8k.py); null: no rewards (every sample gets 0), "
+        "for algorithms that read none",
         path=True,
     )
     judges: list[str] = key(

@@ -25,7 +25,9 @@ from RL2.ops.token_stats.linear import (
 )
 from RL2.ops.token_stats.naive import token_stats
 from RL2.ops.token_stats.stats import (
+    CONSTANT,
     NEG_INF,
+    SEVERAL,
     STATISTICS,
     LossFunction,
     TokenStats,
@@ -34,9 +36,11 @@ from RL2.ops.token_stats.stats import (
 )
 
 __all__ = [
+    "CONSTANT",
     "IMPLEMENTATIONS",
     "LossFunction",
     "NEG_INF",
+    "SEVERAL",
     "STATISTICS",
     "TokenStats",
     "VocabularyShard",

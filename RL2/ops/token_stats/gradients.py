@@ -31,26 +31,38 @@ class TokenCoefficients:
     gradients."""
 
     coefficients: Tensor  # [7, R]
-    top_gradients: Tensor  # [R, K], for the columns of top_index but the first
-    top_index: Tensor
+    added: Tensor  # [R, K], to the gradients of the columns
+    columns: Tensor  # of the whole vocabulary
 
     def take(self, rows: slice | Tensor) -> "TokenCoefficients":
-        return TokenCoefficients(
-            self.coefficients[:, rows], self.top_gradients[rows], self.top_index[rows]
-        )
+        return TokenCoefficients(self.coefficients[:, rows], self.added[rows], self.columns[rows])
 
 
 def token_coefficients(
     head: TiledHead, seen: SweepResult, upstream: Mapping[str, Tensor]
 ) -> TokenCoefficients:
-    top = upstream.get("top_logps", seen.top_z.new_zeros(len(head.hidden), 0))
-    if top.shape[1]:
-        top = top.masked_fill(seen.top_z == NEG_INF, 0.0)  # no such tokens
-        upstream = {**upstream, "top_logps": top}
-    coefficients = states.coefficients(seen.state, head.actions, upstream, head.scale)
-    return TokenCoefficients(
-        coefficients, top[:, 1:] * head.scale, seen.top_index[:, 1 : top.shape[1]]
+    """The column of the maximum has a closed form for all gradients; at other columns those of
+    `top_logps` and `at_logps` are added one by one."""
+    given, columns = [], []
+    for name, z, index in (
+        ("top_logps", seen.top_z, seen.top_index), ("at_logps", seen.at_z, head.at),
+    ):  # fmt: skip
+        if z.shape[1]:
+            gradient = upstream.get(name, torch.zeros_like(z))
+            given.append(gradient.masked_fill(z == NEG_INF, 0.0))  # no such tokens
+            columns.append(index)
+    if not given:
+        nothing = seen.top_z.new_zeros(len(head.hidden), 0)
+        coefficients = states.coefficients(seen.state, head.actions, upstream, head.scale)
+        return TokenCoefficients(coefficients, nothing, nothing.long())
+    gradient, column = torch.cat(given, -1), torch.cat(columns, -1)
+    is_top = column == seen.state[1].long().unsqueeze(-1)
+    at_top, others = gradient.masked_fill(~is_top, 0.0), gradient.masked_fill(is_top, 0.0)
+    upstream = {**upstream, "max_logps": upstream.get("max_logps", 0.0) + at_top.sum(-1)}
+    coefficients = states.coefficients(
+        seen.state, head.actions, upstream, head.scale, others.sum(-1)
     )
+    return TokenCoefficients(coefficients, others * head.scale, column)
 
 
 def rows_with_gradients(upstream: Mapping[str, Tensor]) -> Tensor:
@@ -92,10 +104,10 @@ def add_gradients(
             head.kernels.logit_gradients(
                 out, z, some.coefficients, head.actions[rows], start, head.scale, head.entropy
             )
-            if some.top_gradients.shape[1]:
-                column = some.top_index - start
+            if some.added.shape[1]:
+                column = some.columns - start
                 inside = (column >= 0) & (column < width)
-                added = torch.where(inside, some.top_gradients, 0.0).to(dtype)
+                added = torch.where(inside, some.added, 0.0).to(dtype)
                 out.scatter_add_(-1, column.clamp(0, width - 1), added)
             if into.hidden is not None:
                 add_product(into.hidden[rows], out, weight.to(dtype), head.onednn)

@@ -23,7 +23,13 @@ from RL2.ops.token_stats.gradients import (
 from RL2.ops.token_stats.kernels import EAGER, Kernels
 from RL2.ops.token_stats.products import rounds_to_half
 from RL2.ops.token_stats.recompute import tiled_token_stats
-from RL2.ops.token_stats.stats import LossFunction, TokenStats, VocabularyShard, loss_of
+from RL2.ops.token_stats.stats import (
+    CONSTANT,
+    LossFunction,
+    TokenStats,
+    VocabularyShard,
+    loss_of,
+)
 from RL2.ops.token_stats.sweep import sweep_statistics
 from RL2.ops.token_stats.tiling import TiledHead, Tiling, tiled_head
 
@@ -41,6 +47,7 @@ def tiled_token_loss(
     kernels: Kernels = EAGER,
     tiling: Tiling | None = None,
     shard: VocabularyShard | None = None,
+    at: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`linear_token_loss` with the gradients formed while a chunk's logits exist.
 
@@ -53,12 +60,12 @@ def tiled_token_loss(
     tokens (`Tiling.fewest`).
     """
     head = tiled_head(
-        hidden, weight, actions, temperature, wanted, bias, top_k, kernels, tiling, shard
+        hidden, weight, actions, temperature, wanted, bias, top_k, kernels, tiling, shard, at
     )
     if rounds_to_half(hidden, weight) or _room(head) < min(len(hidden), head.tiling.fewest):
         stats = tiled_token_stats(
             hidden, weight, actions, temperature, wanted, bias,
-            top_k=top_k, kernels=kernels, tiling=tiling, shard=shard,
+            top_k=top_k, kernels=kernels, tiling=tiling, shard=shard, at=at,
         )  # fmt: skip
         return loss_of(stats, len(hidden), loss_fn)
     trains = torch.is_grad_enabled()
@@ -132,14 +139,14 @@ def _call(
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """A chunk's loss, metrics and the loss's gradients with respect to the statistics."""
     leaves = {
-        name: value.requires_grad_() if trains and name != "ranks" else value
+        name: value.requires_grad_() if trains and name not in CONSTANT else value
         for name, value in values.items()
     }
     with torch.set_grad_enabled(trains):
         loss, metrics = loss_fn(TokenStats(**leaves), rows)
     upstream = {}
     if loss.requires_grad:
-        names = [name for name in leaves if name != "ranks"]
+        names = [name for name in leaves if name not in CONSTANT]
         found = torch.autograd.grad(loss, [leaves[name] for name in names], allow_unused=True)
         upstream = {n: g for n, g in zip(names, found, strict=True) if g is not None}
     return loss.detach(), {name: value.detach() for name, value in metrics.items()}, upstream
@@ -156,8 +163,8 @@ def _add_waiting_gradients(
     rows = torch.cat([rows for rows, _ in waiting])
     per_token = TokenCoefficients(
         torch.cat([one.coefficients for _, one in waiting], -1),
-        torch.cat([one.top_gradients for _, one in waiting]),
-        torch.cat([one.top_index for _, one in waiting]),
+        torch.cat([one.added for _, one in waiting]),
+        torch.cat([one.columns for _, one in waiting]),
     )
     part = head.take(rows)
     share = replace(

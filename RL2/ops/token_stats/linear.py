@@ -29,6 +29,7 @@ def linear_token_stats(
     top_k: int = 0,
     implementation: str = "auto",
     shard: VocabularyShard | None = None,
+    at: Tensor | None = None,
 ) -> TokenStats:
     """Statistics of `softmax((hidden @ weight.T + bias) / temperature)` at `actions`.
 
@@ -48,21 +49,26 @@ def linear_token_stats(
         shard: the columns of `weight` and `bias`, if the vocabulary is split over a
             tensor-parallel group. Every rank gets the statistics, and the gradient of `hidden`,
             of the whole vocabulary.
+        at: `[T, K]` integers in [0, V) or -1: the tokens of `at_logps [T, K]`, the same on every
+            rank.
 
     Half-precision inputs give fp32 logits, as rounding them to bf16 would cause errors of 0.1 in
     log(1 - p). Autocast has no effect here for the same reason.
 
     Raises:
         ValueError: wrong shapes, an unknown name in `wanted` or `implementation`, a temperature
-            that is not positive, `top_logps` with `top_k` below 1, `naive` with a shard.
+            that is not positive, `top_logps` with `top_k` below 1, `at_logps` without `at`, `naive`
+            with a shard.
         ImportError: `triton` if triton is not installed.
     """
     kernels = _kernels(implementation, weight, shard)
     if kernels is None:
-        return naive_token_stats(hidden, weight, actions, temperature, wanted, bias, top_k=top_k)
+        return naive_token_stats(
+            hidden, weight, actions, temperature, wanted, bias, top_k=top_k, at=at
+        )
     return tiled_token_stats(
         hidden, weight, actions, temperature, wanted, bias,
-        top_k=top_k, kernels=kernels, shard=shard,
+        top_k=top_k, kernels=kernels, shard=shard, at=at,
     )  # fmt: skip
 
 
@@ -78,6 +84,7 @@ def linear_token_loss(
     top_k: int = 0,
     implementation: str = "auto",
     shard: VocabularyShard | None = None,
+    at: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A sum over tokens of a function of their statistics, and the sums of its metrics.
 
@@ -96,11 +103,13 @@ def linear_token_loss(
     """
     kernels = _kernels(implementation, weight, shard)
     if kernels is None:
-        stats = naive_token_stats(hidden, weight, actions, temperature, wanted, bias, top_k=top_k)
+        stats = naive_token_stats(
+            hidden, weight, actions, temperature, wanted, bias, top_k=top_k, at=at
+        )
         return loss_of(stats, len(hidden), loss_fn)
     return tiled_token_loss(
         hidden, weight, actions, temperature, wanted, loss_fn, bias,
-        top_k=top_k, kernels=kernels, shard=shard,
+        top_k=top_k, kernels=kernels, shard=shard, at=at,
     )  # fmt: skip
 
 

@@ -12,6 +12,9 @@ written, `m = argmax z` (the lowest index wins a tie) and `S` the entropy:
     ranks         1 + #{j : z_j > z_a}       none
     top_logps     log p_{i_1 … i_K}, the K   delta_{i_k} - p
                   largest, descending [T, K]
+    top_ids       i_1 … i_K [T, K]           none
+    at_logps      log p_{j_1 … j_K}, at      delta_{j_k} - p
+                  given tokens j [T, K]
 
 This is the plain version: it stores the full logits and leaves the backward pass to autograd.
 """
@@ -23,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from RL2.ops.token_stats.stats import (
+    CONSTANT,
     NEG_INF,
     TokenStats,
     check_arguments,
@@ -40,6 +44,7 @@ def naive_token_stats(
     bias: Tensor | None = None,
     *,
     top_k: int = 0,
+    at: Tensor | None = None,
 ) -> TokenStats:
     """`linear_token_stats` (see there for the arguments) with all logits in fp32.
 
@@ -49,17 +54,22 @@ def naive_token_stats(
         ValueError: wrong shapes, an unknown name in `wanted`, a temperature that is not positive,
             `top_logps` with `top_k` below 1.
     """
-    check_head(hidden, weight, actions, temperature, wanted, top_k)
+    check_head(hidden, weight, actions, temperature, wanted, top_k, at=at)
     dtype = statistics_dtype(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = F.linear(
             hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         )
-        return token_stats(logits, actions, temperature, wanted, top_k)
+        return token_stats(logits, actions, temperature, wanted, top_k, at)
 
 
 def token_stats(
-    logits: Tensor, actions: Tensor, temperature: float, wanted: Sequence[str], top_k: int = 0
+    logits: Tensor,
+    actions: Tensor,
+    temperature: float,
+    wanted: Sequence[str],
+    top_k: int = 0,
+    at: Tensor | None = None,
 ) -> TokenStats:
     """Statistics of `softmax(logits / temperature)` at `actions`.
 
@@ -67,13 +77,13 @@ def token_stats(
         logits: `[T, V]`, not changed. A row needs one finite entry; -inf entries are tokens of
             probability 0. If only one token is possible, `max_log1mps` is -inf and has no
             gradient.
-        actions, temperature, wanted, top_k: as in `linear_token_stats`.
+        actions, temperature, wanted, top_k, at: as in `linear_token_stats`.
 
     Raises:
         ValueError: wrong shapes, an unknown name in `wanted`, a temperature that is not positive,
             `top_logps` with `top_k` below 1.
     """
-    check_arguments(logits, actions, temperature, wanted, top_k)
+    check_arguments(logits, actions, temperature, wanted, top_k, at)
     z = logits.to(statistics_dtype(logits)) / temperature
     chosen = actions.unsqueeze(-1)
     maxima = z.detach().argmax(-1, keepdim=True)  # the first of equal maxima
@@ -83,8 +93,10 @@ def token_stats(
     if "ranks" in wanted:
         with torch.no_grad():
             stats["ranks"] = 1 + (z > z.gather(-1, chosen)).sum(-1).to(z.dtype)
-    largest = _largest(z.detach(), top_k) if "top_logps" in wanted else None
-    if not set(wanted) - {"ranks"}:
+    largest = _largest(z.detach(), top_k) if {"top_logps", "top_ids"} & {*wanted} else None
+    if "top_ids" in wanted:
+        stats["top_ids"] = largest.int()
+    if not {*wanted} - {*CONSTANT}:
         return TokenStats(**stats)
 
     # Relative to the maximum, nothing depends on the offset of the logits: p_m = 1 / (1 + odds)
@@ -100,9 +112,10 @@ def token_stats(
         stats["logps"] = logps
     if "max_logps" in wanted:
         stats["max_logps"] = -lse
-    if largest is not None:
-        top_z = z.gather(-1, largest.clamp(min=0))
-        stats["top_logps"] = (top_z - lse.unsqueeze(-1)).masked_fill(largest < 0, NEG_INF)
+    if "top_logps" in wanted:
+        stats["top_logps"] = _at(z, largest, lse)
+    if "at_logps" in wanted:
+        stats["at_logps"] = _at(z, at.long(), lse)
     if "log1mps" in wanted or "max_log1mps" in wanted:
         max_log1mps = torch.where(
             odds_rest < 1, log_odds_rest - lse, _log1mexp(-lse, ~(odds_rest < 1))
@@ -117,6 +130,13 @@ def token_stats(
         gaps = -z.masked_fill(z == NEG_INF, 0.0)
         stats["entropy"] = lse + ((z - lse.unsqueeze(-1)).exp() * gaps).sum(-1)
     return TokenStats(**stats)
+
+
+def _at(z: Tensor, columns: Tensor, lse: Tensor) -> Tensor:
+    """log p of the `columns [T, K]`; -inf without gradient at -1, and where z is -inf."""
+    found = z.gather(-1, columns.clamp(min=0))
+    missing = (columns < 0) | (found == NEG_INF)
+    return (found - lse.unsqueeze(-1)).masked_fill(missing, NEG_INF)
 
 
 def _logsumexp_without(z: Tensor, excluded: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from RL2.ops.token_stats.gradients import (
 )
 from RL2.ops.token_stats.kernels import EAGER, Kernels
 from RL2.ops.token_stats.products import gradient_dtype
-from RL2.ops.token_stats.stats import TokenStats, VocabularyShard
+from RL2.ops.token_stats.stats import CONSTANT, TokenStats, VocabularyShard
 from RL2.ops.token_stats.sweep import SweepResult, sweep_statistics
 from RL2.ops.token_stats.tiling import TiledHead, Tiling, tiled_head
 
@@ -38,6 +38,7 @@ def tiled_token_stats(
     kernels: Kernels = EAGER,
     tiling: Tiling | None = None,
     shard: VocabularyShard | None = None,
+    at: Tensor | None = None,
 ) -> TokenStats:
     """`linear_token_stats` without stored logits, which are recomputed for the gradients.
 
@@ -45,7 +46,7 @@ def tiled_token_stats(
     backward pass.
     """
     head = tiled_head(
-        hidden, weight, actions, temperature, wanted, bias, top_k, kernels, tiling, shard
+        hidden, weight, actions, temperature, wanted, bias, top_k, kernels, tiling, shard, at
     )
     inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
@@ -58,12 +59,13 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, head: TiledHead, wanted: tuple[str, ...]):
         values, seen = sweep_statistics(head, wanted)
-        ctx.save_for_backward(hidden, weight, bias, seen.state, seen.top_z, seen.top_index)
+        ctx.save_for_backward(
+            hidden, weight, bias, seen.state, seen.top_z, seen.top_index, seen.at_z
+        )
         # Without its tensors, which autograd keeps (and FSDP frees and gathers again).
         ctx.head = replace(head, hidden=None, weight=None, bias=None)
         ctx.wanted = wanted
-        if "ranks" in values:
-            ctx.mark_non_differentiable(values["ranks"])
+        ctx.mark_non_differentiable(*[values[name] for name in CONSTANT if name in values])
         ctx.set_materialize_grads(False)
         return tuple(values[name] for name in wanted)
 
@@ -75,7 +77,7 @@ class _Statistics(torch.autograd.Function):
         given = {
             name: gradient
             for name, gradient in zip(ctx.wanted, upstream, strict=True)
-            if gradient is not None and name != "ranks"
+            if gradient is not None and name not in CONSTANT
         }
         needs = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):

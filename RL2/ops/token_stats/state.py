@@ -72,7 +72,7 @@ def merge_all(states: Sequence[Tensor]) -> Tensor:
 
 
 def statistics(state: Tensor, actions: Tensor) -> dict[str, Tensor]:
-    """Statistics `[T]` by name, without ranks and top_logps (see `RL2.ops.token_stats.naive`).
+    """Statistics `[T]` by name, without ranks and `SEVERAL` (see `RL2.ops.token_stats.naive`).
 
     With R = sum over j != m of exp(z_j - z_m): log p_m = -log1p(R) and, where p_m > 1/2,
     log(1 - p_m) = log R - log1p(R). The entropy is log1p(R) plus terms that are never negative.
@@ -94,15 +94,21 @@ def statistics(state: Tensor, actions: Tensor) -> dict[str, Tensor]:
 
 
 def coefficients(
-    state: Tensor, actions: Tensor, gradients: Mapping[str, Tensor], scale: float
+    state: Tensor,
+    actions: Tensor,
+    gradients: Mapping[str, Tensor],
+    scale: float,
+    others: Tensor | float = 0.0,
 ) -> Tensor:
     """The coefficients that turn a tile of logits into gradients: `[7, T]`, see `logit_gradients`.
 
     Args:
         state: the state `[6, T]` of the whole vocabulary.
-        gradients: gradients of the objective with respect to the statistics, `[T]` by name
-            (`top_logps [T, K]`); missing ones are 0.
+        gradients: gradients of the objective with respect to the statistics, `[T]` by name;
+            missing ones are 0.
         scale: 1 / temperature.
+        others: the sum `[T]` of the gradients for log-probabilities of further columns, none of
+            them m. Delta at those columns is added by the caller.
 
     For a column j that is neither m nor a, every statistic's gradient is p_j times a number of the
     token, plus, for the entropy, p_j (z_j - top). As p_j = (1 - p_m) exp(z_j - second) / Q, that
@@ -114,12 +120,6 @@ def coefficients(
     values = statistics(state, actions)
     zero = torch.zeros_like(top)
     g = {name: gradients.get(name, zero) for name in values}
-    if "top_logps" in gradients:
-        # The first of them is the maximum; delta at the others is added by the caller.
-        g["max_logps"] = g["max_logps"] + gradients["top_logps"][:, 0]
-        others = gradients["top_logps"][:, 1:].sum(-1)
-    else:
-        others = zero
 
     alone = second == NEG_INF  # no other token is possible: no gradient
     is_top = index == actions

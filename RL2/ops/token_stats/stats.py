@@ -17,7 +17,9 @@ class TokenStats:
     Log-probabilities and entropy are in nats, at the given temperature. `ranks` has no gradient,
     counts from 1, and is a float like the others. `top_logps [T, K]` holds the K largest
     log-probabilities in descending order, -inf if there are fewer tokens; which one of several
-    equal tokens gets a gradient is not defined.
+    equal tokens gets a gradient is not defined. `top_ids [T, K]` are those tokens, int32, -1 if
+    there are fewer. `at_logps [T, K]` are the log-probabilities of tokens that the caller names for
+    each position, -inf without gradient for the token -1.
     """
 
     logps: Tensor | None = None
@@ -27,6 +29,8 @@ class TokenStats:
     entropy: Tensor | None = None
     ranks: Tensor | None = None
     top_logps: Tensor | None = None
+    top_ids: Tensor | None = None
+    at_logps: Tensor | None = None
 
     def as_dict(self) -> dict[str, Tensor]:
         """The statistics that were computed, by name (the tensors themselves, not copies)."""
@@ -35,6 +39,10 @@ class TokenStats:
 
 
 STATISTICS: tuple[str, ...] = tuple(field.name for field in fields(TokenStats))
+SEVERAL = ("top_logps", "top_ids", "at_logps")
+"""Statistics with several numbers per token."""
+CONSTANT = ("ranks", "top_ids")
+"""Statistics without a gradient."""
 
 
 # (statistics of consecutive tokens, their slice of all) -> (sum of losses, {metric: sum})
@@ -71,7 +79,12 @@ class VocabularyShard(Protocol):
 
 
 def check_arguments(
-    logits: Tensor, actions: Tensor, temperature: float, wanted: Sequence[str], top_k: int = 0
+    logits: Tensor,
+    actions: Tensor,
+    temperature: float,
+    wanted: Sequence[str],
+    top_k: int = 0,
+    at: Tensor | None = None,
 ) -> None:
     """Raise ValueError for invalid arguments of `token_stats`."""
     if logits.dim() != 2 or logits.shape[1] == 0 or actions.shape != logits.shape[:1]:
@@ -79,7 +92,7 @@ def check_arguments(
             f"logits {tuple(logits.shape)} and actions {tuple(actions.shape)}: "
             "expected [T, V] with V >= 1 and [T]"
         )
-    _check_request(temperature, wanted, top_k)
+    _check_request(actions, temperature, wanted, top_k, at)
 
 
 def check_head(
@@ -90,6 +103,7 @@ def check_head(
     wanted: Sequence[str],
     top_k: int = 0,
     shard: VocabularyShard | None = None,
+    at: Tensor | None = None,
 ) -> None:
     """Raise ValueError for invalid arguments of `linear_token_stats`."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -106,17 +120,22 @@ def check_head(
         raise ValueError(
             f"shard.columns={shard.columns}: must be between 0 and the {len(weight)} rows of weight"
         )
-    _check_request(temperature, wanted, top_k)
+    _check_request(actions, temperature, wanted, top_k, at)
 
 
-def _check_request(temperature: float, wanted: Sequence[str], top_k: int) -> None:
+def _check_request(
+    actions: Tensor, temperature: float, wanted: Sequence[str], top_k: int, at: Tensor | None
+) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be positive")
     unknown = [name for name in wanted if name not in STATISTICS]
     if isinstance(wanted, str) or unknown:
         raise ValueError(f"wanted={wanted!r}: expected a list of names from {STATISTICS}")
-    if "top_logps" in wanted and top_k < 1:
+    if {"top_logps", "top_ids"} & {*wanted} and top_k < 1:
         raise ValueError(f"top_k={top_k}: top_logps needs at least 1")
+    if "at_logps" in wanted and (at is None or at.dim() != 2 or len(at) != len(actions)):
+        got = None if at is None else tuple(at.shape)
+        raise ValueError(f"at={got}: at_logps needs the tokens, [{len(actions)}, K]")
 
 
 def statistics_dtype(*tensors: Tensor) -> torch.dtype:

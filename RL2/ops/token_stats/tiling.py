@@ -42,7 +42,8 @@ TILINGS: dict[str, Tiling] = {
 @dataclass(frozen=True)
 class TiledHead:
     """One call's arguments: T tokens and the columns that this rank has. onednn: multiply with
-    oneDNN; decided by the size of the whole call, for parts of it too."""
+    oneDNN; decided by the size of the whole call, for parts of it too. at: `[T, K]` columns of the
+    whole vocabulary for `at_logps`, None if that is not wanted."""
 
     hidden: Tensor
     weight: Tensor
@@ -55,6 +56,7 @@ class TiledHead:
     tiling: Tiling
     shard: VocabularyShard | None
     onednn: bool
+    at: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,7 +81,8 @@ class TiledHead:
 
     def take(self, rows: slice | Tensor) -> "TiledHead":
         """The same head for some of the tokens."""
-        return replace(self, hidden=self.hidden[rows], actions=self.actions[rows])
+        at = None if self.at is None else self.at[rows]
+        return replace(self, hidden=self.hidden[rows], actions=self.actions[rows], at=at)
 
     def scratch(self, n_rows: int, dtype: torch.dtype | None = None) -> Tensor:
         """Room for `[n_rows, columns]` numbers, flat, so that a narrower tile is contiguous."""
@@ -98,9 +101,9 @@ class TiledHead:
 
 
 def tiled_head(
-    hidden, weight, actions, temperature, wanted, bias, top_k, kernels, tiling, shard
+    hidden, weight, actions, temperature, wanted, bias, top_k, kernels, tiling, shard, at
 ) -> TiledHead:
-    check_head(hidden, weight, actions, temperature, wanted, top_k, shard)
+    check_head(hidden, weight, actions, temperature, wanted, top_k, shard, at)
     n_columns = len(weight) if shard is None else shard.columns
     return TiledHead(
         hidden=hidden.detach(),
@@ -109,11 +112,12 @@ def tiled_head(
         actions=actions,
         scale=1 / temperature,
         entropy="entropy" in wanted,
-        top_k=top_k if "top_logps" in wanted else 0,
+        top_k=top_k if {"top_logps", "top_ids"} & {*wanted} else 0,
         kernels=kernels,
         tiling=tiling or TILINGS.get(hidden.device.type, Tiling()),
         shard=shard,
         onednn=worthwhile(hidden.device, hidden.numel() * n_columns),
+        at=at.long() if "at_logps" in wanted else None,
     )
 
 

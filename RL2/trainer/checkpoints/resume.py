@@ -56,6 +56,8 @@ OTHER_INPUTS = {
     "generation config": "its generation_config.json has changed",
     "ref_actor.model_name": "its weights, config.json or code have changed, and the KL is measured "
     "from them",
+    "teacher.model_name": "its weights, config.json or code have changed, and it teaches other "
+    "things",
     **dict.fromkeys(
         ("rollout.env_path", *CODE_KEYS),
         "the file, or a module that it imports, is not what it was",

@@ -24,6 +24,7 @@ from RL2.rollout import Collector
 from RL2.rollout.judges.judge import fields_of, resolve_judges
 from RL2.rollout.samples import staleness
 from RL2.runtime.event_loop import in_thread
+from RL2.trainer.sources.context import longest_context, resolve_context
 from RL2.trainer.sources.source import Result, Source
 from RL2.trainer.sources.stream import PromptStream
 from RL2.workers import Actor
@@ -63,7 +64,9 @@ class RolloutSource(Source):
         self.train = RLDataset(
             config.train_data, tokenizer, key="train_data", max_extra_info=limit,
             max_prompt_length=config.train_data.max_prompt_length or longest,
+            context=resolve_context(config), max_context_length=longest_context(config),
         )  # fmt: skip
+        self.contexts = self.train.contexts
         self.test = None
         if config.test_data.path is not None:
             self.test = RLDataset(

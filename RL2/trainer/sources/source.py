@@ -3,7 +3,7 @@
 # ruff: noqa: B027  most sources do not need the empty methods
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Source(ABC):
             key that does; each has a length and a `fingerprint`. A resumed run compares them.
         rows: the numbers of rows, by their purpose.
         repeats: whether the same rows come again in the next epoch.
+        contexts: the prompts (token ids) that `teacher` reads in the place of those of the training
+            rows, by the index of the row, which batches have as `prompt_index`; None: the same.
         end_ids: tokens at which its sequences end.
         ends: what happens there, in words.
     """
@@ -47,6 +49,7 @@ class Source(ABC):
     datasets: Mapping[str, Dataset] = {}
     rows: Mapping[str, int] = {}
     repeats: bool = False
+    contexts: Sequence[Sequence[int]] | None = None
     end_ids: Collection[int] = ()
     ends: str = "turns are learned to end"
 

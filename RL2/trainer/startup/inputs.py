@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from RL2.algorithms.algorithm import Algorithm, resolve_algorithm
 from RL2.algorithms.segments import fault_of
 from RL2.algorithms.token_loss import TokenLoss
-from RL2.config.models import ask_hub
+from RL2.config.models import POLICY, ask_hub
 from RL2.datasets.end_of_turn import EndTokens, load_end_tokens
 from RL2.runtime.errors import ConfigError
 from RL2.trainer.sources.opening import open_source, resolve_source
@@ -56,6 +56,8 @@ def read_inputs(config: DictConfig) -> Inputs:
     check_room(config.actor, algorithm.loss, source)
     missing = missing_ends(config.actor.model_name, tokenizer, ends, source)
     used = {"ref_actor": "ref_logps" in algorithm.needs, "critic": algorithm.value_loss is not None}
+    if "teacher_logps" in algorithm.needs:
+        used["teacher"] = config.teacher.model_name != POLICY
     models = ["actor"]
     for name in (name for name in used if used[name] and name in config):
         ask_hub(config[name], name)

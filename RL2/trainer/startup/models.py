@@ -1,8 +1,6 @@
 """Loads the actor's tokenizer, and the models that compute fields of a batch."""
 
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +13,11 @@ from RL2.config.schema.keys import keys_of
 from RL2.config.schema.model import RefActorConfig
 from RL2.datasets.end_of_turn import special_ids
 from RL2.distributed import Traffic
-from RL2.distributed.comm import Batch
 from RL2.runtime.errors import ConfigError, first_line
 from RL2.trainer.references import KeptReferences, MismatchKL
+from RL2.trainer.startup.frozen import Provider, said_of
+from RL2.trainer.startup.teacher import load_teacher
 from RL2.workers import Actor, Critic, Learner, Reference
-
-Provider = Callable[[Batch | None, Mapping[str, str]], Batch | None]
-"""Adds fields, given as {name: statistic}, to rank 0's batch (a collective)."""
 
 
 def load_tokenizer(config: DictConfig, head: str = "token_stats") -> PreTrainedTokenizerBase:
@@ -100,16 +96,6 @@ def _read(kind: Any, node: DictConfig) -> Any:
         return None
 
 
-@contextmanager
-def said_of(node: str) -> Iterator[None]:
-    """ConfigErrors of a model name the keys of its node; the model knows those of `actor` only."""
-    try:
-        yield
-    except ConfigError as error:
-        text = re.sub(r"(?<![\w./])actor\.", f"{node}.", str(error))
-        raise ConfigError(text) from error
-
-
 def load_learners(
     config: DictConfig, algorithm: Algorithm, device: torch.device, traffic: Traffic
 ) -> dict[str, Learner]:
@@ -135,12 +121,14 @@ def load_providers(
     device: torch.device,
     traffic: Traffic,
     keep: bool,
+    contexts: Sequence[Sequence[int]] | None = None,
 ) -> tuple[dict[str, Provider], dict[str, Reference]]:
     """The providers of the fields that an algorithm needs, by their names in `needs`, and the
     frozen models behind them that may be renewed, by their nodes.
 
     keep: whether rows come again, so that what a reference says about them is kept, unless it is
         renewed.
+    contexts: see `load_teacher`.
     """
     providers: dict[str, Provider] = {"old_logps": learners["actor"].annotate}
     references: dict[str, Reference] = {}
@@ -157,6 +145,9 @@ def load_providers(
         if "mismatch_kl" in needs:
             longest = config.data.max_length
             providers["mismatch_kl"] = MismatchKL(learners["actor"], reference, longest)
+    if "teacher_logps" in needs:
+        actor = learners["actor"]
+        providers["teacher_logps"] = load_teacher(config, actor, device, traffic, contexts)
     return providers, references
 
 

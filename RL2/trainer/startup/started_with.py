@@ -26,7 +26,8 @@ _VARIABLES = "set it alike for all ranks, or for none"
 
 # Paths may differ between machines. The contents are compared when they are read.
 _PATH_KEYS = {
-    "actor.model_name", "ref_actor.model_name", "critic.model_name", "rollout.model_name",
+    "actor.model_name", "ref_actor.model_name", "critic.model_name", "teacher.model_name",
+    "rollout.model_name",
     "rollout.env_path", "train_data.path", "test_data.path", "data.path", "data.test_path",
 }  # fmt: skip
 # What each machine may set for itself, and what only rank 0 uses.

@@ -75,7 +75,8 @@ def losses_of(name, logits, actions, fields, **options):
 
 def filled(loss, n, value):
     """What a loss takes, all of one value."""
-    shapes = {name: (n, loss.top_k) if name == "top_logps" else (n,) for name in loss.inputs}
+    several = {"top_logps": loss.top_k, "at_logps": 3, "teacher_top_logps": 3}
+    shapes = {name: (n, several[name]) if name in several else (n,) for name in loss.inputs}
     values = {name: torch.full(shape, value) for name, shape in shapes.items()}
     row = torch.arange(n)
     ids = {"sample_ids": row, "group_ids": row, "pair_ids": row, "chosen": row >= 0}

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from RL2.algorithms import FIELDS, resolve_loss
-from RL2.ops.token_stats import STATISTICS, TokenStats
+from RL2.ops.token_stats import STATISTICS as ALL_STATISTICS
+from RL2.ops.token_stats import TokenStats
 from RL2.ops.token_stats.in_forward import tiled_token_loss
 from RL2.ops.token_stats.linear import IMPLEMENTATIONS
 from RL2.ops.token_stats.naive import naive_token_stats
@@ -18,6 +19,8 @@ from RL2.ops.token_stats.recompute import tiled_token_stats
 from RL2.ops.token_stats.tiling import Tiling
 
 NEG_INF = float("-inf")
+# `test_at_logps.py` has the other two, which come with tokens.
+STATISTICS = tuple(x for x in ALL_STATISTICS if x not in ("top_ids", "at_logps"))
 DIFFERENTIABLE = tuple(name for name in STATISTICS if name != "ranks")
 TOP_K = 3
 # Smaller than every vocabulary and batch below: several tiles, several blocks of rows, remainders.
@@ -40,34 +43,40 @@ ALL = (
 
 def stats_of(
     implementation, hidden, weight, actions, temperature=1.0, wanted=STATISTICS, bias=None, *,
-    top_k=TOP_K, tiling=SMALL, shard=None,
+    top_k=TOP_K, tiling=SMALL, shard=None, at=None,
 ):  # fmt: skip
     """`linear_token_stats` with tiles of a test's size."""
     arguments = (hidden, weight, actions, temperature, wanted, bias)
     if implementation == "naive":
-        return naive_token_stats(*arguments, top_k=top_k)
+        return naive_token_stats(*arguments, top_k=top_k, at=at)
     kernels, device = IMPLEMENTATIONS[implementation](), _device_of(implementation)
     return _moved(
         "cpu",
         tiled_token_stats(
-            *_moved(device, arguments), top_k=top_k, tiling=tiling, kernels=kernels, shard=shard
-        ),
+            *_moved(device, arguments),
+            top_k=top_k,
+            tiling=tiling,
+            kernels=kernels,
+            shard=shard,
+            at=_moved(device, [at])[0],
+        ),  # fmt: skip
     )
 
 
 def loss_of(
     implementation, hidden, weight, actions, temperature, wanted, loss_fn, bias=None, *,
-    top_k=TOP_K, tiling=SMALL, shard=None,
+    top_k=TOP_K, tiling=SMALL, shard=None, at=None,
 ):  # fmt: skip
     """`linear_token_loss` with tiles of a test's size; naive: the loss over all tokens at once."""
     arguments = (hidden, weight, actions, temperature, wanted)
     if implementation == "naive":
-        stats = naive_token_stats(*arguments, bias, top_k=top_k)
+        stats = naive_token_stats(*arguments, bias, top_k=top_k, at=at)
         return loss_fn(stats, slice(0, len(actions)))
     kernels, device = IMPLEMENTATIONS[implementation](), _device_of(implementation)
     loss, metrics = tiled_token_loss(
         *_moved(device, arguments), lambda stats, rows: loss_fn(_moved("cpu", stats), rows),
         *_moved(device, [bias]), top_k=top_k, tiling=tiling, kernels=kernels, shard=shard,
+        at=_moved(device, [at])[0],
     )  # fmt: skip
     return loss.cpu(), metrics
 
@@ -107,6 +116,14 @@ def random_case(T=13, H=5, V=11, dtype=torch.float64, seed=0, scale=1.0):
     actions = torch.randint(V, (T,), generator=generator)
     actions[::2] = (hidden @ weight.T + bias)[::2].argmax(-1)
     return hidden.to(dtype), weight.to(dtype), bias.to(dtype), actions
+
+
+def some_tokens(actions, V):
+    """Tokens `[T, 4]` for `at_logps`: the action, two that follow in the vocabulary, and either
+    the first of these again or none."""
+    at = torch.stack([actions, (actions + 1) % V, (actions + 2) % V, (actions + 1) % V], -1)
+    at[::3, -1] = -1
+    return at.int()
 
 
 def every_action(rows):
@@ -198,7 +215,8 @@ def textbook(logits, actions, temperature=1.0, top_k=TOP_K):
 
 def unseen(stats):
     """A differentiable `[T]` of the statistics that no library has."""
-    return (
+    at = 0.0 if stats.at_logps is None else stats.at_logps[:, 1:].exp().square().sum(-1)
+    return at + (
         stats.logps.sin() * stats.entropy
         + stats.log1mps.exp() * stats.max_logps / stats.ranks
         + (stats.max_log1mps.exp() + 0.1).sqrt() * stats.top_logps[:, :2].tanh().sum(-1)

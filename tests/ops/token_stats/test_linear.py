@@ -7,13 +7,14 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from RL2.algorithms import LOSSES
-from RL2.ops.token_stats import STATISTICS, kernels
+from RL2.ops.token_stats import kernels
 from tests.ops.token_stats.support import (
     ALL,
     DIFFERENTIABLE,
     NEG_INF,
     QUICK,
     SMALL,
+    STATISTICS,
     TRAINED,
     AllocationRecorder,
     ProductCounter,

@@ -4,7 +4,8 @@ from functools import partial
 import pytest
 import torch
 
-from RL2.ops.token_stats import STATISTICS, naive
+from RL2.ops.token_stats import naive
+from tests.ops.token_stats.support import STATISTICS
 
 TOP_K = 4
 token_stats = partial(naive.token_stats, top_k=TOP_K)
