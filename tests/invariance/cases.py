@@ -173,7 +173,7 @@ def make_batch(model: str, name: str) -> dict[str, Tensor] | None:
         "old_entropy": near(1.0).abs(),
     }
     # The teacher's three likeliest tokens; where there is no action nobody may look at them.
-    teacher = logps_of_all + 0.5 * torch.randn(logps_of_all.shape, generator=generator)
+    teacher = logps_of_all + 2.0 * torch.randn(logps_of_all.shape, generator=generator)
     top_logps, top_ids = teacher.log_softmax(-1).topk(3, -1)
     return batch | {"teacher_top_logps": top_logps, "teacher_top_ids": top_ids.int()}
 
@@ -205,6 +205,8 @@ LOSS_NODES_OF_SEGMENTS |= {name: {"name": name} for name in PREFERENCES}
 OTHER_NODES = LOSS_NODES_OF_SEGMENTS | {
     name: {"name": name} | options for name, options in OF_RATIOS.items()
 }
+OTHER_NODES["topk_kl"] = {"name": "topk_kl"}
+OTHER_NODES["topk_jsd"] = {"name": "topk_jsd", "jsd_beta": 0.3}
 OTHER_NODES["dual_clip"] = {"name": "ppo", "dual_clip": 1.1}
 ESTIMATORS = {
     "reinforce": {"estimator": "reinforce", "global_norm": False, "norm_var": False},
@@ -378,6 +380,8 @@ CASES |= {
 }
 
 CASES |= {
+    "topk_kl-token-spo": Case("topk_kl", "token", "spo"),
+    "topk_jsd-sequence": Case("topk_jsd", "sequence"),
     "three_updates-topk_kl": Case("topk_kl", "token", "spo", "mixed", {"update_per_rollout": 3}),
     "topk_jsd-rows_without_actions": Case("topk_jsd", "token", "spo", "rows_without_actions"),
 }
