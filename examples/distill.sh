@@ -50,4 +50,4 @@ score "$out/$algorithm" algorithm="$algorithm" actor.model_name="$out/student/fi
 score "$out/of_teacher" actor.model_name="$out/teacher/final" trainer.max_steps=1
 
 echo "== 4. the student before and after, and under 'before' the teacher"
-python "$ROOT/examples/report.py" "$out/$algorithm" "$out/of_teacher"
+python "$ROOT/examples/report.py" "$out/$algorithm" "$out/of_teacher" --png "$out/$algorithm.png"
