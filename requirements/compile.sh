@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rewrites build.txt, base.txt, gpu.txt, triton.txt, trackers.txt and engines/*.txt with uv:
+# Rewrites build.txt, base.txt, gpu.txt, triton.txt, trackers.txt, trl.txt and engines/*.txt with uv:
 #   bash requirements/compile.sh [uv options]
 #   bash requirements/compile.sh --upgrade
 #   bash requirements/compile.sh --upgrade-package transformers
@@ -27,6 +27,8 @@ echo triton | compile - --constraints gpu.txt --output-file triton.txt "$@"
 # For the tests of the trackers.
 compile trackers.in --overrides trackers.overrides.txt --constraints base.txt \
     --constraints build.txt --no-emit-package setuptools --output-file trackers.txt "$@"
+# For the comparisons of tests/parity; base.txt has all that it needs.
+echo "trl==1.16.*" | compile - --no-deps --output-file trl.txt "$@"
 # The environments that tests/real_engines/setup.sh makes. SGLang's wheel is for this platform only, and
 # a package is left out by a marker that is never true, which --universal would keep.
 for engine in sglang vllm; do

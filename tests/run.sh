@@ -35,11 +35,14 @@ else
     fi
     # The CPU build of torch does without triton, the tests of the Triton kernels (interpreted) do
     # not. Not for the engines: CI runs both at once, and two installations would meet.
-    # The trackers of trainer.trackers, but wandb, which is always there: half a minute, 130 MB.
-    cmp -s requirements/trackers.txt .venv/rl2-trackers ||
-        { rl2_pip python .venv/rl2-trackers.log --require-hashes -r requirements/trackers.txt &&
-            cp requirements/trackers.txt .venv/rl2-trackers; } ||
-        echo "no trackers for this machine: their tests skip" >&2
+    # The trackers of trainer.trackers, but wandb, which is always there: half a minute, 130 MB. And
+    # TRL, which tests/parity compares with: one megabyte, what it needs is there.
+    for extra in trackers trl; do
+        cmp -s "requirements/$extra.txt" ".venv/rl2-$extra" ||
+            { rl2_pip python ".venv/rl2-$extra.log" --require-hashes -r "requirements/$extra.txt" &&
+                cp "requirements/$extra.txt" ".venv/rl2-$extra"; } ||
+            echo "no $extra for this machine: the tests skip" >&2
+    done
     python -c 'import triton' 2>/dev/null ||
         rl2_pip python .venv/rl2-triton.log --require-hashes -r requirements/triton.txt ||
         echo "no triton for this machine: the tests of the Triton kernels skip" >&2

@@ -22,7 +22,7 @@ DEPENDENCIES = PROJECT["dependencies"]
 REQUIREMENTS = ROOT / "requirements"
 CPU_FILES = ("build.txt", "torch-cpu.txt", "base.txt")
 GPU_FILES = ("build.txt", "gpu.txt", "base.txt")
-ALL_FILES = sorted({*CPU_FILES, *GPU_FILES, "triton.txt", "trackers.txt"})
+ALL_FILES = sorted({*CPU_FILES, *GPU_FILES, "triton.txt", "trackers.txt", "trl.txt"})
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in [*ROOT.glob("*/*.sh"), ROOT / ".ci" / "run"]
