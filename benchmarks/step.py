@@ -171,7 +171,7 @@ def profiled(orders: Iterator[dict]) -> Iterator[dict]:
             yield order
 
 
-def serve_ours(lines: list[str]) -> None:
+def serve_ours(lines: list[str], trainer_name: str = "ppo") -> None:
     """One rank of a run; the environment says which, as torchrun's does."""
     orders, answer = orders_and_answer()
     import torch
@@ -182,13 +182,16 @@ def serve_ours(lines: list[str]) -> None:
     from RL2.trainer.loop import Trainer
     from tests.trainer.support import composed, rows_of
 
-    config = composed("ppo", lines)
+    config = composed(trainer_name, lines)
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     apply_fallbacks(config, cuda=False, available=set())
     OmegaConf.resolve(config)
     torch.set_num_threads(config.trainer.num_threads)
 
-    n_samples = config.train_data.prompts_per_rollout * config.train_data.responses_per_prompt
+    if "data" in config:
+        n_samples = config.data.batch_size
+    else:
+        n_samples = config.train_data.prompts_per_rollout * config.train_data.responses_per_prompt
 
     def report(took: dict[str, float], waited: float) -> None:
         told = took | {"peak_gib": peak_gib()}
@@ -212,11 +215,30 @@ def serve_ours(lines: list[str]) -> None:
 # ---------------------------------------------------------------------------------------- TRL
 
 
+def on_orders(
+    orders: Iterator[dict], answer: Callable[[dict], None], told: Callable[[], dict] = dict
+) -> Any:
+    """A callback of transformers' trainer that waits for an order before each step, and answers
+    with its seconds, the peak memory and what is `told`."""
+    from transformers import TrainerCallback
+
+    class OnOrders(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if next(orders, None) is None:
+                raise SystemExit
+            self.clock = Clock()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            answer(self.clock.read() | {"peak_gib": peak_gib()} | told())
+
+    return OnOrders()
+
+
 def serve_trl(folder: Path, options: argparse.Namespace, sequences: int) -> None:
     orders, answer = orders_and_answer()
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(options.threads)
@@ -238,23 +260,18 @@ def serve_trl(folder: Path, options: argparse.Namespace, sequences: int) -> None
         counted.extend(map(len, completion_ids))
         return [float(sum(map(ord, text)) % 2) for text in completions]
 
-    class OnOrders(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            if next(orders, None) is None:
-                raise SystemExit
-            counted.clear()
-            phases.clear()
-            self.clock = Clock()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            told = {"tokens": sum(counted), "peak_gib": peak_gib(), "phases": dict(phases)}
-            answer(self.clock.read() | told)
+    def told() -> dict:
+        found = {"tokens": sum(counted), "phases": dict(phases)}
+        counted.clear()
+        phases.clear()
+        return found
 
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
         args=config, processing_class=AutoTokenizer.from_pretrained(folder / "model"),
-        reward_funcs=reward, train_dataset=Dataset.from_list(rows), callbacks=[OnOrders()],
+        reward_funcs=reward, train_dataset=Dataset.from_list(rows),
+        callbacks=[on_orders(orders, answer, told)],
     )  # fmt: skip
     phases: dict[str, float] = {}
     generate = trainer._generate_and_score_completions
@@ -354,9 +371,10 @@ def _stack(frame: Any) -> list[tuple[str, str, int]]:
 # ------------------------------------------------------------------------------------- compare
 
 
-def start_ours(lines: list[str], threads: int, **environment: str) -> Process:
+def start_ours(lines: list[str], threads: int, trainer: str = "ppo", **environment: str) -> Process:
     """One rank of our side; it answers once when it is ready."""
-    command = [sys.executable, __file__, "--serve", json.dumps({"ours": lines})]
+    ours = {"ours": lines, "trainer": trainer}
+    command = [sys.executable, __file__, "--serve", json.dumps(ours)]
     return Process(command, **QUIET, OMP_NUM_THREADS=str(threads), **environment)
 
 
@@ -475,7 +493,7 @@ def main() -> None:
     options = options.parse_args()
     serve = options.serve or {}
     if "ours" in serve:
-        serve_ours(serve["ours"])
+        serve_ours(serve["ours"], serve["trainer"])
     elif "trl" in serve:
         serve_trl(Path(serve["trl"]), argparse.Namespace(**serve["options"]), serve["sequences"])
     else:
