@@ -20,8 +20,9 @@ async def step(state, action, extra_info):
         {},
         {"actor__update_per_rollout": 2, "actor__avg_level": "sequence", "adv__norm_var": "true"},
         {"actor__loss__name": "nll"},
+        {"adv__estimator": "gae", "adv__lamda": 0.95, "critic__lr": 1e-2},
     ],
-    ids=["Dr. GRPO", "clipped, GRPO", "REINFORCE"],
+    ids=["Dr. GRPO", "clipped, GRPO", "REINFORCE", "PPO with a critic"],
 )
 def test_policy_gradients_raise_the_reward(tmp_path, loss):
     files = write_files(tmp_path)
