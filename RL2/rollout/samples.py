@@ -243,7 +243,7 @@ class Group:
     def begin(cls, position: int, item: dict[str, Any], n_responses: int, step: int) -> Group:
         """A new group, without answers."""
         samples = [
-            Sample(position, response, born=(step, position), index=item["index"])
+            Sample(position, response, born=(step, position), index=item.get("index", 0))
             for response in range(n_responses)
         ]
         return cls(position, item, samples)
@@ -258,7 +258,7 @@ class Group:
         """The group of a `state_dict`, at a new position; `item` is its prompt."""
         samples = [Sample.from_state_dict(position, sample) for sample in state["samples"]]
         for sample in samples:
-            sample.index = item["index"]
+            sample.index = item.get("index", 0)
         return cls(position, item, samples, judged=state.get("judged", False))
 
     def renumber(self, position: int) -> None:

@@ -177,7 +177,7 @@ class Surroundings:
             "silence": "",
         }[kind]
         reward = rng.choice((0.0, 1.0, -0.5, 0.25))
-        return Step(text, reward, 2 * reward, kind == "done", self._carried(turn + 1))
+        return Step(text, 2 * reward, kind == "done", self._carried(turn + 1), reward)
 
     def _carried(self, turn):
         extra_info = {"turn": turn}
@@ -430,7 +430,7 @@ class Tells:
 
     async def step(self, state, action, extra_info, key=0, finish_reason="stop"):
         self.shown.append((state, action))
-        return Step(self.tell(state, action), 0.0, 0.0, False, extra_info)
+        return Step(self.tell(state, action), 0.0, False, extra_info, 0.0)
 
 
 def play_turns(tokenizer, writes, tell, sampling, prompt="Q: ", ends=None):
@@ -569,7 +569,7 @@ class Counts:
     async def step(self, state, action, extra_info, key=0, finish_reason="stop"):
         self.reasons.append(finish_reason)
         turn = len(self.reasons)
-        return Step(state + action + ".", float(turn), 1.0, turn == 3, extra_info)
+        return Step(state + action + ".", 1.0, turn == 3, extra_info, float(turn))
 
 
 @pytest.mark.parametrize("truncated", ["keep", "mask", "zero"])

@@ -187,7 +187,7 @@ def test_a_group_that_is_carried_is_judged_once():
 
 def test_the_examples_of_the_docs(tmp_path):
     text = (Path(__file__).parents[3] / "docs" / "estimators.md").read_text()
-    estimator, judge = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    estimator, _, judge = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (tmp_path / "my_estimator.py").write_text(estimator)
     (tmp_path / "my_judge.py").write_text(judge)
     path = f"{tmp_path}/my_estimator.py:surprised"
