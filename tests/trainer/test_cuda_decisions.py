@@ -28,7 +28,7 @@ def train_as_on_cuda(files, trainer, save_dir, **changes):
     validate(config, 1)
     lines = apply_fallbacks(config, cuda=True, available=set())
     OmegaConf.resolve(config)
-    for node in (config.actor, config.get("ref_actor")):
+    for node in map(config.get, ("actor", "ref_actor", "critic", "teacher")):
         if node is not None:
             assert node.device == "cuda"
             node.device = "cpu"

@@ -112,10 +112,11 @@ def test_each_other_file_is_a_line(files, caplog):
 
 
 def test_other_numbers_of_tokens_are_refused(files):
-    path = files / "model/tokenizer.json"
-    text = path.read_text()
-    assert '"A": 32' in text and '"B": 33' in text
-    path.write_text(text.replace('"A": 32', '"A": 33').replace('"B": 33', '"B": 32', 1))
+    for name in ("model", "reference"):  # which must agree with each other
+        path = files / name / "tokenizer.json"
+        text = path.read_text()
+        assert '"A": 32' in text and '"B": 33' in text
+        path.write_text(text.replace('"A": 32', '"A": 33').replace('"B": 33', '"B": 32', 1))
     with pytest.raises(CheckpointError, match="gives tokens other numbers than those that were"):
         resumed(files)
 
