@@ -11,6 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -175,4 +176,7 @@ def save_adapters(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder:
     }
     folder.mkdir(parents=True)
     save_file(adapters, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    model.peft_config[_ADAPTER].save_pretrained(folder)
+    described = copy(model.peft_config[_ADAPTER])
+    # a set, whose order is that of this process
+    described.target_modules = sorted(described.target_modules)
+    described.save_pretrained(folder)

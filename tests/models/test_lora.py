@@ -1,6 +1,7 @@
 """LoRA: adapters alone are trained, by the same gradient however it is spread, and what leaves the
 trainer is a plain model."""
 
+import json
 import logging
 import math
 
@@ -237,6 +238,8 @@ def test_engines_and_saved_models_compute_what_the_adapters_do(
     saved = AutoModelForCausalLM.from_pretrained(folder)
     adapted = PeftModel.from_pretrained(base, folder / "adapter")
     assert not (folder / "adapter_config.json").exists()  # transformers would add it once more
+    targets = json.loads((folder / "adapter/adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets)  # the same bytes in every process
     for name, parameter in saved.named_parameters():
         assert torch.equal(parameter, published[name])
 
