@@ -36,6 +36,7 @@ def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list
     lines = call_each(
         (
             _without_peft,
+            _critic_without_peft,
             _saved_dtype,
             _actor,
             _ref_actor,
@@ -52,10 +53,18 @@ def apply_fallbacks(config: DictConfig, cuda: bool, available: Set[str]) -> list
 
 
 def _without_peft(actor: DictConfig, available: Set[str]) -> list[str]:
-    rank = actor.lora.rank
+    return _check_peft(actor, "actor", available)
+
+
+def _critic_without_peft(critic: DictConfig, available: Set[str]) -> list[str]:
+    return _check_peft(critic, "critic", available)
+
+
+def _check_peft(node: DictConfig, group: str, available: Set[str]) -> list[str]:
+    rank = node.lora.rank
     if rank is not None and "peft" not in available:
         raise ConfigError(
-            f"actor.lora.rank={rank}: needs peft, which is not installed; install it "
+            f"{group}.lora.rank={rank}: needs peft, which is not installed; install it "
             "(pip install RL2[lora]), or leave it out"
         )
     return []

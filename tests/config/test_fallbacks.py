@@ -133,6 +133,13 @@ def test_missing_packages_on_cuda(composed):
     assert apply_fallbacks(composed("spo", *asked), True, ALL) == []
 
 
+@pytest.mark.parametrize("group", ["actor", "critic"])
+def test_adapters_without_peft(composed, group):
+    config = composed("ppo", f"{group}.lora.rank=4")
+    with pytest.raises(ConfigError, match=f"^{group}.lora.rank=4: needs peft"):
+        apply_fallbacks(config, False, set())
+
+
 @pytest.mark.parametrize("name", ["ppo", "spo", "sft"])
 def test_liger_by_what_there_is(composed, name):
     def liger(cuda, available, *changes):
