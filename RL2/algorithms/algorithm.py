@@ -324,7 +324,13 @@ def check_loss(config: DictConfig, loss: TokenLoss, brought: Collection[str]) ->
         check_estimator(config, loss.selection, brought)
         there |= {"selected"}
     there |= {"mismatch_kl"} if "labels" in brought else set()
-    if missing := sorted(set(loss.fields) - there):
+    missing = sorted(set(loss.fields) - there)
+    if "critic" in config and {"old_values", "returns"} & {*missing}:
+        raise ConfigError(
+            f"actor.loss: {loss.name} needs {', '.join(missing)}, and this run has no critic; set "
+            "adv.estimator=gae, or use an estimator that names values"
+        )
+    if missing:
         raise ConfigError(
             f"actor.loss: {loss.name} needs {', '.join(missing)}, which "
             f"trainer.source={config.trainer.source} does not bring; use a loss over token "

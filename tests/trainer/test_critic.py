@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import RL2.trainer.loop
 from RL2.runtime.errors import ConfigError
@@ -117,6 +117,21 @@ def fewer_words(files, folder):
     return folder
 
 
+def shorter(files, folder):
+    """A model of fewer positions, beyond which it has none."""
+    tokenizer = AutoTokenizer.from_pretrained(files / "model")
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=16, vocab_size=len(tokenizer))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def loss_of_returns(files, folder):
+    folder.mkdir()
+    (folder / "own.py").write_text("def own(logps, returns):\n    return -logps * returns\n")
+    return f"{folder}/own.py:own"
+
+
 GAE = {"adv__estimator": "gae"}
 BAD = {
     "reward model": (
@@ -135,6 +150,19 @@ BAD = {
     "other tokens of the reference": (
         {"ref_actor__model_name": other_words, "actor__kl__coef": 0.1, "actor__kl__type": "loss"},
         "ref_actor.model_name={path}: its tokenizer has {n} tokens, the actor's {n}, and ",
+    ),
+    "fewer positions": (
+        {**GAE, "critic__model_name": shorter},
+        "critic.model_name={path}: is made for 16 tokens, and sequences may have 256; use "
+        "actor.max_length_per_device=16 or less, or",
+    ),
+    "fewer positions of the reference": (
+        {"ref_actor__model_name": shorter, "actor__kl__coef": 0.1, "actor__kl__type": "loss"},
+        "ref_actor.model_name={path}: is made for 16 tokens, and sequences may have 256; use",
+    ),
+    "a loss of returns": (
+        {"actor__loss__import_path": loss_of_returns},
+        "actor.loss: own needs returns, and this run has no critic; set adv.estimator=gae, or use",
     ),
     "without gae": (
         {"critic__lr": 1e-4},

@@ -89,6 +89,28 @@ def check_vocabulary(config: DictConfig, group: str, tokenizer: PreTrainedTokeni
         )
 
 
+def check_context(config: DictConfig, group: str) -> None:
+    """ConfigError if another model of a run was made for fewer tokens than a sequence may have."""
+    actor, node = config.actor, config[group]
+    if node.model_name == actor.model_name or node.get("context") is not None:
+        return
+    room = actor.max_length_per_device * actor.sp_size
+    longest = min(room, _positions(actor) or room)
+    context = _positions(node) or longest
+    if context < longest:
+        raise ConfigError(
+            f"{group}.model_name={node.model_name}: is made for {context} tokens, and sequences "
+            f"may have {longest}; use actor.max_length_per_device={context // actor.sp_size} or "
+            "less, or give a model with a longer context"
+        )
+
+
+def _positions(node: DictConfig) -> int | None:
+    model = _read(AutoConfig, node)
+    found = None if model is None else model.get_text_config()
+    return getattr(found, "max_position_embeddings", None)
+
+
 def _read(kind: Any, node: DictConfig) -> Any:
     try:
         return kind.from_pretrained(node.model_name, **hub_options(node))
