@@ -175,5 +175,11 @@ def resolve_advantage(adv_config: Mapping[str, Any], brought: Collection[str] = 
     }  # fmt: skip
     bound = bind_options(defaults, taken, own, origin, "adv")
     estimator = Estimator(name, partial(function, **bound), inputs, origin)
-    try_out(estimator, function, origin)
+    given = try_out(estimator, function, origin)
+    gamma = keys.get("gamma", 1.0)
+    if "returns" in given and "gamma" not in defaults and gamma != _NEUTRAL["gamma"]:
+        raise ConfigError(
+            f"adv.gamma={gamma}: has no effect with {origin}, which gives the critic's returns "
+            "itself; make gamma one of its options, or leave it out"
+        )
     return estimator

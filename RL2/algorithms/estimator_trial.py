@@ -96,8 +96,9 @@ def _named(values: Batch) -> Batch:
     return {fields.get(name, name): x.clone() for name, x in values.items()}
 
 
-def try_out(estimator: Any, function: Callable[..., Any], origin: str) -> None:
-    """Call an estimator (`RL2.algorithms.estimator.Estimator`) with made-up batches.
+def try_out(estimator: Any, function: Callable[..., Any], origin: str) -> set[str]:
+    """Call an estimator (`RL2.algorithms.estimator.Estimator`) with made-up batches; returns the
+    names of what it gives.
 
     function: the function whose file and lines errors name.
     origin: the key and value that chose the estimator.
@@ -108,20 +109,20 @@ def try_out(estimator: Any, function: Callable[..., Any], origin: str) -> None:
             batches, and for random numbers, it warns.
     """
 
-    def call(values: Mapping[str, Tensor]) -> Tensor:
+    def call(values: Mapping[str, Tensor]) -> Batch:
         return estimator(_named({**values}))
 
     def call_alone(values: Mapping[str, Tensor]) -> Any:
         return estimator.function(*[values[name].clone() for name in estimator.inputs])
 
-    ordinary = rollout(estimator.inputs)
+    ordinary, given = rollout(estimator.inputs), set()
     with torch.random.fork_rng(devices=[]):
         with Collectives() as seen:
             for kinds in (_ALWAYS, _OFTEN):
                 for what, change in kinds:
                     values = change(ordinary)
                     try:
-                        call(values)
+                        given |= call(values).keys()
                     except Unfit as fault:
                         text = f"{origin}: on {what}, {fault}"
                         if "not finite" in str(fault):
@@ -139,3 +140,4 @@ def try_out(estimator: Any, function: Callable[..., Any], origin: str) -> None:
             draws_random(call, ordinary, (), origin, effect)
         except Unfit as fault:  # only when called again
             raise ConfigError(f"{origin}: called again, {fault}") from fault.__cause__
+    return given

@@ -132,11 +132,28 @@ def loss_of_returns(files, folder):
     return f"{folder}/own.py:own"
 
 
+def own_returns(files, folder):
+    folder.mkdir()
+    (folder / "own.py").write_text(
+        "def own(rewards, values):\n    return rewards - values, {'returns': rewards}\n"
+    )
+    return f"{folder}/own.py:own"
+
+
 GAE = {"adv__estimator": "gae"}
 BAD = {
     "reward model": (
         {"actor__model_name": reward_model},
         "is a Qwen3ForSequenceClassification, su",
+    ),
+    "reward model as reference": (
+        {"ref_actor__model_name": reward_model, "actor__kl__coef": 0.1, "actor__kl__type": "loss"},
+        "ref_actor.model_name={path}: is a Qwen3ForSequenceClassification, su",
+    ),
+    "gamma beside returns": (
+        {"adv__import_path": own_returns, "adv__gamma": 0.9},
+        "adv.gamma=0.9: has no effect with adv.import_path={path}/own.py:own, which gives the "
+        "critic's returns itself; make gamma one of its options",
     ),
     "other tokens": (
         {**GAE, "critic__model_name": other_words},

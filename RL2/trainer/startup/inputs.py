@@ -15,7 +15,12 @@ from RL2.trainer.sources.opening import open_source, resolve_source
 from RL2.trainer.sources.source import Source
 from RL2.trainer.startup.ends import missing_ends
 from RL2.trainer.startup.fingerprints import of_run
-from RL2.trainer.startup.models import check_context, check_vocabulary, load_tokenizer
+from RL2.trainer.startup.models import (
+    check_context,
+    check_policy,
+    check_vocabulary,
+    load_tokenizer,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def read_inputs(config: DictConfig) -> Inputs:
     models = ["actor"]
     for name in (name for name in used if used[name] and name in config):
         ask_hub(config[name], name)
+        check_policy(config, name)
         check_vocabulary(config, name, tokenizer)
         check_context(config, name)
         models.append(name)

@@ -32,12 +32,8 @@ def load_tokenizer(config: DictConfig, head: str = "token_stats") -> PreTrainedT
             f"actor.model_name={name}: its config.json describes no model that transformers knows "
             f"({first_line(error)}); give a folder made by save_pretrained or a model id"
         ) from error
-    kinds = [kind for kind in model.architectures or () if kind.endswith("Classification")]
-    if kinds and head == "token_stats":
-        raise ConfigError(
-            f"actor.model_name={name}: is a {kinds[0]}, such as reward models are, whose head "
-            "gives scores and no next token; give a causal language model"
-        )
+    if head == "token_stats":
+        _refuse_classifier(model, "actor", name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # as above
@@ -86,6 +82,23 @@ def check_vocabulary(config: DictConfig, group: str, tokenizer: PreTrainedTokeni
         raise ConfigError(
             f"{key}: has {rows} tokens (vocab_size in its config.json), the actor's tokenizer "
             f"{len(tokenizer)}{way_out}"
+        )
+
+
+def check_policy(config: DictConfig, group: str) -> None:
+    """ConfigError if a model that has to say how likely tokens are says something else. (With tied
+    weights a reward model would load as a language model.)"""
+    node = config[group]
+    if group != "critic" and (model := _read(AutoConfig, node)) is not None:
+        _refuse_classifier(model, group, node.model_name)
+
+
+def _refuse_classifier(model: Any, group: str, name: str) -> None:
+    kinds = [kind for kind in model.architectures or () if kind.endswith("Classification")]
+    if kinds:
+        raise ConfigError(
+            f"{group}.model_name={name}: is a {kinds[0]}, such as reward models are, whose head "
+            "gives scores and no next token; give a causal language model"
         )
 
 
