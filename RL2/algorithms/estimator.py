@@ -21,6 +21,7 @@ from RL2.algorithms.parameters import (
     import_function,
     parameters_of,
 )
+from RL2.config.flat import as_text
 from RL2.runtime.errors import ConfigError
 from RL2.runtime.user_code import Unfit
 
@@ -165,8 +166,8 @@ def resolve_advantage(adv_config: Mapping[str, Any], brought: Collection[str] = 
         if key in taken_elsewhere:
             continue
         if key not in defaults and value is not None and value != _NEUTRAL.get(key):
-            way_out = f"set it to {_NEUTRAL[key]}" if key in _NEUTRAL else "leave it out"
-            raise ConfigError(f"adv.{key}={value}: has no effect with {origin}; {way_out}")
+            way_out = f"set it to {as_text(_NEUTRAL[key])}" if key in _NEUTRAL else "leave it out"
+            raise ConfigError(f"adv.{key}={as_text(value)}: has no effect with {origin}; {way_out}")
     taken = {
         key: value
         for key, value in keys.items()

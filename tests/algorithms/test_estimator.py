@@ -34,7 +34,7 @@ def test_configured():
         (dict(estimator="reinfroce"), "did you mean reinforce?"),
         (
             dict(estimator="spo", norm_var=True),
-            "adv.norm_var=True: has no effect with adv.estimator=spo; set it to False",
+            "adv.norm_var=true: has no effect with adv.estimator=spo; set it to false",
         ),
         (dict(gamma=0.9), "adv.gamma=0.9: has no effect with adv.estimator=reinforce; set it to 1"),
         (dict(beta=1), "adv.beta=1: has no effect with adv.estimator=reinforce; leave it out"),

@@ -192,7 +192,7 @@ OF_RATIOS = {
     "cispo": {"clip_high": 0.2},
     "sapo": {},
     "dppo": {"max_divergence": 0.03},
-    "clip_cov": {"share": 0.2, "min_covariance": 0.05},
+    "clip_cov": {"share": 0.2, "min_covariance": 0.05, "clip_low": 0.2, "clip_high": 0.2},
     "kl_cov": {"share": 0.2},
     "entropy_80_20": {"clip_low": 0.1},
 }

@@ -30,7 +30,7 @@ def sapo(
     """
     if tau_pos <= 0 or tau_neg <= 0:
         raise ValueError(f"tau_pos={tau_pos}, tau_neg={tau_neg}: must be above 0")
-    tau = torch.where(advantages > 0, tau_pos, tau_neg).to(logps)
+    tau = torch.full_like(logps.detach(), tau_neg).masked_fill(advantages > 0, tau_pos)
     gate = (tau * (ratio_of(logps - old_logps) - 1)).sigmoid()
     return -advantages * gate * 4 / tau, {"gate": 4 * (gate * (1 - gate)).detach()}
 

@@ -23,14 +23,15 @@ def clip_cov(
     advantages: Tensor,
     selected: Tensor,
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
+    clip_low: float = 1.0,
+    clip_high: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of `ppo`, 0 without gradient at a few tokens of high covariance (Clip-Cov; Cui et
     al. 2025, "The Entropy Mechanism of Reinforcement Learning", arXiv:2505.22617).
 
     Those are drawn from the tokens with a covariance between `min_covariance` and
-    `max_covariance`; see `covariances`.
+    `max_covariance`; see `covariances`. The paper has no clip besides; the ratio is bounded by 0 and
+    2, as in the authors' runs.
     """
     losses, is_clipped = clipped(ratio_of(logps - old_logps), advantages, clip_low, clip_high)
     return losses * (1 - selected), {"clip_ratio": is_clipped.to(losses), "selected": selected}
@@ -100,8 +101,12 @@ def some_between(
     The draw's seed is the number of action tokens, so that a run that resumes draws the same.
 
     Raises:
-        ValueError: a `share` outside of (0, 1].
+        ValueError: a `share` outside of (0, 1], or bounds with nothing between them.
     """
+    if min_covariance >= max_covariance:
+        raise ValueError(
+            f"min_covariance={min_covariance}: must be below max_covariance={max_covariance}"
+        )
     cov = covariances(old_logps, advantages, action_mask)
     between = ((cov > min_covariance) & (cov < max_covariance)).nonzero().squeeze(-1)
     generator = torch.Generator().manual_seed(len(cov))

@@ -74,13 +74,20 @@ def test_a_share_out_of_range(share):
             select(LOGPS, ADVANTAGES, MASK, share=share)
 
 
+def test_bounds_with_nothing_between_them():
+    with pytest.raises(ValueError, match="min_covariance=2.0: must be below max_covariance=2.0"):
+        some_between(LOGPS, ADVANTAGES, MASK, min_covariance=2.0, max_covariance=2.0)
+
+
 def test_losses_by_hand():
     ratio = torch.tensor([1.5, 1.5, 0.5, 0.5])
     logps, old = ratio.log(), torch.zeros(4)
     advantages, selected = torch.tensor([1.0, 1.0, 2.0, 2.0]), torch.tensor([0.0, 1.0, 0.0, 1.0])
     given = logps, old, advantages, selected
-    losses, metrics = clip_cov(*given)
+    losses, metrics = clip_cov(*given, clip_low=0.2, clip_high=0.2)
     torch.testing.assert_close(losses, torch.tensor([-1.2, 0, -1.0, 0]))
+    # as in the authors' runs, without a clip up to a ratio of 2
+    torch.testing.assert_close(clip_cov(*given)[0], torch.tensor([-1.5, 0, -1.0, 0]))
     assert metrics["clip_ratio"].tolist() == [1, 1, 0, 0]
     torch.testing.assert_close(entropy_80_20(*given)[0], torch.tensor([0, -1.2, 0, -1.0]))
     assert entropy_80_20(*given)[1]["clip_ratio"].tolist() == [0, 1, 0, 0]
