@@ -24,8 +24,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from RL2.config.elsewhere import key_here
+from RL2.config.flat import as_text
 from RL2.config.names import RegistryOf, advice, check_name, listing
-from RL2.config.presets import GROUP, check_preset
+from RL2.config.presets import CHOICES, GROUP, check_preset, left_over
 from RL2.config.schema import SCHEMAS, all_keys, key_types, keys_of, structured
 from RL2.runtime.errors import ConfigError
 from RL2.runtime.secrets import HIDDEN, is_secret_name, redact
@@ -42,7 +43,8 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 def check_overrides(config_name: str, argv: Sequence[str], registry_of: RegistryOf) -> list[str]:
     """Check the hydra overrides of a command line against the schema of `config_name`.
 
-    Returns the command line with the overrides first: hydra accepts no flag between them.
+    Returns the command line with the overrides first: hydra accepts no flag between them. Before
+    them come those that take back what presets leave over (`RL2.config.presets.left_over`).
 
     Args:
         config_name: a yaml file of `RL2/trainer/config`, without its extension.
@@ -91,7 +93,7 @@ def check_overrides(config_name: str, argv: Sequence[str], registry_of: Registry
     others = list(argv)
     for line in lines:
         others.remove(line)
-    return lines + others
+    return _taken_back(overrides, typed) + lines + others
 
 
 def composition_error(error: Exception, config_name: str) -> ConfigError:
@@ -180,6 +182,22 @@ def _check_preset(override: Override, trainer: str, sweeps: bool) -> None:
     for value in _values(override):
         for name in value if isinstance(value, list) else [value]:
             check_preset(name, trainer)
+
+
+def _taken_back(overrides: Sequence[Override], typed: DictConfig) -> list[str]:
+    """Overrides with the default of each option that presets leave over; none in a sweep of them,
+    which has other ones for each of its runs."""
+    values = {_key_of(one): None if one.is_sweep_override() else one.value() for one in overrides}
+    names = values.pop(GROUP, None)
+    if names is None or any(key in values and values[key] is None for key in CHOICES):
+        return []
+    names = names if isinstance(names, list) else [names]
+    found = []
+    for key in left_over(names, {key: str(value) for key, value in values.items()}):
+        group, _, name = key.rpartition(".")
+        default = OmegaConf.to_container(OmegaConf.select(typed, group), resolve=False)[name]
+        found.append(f"{key}={as_text(default)}")
+    return found
 
 
 def _check_sweep(override: Override, sweeps: bool) -> None:

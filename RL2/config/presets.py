@@ -14,7 +14,7 @@ scale-free keys belong in it: no learning rate, no lengths, no batch sizes.
 """
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,8 @@ from RL2.runtime.errors import ConfigError
 
 GROUP = "algorithm"
 FOLDER = Path(RL2.__file__).parent / "trainer" / "config" / GROUP
+CHOICES = {"adv.estimator": "adv.", "actor.loss.name": "actor.loss."}
+"""Keys that choose a function, and how the keys of its options begin."""
 _PARTS = ("what", "paper", "equation", "differs")
 
 
@@ -64,6 +66,32 @@ def read_preset(name: str) -> Preset:
     tree = OmegaConf.to_container(OmegaConf.load(path))
     overrides = tuple(f"{key}={as_text(value)}" for key, value in flat(tree))
     return Preset(name, overrides=overrides, **said)
+
+
+def left_over(names: Iterable[str], given: Mapping[str, str]) -> list[str]:
+    """The options that presets set for an estimator or loss which a later one, or the command line,
+    replaces by another, and that nothing sets anew: they are not meant for that one. And the clips
+    that they set, if the command line sets `actor.clip`.
+
+    names: the presets, in the order in which they apply. given: the keys of the command line.
+    """
+    layers = [dict(one.split("=", 1) for one in read_preset(name).overrides) for name in names]
+    found = []
+    for choice, start in CHOICES.items():
+        chosen, options, dropped = None, set(), set()
+        for layer in [*layers, given]:
+            new = layer.get(choice, chosen)
+            if chosen not in (None, new):
+                dropped |= options
+            own = {key for key in layer if key.startswith(start) and key != choice}
+            chosen, options, dropped = new, options | own, dropped - own
+        found += sorted(dropped)
+    if "actor.clip" in given:  # it sets both sides, which a preset may have set
+        both = ("actor.loss.clip_high", "actor.loss.clip_low")
+        found += [
+            key for key in both if key not in (*given, *found) and any(key in x for x in layers)
+        ]
+    return found
 
 
 def _parts(text: str) -> Iterator[tuple[str, str]]:

@@ -83,6 +83,34 @@ def test_the_command_line_wins_and_later_presets_win():
     assert both.adv.norm_var and both.actor.tis_type == "mask"
 
 
+@pytest.mark.parametrize(
+    ("given", "taken_back"),
+    [
+        (["algorithm=[dapo,gspo]"], ["actor.loss.clip_high", "actor.loss.clip_low"]),
+        (["algorithm=[kl_cov,rloo]"], ["adv.norm_var"]),
+        (["algorithm=[pass_k,maxrl]"], ["adv.k"]),
+        (["algorithm=gspo", "adv.estimator=rloo"], ["adv.norm_var"]),
+        (["algorithm=dapo", "actor.clip=0.3"], ["actor.loss.clip_high", "actor.loss.clip_low"]),
+        (["algorithm=[dual_clip,dapo]"], []),  # both are ppo
+        (["algorithm=[gspo,dapo]"], []),
+        (["algorithm=gspo", "adv.estimator=rloo", "adv.norm_var=true"], []),
+        (["-m", "algorithm=[dapo,gspo],grpo"], []),
+    ],
+)
+def test_a_replaced_function_leaves_its_options_behind(given, taken_back, workdir):
+    lines = check_overrides("ppo", given, registry_of)
+    assert [one.partition("=")[0] for one in lines[: len(taken_back)]] == taken_back
+    assert sorted(lines[len(taken_back) :]) == sorted(given)
+    if "-m" in given or "adv.norm_var=true" in given:
+        return
+    config = compose_config("ppo", [*required("ppo"), *lines])
+    resolve_loss(config.actor.loss)
+    resolve_advantage(config.adv)
+    if "actor.loss.clip_low" in taken_back:
+        clip = 0.3 if "actor.clip=0.3" in given else None  # null: that of gspo
+        assert (config.actor.loss.clip_low, config.actor.loss.clip_high) == (clip, clip)
+
+
 def test_names_are_checked():
     assert message("algorithm=grop").startswith(
         "algorithm=grop: unknown algorithm; did you mean grpo? use "

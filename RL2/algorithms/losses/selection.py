@@ -30,8 +30,8 @@ def clip_cov(
     al. 2025, "The Entropy Mechanism of Reinforcement Learning", arXiv:2505.22617).
 
     Those are drawn from the tokens with a covariance between `min_covariance` and
-    `max_covariance`; see `covariances`. The paper has no clip besides; the ratio is bounded by 0 and
-    2, as in the authors' runs.
+    `max_covariance`; see `covariances`. The paper has no clip besides; the ratio is bounded by 0
+    and 2, as in the authors' runs.
     """
     losses, is_clipped = clipped(ratio_of(logps - old_logps), advantages, clip_low, clip_high)
     return losses * (1 - selected), {"clip_ratio": is_clipped.to(losses), "selected": selected}

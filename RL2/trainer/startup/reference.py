@@ -56,7 +56,9 @@ _ALGORITHMS = """\
 loss, the advantage estimator and other keys of one algorithm. They go over those of the trainer,
 and under those of the command line: `algorithm=gspo actor.loss.clip_high=1e-3` changes one of them,
 and `algorithm=grpo,gspo,cispo --multirun` compares three. `algorithm=[grpo,icepop]` applies both,
-the second one over the first. Learning rates, batch sizes and lengths are left to you.
+the second one over the first: a loss or an estimator that replaces that of an earlier one, also on
+the command line, leaves the options of that one behind, so `algorithm=[dapo,gspo]` has the clips of
+GSPO. Learning rates, batch sizes and lengths are left to you.
 `python -m RL2.trainer.algorithms` prints this list, with `--json` for programs.
 
 A is the advantage, ρ = exp(logps − old_logps) the ratio of a token, r the reward of a sample, G the
