@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ class AnswerParser:
     `prompt`) with answers as texts or as the messages that follow; or answers that are whole
     conversations, which begin with their prompt. An answer is the last message, a turn of the
     assistant. All messages before it are the prompt, which the answers of a row must share.
+    Messages may be a JSON text, because a CSV cell can hold nothing else.
 
     Args:
         key: name of the config's node, for messages.
@@ -41,16 +43,19 @@ class AnswerParser:
         names: tuple[str, ...],
     ):
         self.separator, self.formats, self.names = separator, formats, names
+        self.texts = {"prompt", *names}
         self.turns, self.unread = Turns(tokenizer, ends, key), Unread(key, tokenizer)
 
     def __call__(self, row: dict[str, Any]) -> list[Answer | None]:
         kind = format_of(row, self.formats)
         if kind is None:
             raise self._missing(row)
-        self.unread.add_row(row, kind)
+        row = row | {name: _opened(row[name]) for name in kind.needs if name in self.texts}
         prompt = row.get("prompt") if "prompt" in kind.needs else None
         if isinstance(prompt, str) and not any(isinstance(row[name], list) for name in self.names):
+            self.unread.add_row(row, Format(kind.needs))  # tools are shown with messages only
             return [self._text(row, name) for name in self.names]
+        self.unread.add_row(row, kind)
         return self._turns(row, kind)
 
     def _missing(self, row: dict[str, Any]) -> BadRow:
@@ -85,6 +90,18 @@ class AnswerParser:
         self.unread.add_messages([message for talk in full.values() for message in talk], tools)
         _check_same_prompt(full)
         return [None if talk is None else self.turns.answer(talk, tools) for talk in talks.values()]
+
+
+def _opened(value: Any) -> Any:
+    """The messages of a JSON text; any other value unchanged, a text with other JSON too."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    is_talk = bool(found) and all(isinstance(one, dict) and "role" in one for one in found)
+    return found if is_talk else value
 
 
 def _talk(prompt: list[Message], value: Any, name: str) -> list[Message] | None:

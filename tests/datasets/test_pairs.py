@@ -111,6 +111,26 @@ def test_tools_go_to_the_template(tiny_tokenizer):
     assert longer > shorter
 
 
+@pytest.mark.parametrize("columns", [("messages", "chosen"), ("prompt", "rejected"), ("chosen",)])
+def test_messages_as_json_texts(tiny_tokenizer, columns):
+    """As the cells of a CSV file have them, whichever columns they are in."""
+    row = {"prompt": PROMPT, "chosen": [said("it")], "rejected": [said("is")]}
+    if "messages" in columns:
+        row["messages"] = row.pop("prompt")
+    if columns == ("chosen",):
+        del row["prompt"]
+        row |= {side: [*PROMPT, *row[side]] for side in ("chosen", "rejected")}
+    plain = list(load(tiny_tokenizer, [row]))
+    assert list(load(tiny_tokenizer, [row | {c: json.dumps(row[c]) for c in columns}])) == plain
+    talks = {side: json.dumps([*PROMPT, said(side)]) for side in ("chosen", "rejected")}
+    with_prompt = {"prompt": "x"} | talks
+    lists = with_prompt | {side: json.loads(talk) for side, talk in talks.items()}
+    assert list(load(tiny_tokenizer, [with_prompt])) == list(load(tiny_tokenizer, [lists]))
+    other_json = TEXTS | {"chosen": "[1, 2]", "rejected": '[{"a": 1}]'}
+    (pair,) = load(tiny_tokenizer, [other_json])
+    assert tiny_tokenizer.decode(pair["chosen"]["token_ids"]).count("[1, 2]") == 1
+
+
 def test_scored_pairs_mark_one_token_behind_the_end(tiny_tokenizer):
     """The state before it has seen the whole sequence, its end included, and max_length counts
     only what is read."""
@@ -197,10 +217,12 @@ def test_bad_row_is_named(tiny_tokenizer, row, problem):
     assert message.startswith("data.path: rows.jsonl:2: ") and problem in message
 
 
-def test_unread_columns_are_named(tiny_tokenizer, caplog):
+@pytest.mark.parametrize(("name", "value"), [("score", 1), ("tools", [{"type": "function"}])])
+def test_unread_columns_are_named(tiny_tokenizer, caplog, name, value):
+    """A prompt text goes through no template that would show tools."""
     with caplog.at_level("WARNING", logger="RL2"):
-        load(tiny_tokenizer, [TEXTS | {"score": 1}])
-    assert "columns that are not read: score in 1 rows" in caplog.text
+        load(tiny_tokenizer, [TEXTS | {name: value}])
+    assert f"columns that are not read: {name} in 1 rows" in caplog.text
 
 
 def test_end_ids_are_those_that_close_the_turns():
