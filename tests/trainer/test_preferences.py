@@ -2,16 +2,19 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 
+from RL2.runtime.errors import ConfigError
 from RL2.workers import ShardedModel
 from tests.faults.support import Run
 from tests.trainer.support import (
@@ -155,6 +158,30 @@ def test_a_resumed_run_has_the_same_numbers(files, tmp_path, loss):
     rows = train(files, trainer, tmp_path / "on", **changes, trainer__load_ckpt_from=start)
     assert rows and [*map(lasting, rows)] == [*map(lasting, whole[3:])]
     assert same_weights(weights(tmp_path / "whole/final"), weights(tmp_path / "on/final"))
+
+
+# ---------------------------------------------------------------- models that do not fit
+
+
+@pytest.mark.parametrize("trainer", ["dpo", "rm"])
+def test_a_model_without_tokenizer_files(files, tmp_path, trainer):
+    """transformers makes an empty tokenizer of it, for which all texts are the same."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(files / "model" / name, folder)
+    with pytest.raises(ConfigError) as error:
+        train(files, trainer, tmp_path / "run", actor__model_name=folder)
+    assert str(error.value).startswith(f"actor.model_name={folder}: has no tokenizer files")
+
+
+def test_a_reward_model_is_no_reference(files, tmp_path):
+    config = AutoConfig.from_pretrained(files / "model", num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "scores")
+    with pytest.raises(ConfigError) as error:
+        train(files, "dpo", tmp_path / "run", ref_actor__model_name=tmp_path / "scores")
+    said = f"ref_actor.model_name={tmp_path / 'scores'}: is a Qwen3ForSequenceClassification"
+    assert str(error.value).startswith(said)
 
 
 # ---------------------------------------------------------------- rm

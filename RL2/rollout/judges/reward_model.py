@@ -65,6 +65,11 @@ class RewardModel:
             raise ConfigError(
                 f"rollout.reward_model.model_name={name}: cannot be loaded ({first_line(error)})"
             ) from error
+        if self.tokenizer.get_vocab().keys() <= {*self.tokenizer.all_special_tokens}:
+            raise ConfigError(
+                f"rollout.reward_model.model_name={name}: has no tokenizer files, such as "
+                "tokenizer.json; save the model's tokenizer there with save_pretrained"
+            )
         if missing := sorted(found["missing_keys"]):
             raise ConfigError(
                 f"rollout.reward_model.model_name={name}: its files lack {missing[0]}; give the "

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from RL2.algorithms.algorithm import Algorithm
 from RL2.config.models import ask_hub, hub_options
@@ -33,7 +33,7 @@ def load_tokenizer(config: DictConfig, head: str = "token_stats") -> PreTrainedT
             f"({first_line(error)}); give a folder made by save_pretrained or a model id"
         ) from error
     if head == "token_stats":
-        _refuse_classifier(model, "actor", name)
+        _check_language_model(f"actor.model_name={name}", model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # as above
@@ -42,6 +42,11 @@ def load_tokenizer(config: DictConfig, head: str = "token_stats") -> PreTrainedT
             f"({first_line(error)}); give a folder made by save_pretrained, or a model id of a hub "
             "that this machine reaches or has cached"
         ) from error
+    if not _ordinary(tokenizer):  # transformers makes an empty one where there are no files
+        raise ConfigError(
+            f"actor.model_name={name}: has no tokenizer files, such as tokenizer.json; save the "
+            "model's tokenizer there with save_pretrained"
+        )
     rows = getattr(model.get_text_config(), "vocab_size", None)
     if rows is not None and max(_ordinary(tokenizer).values(), default=0) >= rows:
         raise ConfigError(
@@ -50,6 +55,15 @@ def load_tokenizer(config: DictConfig, head: str = "token_stats") -> PreTrainedT
             "trained with"
         )
     return tokenizer
+
+
+def _check_language_model(key: str, model: PretrainedConfig) -> None:
+    kinds = [kind for kind in model.architectures or () if kind.endswith("Classification")]
+    if kinds:
+        raise ConfigError(
+            f"{key}: is a {kinds[0]}, such as reward models are, whose head gives scores and no "
+            "next token; give a causal language model"
+        )
 
 
 def _ordinary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -65,6 +79,7 @@ def check_vocabulary(config: DictConfig, group: str, tokenizer: PreTrainedTokeni
     if node.model_name == actor:
         return
     own, key = _ordinary(tokenizer), f"{group}.model_name={node.model_name}"
+    model = _read(AutoConfig, node)
     way_out = f"; give a model with the tokens of actor.model_name={actor}"
     theirs = _read(AutoTokenizer, node)
     other = {} if theirs is None else theirs.get_vocab()
@@ -76,7 +91,6 @@ def check_vocabulary(config: DictConfig, group: str, tokenizer: PreTrainedTokeni
             f"{key}: its tokenizer has {len(theirs)} tokens, the actor's {len(tokenizer)}, and "
             f"{token!r} is {there} there and {own[token]} here{way_out}"
         )
-    model = _read(AutoConfig, node)
     rows = None if model is None else getattr(model.get_text_config(), "vocab_size", None)
     if rows is not None and max(own.values(), default=0) >= rows:
         raise ConfigError(
@@ -90,16 +104,7 @@ def check_policy(config: DictConfig, group: str) -> None:
     weights a reward model would load as a language model.)"""
     node = config[group]
     if group != "critic" and (model := _read(AutoConfig, node)) is not None:
-        _refuse_classifier(model, group, node.model_name)
-
-
-def _refuse_classifier(model: Any, group: str, name: str) -> None:
-    kinds = [kind for kind in model.architectures or () if kind.endswith("Classification")]
-    if kinds:
-        raise ConfigError(
-            f"{group}.model_name={name}: is a {kinds[0]}, such as reward models are, whose head "
-            "gives scores and no next token; give a causal language model"
-        )
+        _check_language_model(f"{group}.model_name={node.model_name}", model)
 
 
 def check_context(config: DictConfig, group: str) -> None:

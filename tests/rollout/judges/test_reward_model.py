@@ -84,6 +84,13 @@ def test_a_folder_that_is_no_reward_model(files, name, said):
     assert "\n" not in str(error.value)
 
 
+def test_a_reward_model_without_tokenizer_files(files, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(files / "scores").save_pretrained(tmp_path)
+    judge = RewardModel(node(tmp_path))
+    with pytest.raises(ConfigError, match="has no tokenizer files, such as tokenizer.json"):
+        judge.start(make_tiny_tokenizer(), torch.device("cpu"))
+
+
 def test_rewards_of_a_run_are_its_scores(files, tmp_path):
     (row,) = train(
         files, "ppo", tmp_path, rollout__judges="[reward_model]", trainer__max_steps=1,
