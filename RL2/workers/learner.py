@@ -198,7 +198,7 @@ class Learner(ShardedModel):
         more, sums = self.total(torch.zeros_like(own[main]), own)
         n_bad = metrics.pop("bad_losses").sum() / len(pack.sizes)
         share = pack.scale / len(pack.sizes)
-        sums |= {name: values.sum() * share for name, values in metrics.items()}
+        sums |= {name: values.double().sum() * share for name, values in metrics.items()}
         return loss + more, sums | {"bad_losses": n_bad}
 
     def _call_loss(
