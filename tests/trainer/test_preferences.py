@@ -97,6 +97,7 @@ def test_a_step_is_the_definition_at_the_temperature_of_both_models(files, tmp_p
     }
     for name, value in expected.items():
         assert row[f"actor/{name}"] == pytest.approx(value.item(), rel=1e-5), name
+    assert row["actor/accuracy"] == pytest.approx(expected["accuracy"].item(), rel=1e-12)
 
 
 def test_kto_takes_unrelated_answers_for_its_kl(files, tmp_path):
