@@ -76,7 +76,7 @@ class Trainer:
         self.providers, self.references = load_providers(
             config, self.algorithm.needs, self.learners, device, self.traffic,
             keep=self.source.repeats and self.n_steps > self.source.steps_per_epoch,
-            contexts=self.source.contexts,
+            contexts=self.source.contexts, fingerprints=inputs.fingerprints,
         )  # fmt: skip
         claimed[0].references = self.references
         self.source.start(device, actor.dtypes.compute)

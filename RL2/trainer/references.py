@@ -1,5 +1,6 @@
 """Log-probabilities of rows under a frozen reference, computed once for each row of a data set."""
 
+import logging
 from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
@@ -13,6 +14,8 @@ from RL2.distributed import broadcast, rank
 from RL2.distributed.comm import Batch
 from RL2.workers import ShardedModel
 
+logger = logging.getLogger(__name__)
+
 Key = bytes
 _KEY_BYTES = 16
 
@@ -21,11 +24,12 @@ class KeptReferences:
     """A provider of fields that keeps, on rank 0, what it has computed for each row, in float32 for
     each action token. A row is known by its tokens and mask.
 
-    model: the frozen model.
+    model: the frozen model. origin: names all that its numbers depend on besides the rows, so that
+        those of another model are not taken from a checkpoint.
     """
 
-    def __init__(self, model: ShardedModel):
-        self.model = model
+    def __init__(self, model: ShardedModel, origin: str = ""):
+        self.model, self.origin = model, origin
         self._kept: dict[Key, Tensor] = {}
 
     def __call__(self, batch: Batch | None, fields: Mapping[str, str]) -> Batch | None:
@@ -49,17 +53,24 @@ class KeptReferences:
         values[mask] = torch.cat([self._kept[key] for key in keys])
         return batch | {name: values}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything kept, in three tensors."""
+    def state_dict(self) -> dict[str, Tensor | str]:
+        """Everything kept, in three tensors, and where it is from."""
         values = [torch.zeros(0), *self._kept.values()]
         return {
             "keys": torch.tensor([*b"".join(self._kept)], dtype=torch.uint8),
             "sizes": torch.tensor([len(one) for one in values[1:]], dtype=torch.int64),
             "values": torch.cat(values),
+            "origin": self.origin,
         }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Keep what `state_dict` returned."""
+    def load_state_dict(self, state: dict[str, Tensor | str]) -> None:
+        """Keep what `state_dict` returned, if it is of the same reference."""
+        if state.get("origin", self.origin) != self.origin:
+            logger.warning(
+                "the checkpoint was written with another reference (model, temperature or dtype); "
+                "its log-probabilities are computed anew"
+            )
+            return
         whole = state["keys"].numpy().tobytes()
         keys = [whole[i : i + _KEY_BYTES] for i in range(0, len(whole), _KEY_BYTES)]
         values = state["values"].split(state["sizes"].tolist())

@@ -129,6 +129,21 @@ def test_a_reference_looks_at_each_row_once_and_a_resumed_run_at_none(files, tmp
     assert same_weights(weights(tmp_path / "whole/final"), weights(tmp_path / "on/final"))
 
 
+@pytest.mark.parametrize(
+    "change", [{"ref_actor__model_name": "other"}, {"actor__temperature": 0.5}]
+)
+def test_a_run_that_goes_on_with_another_reference_computes_it_anew(
+    files, tmp_path, annotated, change, caplog
+):
+    train(files, "dpo", tmp_path / "whole", **EPOCHS, trainer__max_steps=4)
+    del annotated[:]
+    if "ref_actor__model_name" in change:
+        change = {"ref_actor__model_name": files / "other"}
+    start = tmp_path / "whole/checkpoints/step000004"
+    train(files, "dpo", tmp_path / "on", **EPOCHS, **change, trainer__load_ckpt_from=start)
+    assert annotated == [8, 8] and "written with another reference" in caplog.text
+
+
 def test_nothing_is_kept_of_a_reference_that_is_renewed(files, tmp_path, annotated):
     """It is the policy before each step, so that every log-ratio is 0, in the second epoch too."""
     whole = train(files, "dpo", tmp_path / "whole", **EPOCHS, ref_actor__renew_every=1)

@@ -1,6 +1,7 @@
 """Loads the actor's tokenizer, and the models that compute fields of a batch."""
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -162,6 +163,7 @@ def load_providers(
     traffic: Traffic,
     keep: bool,
     contexts: Sequence[Sequence[int]] | None = None,
+    fingerprints: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, Provider], dict[str, Reference]]:
     """The providers of the fields that an algorithm needs, by their names in `needs`, and the
     frozen models behind them that may be renewed, by their nodes.
@@ -169,6 +171,7 @@ def load_providers(
     keep: whether rows come again, so that what a reference says about them is kept, unless it is
         renewed.
     contexts: see `load_teacher`.
+    fingerprints: of the run's models, by their keys.
     """
     providers: dict[str, Provider] = {"old_logps": learners["actor"].annotate}
     references: dict[str, Reference] = {}
@@ -180,7 +183,10 @@ def load_providers(
             reference.check(learners["actor"])
         reference.offload()
         kept = keep and not reference.every
-        providers["ref_logps"] = KeptReferences(reference) if kept else reference.annotate
+        of_actor = fingerprints.get("actor.model_name")
+        weights = fingerprints.get("ref_actor.model_name", of_actor)
+        origin = str([weights, reference.config.temperature, str(reference.dtypes.compute)])
+        providers["ref_logps"] = KeptReferences(reference, origin) if kept else reference.annotate
         references["ref_actor"] = reference
         if "mismatch_kl" in needs:
             longest = config.data.max_length
