@@ -43,6 +43,7 @@ CHECKS: tuple[Callable[..., None], ...] = (
     objective.check_renewal,
     objective.check_reference,
     teacher.check_model_of_teacher,
+    teacher.check_keys_of_teacher,
     teacher.check_rewards,
     teacher.check_context,
     objective.check_clip,

@@ -1,14 +1,38 @@
 """The teacher, and runs without rewards."""
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from RL2.config.flat import as_text
 from RL2.config.models import POLICY, check_model
+from RL2.config.schema import keys_of
+from RL2.config.schema.model import SFTTeacherConfig, TeacherConfig
 from RL2.runtime.errors import ConfigError
 
 
 def check_model_of_teacher(teacher: DictConfig) -> None:
     if teacher.model_name not in (None, POLICY):
         check_model(teacher, "teacher")
+
+
+def check_keys_of_teacher(teacher: DictConfig) -> None:
+    """Keys of a model that is not loaded."""
+    if teacher.model_name not in (None, POLICY):
+        return
+    unset = [keys_of(kind) for kind in (SFTTeacherConfig, TeacherConfig)]
+    for name in teacher:
+        if name in ("model_name", "context", "import_path", "top_k"):
+            continue
+        if OmegaConf.is_interpolation(teacher, name):
+            continue
+        if teacher[name] in [keys[name].default for keys in unset]:
+            continue
+        given = f"teacher.{name}={as_text(teacher[name])}: has no effect "
+        if teacher.model_name is None:
+            raise ConfigError(f"{given}without teacher.model_name; set that, or leave it out")
+        raise ConfigError(
+            f"{given}with teacher.model_name=policy, which is the actor itself; leave it out, or "
+            f"set actor.{name}"
+        )
 
 
 def check_rewards(

@@ -1,4 +1,4 @@
-"""The keys of every model that is spread over the ranks, and `ref_actor`."""
+"""The keys of every model that is spread over the ranks, of `ref_actor` and of `teacher`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -65,8 +65,8 @@ class ModelConfig:
 
 
 @dataclass
-class RefActorConfig(ModelConfig):
-    """The frozen policy that actor.kl compares with."""
+class FrozenConfig(ModelConfig):
+    """A model that is not trained, as the actor unless its keys say otherwise."""
 
     model_name: str = follow("actor.model_name", "folder or hub id", path=True)
     dtype: Dtype = follow("actor.dtype")
@@ -84,6 +84,15 @@ class RefActorConfig(ModelConfig):
     sp_size: int = follow("actor.sp_size", within=FROM_ONE)
     temperature: float = follow("actor.temperature", within=ABOVE_ZERO)
     offload_model: bool = follow("actor.offload_model")
+    max_inference_length_per_device: int = follow(
+        "actor.max_inference_length_per_device", "tokens in one forward", FROM_ONE
+    )
+
+
+@dataclass
+class RefActorConfig(FrozenConfig):
+    """The frozen policy that actor.kl compares with."""
+
     renew_every: int = key(
         0, "after every so many training steps it is replaced by the actor; 0: never", FROM_ZERO
     )
@@ -92,13 +101,10 @@ class RefActorConfig(ModelConfig):
         "share of the actor in what replaces it; the rest is the reference before",
         PROBABILITY,
     )
-    max_inference_length_per_device: int = follow(
-        "actor.max_inference_length_per_device", "tokens in one forward", FROM_ONE
-    )
 
 
 @dataclass
-class SFTTeacherConfig(RefActorConfig):
+class SFTTeacherConfig(FrozenConfig):
     """The frozen model whose distribution the actor learns."""
 
     model_name: str | None = key(

@@ -20,6 +20,15 @@ POLICY = ("teacher.model_name=policy",)
             "actor.max_length_per_device=512",
         ),
         (POLICY, "teacher.model_name=policy: teaches the policy nothing unless it sees more"),
+        (
+            (*POLICY, 'teacher.context="{answer}"', "teacher.dtype=bfloat16"),
+            "teacher.dtype=bfloat16: has no effect with teacher.model_name=policy, which is the "
+            "actor itself; leave it out, or set actor.dtype",
+        ),
+        (
+            ("teacher.offload_model=true",),
+            "teacher.offload_model=true: has no effect without teacher.model_name; set that",
+        ),
         (('teacher.context="{answer}"',), "teacher.context={answer}: has no effect without"),
         (
             (*POLICY, 'teacher.context="{answer}"', "teacher.import_path=a.py:f"),
@@ -51,6 +60,7 @@ def test_bad_teachers(message, overrides, said):
 
 
 def test_good_ones(composed):
+    validate(composed("sft"), 1)
     validate(composed("ppo", "teacher.model_name=a/b", *FREE), 1)
     validate(composed("ppo", *POLICY, 'teacher.context="{prompt} {answer}"', *FREE), 1)
     validate(composed("sft", "teacher.model_name=a/b"), 1)
