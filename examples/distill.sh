@@ -30,7 +30,7 @@ for run in teacher:400 student:60; do
         data.path="$out/sums.jsonl" data.max_length=64 data.batch_size=50 \
         actor.model_name="$out/base" actor.max_length_per_device=4096 actor.lr=3e-3 \
         actor.gradient_checkpointing=false trainer.n_epochs=200 trainer.max_steps="${run#*:}" \
-        trainer.seed="$seed" trainer.use_wandb=false
+        trainer.seed="$seed" trainer.use_wandb=false trainer.num_threads=1
 done
 
 top_k=()
@@ -42,11 +42,11 @@ score() { # <folder> <overrides>: a run that is scored on all sums
         train_data.prompts_per_rollout=100 actor.max_length_per_device=4096 \
         actor.gradient_checkpointing=false rollout.train_sampling_params.max_new_tokens=8 \
         trainer.n_epochs=200 trainer.test_freq=10 trainer.seed="$seed" trainer.use_wandb=false \
-        trainer.show_samples=0 "$@" rollout.env_path="$ROOT/envs/gsm8k.py"
+        trainer.show_samples=0 trainer.num_threads=1 "$@" rollout.env_path="$ROOT/envs/gsm8k.py"
 }
 echo "== 3. $algorithm: the student answers, the teacher judges each token"
 score "$out/$algorithm" algorithm="$algorithm" actor.model_name="$out/student/final" \
-    teacher.model_name="$out/teacher/final" "${top_k[@]}" actor.lr=1e-3 trainer.max_steps=100 "$@"
+    teacher.model_name="$out/teacher/final" "${top_k[@]}" actor.lr=1e-3 trainer.max_steps=200 "$@"
 score "$out/of_teacher" actor.model_name="$out/teacher/final" trainer.max_steps=1
 
 echo "== 4. the student before and after, and under 'before' the teacher"
