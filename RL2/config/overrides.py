@@ -305,8 +305,9 @@ def _advice(key: str, schema: type) -> str:
     names = {one.rpartition(".")[2] for one in leaves}
     close = difflib.get_close_matches(name, names, n=2, cutoff=0.75)
     by_name = [one for one in leaves if one.rpartition(".")[2] in close]
-    # Keys of the same group come first: a slip in the name is likelier than one in the group.
-    by_name.sort(key=lambda one: one.rpartition(".")[0] != group)
+    # Keys of the same group alone, if there are any: a slip in the name is likelier than one in the
+    # group.
+    by_name = [one for one in by_name if one.rpartition(".")[0] == group] or by_name
     by_path = difflib.get_close_matches(key, leaves, n=1, cutoff=0.8)
     suggestions = list(dict.fromkeys([*by_path, *by_name]))[:3]
     if suggestions:

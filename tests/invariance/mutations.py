@@ -154,8 +154,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "e-rows-counted-for-samples": Mutation(
         LEARNER,
-        'level, batch["sample_ids"])',
-        "level)",
+        "self.config.avg_level, samples)",
+        "self.config.avg_level)",
         f"{UPDATE}[qwen3-packed-ppo-sequence-reinforce]",
     ),
     "e-ratio-of-now-to-the-engine": Mutation(
@@ -167,12 +167,10 @@ MUTATIONS: dict[str, Mutation] = {
     # (f) one padding row or token too many
     "f-padding-row-counts": Mutation(
         LEARNER,
-        '        weights = token_weights(batch["action_mask"], batch["correct"], level, '
-        'batch["sample_ids"])\n',
+        "        weights = token_weights(mask, correct, self.config.avg_level, samples)\n",
         """        pad = torch.nn.functional.pad
-        mask, correct = pad(batch["action_mask"], (0, 0, 0, 1)), pad(batch["correct"], (0, 1))
-        samples = pad(batch["sample_ids"], (0, 1), value=-1)
-        weights = token_weights(mask, correct, level, samples)[:-1]
+        padded = pad(mask, (0, 0, 0, 1)), pad(correct, (0, 1)), pad(samples, (0, 1), value=-1)
+        weights = token_weights(padded[0], padded[1], self.config.avg_level, padded[2])[:-1]
 """,
         f"{UPDATE}[qwen3-packed-ppo-sequence-reinforce]",
     ),
@@ -184,7 +182,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "f-filler-stripped-at-the-end": Mutation(
         COMM,
-        "    out.scatter_(0, plan.index(n_tokens), flat)\n",
+        "    out.index_copy_(0, plan.index(n_tokens), flat)\n",
         "    index = plan.index(n_tokens)\n"
         "    valid = index < n_rows * n_tokens\n"
         "    out[index[valid]] = flat[: int(valid.sum())]\n",

@@ -25,7 +25,7 @@ def test_help_and_unknown_trainers():
         assert done.returncode == 0 and "usage: rl2 <trainer> key=value" in done.stdout
     done = rl2("grpo", "actor.lr=1")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "rl2: grpo: unknown trainer; use one of ppo, spo, spo_0p5, sft\n"
+    assert done.stderr == "rl2: grpo: unknown trainer; use one of ppo, spo, spo_0p5, sft, dpo, rm\n"
 
 
 @pytest.mark.parametrize("words", [["--version"], ["version"], ["sft", "--version"]])

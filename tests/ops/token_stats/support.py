@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from RL2.algorithms import FIELDS, resolve_loss
+from RL2.algorithms import FIELDS, LOSSES, resolve_loss
 from RL2.ops.token_stats import STATISTICS as ALL_STATISTICS
 from RL2.ops.token_stats import TokenStats
 from RL2.ops.token_stats.in_forward import tiled_token_loss
@@ -22,6 +22,10 @@ NEG_INF = float("-inf")
 # `test_at_logps.py` has the other two, which come with tokens.
 STATISTICS = tuple(x for x in ALL_STATISTICS if x not in ("top_ids", "at_logps"))
 DIFFERENTIABLE = tuple(name for name in STATISTICS if name != "ranks")
+# Losses that read nothing but these and fields that every batch with rollouts has.
+OF_TOKENS = tuple(
+    name for name in LOSSES if {*resolve_loss({"name": name}).inputs} <= {*STATISTICS, *FIELDS}
+)
 TOP_K = 3
 # Smaller than every vocabulary and batch below: several tiles, several blocks of rows, remainders.
 SMALL = Tiling(columns=4, rows=5)

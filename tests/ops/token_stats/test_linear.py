@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from RL2.algorithms import LOSSES
 from RL2.ops.token_stats import kernels
 from tests.ops.token_stats.support import (
     ALL,
     DIFFERENTIABLE,
     NEG_INF,
+    OF_TOKENS,
     QUICK,
     SMALL,
     STATISTICS,
@@ -108,8 +108,12 @@ def test_gradcheck_of_statistics(implementation, name, temperature):
     assert torch.autograd.gradcheck(statistic, leaves(*inputs), eps=1e-6, atol=1e-6, rtol=1e-6)
 
 
+# Finite differences see through what these detach.
+STOPS_GRADIENTS = ("cispo", "dppo")
+
+
 @quick
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name in OF_TOKENS if name not in STOPS_GRADIENTS])
 def test_gradcheck_of_losses(implementation, name):
     *inputs, actions = random_case(T=6, H=3, V=7)
     loss = RegisteredLoss(name, detach_target=False)  # finite differences see through a detach
@@ -474,7 +478,7 @@ def test_no_tensor_of_all_logits(implementation, fits, wanted, monkeypatch):
             tiling=Tiling(columns, rows),
         )  # fmt: skip
         gradients(sum(x.sum() for x in stats.as_dict().values()), [hidden, weight, bias])
-    tile, per_token, own = 4 * T * columns, 4 * T * 64, 4 * (T * H + V * H + V)
+    tile, per_token, own = 4 * T * columns, 4 * T * 66, 4 * (T * H + V * H + V)
     assert (recorder.largest <= tile) == fits
     assert (recorder.peak <= own + tile + per_token) == fits
 

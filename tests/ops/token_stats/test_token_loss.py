@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from RL2.algorithms import LOSSES
 from RL2.ops.token_stats import kernels, linear_token_loss
 from tests.ops.token_stats.support import (
     ALL,
+    OF_TOKENS,
     QUICK,
     TRAINED,
     AllocationRecorder,
@@ -85,7 +85,7 @@ def test_equals_the_loss_on_full_logits(implementation, which, dtype):
 
 @quick_tiled
 @pytest.mark.parametrize("detach_target", [False, True])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", OF_TOKENS)
 def test_every_registered_loss(implementation, name, detach_target):
     *inputs, actions = random_case(T=21)
     loss = RegisteredLoss(name, detach_target=detach_target)
