@@ -50,9 +50,7 @@ def test_unknown_key_advice():
     assert "did you mean rollout.env_path?" in message("trainer.env_path=x")
     assert "the keys of actor.kl are coef, type" in message("actor.kl.zzz=1")
     assert "the groups are train_data, test_data, actor" in message("qqq=1")
-    assert "critic.lrr=1: unknown key; did you mean critic.lr?" in message(
-        "critic.lrr=1"
-    )
+    assert "critic.lrr=1: unknown key; did you mean critic.lr?" in message("critic.lrr=1")
     assert "unknown key" in message("critic.temperature=1")  # it has no distribution
     assert "actor.kl.cof=1: unknown key; did you mean actor.kl.coef" in message("actor.kl={cof:1}")
     assert "unknown key" in message("rollout.engine=auto", name="sft")

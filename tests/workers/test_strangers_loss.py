@@ -249,7 +249,12 @@ def twice(model, import_path):
 
 
 def names_of_an_update(model):
-    changes = {"tis_coef": 2.0, "tis_type": "mask", "kl": {"coef": 0.1, "type": "loss"}, "max_ratio": 10.0}
+    changes = {
+        "tis_coef": 2.0,
+        "tis_type": "mask",
+        "kl": {"coef": 0.1, "type": "loss"},
+        "max_ratio": 10.0,
+    }
     actor = Actor(
         actor_config(model, **changes), torch.device("cpu"), resolve_loss({"name": "nll"})
     )
