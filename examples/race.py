@@ -4,8 +4,9 @@
 
 Expects runs at `<folder>/<seed>/<algorithm>` with their `metrics.jsonl`, as `examples/race.sh`
 leaves them. All runs are compared at the budget of the one that generated the fewest tokens: the
-last evaluation of each run within that budget counts. A gain is the mean over the seeds with its
-95 % interval (Student's t).
+last evaluation of each run within that budget counts. The score on the problems that are trained on
+is that of the samples of three steps. A gain is the mean over the seeds with its 95 % interval
+(Student's t).
 """
 
 import argparse
@@ -16,11 +17,16 @@ from pathlib import Path
 
 from report import SCORE, read_metrics, readable
 
-SAMPLED, ENTROPY, LENGTH = "test/sampled_score", "actor/entropy", "train/avg_response_length"
+SAMPLED, TRAINED = "test/sampled_score", "train/score"
+ENTROPY, LENGTH = "actor/entropy", "train/avg_response_length"
 TOKENS = "rollout/tokens"
 # 97.5 % points of Student's t with n - 1 degrees of freedom, by the number of seeds n.
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}
-COLUMNS = ("algorithm", "greedy", "sampled", "entropy", "length", "tokens", "skipped")
+COLUMNS = (
+    "algorithm", "trained on", "unseen, sampled", "unseen, greedy", "entropy", "length", "tokens",
+    "skipped",
+)  # fmt: skip
+N_MEAN = 3  # steps whose mean is the score on the problems that are trained on
 
 
 def tokens_by_step(rows: list[dict[str, float]]) -> dict[int, float]:
@@ -45,6 +51,9 @@ def at_budget(rows: list[dict[str, float]], budget: float) -> dict[str, float]:
     }
     for name, key in (("greedy", SCORE), ("sampled", SAMPLED)):
         found[f"{name} before"], found[name] = first[key], last[key]
+    scores = [row[TRAINED] for row in trained if TRAINED in row] or [math.nan]
+    found["trained before"] = statistics.fmean(scores[:N_MEAN])
+    found["trained"] = statistics.fmean(scores[-N_MEAN:])
     for name, key in (("entropy", ENTROPY), ("length", LENGTH)):
         values = [row[key] for row in trained if key in row]
         found[f"{name} before"], found[name] = (
@@ -72,8 +81,9 @@ def line(algorithm: str, seeds: list[dict[str, float]]) -> dict[str, str]:
 
     return {
         "algorithm": algorithm,
-        "greedy": gain("greedy"),
-        "sampled": gain("sampled"),
+        "trained on": gain("trained"),
+        "unseen, sampled": gain("sampled"),
+        "unseen, greedy": gain("greedy"),
         "entropy": f"{mean('entropy before'):.3f} → {mean('entropy'):.3f}",
         "length": f"{mean('length before'):.1f} → {mean('length'):.1f}",
         "tokens": f"{mean('tokens') / 1e3:.0f}k",
@@ -82,7 +92,7 @@ def line(algorithm: str, seeds: list[dict[str, float]]) -> dict[str, str]:
 
 
 def table(folder: Path) -> str:
-    """The table in Markdown, the largest gain of the sampled score first."""
+    """The table in Markdown, the largest gain on the problems that were trained on first."""
     runs: dict[str, list[list[dict[str, float]]]] = {}
     for path in sorted(folder.glob("*/*/metrics.jsonl")):
         rows = read_metrics(path.parent)
@@ -94,7 +104,7 @@ def table(folder: Path) -> str:
     reached = {name: [at_budget(rows, budget) for rows in of] for name, of in runs.items()}
 
     def gained(name: str) -> float:
-        return statistics.fmean(run["sampled"] - run["sampled before"] for run in reached[name])
+        return statistics.fmean(run["trained"] - run["trained before"] for run in reached[name])
 
     lines = [line(name, reached[name]) for name in sorted(reached, key=gained, reverse=True)]
     n_seeds = {len(of) for of in runs.values()}

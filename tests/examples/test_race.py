@@ -20,6 +20,7 @@ def write_run(folder: Path, tokens: list[int], greedy: list[float], sampled: lis
         if step:
             row |= {
                 "rollout/tokens": tokens[step - 1], "actor/entropy": 1.0 / step,
+                "train/score": 0.1 * step,
                 "train/avg_response_length": 10.0 * step, "actor/skipped": 0.0,
             }  # fmt: skip
         rows.append(json.dumps(row))
@@ -49,12 +50,12 @@ def test_all_runs_are_compared_at_the_tokens_of_the_shortest(tmp_path):
     )
     # gains of 0.2 and 0.4: mean 0.3, standard error 0.1, t = 12.706
     assert terse == [
-        "terse", "0.800 (+0.300 ± 1.271)", "0.700 (+0.300 ± 1.271)", "1.000 → 0.333",
-        "10.0 → 30.0", "3k", "0.0",
+        "terse", "0.200 (+0.000 ± 0.000)", "0.700 (+0.300 ± 1.271)", "0.800 (+0.300 ± 1.271)",
+        "1.000 → 0.333", "10.0 → 30.0", "3k", "0.0",
     ]  # fmt: skip
     assert wordy == [
-        "wordy", "0.600 (+0.100 ± 0.000)", "0.450 (+0.050 ± 0.000)", "1.000 → 1.000",
-        "10.0 → 10.0", "2k", "0.0",
+        "wordy", "0.100 (+0.000 ± 0.000)", "0.450 (+0.050 ± 0.000)", "0.600 (+0.100 ± 0.000)",
+        "1.000 → 1.000", "10.0 → 10.0", "2k", "0.0",
     ]  # fmt: skip
 
 
