@@ -14,8 +14,8 @@ def check_model_of_teacher(teacher: DictConfig) -> None:
         check_model(teacher, "teacher")
 
 
-def check_keys_of_teacher(teacher: DictConfig) -> None:
-    """Keys of a model that is not loaded."""
+def check_keys_of_teacher(teacher: DictConfig, actor: DictConfig) -> None:
+    """Keys of a model that is not loaded. In a run's config.yaml they have the actor's values."""
     if teacher.model_name not in (None, POLICY):
         return
     unset = [keys_of(kind) for kind in (SFTTeacherConfig, TeacherConfig)]
@@ -24,7 +24,9 @@ def check_keys_of_teacher(teacher: DictConfig) -> None:
             continue
         if OmegaConf.is_interpolation(teacher, name):
             continue
-        if teacher[name] in [keys[name].default for keys in unset]:
+        defaults = [keys[name].default for keys in unset]
+        followed = [actor.get(str(one).removeprefix("${actor.").rstrip("}")) for one in defaults]
+        if teacher[name] in (*defaults, *followed):
             continue
         given = f"teacher.{name}={as_text(teacher[name])}: has no effect "
         if teacher.model_name is None:
