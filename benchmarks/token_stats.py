@@ -53,7 +53,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from RL2.algorithms.losses import max_target_kl
-from RL2.ops.token_stats import STATISTICS, TokenStats, linear_token_loss, linear_token_stats
+from RL2.ops.token_stats import (
+    SEVERAL,
+    STATISTICS,
+    TokenStats,
+    linear_token_loss,
+    linear_token_stats,
+)
 from RL2.ops.token_stats.products import rounds_to_half
 from RL2.ops.token_stats.tiling import TILINGS
 
@@ -92,7 +98,7 @@ CASES = {
     ),
     "all": Case(
         "all six statistics, dense upstream gradient",
-        tuple(name for name in STATISTICS if name != "top_logps"),
+        tuple(name for name in STATISTICS if name not in SEVERAL),
     ),
     "max_target_kl": Case(
         f"max-target KL, {GREEDY:.0%} greedy tokens, no entropy bonus",
