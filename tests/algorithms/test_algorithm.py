@@ -75,7 +75,7 @@ def test_old_logps_only_where_the_policy_moves_away_and_the_loss_looks_back(loss
     expected = {"old_logps"} if looks_back else set()
     assert {*required(loss, update_per_rollout=2)} == expected | {*SELECT.get(loss, ())}
     one_policy = {"max_target_kl", "fixed_target_kl", "rank_jsd", "nll"}
-    one_policy |= {"simpo", "orpo", "bradley_terry"}
+    one_policy |= {"simpo", "orpo", "bradley_terry", "topk_kl", "topk_jsd"}
     assert looks_back == (loss not in one_policy)
 
 

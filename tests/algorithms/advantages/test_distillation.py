@@ -13,7 +13,7 @@ BATCH = {
 
 
 def advantages(**node):
-    return resolve_advantage(node)(BATCH).float()
+    return resolve_advantage(node)(BATCH)["advantages"].float()
 
 
 def test_reverse_kl():
