@@ -63,9 +63,7 @@ def at_budget(rows: list[dict[str, float]], budget: float) -> dict[str, float]:
 
 
 def interval(values: list[float]) -> float:
-    """Half the width of the 95 % interval of the mean; NaN of one value."""
-    if len(values) < 2:
-        return math.nan
+    """Half the width of the 95 % interval of the mean of two values or more."""
     return STUDENT.get(len(values), 1.96) * statistics.stdev(values) / math.sqrt(len(values))
 
 
@@ -77,7 +75,8 @@ def line(algorithm: str, seeds: list[dict[str, float]]) -> dict[str, str]:
 
     def gain(name: str) -> str:
         gains = [run[name] - run[f"{name} before"] for run in seeds]
-        return f"{mean(name):.3f} ({statistics.fmean(gains):+.3f} ± {interval(gains):.3f})"
+        width = f" ± {interval(gains):.3f}" if len(gains) > 1 else ""
+        return f"{mean(name):.3f} ({statistics.fmean(gains):+.3f}{width})"
 
     return {
         "algorithm": algorithm,

@@ -59,6 +59,11 @@ def test_all_runs_are_compared_at_the_tokens_of_the_shortest(tmp_path):
     ]  # fmt: skip
 
 
+def test_one_seed_has_no_interval(tmp_path):
+    write_run(tmp_path / "0" / "terse", [1000], [0.5, 0.7], [0.4, 0.6])
+    assert "| 0.600 (+0.200) | 0.700 (+0.200) |" in race(tmp_path).stdout
+
+
 def test_a_folder_without_runs_is_one_line(tmp_path):
     result = race(tmp_path)
     assert result.returncode == 1
