@@ -15,12 +15,7 @@ from RL2.trainer.sources.opening import open_source, resolve_source
 from RL2.trainer.sources.source import Source
 from RL2.trainer.startup.ends import missing_ends
 from RL2.trainer.startup.fingerprints import of_run
-from RL2.trainer.startup.models import (
-    check_context,
-    check_policy,
-    check_vocabulary,
-    load_tokenizer,
-)
+from RL2.trainer.startup.models import check_other_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -66,9 +61,7 @@ def read_inputs(config: DictConfig) -> Inputs:
     models = ["actor"]
     for name in (name for name in used if used[name] and name in config):
         ask_hub(config[name], name)
-        check_policy(config, name)
-        check_vocabulary(config, name, tokenizer)
-        check_context(config, name)
+        check_other_model(config, name, tokenizer)
         models.append(name)
     fingerprints = of_run(config, tokenizer, ends, source.datasets, models)
     return Inputs(algorithm, source, tokenizer, ends, missing, fingerprints)

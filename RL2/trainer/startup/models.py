@@ -73,14 +73,30 @@ def _ordinary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {token: n for token, n in tokenizer.get_vocab().items() if n not in special}
 
 
-def check_vocabulary(config: DictConfig, group: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ConfigError if another model of a run reads the numbers of the actor's `tokenizer` as other
-    tokens. A model without a tokenizer of its own has to have enough of them."""
-    node, actor = config[group], config.actor.model_name
-    if node.model_name == actor:
-        return
-    own, key = _ordinary(tokenizer), f"{group}.model_name={node.model_name}"
+def check_other_model(config: DictConfig, group: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ConfigError if the model of `group` does not fit the actor: it has to say how likely tokens
+    are (a critic has not), read their numbers as the actor's `tokenizer` does, and be made for
+    sequences as long. What is wrong with its files, loading it reports."""
+    node = config[group]
     model = _read(AutoConfig, node)
+    if model is not None and group != "critic":
+        # with tied weights a reward model would load as a language model
+        _check_language_model(f"{group}.model_name={node.model_name}", model)
+    if node.model_name != config.actor.model_name:
+        _check_vocabulary(config, group, tokenizer, model)
+        if node.get("context") is None:
+            _check_context(config, group, model)
+
+
+def _check_vocabulary(
+    config: DictConfig,
+    group: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PretrainedConfig | None,
+) -> None:
+    """A model without a tokenizer of its own has to have enough tokens."""
+    node, actor = config[group], config.actor.model_name
+    own, key = _ordinary(tokenizer), f"{group}.model_name={node.model_name}"
     way_out = f"; give a model with the tokens of actor.model_name={actor}"
     theirs = _read(AutoTokenizer, node)
     other = {} if theirs is None else theirs.get_vocab()
@@ -100,22 +116,11 @@ def check_vocabulary(config: DictConfig, group: str, tokenizer: PreTrainedTokeni
         )
 
 
-def check_policy(config: DictConfig, group: str) -> None:
-    """ConfigError if a model that has to say how likely tokens are says something else. (With tied
-    weights a reward model would load as a language model.)"""
-    node = config[group]
-    if group != "critic" and (model := _read(AutoConfig, node)) is not None:
-        _check_language_model(f"{group}.model_name={node.model_name}", model)
-
-
-def check_context(config: DictConfig, group: str) -> None:
-    """ConfigError if another model of a run was made for fewer tokens than a sequence may have."""
+def _check_context(config: DictConfig, group: str, model: PretrainedConfig | None) -> None:
     actor, node = config.actor, config[group]
-    if node.model_name == actor.model_name or node.get("context") is not None:
-        return
     room = actor.max_length_per_device * actor.sp_size
-    longest = min(room, _positions(actor) or room)
-    context = _positions(node) or longest
+    longest = min(room, _positions(_read(AutoConfig, actor)) or room)
+    context = _positions(model) or longest
     if context < longest:
         raise ConfigError(
             f"{group}.model_name={node.model_name}: is made for {context} tokens, and sequences "
@@ -124,8 +129,7 @@ def check_context(config: DictConfig, group: str) -> None:
         )
 
 
-def _positions(node: DictConfig) -> int | None:
-    model = _read(AutoConfig, node)
+def _positions(model: PretrainedConfig | None) -> int | None:
     found = None if model is None else model.get_text_config()
     return getattr(found, "max_position_embeddings", None)
 
