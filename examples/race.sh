@@ -36,7 +36,7 @@ run() { # <seed> <algorithm> <overrides>
         actor.max_length_per_device=8192 actor.gradient_checkpointing=false \
         actor.update_per_rollout=2 actor.lr=5e-4 rollout.train_sampling_params.max_new_tokens=24 \
         rollout.train_sampling_params.top_p=0.9 rollout.env_path=envs/gsm8k.py \
-        trainer.n_epochs=100 trainer.max_steps=30 trainer.test_freq=5 trainer.test_sampled=true \
+        trainer.n_epochs=100 trainer.max_steps=30 trainer.test_freq=3 trainer.test_sampled=true \
         trainer.save_freq=30 trainer.keep_last=1 trainer.keep_best=false trainer.num_threads=1 \
         trainer.show_samples=0 trainer.seed="$seed" trainer.use_wandb=false \
         ${settings[$algorithm]:-} "$@" >"$out/$seed/$algorithm.log" 2>&1 ||
