@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # Races the algorithms of docs/algorithms.md on the quickstart's task, on a CPU:
 #   bash examples/race.sh
-# Each trains on 32 problems with several seeds. All are compared at equal generated tokens, on these
-# problems and on others; the table is printed and written to <OUT>/table.md. Left out are those that
-# need a teacher, pairs or several rewards, and corrections between engine and trainer, which are one
-# model here. Arguments are overrides of all runs: trainer.max_steps=10
-# ALGORITHMS, SEEDS (default "0 1 2"), OUT (default runs/race) and JOBS, how many runs at a time
-# (default 1), come from the environment.
+# Each trains on a few problems with several seeds. All are compared at equal generated tokens, on
+# these problems and on others; the table is printed and written to <OUT>/table.md. Left out are those
+# that need a teacher, pairs or several rewards, and corrections between engine and trainer, which are
+# one model here. Arguments are overrides of all runs: trainer.max_steps=10
+# From the environment come ALGORITHMS, SEEDS (default "0 1 2"), PROBLEMS (default 32; 32768 are all of
+# them), LR of the policy gradients (default 5e-4), OUT (default runs/race) and JOBS, how many runs at
+# a time (default 1). docs/race.md has the tables.
 # The same command again resumes where it was interrupted, and keeps finished runs.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_functions.sh"
 
-out=${OUT:-runs/race} jobs=${JOBS:-1}
+out=${OUT:-runs/race} jobs=${JOBS:-1} problems=${PROBLEMS:-32} lr=${LR:-5e-4}
 algorithms=${ALGORITHMS:-dr_grpo grpo dapo gspo gspo_token gmpo cispo sapo dppo dual_clip clip_cov \
     kl_cov entropy_80_20 rloo reinforce reinforce_pp reinforce_pp_baseline opo remax maxrl pass_k \
     ppo_critic spo spo_0p5 rank_jsd}
@@ -30,11 +31,11 @@ run() { # <seed> <algorithm> <overrides>
     shift 2
     # shellcheck disable=SC2086
     rl2_train ppo "$out/$seed/$algorithm" algorithm="$algorithm" \
-        train_data.path="$out/$seed/few.jsonl" train_data.prompts_per_rollout=32 \
+        train_data.path="$out/$seed/problems.jsonl" train_data.prompts_per_rollout=32 \
         train_data.responses_per_prompt=8 test_data.path="$out/$seed/data/test.jsonl" \
         test_data.max_examples=256 actor.model_name="$out/$seed/warmup/final" \
         actor.max_length_per_device=8192 actor.gradient_checkpointing=false \
-        actor.update_per_rollout=2 actor.lr=5e-4 rollout.train_sampling_params.max_new_tokens=24 \
+        actor.update_per_rollout=2 actor.lr="$lr" rollout.train_sampling_params.max_new_tokens=24 \
         rollout.train_sampling_params.top_p=0.9 rollout.env_path=envs/gsm8k.py \
         trainer.n_epochs=100 trainer.max_steps=30 trainer.test_freq=3 trainer.test_sampled=true \
         trainer.save_freq=30 trainer.keep_last=1 trainer.keep_best=false trainer.num_threads=1 \
@@ -46,7 +47,7 @@ run() { # <seed> <algorithm> <overrides>
 for seed in ${SEEDS:-0 1 2}; do
     echo "== seed $seed: problems, an untrained model, and a warm-up"
     python examples/word_problems.py --out "$out/$seed" --seed "$seed"
-    head -n 32 "$out/$seed/data/train.jsonl" >"$out/$seed/few.jsonl"
+    head -n "$problems" "$out/$seed/data/train.jsonl" >"$out/$seed/problems.jsonl"
     python examples/tiny_model.py --data "$out/$seed/data/warmup.jsonl" --out "$out/$seed/base" \
         --vocab 512 --width 128 --layers 4 --seed "$seed"
     rl2_train sft "$out/$seed/warmup" \
