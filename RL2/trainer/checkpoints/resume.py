@@ -1,18 +1,21 @@
 """What a resumed run may change against the run that wrote its checkpoint.
 
 A checkpoint holds the config of its run (`config.yaml`). Each key that differs now is one line of
-the log. `FIXED` lists the keys that may not change, and why. Every other key takes effect from the
-next step on: its old value is not used. `NOTES` has remarks on some keys.
+the log, unless it only follows another one, as `critic.scheduler` follows `actor.scheduler`.
+`FIXED` lists the keys that may not change, and why. Every other key takes effect from the next step
+on: its old value is not used. `NOTES` has remarks on some keys.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from RL2.config.flat import ABSENT, as_text, flat
+from RL2.config.schema import Key, keys_of, schema_of
 from RL2.config.user_code import CODE_KEYS
 from RL2.runtime.errors import CheckpointError
 from RL2.runtime.folders import exists
@@ -138,7 +141,8 @@ def compare(
     path = folder / NAME
     if not exists(path):
         return [f"{folder.name} holds no config, so it is not known what has changed"]
-    before, after = (_flat(tree) for tree in (yaml.safe_load(path.read_text()), _plain(config)))
+    trees = yaml.safe_load(path.read_text()), _plain(config)
+    before, after = map(_flat, trees)
     source, other_source = (_in_words(tree["trainer.source"]) for tree in (before, after))
     if source != other_source:
         raise CheckpointError(
@@ -164,11 +168,14 @@ def compare(
             f"{key}={new}: {folder.name} does not load with it, it was written with {old} ({why}); "
             f"{way_out}, or leave out trainer.load_ckpt_from to start anew"
         )
+    known_keys, trees = keys_of(schema_of(config)), [*map(OmegaConf.create, trees)]
+    follow = {key for key in changed if _follows(key, known_keys, trees)}
     return (
         [
             f"{key}={as_text(new)} from here on, was {as_text(old)}"
             + (f" ({NOTES[key]})" if key in NOTES else "")
             for key, (old, new) in changed.items()
+            if key not in follow
         ]
         + [
             f"{_key(name)}={as_text(after.get(_key(name)))}: {OTHER_INPUTS[name]}, from here on"
@@ -182,6 +189,20 @@ def compare(
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:
     """A flat config with its source, which the config of version 0.1 does not name."""
     return {"trainer.source": "rollouts" if "rollout" in tree else "rows"} | dict(flat(tree))
+
+
+def _follows(key: str, known: Mapping[str, Key], configs: Sequence[DictConfig]) -> bool:
+    """Whether a key has in all configs the value that its default takes from other keys."""
+    default = known[key].default if key in known else None
+    if "${" not in str(default):
+        return False
+    group, _, name = key.rpartition(".")
+    try:
+        nodes = [OmegaConf.select(config, group) for config in configs]
+        followed = [OmegaConf.create({name: default}, parent=node)[name] for node in nodes]
+        return [node[name] for node in nodes] == followed
+    except OmegaConfBaseException:  # an older version's, without the other key
+        return False
 
 
 def _in_words(source: str) -> str:
