@@ -31,7 +31,7 @@ _DROPOUT = re.compile(r"^(?!.*(classif|summary|pooler)).*(drop|jitter)")
 
 
 def load_model(
-    config, *, train: bool, head: type[Head] = TokenStatsHead
+    config, *, train: bool, head: type[Head] = TokenStatsHead, node: str = "actor"
 ) -> tuple[HeadedModel, Dtypes, dict[str, Path] | None]:
     """Build `config.model_name` with fp32 weights, to be split, sharded and then filled.
 
@@ -39,6 +39,7 @@ def load_model(
         config: an `actor` or `ref_actor` node (model_name, dtype, attn_implementation, …).
         train: whether gradients will be needed (decides on gradient checkpointing).
         head: the head's class, which defines what the model computes.
+        node: the name of that node, for the log.
 
     Returns:
         The model, the dtypes that it computes and is stored in, and the files from which
@@ -64,16 +65,16 @@ def load_model(
         raise _not_loadable(name, head, error) from error
     if train and dtypes.compute != dtypes.stored == torch.float16 and config.dtype == "auto":
         logger.warning(
-            "actor.dtype=auto: %s is stored in float16, and training in float16 would need loss "
-            "scaling; computing in bfloat16", name,
+            "%s.dtype=auto: %s is stored in float16, and training in float16 would need loss "
+            "scaling; computing in bfloat16", node, name,
         )  # fmt: skip
     asked = resolve_attention(config.attn_implementation, dtypes.compute)
     check_attention(saved)
     check_rope(saved, config)
     if train and getattr(saved.get_text_config(), "output_router_logits", None):
         logger.warning(
-            "actor.model_name: %s has output_router_logits=true, for an auxiliary loss of the "
-            "routers; that loss is not used here, only actor.loss is", saved.model_type,
+            "%s.model_name: %s has output_router_logits=true, for an auxiliary loss of the "
+            "routers; that loss is not used here", node, saved.model_type,
         )  # fmt: skip
     if config.sp_size > 1:
         check_heads(saved, config.sp_size, config.tp_size)
@@ -86,7 +87,6 @@ def load_model(
     except Exception as error:  # invalid numbers can make the model's class raise anything
         check_buildable(saved, config, head, asked, error)
         raise _not_loadable(name, head, error) from error
-    answers = head(model, config)
     answers = head(model, config)
     try:
         if not holds_all(files, model, new := _new_weights(model, head)):
@@ -109,7 +109,7 @@ def load_model(
 
         apply_liger_kernel(model, None)
     if train and config.lora.rank is not None:
-        add_adapters(model, config.lora, head)
+        add_adapters(model, config.lora, head, node)
     if not (train and config.compile):
         accelerate_linears(model if head.layer is None else model.base_model)
     offload = train and config.offload_activations

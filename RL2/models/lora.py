@@ -33,15 +33,16 @@ _ADAPTER = "default"  # peft's own name for the only adapter
 _PART = re.compile(rf"(?P<layer>.+)\.(?P<part>base_layer|lora_A|lora_B)(\.{_ADAPTER})?\.weight")
 
 
-def add_adapters(model: PreTrainedModel, config, head: type[Head]) -> None:
+def add_adapters(model: PreTrainedModel, config, head: type[Head], node: str = "actor") -> None:
     """Put adapters beside the linear layers of a model and freeze all else, in place.
 
     `init_adapters` must fill them once the model has memory.
 
     Args:
         model: the whole model, possibly on the meta device.
-        config: the `actor.lora` node (rank, alpha, dropout, target_modules).
+        config: the `lora` node (rank, alpha, dropout, target_modules).
         head: the head's class; its layer gets no adapter, and is trained in full.
+        node: the model's node, which the log names.
 
     Raises:
         ConfigError: `target_modules` names something that is not a linear layer of the model. Head
@@ -61,7 +62,7 @@ def add_adapters(model: PreTrainedModel, config, head: type[Head]) -> None:
     targets = [*targets] if isinstance(targets, (list, ListConfig)) else [targets]
     if targets == [ALL_LINEAR]:
         targets = names
-        _tell_left_out(model)
+        _tell_left_out(model, node)
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise ConfigError(
@@ -91,7 +92,7 @@ def add_adapters(model: PreTrainedModel, config, head: type[Head]) -> None:
         own.requires_grad_(True)
 
 
-def _tell_left_out(model: PreTrainedModel) -> None:
+def _tell_left_out(model: PreTrainedModel, node: str) -> None:
     fused = sorted(
         {
             re.sub(r"\.\d+\.", ".*.", name)
@@ -102,8 +103,8 @@ def _tell_left_out(model: PreTrainedModel) -> None:
     )
     if fused:
         logger.info(
-            "actor.lora.target_modules=%s: no adapters for %s, whose experts are one tensor, not "
-            "linear layers", ALL_LINEAR, ", ".join(fused),
+            "%s.lora.target_modules=%s: no adapters for %s, whose experts are one tensor, not "
+            "linear layers", node, ALL_LINEAR, ", ".join(fused),
         )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ class Learner(ShardedModel):
         traffic: Traffic | None = None,
         seed: int = 0,
     ):
-        super().__init__(config, device, traffic, head=loss.head, train=True)
+        super().__init__(config, device, traffic, head=loss.head, train=True, name=name)
         self.name = name
         self.loss = loss
         self.max_bad_steps = max_bad_steps

@@ -49,6 +49,7 @@ class ShardedModel:
         traffic: counts the bytes that cross ranks.
         head: a name in `RL2.models.heads.HEADS`.
         train: whether gradients are needed.
+        name: the name of the node, for the log.
     """
 
     def __init__(
@@ -59,12 +60,15 @@ class ShardedModel:
         *,
         head: str = "token_stats",
         train: bool = False,
+        name: str = "actor",
     ):
         self.config = config
         self.device = device
         self.traffic = traffic or Traffic()
         self.layout = Layout(world_size(), config.sp_size, config.tp_size)
-        self.model, self.dtypes, files = load_model(config, train=train, head=HEADS[head])
+        self.model, self.dtypes, files = load_model(
+            config, train=train, head=HEADS[head], node=name
+        )
         if train:
             check_dropout(self.hf_model.config, config)
         self.attention_cost = attention_cost(self.hf_model)

@@ -67,9 +67,9 @@ def test_fp16_is_said_once_and_only_where_it_is_trained(tmp_path, caplog):
         load_model(actor_config(name, dtype="auto"), train=False)
         load_model(actor_config(name, dtype="float32"), train=True)
         assert caplog.messages == []
-        load_model(actor_config(name, dtype="auto"), train=True)
+        load_model(actor_config(name, dtype="auto"), train=True, node="critic")
     (line,) = caplog.messages
-    assert line.startswith("actor.dtype=auto:") and line.endswith("computing in bfloat16")
+    assert line.startswith("critic.dtype=auto:") and line.endswith("computing in bfloat16")
 
 
 def test_tensors_that_are_stored_otherwise_keep_their_dtype(tmp_path):

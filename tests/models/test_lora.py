@@ -350,7 +350,8 @@ def test_layers_beside_fused_experts_get_adapters_and_the_experts_none(caplog):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         plain = {name for name, _ in model.named_parameters()}
-    add_adapters(model, OmegaConf.create(LORA | {"target_modules": "all-linear"}), TokenStatsHead)
+    config = OmegaConf.create(LORA | {"target_modules": "all-linear"})
+    add_adapters(model, config, TokenStatsHead, "critic")
     found = {plain_name(name) for name, _ in model.named_parameters()}
     assert found - {None} == plain
     names = [name for name, _ in model.named_parameters() if is_adapter(name)]
@@ -358,7 +359,7 @@ def test_layers_beside_fused_experts_get_adapters_and_the_experts_none(caplog):
     assert {"model.layers.1.mlp.shared_experts.up_proj", "model.layers.0.mlp.up_proj"} <= adapted
     assert not any(name.endswith("mlp.experts") or ".experts." in name for name in adapted)
     (line,) = [text for text in caplog.messages if "no adapters for" in text]
-    assert "model.layers.*.mlp.experts" in line
+    assert line.startswith("critic.lora.") and "model.layers.*.mlp.experts" in line
 
 
 def test_a_reference_has_no_adapters(tmp_path):
