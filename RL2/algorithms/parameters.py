@@ -45,9 +45,13 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from omegaconf import BooleanNode
+from omegaconf.errors import ValidationError
 
 from RL2.ops.token_stats import SEVERAL, STATISTICS
 from RL2.runtime.errors import ConfigError, first_line, place
@@ -225,7 +229,8 @@ def bind_options(
             ignored.
 
     Raises:
-        ConfigError: one that it does not take, one that is set twice, or one without a value.
+        ConfigError: one that it does not take, one that is set twice, one without a value, or one
+            that is neither true nor false where its default is one of them.
     """
     for key, path in [(key, f"{node}.{key}") for key in keys] + [
         (key, f"{node}.options.{key}") for key in own
@@ -241,10 +246,23 @@ def bind_options(
                 f"{node}.{key} and {node}.options.{key}: the same option twice; keep one"
             )
     bound = {key: value for key, value in (fallbacks or {}).items() if key in defaults}
-    bound |= {**keys} | {key: value for key, value in own.items() if value is not None}
+    bound |= {**keys} | {
+        key: _as_bool(f"{node}.options.{key}", value) if isinstance(defaults[key], bool) else value
+        for key, value in own.items()
+        if value is not None
+    }
     for key, default in defaults.items():
         if default is inspect.Parameter.empty and key not in bound:
             raise ConfigError(
                 f"{origin}: its option {key} has no default; set {node}.options.{key}=..."
             )
     return bound
+
+
+def _as_bool(key: str, value: Any) -> bool:
+    """What a typed key would make of a value: true, yes, on and 1 are the same. Otherwise a text
+    such as "no" would count as true."""
+    if isinstance(value, str) or value in (0, 1):
+        with suppress(ValidationError):
+            return BooleanNode(None).validate_and_convert(value)
+    raise ConfigError(f"{key}={value}: not true or false")

@@ -552,6 +552,13 @@ def test_options_and_fallbacks_are_bound():
     assert resolve_loss(config(name="nll"), fallbacks).name == "nll"
 
 
+@pytest.mark.parametrize(("said", "meant"), [("no", False), ("FALSE", False), (0, False),
+                                             ("on", True), (None, None)])  # fmt: skip
+def test_an_option_that_is_true_or_false_takes_what_a_typed_key_takes(said, meant):
+    loss = resolve_loss(config(name="fixed_target_kl", options={"gate": said}))
+    assert loss.function.keywords.get("gate") is meant
+
+
 def test_max_rank_says_how_many_columns(stranger):
     assert resolve_loss(config(name="rank_jsd", max_rank=4)).top_k == 4
     assert resolve_loss(config(name="rank_jsd", options={"max_rank": 5})).top_k == 5
@@ -748,6 +755,10 @@ def test_a_loss_in_a_module():
         ),
         (dict(import_path="my_loss.py:open_rank"), ["option max_rank has no default"]),
         (dict(name="rank_jsd", max_rank=0), ["name=rank_jsd", "max_rank=0 must be a whole number"]),
+        (
+            dict(name="fixed_target_kl", options={"gate": "nope"}),
+            ["actor.loss.options.gate=nope: not true or false"],
+        ),
         (dict(name="rank_jsd", options={"max_rank": 2.5}), ["max_rank=2.5 must be a whole number"]),
         (dict(name="rank_jsd", options={"max_rank": True}), ["max_rank=True must be a whole"]),
         (
