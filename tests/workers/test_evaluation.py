@@ -62,7 +62,8 @@ def test_it_is_what_the_update_measures(tmp_path, loss, level):
 
 
 def drawing(logps, advantages):
-    return -logps * torch.rand_like(logps), {"one": torch.ones_like(logps)}
+    ones = torch.ones_like(logps)
+    return -logps * torch.rand_like(logps), {"one": ones, "infinite": ones / 0}
 
 
 def raising(logps, advantages):
@@ -82,10 +83,12 @@ def evaluate_with(model, name, batch):
 
 
 def test_losses_of_the_user(tmp_path):
-    """One that draws random numbers leaves the generator as it was; one that breaks its contract
-    ends the run on every rank; without a batch there is nothing."""
+    """One that draws random numbers leaves the generator as it was; a metric that is not finite is
+    there, so that it is reported; one that breaks its contract ends the run on every rank; without
+    a batch there is nothing."""
     model, batch = make_model(tmp_path), make_batch()
     for tested, kept, of_nothing in run_on_ranks(2, evaluate_with, model, "drawing", batch):
         assert kept and tested["test/one"] == pytest.approx(1) and of_nothing == {}
+        assert tested["test/infinite"] == float("inf")
     for said in run_on_ranks(2, evaluate_with, model, "raising", batch):
         assert "expected a tensor" in said

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,8 +33,10 @@ BEST = {"test/score": 1, "test/loss": -1}
 
 
 def value_of(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
-    """What decides how good an evaluation is, and its value; None if there is nothing of it."""
-    return next(((name, metrics[name]) for name in BEST if name in metrics), None)
+    """What decides how good an evaluation is, and its value; None if there is nothing of it, or
+    no number."""
+    name = next((name for name in BEST if name in metrics), None)
+    return (name, metrics[name]) if name and math.isfinite(metrics[name]) else None
 
 
 def existing_best(best: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from RL2.runtime.errors import CheckpointError, ConfigError
-from RL2.trainer.checkpoints.export import FilesInMemory, save_model
+from RL2.trainer.checkpoints.export import FilesInMemory, save_model, value_of
 from tests.ranks import run_on_ranks
 from tests.workers.test_actor import make_actor, make_model, whole
 
@@ -73,3 +73,9 @@ def test_a_folder_that_does_not_load_as_it_was_is_not_published(tmp_path, tiny_t
     model = make_model(tmp_path / "model", "qwen3")
     ((*left,),) = run_on_ranks(1, misnamed, model, tiny_tokenizer, tmp_path / "run/final")
     assert left == []
+
+
+def test_an_evaluation_without_a_number_is_not_the_best():
+    assert value_of({"test/loss": 2.0, "actor/loss": 1.0}) == ("test/loss", 2.0)
+    assert value_of({"test/loss": float("nan")}) is value_of({"actor/loss": 1.0}) is None
+    assert value_of({"test/score": float("-inf"), "test/loss": 1.0}) is None
