@@ -24,8 +24,9 @@ from RL2.trainer.run import Run, Start, claim_folder
 from RL2.trainer.sinks.timers import Timers
 from RL2.trainer.startup.banner import banner
 from RL2.trainer.startup.ends import name_ends, name_padding
+from RL2.trainer.startup.frozen import Provider
 from RL2.trainer.startup.inputs import read_inputs
-from RL2.trainer.startup.models import load_learners, load_providers
+from RL2.trainer.startup.models import load_learners, load_providers, providers_of_tests
 from RL2.trainer.startup.shared_folder import check_shared
 from RL2.trainer.startup.started_with import file_facts
 from RL2.trainer.startup.teacher import teacher_kl
@@ -46,6 +47,7 @@ class Trainer:
         source: provides batches, and may serve the weights.
         algorithm: how the run learns from a batch.
         providers: the functions that compute fields for the algorithm, by name.
+        test_providers: the same for evaluations.
         learners: the models that are trained, by name, in the order of their updates.
         references: the frozen models that may follow the actor, by name.
     """
@@ -78,6 +80,9 @@ class Trainer:
             keep=self.source.repeats and self.n_steps > self.source.steps_per_epoch,
             contexts=self.source.contexts, fingerprints=inputs.fingerprints,
         )  # fmt: skip
+        self.test_providers = providers_of_tests(
+            config, self.providers, self.learners, self.references
+        )
         claimed[0].references = self.references
         self.source.start(device, actor.dtypes.compute)
         self.run = Run(
@@ -134,7 +139,7 @@ class Trainer:
         before = self.run.position()
         with self.run.save_if_interrupted(step - 1, before), self.timers("rollout"):
             batch, metrics = self.source.collect(step, last=step == self.n_steps)
-        batch = self._with_fields(batch)
+        batch = self._with_fields(batch, self.providers)
         metrics |= teacher_kl(batch)
         with self.run.save_if_update_fails(step - 1, before):
             batch = self._with_advantages(batch)
@@ -147,11 +152,11 @@ class Trainer:
             reference.follow(self.learners["actor"], step)
         return metrics | self.alarm(metrics)
 
-    def _with_fields(self, batch: Batch | None) -> Batch | None:
+    def _with_fields(self, batch: Batch | None, providers: Mapping[str, Provider]) -> Batch | None:
         """Add the fields that the algorithm needs and no batch brings (a collective)."""
         for name, fields in self._fields_to_compute(batch).items():
             with self.timers(f"compute_{name}"):
-                batch = self.providers[name](batch, fields)
+                batch = providers[name](batch, fields)
         return batch
 
     def _fields_to_compute(self, batch: Batch | None) -> Mapping[str, Mapping[str, str]]:
@@ -197,8 +202,8 @@ class Trainer:
             return {}
         with self.timers("evaluate"):
             metrics = self.source.evaluate(step)
-            batch = self._with_advantages(self._with_fields(self.source.test_batch()))
-            metrics |= evaluate(self.learners["actor"], batch)
+            batch = self._with_fields(self.source.test_batch(), self.test_providers)
+            metrics |= evaluate(self.learners["actor"], self._with_advantages(batch))
             self.learners["actor"].offload()
         self.run.save_if_best(step, metrics)
         return metrics

@@ -12,6 +12,7 @@ from RL2.datasets import collate
 from RL2.datasets.labels import mismatched
 from RL2.distributed import broadcast, rank
 from RL2.distributed.comm import Batch
+from RL2.trainer.startup.frozen import Provider
 from RL2.workers import ShardedModel
 
 logger = logging.getLogger(__name__)
@@ -83,11 +84,11 @@ class MismatchKL:
     before (of pairs, first the chosen ones and then the others); 0 if that is negative, or if there
     is only one prompt.
 
-    policy: the model that is trained. reference: the frozen one. max_length: see
-    `RL2.datasets.labels.mismatched`.
+    policy: the model that is trained. reference: what gives `logps` of the frozen one. max_length:
+    see `RL2.datasets.labels.mismatched`.
     """
 
-    def __init__(self, policy: ShardedModel, reference: ShardedModel, max_length: int):
+    def __init__(self, policy: ShardedModel, reference: Provider, max_length: int):
         self.policy, self.reference, self.max_length = policy, reference, max_length
 
     def __call__(self, batch: Batch | None, fields: Mapping[str, str]) -> Batch | None:
@@ -97,7 +98,7 @@ class MismatchKL:
         kl = 0.0
         if broadcast(others is not None):
             others = self.policy.annotate(others, {"own": "logps"})
-            others = self.reference.annotate(others, {"ref": "logps"})
+            others = self.reference(others, {"ref": "logps"})
         if rank() != 0:
             return batch
         if others is not None:

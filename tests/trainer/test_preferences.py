@@ -151,8 +151,11 @@ def test_nothing_is_kept_of_a_reference_that_is_renewed(files, tmp_path, annotat
     assert len(annotated) == 6
 
 
-def test_one_epoch_keeps_nothing(files, tmp_path):
-    train(files, "dpo", tmp_path, trainer__save_freq=1, trainer__max_steps=1)
+def test_one_epoch_keeps_only_what_is_evaluated(files, tmp_path, annotated):
+    """In memory: three pairs of twelve, three times."""
+    rows = train(files, "dpo", tmp_path, trainer__save_freq=1, trainer__max_steps=2,
+                 data__test_ratio=0.25, trainer__test_freq=1)  # fmt: skip
+    assert annotated == [6, 8, 8] and all("test/loss" in row for row in rows)
     saved = torch.load(tmp_path / "checkpoints/step000001/rank0.pt")
     assert "references" not in saved["source"][0]
 

@@ -194,11 +194,28 @@ def load_providers(
         references["ref_actor"] = reference
         if "mismatch_kl" in needs:
             longest = config.data.max_length
-            providers["mismatch_kl"] = MismatchKL(learners["actor"], reference, longest)
+            providers["mismatch_kl"] = MismatchKL(learners["actor"], reference.annotate, longest)
     if "teacher_logps" in needs:
         actor = learners["actor"]
         providers["teacher_logps"] = load_teacher(config, actor, device, traffic, contexts)
     return providers, references
+
+
+def providers_of_tests(
+    config: DictConfig,
+    providers: Mapping[str, Provider],
+    learners: Mapping[str, Learner],
+    references: Mapping[str, Reference],
+) -> dict[str, Provider]:
+    """The providers for evaluations, whose rows are the same each time: what a reference says about
+    them is kept, unless it is renewed."""
+    reference, found = references.get("ref_actor"), {**providers}
+    if reference is None or reference.every:
+        return found
+    found["ref_logps"] = kept = KeptReferences(reference)
+    if "mismatch_kl" in providers:
+        found["mismatch_kl"] = MismatchKL(learners["actor"], kept, config.data.max_length)
+    return found
 
 
 def load_reference(config: DictConfig, device: torch.device, traffic: Traffic) -> Reference:
