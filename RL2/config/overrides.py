@@ -27,7 +27,7 @@ from RL2.config.elsewhere import key_here
 from RL2.config.flat import as_text
 from RL2.config.names import RegistryOf, advice, check_name, listing
 from RL2.config.presets import CHOICES, GROUP, check_preset, left_over
-from RL2.config.schema import SCHEMAS, all_keys, key_types, keys_of, structured
+from RL2.config.schema import SCHEMAS, all_keys, key_types, keys_of, schema_of, structured
 from RL2.runtime.errors import ConfigError
 from RL2.runtime.secrets import HIDDEN, is_secret_name, redact
 
@@ -93,7 +93,16 @@ def check_overrides(config_name: str, argv: Sequence[str], registry_of: Registry
     others = list(argv)
     for line in lines:
         others.remove(line)
-    return _taken_back(overrides, typed) + lines + others
+    back = [f"{key}={as_text(value)}" for key, value in _left_over(overrides, typed).items()]
+    return back + lines + others
+
+
+def take_back(config: DictConfig, lines: Sequence[str]) -> None:
+    """Give the options that presets leave over their defaults, in place: in one run of a sweep, for
+    which `check_overrides` cannot, as each run may have others. lines: the overrides of the run."""
+    typed = structured(schema_of(config))
+    for key, value in _left_over([_parse(line) for line in lines], typed).items():
+        OmegaConf.update(config, key, value)
 
 
 def composition_error(error: Exception, config_name: str) -> ConfigError:
@@ -184,19 +193,18 @@ def _check_preset(override: Override, trainer: str, sweeps: bool) -> None:
             check_preset(name, trainer)
 
 
-def _taken_back(overrides: Sequence[Override], typed: DictConfig) -> list[str]:
-    """Overrides with the default of each option that presets leave over; none in a sweep of them,
-    which has other ones for each of its runs."""
+def _left_over(overrides: Sequence[Override], typed: DictConfig) -> dict[str, Any]:
+    """The default of each option that presets leave over; none in a sweep of them, which has other
+    ones for each of its runs."""
     values = {_key_of(one): None if one.is_sweep_override() else one.value() for one in overrides}
     names = values.pop(GROUP, None)
     if names is None or any(key in values and values[key] is None for key in CHOICES):
-        return []
+        return {}
     names = names if isinstance(names, list) else [names]
-    found = []
+    found = {}
     for key in left_over(names, {key: str(value) for key, value in values.items()}):
         group, _, name = key.rpartition(".")
-        default = OmegaConf.to_container(OmegaConf.select(typed, group), resolve=False)[name]
-        found.append(f"{key}={as_text(default)}")
+        found[key] = OmegaConf.to_container(OmegaConf.select(typed, group), resolve=False)[name]
     return found
 
 

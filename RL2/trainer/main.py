@@ -37,7 +37,7 @@ from RL2.runtime.streams import hurry_streams, keep_streams
 from RL2.trainer.failing import fail, report_errors
 from RL2.trainer.registries import registry_of
 from RL2.trainer.startup.help import asks_for_help, help_text
-from RL2.trainer.startup.sweep import name_run
+from RL2.trainer.startup.sweep import settle_run
 
 if TYPE_CHECKING:
     from RL2.distributed.same_start import Facts
@@ -83,7 +83,7 @@ def run(config_name: str) -> None:
     @hydra.main(version_base="1.3", config_path="config", config_name=config_name)
     def task(config: DictConfig) -> None:
         with report_errors(early=True):
-            name_run(config, sys.argv[1:])
+            settle_run(config, sys.argv[1:])
             facts = prepare(config)
         with report_errors(early=False):
             train(config, facts)

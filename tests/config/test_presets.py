@@ -12,6 +12,7 @@ import pytest
 from RL2.algorithms import ADVANTAGES, LOSSES, resolve_advantage, resolve_loss
 from RL2.config import check_overrides, validate
 from RL2.config.checks.objective import CLIPPED_LOSSES
+from RL2.config.overrides import take_back
 from RL2.config.presets import FOLDER, preset_names, read_preset
 from RL2.config.schema import all_keys
 from RL2.runtime.errors import ConfigError
@@ -109,6 +110,23 @@ def test_a_replaced_function_leaves_its_options_behind(given, taken_back, workdi
     if "actor.loss.clip_low" in taken_back:
         clip = 0.3 if "actor.clip=0.3" in given else None  # null: that of gspo
         assert (config.actor.loss.clip_low, config.actor.loss.clip_high) == (clip, clip)
+
+
+@pytest.mark.parametrize(
+    ("lines", "clips"),
+    [
+        (["algorithm=dapo", "actor.loss.name=gspo"], (None, None)),
+        (["algorithm=dapo", "actor.loss.name=ppo"], (0.2, 0.28)),
+        (["algorithm=[dapo,gspo]", "actor.loss.clip_low=0.1"], (0.1, None)),
+    ],
+)
+def test_each_run_of_a_sweep_leaves_behind_what_its_own_command_would(lines, clips):
+    """Such as those of `algorithm=dapo actor.loss.name=gspo,ppo`."""
+    config = compose_config("ppo", [*required("ppo"), *lines])
+    take_back(config, lines)
+    assert (config.actor.loss.clip_low, config.actor.loss.clip_high) == clips
+    alone = check_overrides("ppo", lines, registry_of)
+    assert config == compose_config("ppo", [*required("ppo"), *alone])
 
 
 def test_names_are_checked():

@@ -1,4 +1,5 @@
-"""Names for the runs of a sweep, so that no two write to the same folder."""
+"""One run of a sweep: what only its own command tells, and a name, so that no two write to the same
+folder."""
 
 import re
 from collections.abc import Sequence
@@ -8,17 +9,21 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from RL2.config.overrides import take_back
+
 _LONGEST = 80  # characters of a run's own part of the name
 
 
-def name_run(config: DictConfig, argv: Sequence[str]) -> None:
-    """With `--multirun`, put what the sweep varies into `trainer.experiment_name` and `save_dir`.
+def settle_run(config: DictConfig, argv: Sequence[str]) -> None:
+    """With `--multirun`, take back what presets leave over in this run, and put what the sweep
+    varies into `trainer.experiment_name` and `save_dir`.
 
     argv: the command line, which tells a swept key from one that is set.
     """
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN:
         return
+    take_back(config, list(hydra.overrides.task))
     words = [word for word in argv if "=" in word and not word.startswith("-")]
     given = OverridesParser.create().parse_overrides(words)
     swept = {one.key_or_group for one in given if one.is_sweep_override()}
