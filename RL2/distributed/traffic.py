@@ -1,5 +1,8 @@
 """How many bytes are sent between ranks, to be logged with the seconds."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class Traffic:
     """Bytes by purpose, as `comm/<name>_bytes`.
@@ -13,6 +16,15 @@ class Traffic:
 
     def add(self, name: str, n_bytes: int) -> None:
         self._n_bytes[name] = self._n_bytes.get(name, 0) + n_bytes
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing inside is counted."""
+        before = dict(self._n_bytes)
+        try:
+            yield
+        finally:
+            self._n_bytes = before
 
     def pop(self) -> dict[str, float]:
         """The metrics since the last call."""

@@ -150,7 +150,7 @@ class Trainer:
                         learner.offload()
         for reference in self.references.values():
             reference.follow(self.learners["actor"], step)
-        return metrics | self.alarm(metrics)
+        return metrics | self.alarm(metrics) | self.traffic.pop()
 
     def _with_fields(self, batch: Batch | None, providers: Mapping[str, Provider]) -> Batch | None:
         """Add the fields that the algorithm needs and no batch brings (a collective)."""
@@ -200,7 +200,8 @@ class Trainer:
     def _evaluate(self, step: int) -> dict[str, float]:
         if not self.source.evaluates(step):
             return {}
-        with self.timers("evaluate"):
+        # Not counted: what a reference says of these rows is not in checkpoints.
+        with self.timers("evaluate"), self.traffic.paused():
             metrics = self.source.evaluate(step)
             batch = self._with_fields(self.source.test_batch(), self.test_providers)
             metrics |= evaluate(self.learners["actor"], self._with_advantages(batch))
@@ -210,9 +211,9 @@ class Trainer:
 
     def _end_step(self, step: int, metrics: dict[str, float]) -> None:
         """Log a step, and stop a run that is unhealthy or cannot write."""
-        logged = self.run.log(step, metrics)
+        self.run.log(step, metrics)
         reap_adopted()
-        self.run.raise_if_unhealthy(step, logged)
+        self.run.raise_if_unhealthy(step, metrics)
 
     def _bar(self, done: int) -> tqdm:
         return tqdm(

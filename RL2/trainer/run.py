@@ -225,8 +225,6 @@ class Run:
         try:
             yield
         except Interrupted:
-            if unfinished is not None:
-                unfinished = unfinished | self.traffic.pop()
             self._save_and_stop(step, position or self.position(), unfinished)
 
     def _save_and_stop(
@@ -265,10 +263,10 @@ class Run:
         if stop:
             raise Interrupted
 
-    def raise_if_unhealthy(self, step: int, logged: dict[str, float]) -> None:
+    def raise_if_unhealthy(self, step: int, metrics: dict[str, float]) -> None:
         """Save and stop a run that is unhealthy or cannot write its files (a collective).
 
-        logged: the step's metrics.
+        metrics: those of the step.
         """
         unwritten = problem = None
         if rank() == 0:
@@ -276,13 +274,13 @@ class Run:
             if unwritten is None and self.source.unwritten is not None:
                 unwritten = self._cannot_write(*self.source.unwritten)
             if unwritten is None:
-                self.health, problem = observe(self.config, self.health, logged)
+                self.health, problem = observe(self.config, self.health, metrics)
         unwritten, problem = broadcast((unwritten, problem))
         if unwritten is None and problem is None:
             return
         # A resumed run writes what is missing, except this step's responses: they are lost, since
         # they were trained on already.
-        unfinished = None if unwritten is None else logged
+        unfinished = None if unwritten is None else metrics
         saved = self.save_unless_saved(step, self.position(), unfinished)
         if unwritten is not None:
             raise CheckpointError(f"{unwritten}; step {step} is in {saved}")
@@ -290,10 +288,12 @@ class Run:
 
     # -------------------------------------------------------------------- what it logs
 
-    def log(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Write the row of a step; returns it without timings and memory."""
-        metrics = metrics | self.traffic.pop()
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the row of a step, with timings, memory, and what was sent since `metrics`, which a
+        resumed run that finishes a step sends anew."""
         row = metrics | self.timers.pop()
+        for name, n_bytes in self.traffic.pop().items():
+            row[name] = row.get(name, 0.0) + n_bytes
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
         else:
@@ -304,7 +304,6 @@ class Run:
                 self.metrics.log(step, self.n_steps, row)
             except OSError as error:
                 self.unwritten = self._cannot_write(self.metrics.path, error)
-        return metrics
 
     def finish(self, step: int) -> None:
         """Save the last step and the model, and say where they are."""
