@@ -1,17 +1,20 @@
 """Runs of many kinds, killed, stopped and resumed, are the runs that nobody disturbed.
 
 What else a run carries from step to step: adapters and their dropout, several updates a rollout,
-conversations, prompts that are drawn again, steps that overlap, parameters that are spread.
+conversations, prompts that are drawn again, steps that overlap, parameters that are spread, a
+critic, references that are kept or renewed, rows that are held out.
 """
 
+import json
 import random
 import signal
 import time
 
 import pytest
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.faults.support import LONG, Run, assert_nothing_half, assert_same_run
-from tests.trainer.support import write_env, write_files
+from tests.trainer.support import write_env, write_files, write_model, write_pairs
 
 # The reward of what it has said so far decides whether the policy goes on.
 CONVERSATION = """
@@ -24,18 +27,60 @@ async def step(state, action, extra_info):
 """
 COMMON = {
     "trainer__max_steps": 6, "trainer__n_epochs": 8, "trainer__save_freq": 1,
-    "trainer__keep_last": 2, "trainer__test_freq": 2, "test_data__max_examples": 6,
+    "trainer__keep_last": 2, "trainer__test_freq": 2,
     "actor__scheduler": "cosine", "actor__warmup_ratio": 0.3, "actor__lr": "1e-2",
 }  # fmt: skip
+ROLLOUTS = {"test_data__path": "rows.jsonl", "test_data__max_examples": 6}
+ROWS, ON_ROWS = {"data__test_ratio": 0.25}, ("sft", "dpo", "rm")
 AHEAD, BESIDE = {"rollout__staleness": 1}, {"trainer__async_save": "true"}
 GROUPS = {"train_data__responses_per_prompt": 4}
 LORA = {"actor__lora__rank": 4, "actor__lora__dropout": 0.1}
 AGAIN = GROUPS | {"rollout__max_resampled": 16}
 TALK = {"rollout__env_path": "talk.py", "rollout__max_turns": 3}
-# (trainer, ranks, changes)
+CRITIC = GROUPS | {"algorithm": "ppo_critic", "critic__lr": "1e-2"}
+TWICE = {"actor__update_per_rollout": 2, "actor__epochs_per_rollout": 2}
+RENEWED = {"ref_actor__renew_every": 2, "ref_actor__renew_mix": 0.5}
+LABELS = {"algorithm": "kto", "data__path": "labels.jsonl", "data__batch_size": 8}
+TEACHER = {"teacher__model_name": "other", "teacher__top_k": 5}
+# (trainer, ranks, changes), in which names of files stand for them
 KINDS = {
     "adapters": ("spo", 1, LORA),
-    "adapters, ahead, beside": ("ppo", 2, LORA | GROUPS | AHEAD | BESIDE),
+    "critic, adapters, ahead, beside": ("ppo", 2, CRITIC | LORA | AHEAD | BESIDE),
+    "critic, several passes": ("ppo", 2, CRITIC | TWICE | {"actor__freeze_steps": 1}),
+    "critic, alone, several passes": ("ppo", 1, CRITIC | TWICE | AHEAD | BESIDE),
+    "pairs, another reference": ("dpo", 2, BESIDE | {"ref_actor__model_name": "other"}),
+    "pairs, saved now and then": ("dpo", 2, {"trainer__save_freq": 2, "trainer__test_freq": 3}),
+    "pairs, adapters, renewed": ("dpo", 2, LORA | RENEWED | BESIDE),
+    "pairs, renewed": ("dpo", 1, RENEWED),
+    "pairs, one epoch": ("dpo", 2, {"trainer__n_epochs": 1, "data__batch_size": 1}),
+    "pairs, no reference": ("dpo", 1, LORA | {"actor__loss__name": "orpo"}),
+    "labels": ("dpo", 2, LABELS | {"ref_actor__model_name": "other"}),
+    "labels, adapters": ("dpo", 1, LABELS | LORA | BESIDE),
+    "pairs as labels": ("dpo", 2, {"actor__loss__name": "kto", "trainer__source": "pairs"}),
+    "reward model": ("rm", 2, BESIDE),
+    "reward model, adapters": ("rm", 1, LORA),
+    "reward model as a judge": (
+        "ppo", 2, GROUPS | {"rollout__reward_model__model_name": "scores",
+                            "rollout__judges": "[reward_model]"},
+    ),
+    "rows, held out": ("sft", 2, {}),
+    "teacher of rows": ("sft", 2, TEACHER | {"actor__loss__name": "topk_kl"}),
+    "teacher, divergence": ("ppo", 2, TEACHER | {"algorithm": "gkd"}),
+    "teacher, top tokens, ahead": ("ppo", 1, TEACHER | AHEAD | {"algorithm": "topk_distillation"}),
+    "teacher, reverse KL": (
+        "ppo", 2, {"algorithm": "on_policy_distillation", "teacher__model_name": "other"},
+    ),
+    "teacher and rewards": (
+        "ppo", 2, GROUPS | BESIDE | {"algorithm": "reinforce_distillation",
+                                     "teacher__model_name": "other"},
+    ),
+    "its own teacher, ahead": (
+        "ppo", 2, LORA | AHEAD | {"algorithm": "self_distillation",
+                                  "train_data__path": "answers.jsonl"},
+    ),
+    "renewed reference, adapters": (
+        "ppo", 2, LORA | GROUPS | RENEWED | {"actor__kl__coef": 0.1, "actor__kl__type": "loss"},
+    ),
     "reference, two updates": (
         "ppo", 2, GROUPS | {"actor__update_per_rollout": 2, "actor__kl__coef": 0.1,
                             "actor__kl__type": "loss"},
@@ -67,22 +112,41 @@ KINDS = {
     "tensor-parallel": ("spo", 2, {"actor__tp_size": 2}),
     "replicated": ("spo", 2, AHEAD | {"actor__ddp_size": 2}),
 }  # fmt: skip
-SOME = ["adapters, ahead, beside", "drawn again, ahead", "turns, ahead, beside"]
+SOME = ["critic, adapters, ahead, beside", "drawn again, ahead", "turns, ahead, beside"]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     files = write_files(tmp_path_factory.mktemp("files"))
     write_env(files / "talk.py", CONVERSATION)
+    if not LONG:
+        return files
+    write_model(files / "other", std=0.3)
+    write_pairs(files / "pairs.jsonl")
+    write_pairs(files / "labels.jsonl", labelled=True)
+    rows = [{"prompt": f"{i} + 1 = ", "extra_info": {"answer": "4" * (i % 5)}} for i in range(24)]
+    (files / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = AutoConfig.from_pretrained(files / "model", num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(files / "scores")
+    AutoTokenizer.from_pretrained(files / "model").save_pretrained(files / "scores")
     return files
 
 
 def start(files, kind, folder, **changes):
     trainer, n_ranks, own = KINDS[kind]
-    changes = COMMON | {"test_data__path": files / "rows.jsonl"} | own | changes
-    if "rollout__env_path" in changes:
-        changes["rollout__env_path"] = files / changes["rollout__env_path"]
+    changes = COMMON | (ROWS if trainer in ON_ROWS else ROLLOUTS) | own | changes
+    for key, value in changes.items():
+        if (files / str(value)).exists():
+            changes[key] = files / value
     return Run(files, trainer, folder, n_ranks, **changes)
+
+
+def has_begun(kind, folder, step):
+    """Whether the answers of a step are there, or for rows the metrics of the one before."""
+    if KINDS[kind][0] not in ON_ROWS:
+        return (folder / f"rollouts/step{step:06d}_train.jsonl").exists()
+    metrics = folder / "metrics.jsonl"  # of step 0, too
+    return metrics.exists() and metrics.read_bytes().count(b"\n") >= step
 
 
 @pytest.mark.parametrize("kind", [*KINDS] if LONG else SOME)
@@ -94,7 +158,7 @@ def test_killed_stopped_and_resumed(files, tmp_path, kind):
     run = start(files, kind, folder)
     numbers = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGTERM)
     for number, step in zip(numbers, sorted(chance.sample(range(2, 7), 4)), strict=True):
-        while not (folder / f"rollouts/step{step:06d}_train.jsonl").exists() and run.is_alive():
+        while not has_begun(kind, folder, step) and run.is_alive():
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.3))
         if number == signal.SIGKILL:

@@ -14,6 +14,7 @@ from tests.trainer.support import (
     same_weights,
     write_files,
     write_model,
+    write_pairs,
 )
 
 # Six steps of an epoch of three, each saved, so that old checkpoints are removed, too. Dropout:
@@ -24,9 +25,10 @@ SETTINGS = {
     "actor__scheduler": "cosine", "actor__warmup_ratio": 0.3, "actor__lr": "1e-2",
 }  # fmt: skip
 AHEAD, BESIDE = {"rollout__staleness": 1}, {"trainer__async_save": "true"}
+HELD_OUT = {"data__test_ratio": 0.25, "trainer__test_freq": 1}
 KINDS = {
-    "sft": ("sft", {}), "spo": ("spo", {}), "ahead": ("spo", AHEAD), "beside": ("sft", BESIDE),
-    "both": ("spo", AHEAD | BESIDE),
+    "sft": ("sft", {}), "spo": ("spo", {}), "ahead": ("spo", AHEAD),
+    "beside": ("dpo", BESIDE | HELD_OUT), "both": ("spo", AHEAD | BESIDE),
 }  # fmt: skip
 TESTED = {"trainer__test_freq": 1, "test_data__max_examples": 8}
 
@@ -35,12 +37,13 @@ TESTED = {"trainer__test_freq": 1, "test_data__max_examples": 8}
 def files(tmp_path_factory):
     files = write_files(tmp_path_factory.mktemp("files"))
     write_model(files / "dropout", "gpt2", std=0.2)
+    write_pairs(files / "pairs.jsonl")
     return files
 
 
 def start(files, kind, folder, n_ranks, **changes):
     trainer, own = KINDS[kind]
-    if trainer == "sft":
+    if trainer in ("sft", "dpo"):
         own = own | {"actor__model_name": files / "dropout"}
     else:
         own = own | TESTED | {"test_data__path": files / "rows.jsonl"}
