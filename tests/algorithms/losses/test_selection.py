@@ -67,6 +67,14 @@ def test_the_highest_entropies():
     assert highest_entropies(entropy, MASK).tolist() == [[0, 0, 1, 0], [0, 1, 0, 0]]
 
 
+@pytest.mark.parametrize("share", [0.07, 0.2, 0.29, 0.5, 1.0])
+def test_entropies_from_the_quantile_on(share):
+    for n in range(1, 40):
+        entropy = torch.rand(1, n, dtype=torch.float64).argsort().double()
+        wanted = entropy >= entropy.quantile(1 - share) - 1e-9
+        assert torch.equal(highest_entropies(entropy, entropy >= 0, share=share).bool(), wanted)
+
+
 @pytest.mark.parametrize("share", [0.0, 1.1, -1.0])
 def test_a_share_out_of_range(share):
     for select in (some_between, highest_covariances):
