@@ -41,8 +41,8 @@ def spo(rewards: Tensor, action_mask: Tensor, sample_ids: Tensor, group_ids: Ten
 
 
 def rloo(rewards: Tensor, action_mask: Tensor, sample_ids: Tensor, group_ids: Tensor) -> Tensor:
-    """RLOO (Ahmadian et al. 2024, "Back to Basics", equation 8; Kool et al. 2019): the return minus
-    the mean return of the *other* samples of the group,
+    """RLOO (Ahmadian et al. 2024, "Back to Basics"; Kool et al. 2019): the return minus the mean
+    return of the *other* samples of the group,
 
         A_i = r_i - 1/(G-1) sum over j != i of r_j = G/(G-1) (r_i - mean)
 
@@ -55,8 +55,8 @@ def rloo(rewards: Tensor, action_mask: Tensor, sample_ids: Tensor, group_ids: Te
 
 
 def opo(rewards: Tensor, action_mask: Tensor, sample_ids: Tensor, group_ids: Tensor) -> Tensor:
-    """OPO (Hao et al. 2025, "On-Policy RL with Optimal Reward Baseline", equation 9): the baseline
-    is the mean return of the group, weighted by lengths,
+    """OPO (Hao et al. 2025, "On-Policy RL with Optimal Reward Baseline"): the baseline is the mean
+    return of the group, weighted by lengths,
 
         b = sum of l_i r_i / sum of l_i,  A_i = r_i - b
 
@@ -74,7 +74,7 @@ def opo(rewards: Tensor, action_mask: Tensor, sample_ids: Tensor, group_ids: Ten
 def remax(
     rewards: Tensor, action_mask: Tensor, sample_ids: Tensor, greedy_reward: Tensor
 ) -> Tensor:
-    """ReMax (Li et al. 2024, algorithm 1): the return minus the reward of the greedy answer to the
+    """ReMax (Li et al. 2024): the return minus the reward of the greedy answer to the
     same prompt, A_i = r_i - r(greedy). That is `greedy_reward`, the field of the judge `greedy`
     (`rollout.judges=[greedy]`). One sample of a prompt is enough.
 

@@ -18,7 +18,7 @@ def sapo(
     tau_neg: float = 1.05,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Soft gate in place of the clip: -A sigmoid(tau (r - 1)) 4 / tau, r = exp(logps - old_logps)
-    (Gao et al. 2025, "Soft Adaptive Policy Optimization", arXiv:2511.20347, eq. 5 and 6).
+    (Gao et al. 2025, "Soft Adaptive Policy Optimization", arXiv:2511.20347).
 
     tau is `tau_pos` where A > 0, else `tau_neg`, a larger one, as negative advantages spread over
     many tokens. At r = 1 the gradient is that of `ppo`; away from it, it fades on both sides.

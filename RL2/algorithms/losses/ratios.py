@@ -41,7 +41,7 @@ def gspo(
     clip_high: float = 4e-4,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped objective of a sequence's ratio, one loss a sequence (Zheng et al. 2025, "Group
-    Sequence Policy Optimization", arXiv:2507.18071, eq. 5 to 7).
+    Sequence Policy Optimization", arXiv:2507.18071, eq. 5).
 
     s = exp(mean over its tokens of (logps - old_logps)), A the mean of its tokens' advantages:
     -min(A s, A clip(s, 1 - clip_low, 1 + clip_high)). Unlike `ppo`, all tokens of a sequence are
@@ -61,8 +61,8 @@ def gspo_token(
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """GSPO with an advantage of its own for each token (Zheng et al. 2025, arXiv:2507.18071, eq. 13
-    to 15): the ratio s of its sequence in value, the gradient of its own log-probability.
+    """GSPO with an advantage of its own for each token (Zheng et al. 2025, arXiv:2507.18071): the
+    ratio s of its sequence in value, the gradient of its own log-probability.
 
     s_t = sg(s) p_t / sg(p_t). With equal advantages in a sequence the gradient is that of `gspo`.
     """
@@ -105,7 +105,7 @@ def cispo(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip_high: float = 4.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """REINFORCE with a bounded weight: -sg(min(r, 1 + clip_high)) A logps, r = exp(logps -
-    old_logps) (MiniMax 2025, "MiniMax-M1", arXiv:2506.13585, eq. 4 and 5).
+    old_logps) (MiniMax 2025, "MiniMax-M1", arXiv:2506.13585).
 
     Unlike `ppo`, the bound takes no token's gradient. There is no bound below, as in the paper's
     runs; the paper does not tell its upper one. The default, 5 in all, is that of Khatri et al.
