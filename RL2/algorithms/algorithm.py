@@ -306,11 +306,14 @@ def check_loss(config: DictConfig, loss: TokenLoss, brought: Collection[str]) ->
             f"{loss.origin}: takes values, one number a token, but the actor of this trainer writes"
             " text; use a loss over token statistics (what its critic says is old_values)"
         )
-    if loss.head == "scalar" and actor.get("entropy", {}).get("coef", 0.0) != 0:
-        raise ConfigError(
-            f"actor.entropy.coef={actor.entropy.coef}: has no effect with {loss.origin}, whose "
-            "model gives values and no distribution; leave it out"
-        )
+    of_logits = {"entropy.coef": 0.0, "temperature": 1.0, "token_stats": "auto"}
+    for name, neutral in of_logits.items() if loss.head == "scalar" else ():
+        given = OmegaConf.select(actor, name, default=neutral)
+        if given != neutral:
+            raise ConfigError(
+                f"actor.{name}={given}: has no effect with {loss.origin}, whose model gives values "
+                "and no distribution; leave it out"
+            )
     if loss.draws and actor.get("tp_size", 1) > 1:
         raise ConfigError(
             f"actor.tp_size={actor.tp_size}: the loss {loss.name} draws random numbers, and "

@@ -304,7 +304,7 @@ def _advice(key: str, schema: type) -> str:
     known = key_types(schema)
     if (here := key_here(key, known)) is not None:
         return here
-    if group in ("actor.loss", "adv"):
+    if group in ("actor.loss", "adv") and f"{group}.options" in known:
         close = difflib.get_close_matches(key, [one for one in known if group in one], n=1)
         mean = f"did you mean {close[0]}? " if close else ""
         what = "loss" if group == "actor.loss" else "estimator"

@@ -217,9 +217,11 @@ def test_a_loss_of_values_is_for_a_model_that_writes_nothing():
     check_loss(rows, loss, ())
     with pytest.raises(ConfigError, match="takes values, one number a token, but the actor of"):
         check_loss(OmegaConf.merge(rows, {"rollout": {}}), loss, ())
-    rows.actor.entropy.coef = 0.1
-    with pytest.raises(ConfigError, match="^actor.entropy.coef=0.1: has no effect with actor.loss"):
-        check_loss(rows, loss, ())
+    for name, value in (("entropy.coef", 0.1), ("temperature", 0.6), ("token_stats", "naive")):
+        config = rows.copy()
+        OmegaConf.update(config.actor, name, value)
+        with pytest.raises(ConfigError, match=f"^actor.{name}={value}: has no effect with actor.l"):
+            check_loss(config, loss, ())
 
 
 def test_what_a_source_brings_is_not_computed(tmp_path):

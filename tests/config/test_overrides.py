@@ -54,6 +54,7 @@ def test_unknown_key_advice():
     assert "unknown key" in message("critic.temperature=1")  # it has no distribution
     assert "actor.kl.cof=1: unknown key; did you mean actor.kl.coef" in message("actor.kl={cof:1}")
     assert "unknown key" in message("rollout.engine=auto", name="sft")
+    assert "adv.options" not in message("adv.estimator=gae", name="dpo")
 
 
 def test_deleted_key():
