@@ -41,21 +41,27 @@ def load_limited_rows(config: DictConfig, key: str) -> Rows:
 
 
 def keep_within(
-    lengths: list[int], limit: int | None, policy: str, rows: Rows, *, what: str, limit_key: str
+    lengths: list[int],
+    config: DictConfig,
+    rows: Rows,
+    key: str,
+    what: str,
+    name: str = "max_length",
+    limit: int | None = None,
 ) -> list[int]:
-    """Indices of the rows that are at most `limit` tokens long.
+    """Indices of the rows that are short enough; `overlong` says what to do about others.
 
     Args:
         lengths: number of tokens of every row.
-        limit: maximum number of tokens; None for no limit.
-        policy: `error` or `drop`.
+        config: the data set's node, which is called `key` in messages.
         what: plural noun for the message (`prompts`).
-        limit_key: config key of the limit (`train_data.max_prompt_length`).
+        name: the key of the limit; limit: maximum number of tokens, by default what that key says,
+            where null means none.
 
     Raises:
-        DataError: a row is longer and policy is `error`, or every row is.
+        DataError: a row is longer and `overlong` is `error`, or every row is.
     """
-    key, _, name = limit_key.rpartition(".")
+    limit, limit_key = option(config, name) if limit is None else limit, f"{key}.{name}"
     if limit is None:
         return list(range(len(lengths)))
     overlong = [i for i, length in enumerate(lengths) if length > limit]
@@ -66,7 +72,7 @@ def keep_within(
         f"{limit_key}={limit}: {'all ' if all_of_them else ''}{len(overlong)} of {len(lengths)} "
         f"{what} are longer (longest {max(lengths)} tokens, first at {rows.where(overlong[0])})"
     )
-    if policy == "error" or all_of_them:
+    if option(config, "overlong", "error") == "error" or all_of_them:
         way_out = f"raise {_raise_hint(limit_key, name)}"
         if not all_of_them:
             way_out += f", or set {key}.overlong=drop"

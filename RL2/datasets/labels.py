@@ -63,14 +63,8 @@ class LabelDataset(Dataset):
             logger.warning("%s.path: %d of %d rows are left out: %s", key, n_empty, len(rows), said)
         sequences = tokenize_answers([parsed[i][0] for i in full], tokenizer, ends)
         rows = rows.select((i, i + 1) for i in full)
-        kept = keep_within(
-            [len(sequence["token_ids"]) for sequence in sequences],
-            option(config, "max_length"),
-            option(config, "overlong", "error"),
-            rows,
-            what="sequences",
-            limit_key=f"{key}.max_length",
-        )
+        lengths = [len(sequence["token_ids"]) for sequence in sequences]
+        kept = keep_within(lengths, config, rows, key, "sequences")
         self._items = [
             sequences[i] | {"labels": [parsed[full[i]][1]] * len(sequences[i]["token_ids"])}
             for i in kept

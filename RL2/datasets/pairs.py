@@ -71,14 +71,8 @@ class PairDataset(Dataset):
                 equal=sorted({*full} - {*useful}))  # fmt: skip
         rows = rows.select((i, i + 1) for i in useful)
         found = [pairs[i] for i in useful]
-        kept = keep_within(
-            [max(len(sequence["token_ids"]) for sequence in pair) for pair in found],
-            option(config, "max_length"),
-            option(config, "overlong", "error"),
-            rows,
-            what="pairs",
-            limit_key=f"{key}.max_length",
-        )
+        lengths = [max(len(sequence["token_ids"]) for sequence in pair) for pair in found]
+        kept = keep_within(lengths, config, rows, key, "pairs")
         self.end_ids = end_ids_of((sequence for i in kept for sequence in found[i]), ends)
         form = _scored if scored else lambda sequence: sequence
         self._pairs = [dict(zip(SIDES, map(form, found[i]), strict=True)) for i in kept]

@@ -76,8 +76,6 @@ class RLDataset(Dataset):
             ]
             self.fingerprint = ""
             return
-        if max_prompt_length is None:
-            max_prompt_length = option(config, "max_prompt_length")
         rows = load_limited_rows(config, key)
         unread = Unread(key, tokenizer)
         items = rows.parsed(lambda row: _item(row, tokenizer, unread, max_extra_info, context), key)
@@ -89,14 +87,8 @@ class RLDataset(Dataset):
             if not ids:
                 raise rows.error(i, key, "the tokenizer gives no token for the prompt")
             items[i]["prompt_ids"] = ids
-        kept = keep_within(
-            [len(ids) for ids in prompt_ids],
-            max_prompt_length,
-            option(config, "overlong", "error"),
-            rows,
-            what="prompts",
-            limit_key=f"{key}.max_prompt_length",
-        )
+        lengths, name = [len(ids) for ids in prompt_ids], "max_prompt_length"
+        kept = keep_within(lengths, config, rows, key, "prompts", name, max_prompt_length)
         self._items = [items[i] for i in kept]
         if context is not None:
             texts = [items[i].pop("context") for i in kept]

@@ -68,14 +68,8 @@ class SFTDataset(Dataset):
             if not all(any(sequence["action_mask"][1:]) for sequence in sequences):
                 problem = "no token to learn (the first token of a row cannot be learned)"
                 raise rows.error(i, key, problem)
-        kept = keep_within(
-            [max(len(sequence["token_ids"]) for sequence in sequences) for sequences in found],
-            option(config, "max_length"),
-            option(config, "overlong", "error"),
-            rows,
-            what="sequences",
-            limit_key=f"{key}.max_length",
-        )
+        lengths = [max(len(sequence["token_ids"]) for sequence in row) for row in found]
+        kept = keep_within(lengths, config, rows, key, "sequences")
         self.end_ids = end_ids_of((sequence for i in kept for sequence in found[i]), ends)
         self._items = [found[i] if len(found[i]) > 1 else found[i][0] for i in kept]
         self.fingerprint = rows.fingerprint(kept)
