@@ -256,6 +256,8 @@ _NO_POLICIES = ("old_logps", "ref_logps", "llm_logps")
 CASES: dict[str, Case] = {
     f"{loss}-{level}-{advantage}": Case(loss, level, advantage)
     for loss, level, advantage in itertools.product(LOSS_NODES, LEVELS, ("reinforce", "spo"))
+    # the mean over correct samples reads no advantages but those that the loss itself takes
+    if level != "correct" or advantage == "spo" or loss in ("ppo", "margin")
 }
 CASES |= {
     "entropy": Case(changes=_ENTROPY),

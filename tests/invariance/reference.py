@@ -7,8 +7,6 @@ from functools import cache
 import torch
 from transformers import AutoModelForCausalLM
 
-from RL2.algorithms import resolve_loss
-
 _KL = {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: torch.exp(-d) - 1 + d}
 
 
@@ -252,19 +250,18 @@ def plain_model(model):
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
 
 
-def update(hf, config, loss_node, batch, eps):
+def update(hf, config, loss, batch, eps, name="actor", of_batch=batch_loss):
     """Metrics, clipped gradients `{name: tensor}` of each optimizer step, and the weights after;
     the model stays as it is."""
-    before = {name: p.detach().clone() for name, p in hf.named_parameters()}
+    before = {key: p.detach().clone() for key, p in hf.named_parameters()}
     optimizer = torch.optim.AdamW(
         hf.parameters(), lr=config.lr, weight_decay=config.weight_decay, eps=eps
     )
-    loss = resolve_loss(loss_node)
     logged, gradients = {}, []
     for part in parts_of(batch, config.update_per_rollout, loss.segments):
-        result = batch_loss(hf, loss, config, part)
+        result = of_batch(hf, loss, config, part)
         if result is None:
-            metrics = {"actor/skipped": 1.0}
+            metrics = {f"{name}/skipped": 1.0}
         else:
             total, metrics = result
             optimizer.zero_grad()
@@ -272,20 +269,19 @@ def update(hf, config, loss_node, batch, eps):
             norm = math.sqrt(sum(p.grad.square().sum().item() for p in hf.parameters()))
             for parameter in hf.parameters():
                 parameter.grad *= min(1.0, config.max_grad_norm / (norm + 1e-6))
-            gradients.append({name: p.grad.clone() for name, p in hf.named_parameters()})
+            gradients.append({key: p.grad.clone() for key, p in hf.named_parameters()})
             optimizer.step()
-            metrics |= {"actor/loss": total.item(), "actor/grad_norm": norm}
-            metrics |= {"actor/skipped": 0.0, "actor/nonfinite": 0.0}
-        for name, value in metrics.items():
-            logged.setdefault(name, []).append(value)
-    counts = ("actor/skipped", "actor/nonfinite")
+            own = {"loss": total.item(), "grad_norm": norm, "skipped": 0.0, "nonfinite": 0.0}
+            metrics |= {f"{name}/{key}": value for key, value in own.items()}
+        for key, value in metrics.items():
+            logged.setdefault(key, []).append(value)
+    counts = (f"{name}/skipped", f"{name}/nonfinite")
     means = {
-        name: sum(values) / (1 if name in counts else len(values))
-        for name, values in logged.items()
+        key: sum(values) / (1 if key in counts else len(values)) for key, values in logged.items()
     }
-    weights = {name: p.detach().clone() for name, p in hf.named_parameters()}
+    weights = {key: p.detach().clone() for key, p in hf.named_parameters()}
     hf.load_state_dict(before, strict=False)  # tied weights have one name here
-    return means | {"actor/lr": config.lr}, gradients, weights
+    return means | {f"{name}/lr": config.lr}, gradients, weights
 
 
 @torch.no_grad()
@@ -297,3 +293,19 @@ def logps(hf, batch, temperature):
         chosen = logits.log_softmax(-1).gather(-1, batch["actions"][row, :length, None])
         result[row, :length] = chosen[:, 0]
     return result * batch["action_mask"]
+
+
+@torch.no_grad()
+def tops(hf, batch, temperature, k, ids):
+    """Log-probabilities of all actions `[N]`, of the k likeliest tokens `[N, k]`, and of the tokens
+    `ids`, which are `[B, T, k]`."""
+    own, top, of_ids = [], [], []
+    for row, length in enumerate(batch["lengths"].tolist()):
+        mask = batch["action_mask"][row, :length]
+        logits = hf(batch["states"][row : row + 1, :length]).logits[0, mask] / temperature
+        logps = logits.log_softmax(-1)
+        actions = batch["actions"][row, :length][mask]
+        own.append(logps.gather(-1, actions[:, None])[:, 0])
+        top.append(logps.topk(k, -1).values)
+        of_ids.append(logps.gather(-1, torch.as_tensor(ids[row, :length])[mask].long()))
+    return [torch.cat(one).float().numpy() for one in (own, top, of_ids)]

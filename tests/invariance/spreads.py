@@ -13,10 +13,11 @@ from torch.distributed.tensor import DTensor
 from RL2.algorithms import resolve_loss
 from RL2.distributed import rank
 from RL2.models.loading import local_part
-from RL2.workers import Actor, ShardedModel
+from RL2.workers import Actor, Learner, ShardedModel
 from tests.invariance.cases import LONGEST, TEMPERATURE
 from tests.workers.test_actor import actor_config
 
+TOP_K = 3
 LARGE = 64  # tokens of a micro-batch that holds several rows
 # AdamW's step is about lr * sign(gradient), which rounding can turn round where the gradient is
 # next to nothing; this much in its denominator makes it a smooth function of the gradient.
@@ -102,11 +103,13 @@ class RankResult:
     Attributes:
         where: the places of this rank's parts in the flat array of the whole model.
         logps: `[B, T]` by batch, before and after the updates, on rank 0.
+        tops: `[B, T, K]` by batch, as a teacher gives them, on rank 0.
     """
 
     where: np.ndarray
     updates: dict[str, Update]
     logps: list[dict[str, np.ndarray | None]]
+    tops: dict[str, tuple[np.ndarray, ...] | None]
 
 
 def flat(tensors):
@@ -135,39 +138,45 @@ def run_spread(model: str, spread: Spread, tasks: dict, batches: dict) -> RankRe
         actor = Actor(
             spread_config(model, spread), torch.device("cpu"), resolve_loss({"name": "nll"})
         )
-        parameters = dict(actor.hf_model.named_parameters())
-        before = {name: p.detach().to_local().clone() for name, p in parameters.items()}
-
-        def reset():
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.to_local().copy_(before[name])
-
         logps = [compute_logps(actor, batches)]
-        updates, gradients = {}, []
-        # Most tasks have theirs in common, and making them takes longer than some updates.
-        config_of = cache(lambda changes: spread_config(model, spread, **json.loads(changes)))
         loss_of = cache(lambda node: resolve_loss(json.loads(node)))
-        for group in actor.optimizer.param_groups:
-            group["eps"] = EPS
-        actor.optimizer.register_step_pre_hook(
-            lambda *_: gradients.append(flat({name: p.grad for name, p in parameters.items()}))
-        )
-        actor.prepare_scheduler(10**6)
-        for name, task in tasks.items():
-            reset()
-            actor.optimizer.state.clear()
-            gradients.clear()
-            actor.config = config_of(json.dumps(task.changes))
-            actor.loss = loss_of(json.dumps(task.loss))
-            try:
-                metrics = actor.update(task.batch if rank() == 0 else None, 1)
-            except Exception as error:
-                raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
-            updates[name] = Update(metrics, [*gradients], flat(parameters))
-        reset()
+        updates = run_updates(actor, spread, tasks, lambda task: loss_of(json.dumps(task.loss)))
         logps.append(compute_logps(actor, batches))
-    return RankResult(places(parameters), updates, logps)
+        tops = compute_tops(actor, batches)
+    return RankResult(places(dict(actor.hf_model.named_parameters())), updates, logps, tops)
+
+
+def run_updates(learner: Learner, spread: Spread, tasks: dict, loss_of) -> dict[str, Update]:
+    """All tasks one after the other, each from the same weights, which are there afterwards too."""
+    parameters = dict(learner.hf_model.named_parameters())
+    before = {name: p.detach().to_local().clone() for name, p in parameters.items()}
+
+    def reset():
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.to_local().copy_(before[name])
+
+    updates, gradients, model = {}, [], learner.config.model_name
+    # Most tasks have theirs in common, and making them takes longer than some updates.
+    config_of = cache(lambda changes: spread_config(model, spread, **json.loads(changes)))
+    for group in learner.optimizer.param_groups:
+        group["eps"] = EPS
+    learner.optimizer.register_step_pre_hook(
+        lambda *_: gradients.append(flat({name: p.grad for name, p in parameters.items()}))
+    )
+    learner.prepare_scheduler(10**6)
+    for name, task in tasks.items():
+        reset()
+        learner.optimizer.state.clear()
+        gradients.clear()
+        learner.config, learner.loss = config_of(json.dumps(task.changes)), loss_of(task)
+        try:
+            metrics = learner.update(task.batch if rank() == 0 else None, 1)
+        except Exception as error:
+            raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
+        updates[name] = Update(metrics, [*gradients], flat(parameters))
+    reset()
+    return updates
 
 
 def run_two_policies(model: str, batches: dict) -> list[dict[str, np.ndarray | None]]:
@@ -185,4 +194,21 @@ def compute_logps(model: ShardedModel, batches: dict) -> dict[str, np.ndarray | 
     for name, batch in batches.items():
         filled = model.annotate(batch if rank() == 0 else None, {"ref_logps": "logps"})
         result[name] = filled and filled["ref_logps"].numpy()
+    return result
+
+
+TOP_FIELDS = {
+    "teacher_logps": "logps",
+    "teacher_top_logps": "top_logps",
+    "teacher_top_ids": "top_ids",
+}
+
+
+def compute_tops(model: ShardedModel, batches: dict) -> dict[str, tuple[np.ndarray, ...] | None]:
+    """What a teacher adds to a batch: log-probabilities of the actions, and of the likeliest tokens
+    with their numbers."""
+    result = {}
+    for name, batch in batches.items():
+        filled = model.annotate(batch if rank() == 0 else None, TOP_FIELDS, TOP_K)
+        result[name] = filled and tuple(filled[field].numpy() for field in TOP_FIELDS)
     return result

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from RL2.algorithms import resolve_loss
 from tests.invariance import reference
 from tests.invariance.cases import (
     CASES,
@@ -35,6 +36,7 @@ from tests.invariance.cases import (
 from tests.invariance.spreads import (
     EPS,
     SPREADS,
+    TOP_K,
     RankResult,
     Update,
     flat,
@@ -136,7 +138,7 @@ class Runs:
         task = self.task(model, case)
         config = spread_config(self.path(model), SPREADS["alone"], **task.changes)
         metrics, gradients, weights = reference.update(
-            self.plain(model), config, task.loss, task.batch, EPS
+            self.plain(model), config, resolve_loss(task.loss), task.batch, EPS
         )
         return metrics, [flat(gradient) for gradient in gradients], flat(weights)
 
@@ -216,6 +218,17 @@ def test_logps(runs, model, spread):
     for logps in first.logps:
         check_logps(runs.plain(model), runs.batches(model), logps)
     assert all(x is None for rank in others for logps in rank.logps for x in logps.values())
+    for name, batch in runs.batches(model).items():
+        check_tops(runs.plain(model), batch, *first.tops[name])
+
+
+def check_tops(plain, batch: dict, logps, top_logps, top_ids) -> None:
+    """Of a teacher: those of the actions, and in descending order those of the likeliest tokens."""
+    mask = batch["action_mask"].numpy()
+    own, top, of_ids = reference.tops(plain, batch, TEMPERATURE, TOP_K, top_ids)
+    np.testing.assert_allclose(logps[mask], own, **LOGPS)
+    np.testing.assert_allclose(top_logps[mask], top, **LOGPS)
+    np.testing.assert_allclose(top_logps[mask], of_ids, **LOGPS)
 
 
 def test_policies_whose_ranks_share_the_work_in_different_ways(runs):

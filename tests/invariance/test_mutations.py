@@ -4,16 +4,19 @@ import ast
 
 import pytest
 
-from tests.invariance.mutations import LOGPS, MUTATIONS, ROOT, UPDATE, apply
+from tests.invariance.mutations.mutation import ROOT, apply
+from tests.invariance.mutations.spreads import LOGPS, UPDATE
+from tests.invariance.mutations.tables import MUTATIONS, TABLES
 from tests.invariance.test_invariance import items, spreads
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_mutation_applies(name):
-    mutation = MUTATIONS[name]
-    source = (ROOT / mutation.path).read_text()
-    mutated = apply(mutation, source)
-    assert ast.dump(ast.parse(mutated)) != ast.dump(ast.parse(source))
+@pytest.mark.parametrize("path", sorted({mutation.path for mutation in MUTATIONS.values()}))
+def test_mutations_apply(path):
+    source = (ROOT / path).read_text()
+    plain = ast.dump(ast.parse(source))
+    for name, mutation in MUTATIONS.items():
+        if mutation.path == path:
+            assert ast.dump(ast.parse(apply(mutation, source))) != plain, name
 
 
 def test_a_text_that_is_gone_is_refused():
@@ -21,7 +24,9 @@ def test_a_text_that_is_gone_is_refused():
         apply(MUTATIONS["f-filler-counts"], "")
 
 
-def test_mutations_name_tests_that_exist():
+def test_mutations_have_names_of_their_own_and_tests_that_exist():
+    assert len(MUTATIONS) == sum(len(table.MUTATIONS) for table in TABLES)
     known = {f"{UPDATE}[{item.id}]" for item in items()}
     known |= {f"{LOGPS}[{model}-{spread}]" for model, spread in spreads()}
-    assert {mutation.test for mutation in MUTATIONS.values()} <= known
+    tests = {mutation.test for mutation in MUTATIONS.values()}
+    assert all(test in known or (ROOT / test).is_file() for test in tests)

@@ -4,14 +4,12 @@ import json
 import shutil
 
 import pytest
-import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import RL2.trainer.loop
 from RL2.runtime.errors import ConfigError
 from RL2.trainer.main import launch
-from RL2.workers.critic import explained_variance
 from tests.faults.support import Run, assert_same_run
 from tests.trainer.support import composed, overrides, rows_of, write_files
 
@@ -74,16 +72,6 @@ def test_two_processes_go_on_from_the_checkpoint_of_one(files, whole, tmp_path):
     for row, other in zip(rows_of(folder), rows_of(whole), strict=True):
         for name in ("critic/loss", "critic/explained_variance", "actor/loss", "train/score"):
             assert row.get(name, 0) == pytest.approx(other.get(name, 0), rel=1e-3, abs=1e-4), name
-
-
-def test_explained_variance():
-    mask = torch.tensor([[True, True, True, False]])
-    batch = {"action_mask": mask, "returns": torch.tensor([[0.0, 1.0, 2.0, 9.0]])}
-    # the last errors are -1, 0 and 0.5, whose variance is 7/18; that of the returns is 2/3
-    for values, expected in (([0, 1, 2, 0], 1), ([5, 5, 5, 0], 0), ([1, 1, 1.5, 3], 5 / 12)):
-        batch["old_values"] = torch.tensor([values]).float()
-        assert explained_variance(batch) == pytest.approx(expected)
-    assert explained_variance(batch | {"returns": torch.ones(1, 4)}) is None
 
 
 REWARD_MODEL = {"architectures": ["Qwen3ForSequenceClassification"], "num_labels": 1}

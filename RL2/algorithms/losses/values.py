@@ -12,6 +12,7 @@ def value(
 
     The metric `clip_ratio` is 1 at tokens where the clipped error is the larger one.
     """
-    limited = old_values + (values - old_values).clamp(-clip, clip)
+    # not old + clamp(V - old): what is within the clip must stay V to the last digit
+    limited = values.clamp(old_values - clip, old_values + clip)
     error, clipped = (values - returns).square(), (limited - returns).square()
     return torch.maximum(error, clipped), {"clip_ratio": (clipped > error).to(error)}

@@ -15,12 +15,13 @@ def sigmoid(x):
 
 
 def test_sapo_by_hand():
-    ratio = torch.tensor([1.0, 2.0, 0.5, 2.0, 1.0], dtype=torch.float64)
+    ratio = torch.tensor([1.0, 2.0, 0.5, 2.0, 2.0], dtype=torch.float64)
     advantages = torch.tensor([3.0, 1.0, 1.0, -1.0, 0.0], dtype=torch.float64)
     losses, metrics = sapo(ratio.log(), torch.zeros(5), advantages)
     expected = [-6, -4 * sigmoid(1), -4 * sigmoid(-0.5), 4 / 1.05 * sigmoid(1.05), 0]
     assert losses.tolist() == pytest.approx(expected, rel=1e-12)
     assert metrics["gate"][:2].tolist() == pytest.approx([1, 4 * sigmoid(1) * sigmoid(-1)])
+    assert metrics["gate"][3:].tolist() == pytest.approx([4 * sigmoid(1.05) * sigmoid(-1.05)] * 2)
     other = sapo(ratio.log(), torch.zeros(5), advantages, tau_pos=2.0, tau_neg=4.0)[0]
     assert other.tolist() == pytest.approx([-3, -2 * sigmoid(2), -2 * sigmoid(-1), sigmoid(4), 0])
 
@@ -44,6 +45,7 @@ CASES = [
     (0.01, 0.13, 1.0, False, True),  # TV = 0.12, KL = 0.1023
     (0.99, 0.85, -1.0, False, True),  # TV = 0.14, KL = 0.1238
     (0.5, 0.7, 0.0, False, False),
+    (0.5, 0.3, 0.0, False, False),
 ]
 
 

@@ -89,6 +89,9 @@ def test_gmpo_by_hand():
     found, metrics = gmpo(OLD + D, OLD, of_two(-2, -2), TWO, **options)
     assert found.tolist() == pytest.approx([2 * UP, 2 * math.exp(-0.35 / 3)])
     assert metrics["clip_ratio"].tolist() == [0, pytest.approx(1 / 3)]
+    options = {"clip_low": 0.15, "clip_high": 0.25}
+    found = gmpo(OLD + D, OLD, of_two(2, -2), TWO, **options)[0]
+    assert found.tolist() == pytest.approx([-2 * math.exp(0.35 / 2), 2 * math.exp(-0.2 / 3)])
     assert gmpo(OLD + D, OLD, of_two(-2, 2), TWO)[0].tolist() == pytest.approx([2 * UP, -2 * DOWN])
     assert not gmpo(OLD + D, OLD, of_two(0, 0), TWO)[0].any()
     half = gmpo(OLD + 5 * D, OLD, of_two(1, -1), TWO)[0]  # the default, 0.4

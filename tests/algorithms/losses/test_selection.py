@@ -22,7 +22,9 @@ COVARIANCES = [4.0, 0.0, 2.0, 3.0, 6.0]
 
 
 def test_covariances_by_hand():
-    assert covariances(LOGPS, ADVANTAGES, MASK).tolist() == pytest.approx(COVARIANCES)
+    for shift in (0.0, 5.0):
+        found = covariances(LOGPS - shift, ADVANTAGES + shift, MASK)
+        assert found.tolist() == pytest.approx(COVARIANCES)
 
 
 def test_the_highest_covariances():

@@ -20,6 +20,13 @@ def test_the_larger_of_the_two_errors_counts():
     assert metrics["clip_ratio"].tolist() == [1, 0, 1, 0]
 
 
+def test_what_is_within_the_clip_is_not_clipped_by_rounding():
+    """In float32 -0.3 + (0.3 - -0.3) is not 0.3, and further from 1."""
+    now, old = torch.tensor([0.3]), torch.tensor([-0.3])
+    losses, metrics = value(now, old, torch.ones(1), clip=0.7)
+    assert losses == (now - 1).square() and metrics["clip_ratio"] == 0
+
+
 def test_its_gradient_is_that_of_the_formula():
     """None where the clipped error counts: the value has gone far enough."""
     values = NOW.clone().requires_grad_()
