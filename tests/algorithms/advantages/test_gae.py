@@ -51,6 +51,9 @@ def test_time_runs_over_the_actions_of_a_sample_and_no_other_tokens():
     rewards = torch.tensor([[0.0, 0.0], [0.0, 2.0], [0.0, 1.0]])
     found = unnormalised(rewards, values, mask, torch.tensor([7, 3, 7]))
     assert found == pytest.approx([0.5, 1.75, 1.5, 0.4, 0.8])
+    options = {"gamma": 0.5, "lamda": 0.5}
+    found = unnormalised(rewards, values, mask, torch.tensor([7, 3, 7]), **options)
+    assert found == pytest.approx([-0.275, 0.375, 1.5, -0.3, 0.8])
 
 
 def test_equal_advantages_and_a_batch_without_actions_are_zero():

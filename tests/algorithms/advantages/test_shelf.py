@@ -85,6 +85,7 @@ def test_maxrl_by_hand():
     assert found == [1, -1, 1, -1, 1, -1, 0, 0]  # means ½, 1 and 0
     # one of four is right: (1 - ¼) / ¼
     assert of_samples(maxrl, one_token(1, 0, 0, 0), [0] * 4) == [3, -1, -1, -1]
+    assert of_samples(maxrl, one_token(-1, 1), [0, 0]) == [0, 0]
     with pytest.raises(ValueError, match="the mean reward of a group is -0.5, and maxrl divides"):
         of_samples(maxrl, one_token(-1, 0), [0, 0])
 

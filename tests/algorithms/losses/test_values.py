@@ -21,10 +21,10 @@ def test_the_larger_of_the_two_errors_counts():
 
 
 def test_what_is_within_the_clip_is_not_clipped_by_rounding():
-    """In float32 -0.3 + (0.3 - -0.3) is not 0.3, and further from 1."""
-    now, old = torch.tensor([0.3]), torch.tensor([-0.3])
-    losses, metrics = value(now, old, torch.ones(1), clip=0.7)
-    assert losses == (now - 1).square() and metrics["clip_ratio"] == 0
+    """In float32 -0.2 + (0.01 - -0.2) is not 0.01, and further from 0."""
+    now, old = torch.tensor([0.01]), torch.tensor([-0.2])
+    losses, metrics = value(now, old, torch.zeros(1))
+    assert losses == now.square() and metrics["clip_ratio"] == 0
 
 
 def test_its_gradient_is_that_of_the_formula():

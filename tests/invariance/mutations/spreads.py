@@ -228,6 +228,12 @@ MUTATIONS |= {
         'samples = of_row = torch.arange(len(rows["sample_ids"]))',
         f"{UPDATE}[qwen3-packed-gspo-sequence]",
     ),
+    "g-teachers-tokens-of-a-shard": Mutation(
+        SWEEP,
+        "head.shard.all_gather(top_index).transpose(0, 1)",
+        "top_index.repeat(2, 1, 1).transpose(0, 1)",
+        f"{LOGPS}[qwen3-tp2]",
+    ),
     "g-metric-by-tokens": Mutation(
         PACKS,
         'count(batch, "tokens") / count(batch, kind)',

@@ -157,3 +157,24 @@ MUTATIONS |= mutations_of(
         ),
     },
 )
+# however the values are spread
+MUTATIONS |= mutations_of(
+    f"{WORKERS}/critic.py",
+    "tests/invariance/test_values.py",
+    {
+        "metric-of-one-rank": (
+            "broadcast(None if batch is None else explained_variance(batch))",
+            "None if batch is None else explained_variance(batch)",
+        ),
+    },
+)
+MUTATIONS |= mutations_of(
+    "RL2/models/heads.py",
+    "tests/invariance/test_values.py",
+    {
+        "values-of-the-token-before": (
+            "question.hidden().float()).squeeze(-1)",
+            "question.hidden().float().roll(1, 0)).squeeze(-1)",
+        ),
+    },
+)
