@@ -54,6 +54,8 @@ def test_the_others_keep_above_their_floor_too():
     assert low[-1] == pytest.approx(2.5e-4)
     slow = rates("inverse_sqrt", min_lr_ratio=0.25)
     assert slow[16] == pytest.approx(LR * (0.25 + 0.75 / 2))  # 1 / sqrt(16 / 4)
+    constant = rates("constant")  # its warm-up too, which transformers' schedule of that name lacks
+    assert constant == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, *[1e-3] * 17])
     stable = rates("warmup_stable_decay", min_lr_ratio=0.2, decay_ratio=0.4)
     assert stable[4:13] == [LR] * 9
     assert stable[16] == pytest.approx(LR * (0.2 + 0.8 / 2))  # half of its 8 steps of decay

@@ -146,7 +146,7 @@ MUTATIONS |= mutations_of(
             'len(batch["group_ids"].unique()) > 1:',
             'len(batch["group_ids"].unique()) > 0:',
         ),
-        "rejected-first": ('(~batch.get("chosen"', '(batch.get("chosen"'),
+        "sides-mixed": ("for row in order.tolist():", "for row in range(n_rows):"),
         "last-token-lost": (
             '[*batch["states"][row, :n].tolist(), int(batch["actions"][row, n - 1])]',
             '[*batch["states"][row, :n].tolist(), int(batch["states"][row, n - 1])]',
