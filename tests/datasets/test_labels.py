@@ -66,6 +66,17 @@ def test_empty_completions_are_left_out_and_counted(tiny_tokenizer, caplog):
         load(tiny_tokenizer, [ROW | {"completion": ""}])
 
 
+def test_a_label_stays_with_its_answer_whatever_is_left_out(tiny_tokenizer):
+    """Behind an empty completion and one that is too long."""
+    rows = [
+        ROW | {"completion": ""}, ROW | {"completion": "t" * 50}, ROW | {"label": False}, ROW,
+    ]  # fmt: skip
+    found = load(tiny_tokenizer, rows, max_length=20, overlong="drop")
+    assert list(found) == list(load(tiny_tokenizer, rows[2:]))
+    assert [item["labels"][0] for item in found] == [-1, 1]
+    assert found.fingerprint == load(tiny_tokenizer, rows[2:]).fingerprint
+
+
 def test_mismatched_answers(tiny_tokenizer):
     rows = [
         {"prompt": p, "completion": c, "label": True} for p, c in zip("abc", "xyz", strict=True)

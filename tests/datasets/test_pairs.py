@@ -179,6 +179,10 @@ def test_overlong_counts_the_longer_one(tiny_tokenizer, caplog):
     assert len(load(tiny_tokenizer, rows, max_length=11)) == 2
     (pair,) = load(tiny_tokenizer, rows, max_length=10, overlong="drop")
     assert len(pair["chosen"]["token_ids"]) == 4
+    # the same pair, wherever the one that is dropped stands
+    last_first = load(tiny_tokenizer, rows[::-1], max_length=10, overlong="drop")
+    assert list(last_first) == [pair] == list(load(tiny_tokenizer, rows[1:2]))
+    assert last_first.fingerprint == load(tiny_tokenizer, rows[1:2]).fingerprint
 
 
 def test_fingerprint_is_that_of_the_rows_which_are_kept(tiny_tokenizer):
