@@ -334,10 +334,12 @@ def check_loss(config: DictConfig, loss: TokenLoss, brought: Collection[str]) ->
             "adv.estimator=gae, or use an estimator that names values"
         )
     if missing:
+        trainer = "" if "rollout" in config else ", or a trainer with rollouts"
+        trainer = ", or the trainer dpo" if "labels" in missing else trainer
         raise ConfigError(
             f"actor.loss: {loss.name} needs {', '.join(missing)}, which "
             f"trainer.source={config.trainer.source} does not bring; use a loss over token "
-            "statistics, or a trainer with rollouts"
+            f"statistics{trainer}"
         )
     check_segments(config, loss, brought)
     kl = actor.get("kl")

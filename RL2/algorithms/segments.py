@@ -233,8 +233,8 @@ def check_segments(config: Mapping[str, Any], loss: Any, brought: Collection[str
         if missing := [field for field in SEGMENTS[name] if field not in brought]:
             raise ConfigError(
                 f"actor.loss: {loss.name} names {name}, which trainer.source="
-                f"{config['trainer']['source']} does not bring ({', '.join(missing)}); use a "
-                f"source whose batches have them, or a loss without {name}"
+                f"{config['trainer']['source']} does not bring ({', '.join(missing)}); use the "
+                f"trainer dpo or rm, a source whose batches have them, or a loss without {name}"
             )
     if loss.draws and actor.get("sp_size", 1) > 1:
         raise ConfigError(
