@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -59,6 +60,7 @@ def run(config_name: str) -> None:
     A bad key or value ends the process with status 1 and one line on stderr, before a process
     group, tokenizer or model exists. `--help` explains the keys and does nothing else.
     """
+    gc.disable()  # of what imports make it would find nothing, and that takes a second
     one_line_for_ctrl_c()
     keep_streams()
     if asks_for_help(sys.argv[1:]):
@@ -154,6 +156,9 @@ def train(config: DictConfig, facts: Facts) -> None:
     from RL2.runtime.stop import StopRequest, stop_signals
     from RL2.trainer.loop import Trainer
 
+    if not gc.isenabled():  # see `run`; what is imported stays
+        gc.freeze()
+        gc.enable()
     threads = config.trainer.num_threads or max(
         1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     )
