@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 from RL2.config import register_schemas
 from RL2.trainer.main import launch
 from tests.conftest import make_tiny_tokenizer
+from tests.trainer import preloaded
 
 ROOT = Path(__file__).resolve().parents[2]
 N_ROWS = 24
@@ -148,16 +149,22 @@ def environ(**changes: str) -> dict[str, str]:
 
 
 def command(
-    trainer: str, lines: list[str], n_processes: int = 0, flags: tuple[str, ...] = (), **options
-) -> subprocess.CompletedProcess:
-    """Run a trainer as a user does: `python -m`, or `torchrun` with `n_processes`."""
+    trainer: str, lines: list[str], n_processes: int = 0, flags: tuple[str, ...] = (), *,
+    env: dict[str, str] | None = None, cwd: Path | None = None, fresh: bool = False,
+) -> subprocess.CompletedProcess:  # fmt: skip
+    """Run a trainer as a user does: `python -m`, or `torchrun` with `n_processes`.
+
+    Without `fresh` and torchrun its process is forked from one that has done the imports.
+    """
+    env, module = env or environ(), f"RL2.trainer.{trainer}"
+    if not (fresh or n_processes):
+        return preloaded.run(module, [*flags, *lines], env, cwd)
     start = [sys.executable, "-m"]
     if n_processes:
         start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}", "-m"]
     return subprocess.run(
-        [*start, f"RL2.trainer.{trainer}", *flags, *lines],
-        env=options.pop("env", environ()), capture_output=True, text=True, timeout=180,
-        stdin=subprocess.DEVNULL, **options,
+        [*start, module, *flags, *lines], env=env, cwd=cwd, capture_output=True, text=True,
+        timeout=180, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from RL2 import __version__
 from RL2.trainer.startup.sweep import run_name
-from tests.trainer.support import ROOT, environ, overrides, write_files
+from tests.trainer.support import ROOT, command, environ, overrides, write_files
 
 
 def rl2(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -74,7 +74,7 @@ def test_the_runs_of_a_sweep_do_not_meet(tmp_path, follows):
     lines = overrides(files, "sft", tmp_path / "out", trainer__max_steps=1, trainer__seed="1,2")
     if follows:
         lines = [line for line in lines if not line.startswith("trainer.save_dir=")]
-    done = rl2("sft", *lines, "--multirun", cwd=tmp_path)
+    done = command("sft", lines, flags=("--multirun",), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     stem = tmp_path / ("ckpts/sft/default" if follows else "out")
     for run in (stem.with_name(f"{stem.name}-seed_{n}") for n in (1, 2)):

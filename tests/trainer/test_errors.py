@@ -74,9 +74,12 @@ def test_the_command_ends_with_one_line(files, tmp_path, case):
 def test_launch_variables_that_cannot_be_end_the_command_at_once(files, tmp_path):
     """RANK=5 of 2 would wait for ever."""
     variables = {"RANK": "5", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    done = command("spo", overrides(files, "spo", "out"), env=environ(**variables), cwd=tmp_path)
+    lines = overrides(files, "spo", "out")
+    done = command("spo", lines, env=environ(**variables), cwd=tmp_path, fresh=True)
     assert done.returncode == 1
-    assert the_line(done.stderr).startswith("ConfigError: RANK=5: must be at most 1 with WORLD_S")
+    line = the_line(done.stderr)
+    assert line.startswith("ConfigError: RANK=5: must be at most 1 with WORLD_S")
+    assert done.stderr.strip() == line  # no warning of an import
 
 
 @pytest.mark.parametrize(("size", "use"), [(3, "1 or 2"), (4, "1 or 2")])

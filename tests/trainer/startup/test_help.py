@@ -57,7 +57,7 @@ def test_words_choose():
 
 def test_the_command_answers_at_once(tmp_path):
     start = time.monotonic()
-    done = command("spo", [], flags=("--help",), cwd=tmp_path)
+    done = command("spo", [], flags=("--help",), cwd=tmp_path, fresh=True)
     assert time.monotonic() - start < 20  # torch is not imported
     assert done.returncode == 0 and done.stderr == ""
     assert entries(done.stdout).keys() == entries(help_text("spo")).keys()
