@@ -1,6 +1,7 @@
 """Run a function on n gloo ranks, each a process of its own that serves all tests."""
 
 import atexit
+import gc
 import os
 from collections.abc import Callable
 from multiprocessing import connection
@@ -25,6 +26,7 @@ def _serve(rank: int, n_ranks: int, port: int, pipe: Connection) -> None:
         LOCAL_WORLD_SIZE=str(n_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported
     with process_group("cpu"):
         while (task := pipe.recv()) is not None:
             function, args = task

@@ -3,6 +3,7 @@
 Ranks are forked from a server that has imported everything, so that a run takes about a second.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -153,6 +154,7 @@ def _rank(
     trainer: str, lines: list[str], folder: Path, environment: dict, log: Path, count: Path,
     die_at: int | None,
 ) -> None:  # fmt: skip
+    gc.freeze()  # what is imported
     os.environ |= {name: str(value) for name, value in environment.items()}
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
