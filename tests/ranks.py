@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from multiprocessing import connection
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import psutil
@@ -37,11 +38,15 @@ def _serve(rank: int, n_ranks: int, port: int, pipe: Connection) -> None:
             pipe.send((good, answer, len(psutil.Process().threads())))
 
 
-def _start(n_ranks: int) -> list[tuple[mp.Process, Connection]]:
-    # Forked from a server that has imported everything already, which takes seconds.
+def forking() -> ForkServerContext:
+    """Its processes come from a server that has done the imports, which take seconds."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["RL2.trainer.loop"])
-    port = free_port()
+    return context
+
+
+def _start(n_ranks: int) -> list[tuple[mp.Process, Connection]]:
+    context, port = forking(), free_port()
     pool = []
     for rank in range(n_ranks):
         own, theirs = context.Pipe()
@@ -61,13 +66,18 @@ def _stop(*which: int) -> None:
 atexit.register(_stop)
 
 
-def run_on_ranks(n_ranks: int, function: Callable, *args: Any) -> list[Any]:
-    """Results of `function(*args)` by rank; a group of one runs in this process.
+def run_on_ranks(
+    n_ranks: int, function: Callable, *args: Any, new: bool = False
+) -> list[Any]:  # fmt: skip
+    """Results of `function(*args)` by rank; a group of one runs in this process, if not `new`:
+    then all ranks are processes that have done nothing before.
 
     The function must be importable (module level). An exception on any rank is a RuntimeError
     here, and the ranks, whose collectives may be out of step then, are replaced.
     """
-    if n_ranks == 1:
+    if new and n_ranks in _POOLS:
+        _stop(n_ranks)
+    if n_ranks == 1 and not new:
         with process_group("cpu"):
             return [function(*args)]
     if n_ranks not in _POOLS:

@@ -1,28 +1,35 @@
 import os
-import subprocess
-import sys
 
 import pytest
 import torch.distributed as dist
 
-from RL2.distributed import process_group, rank, world_size
+from RL2.distributed import broadcast, process_group, rank, world_size
 from RL2.runtime.errors import TrainingError
-
-SWEEP = """
-from RL2.distributed import broadcast, process_group, rank
-for run in range(4):
-    with process_group("cpu") as device:
-        assert broadcast(run if rank() == 0 else None) == run and device.type == "cpu"
-"""
+from tests.ranks import forking
 
 
-def test_runs_of_a_sweep_share_the_processes_of_one_torchrun(tmp_path):
+def sweep(rank_of_this: int, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank_of_this), WORLD_SIZE="2", LOCAL_RANK=str(rank_of_this), LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
+    )  # fmt: skip
+    for run in range(4):
+        with process_group("cpu") as device:
+            assert broadcast(run if rank() == 0 else None) == run and device.type == "cpu"
+
+
+def test_runs_of_a_sweep_share_the_processes_of_one_torchrun():
     """The second run waited for ever on keys that the first had left in torchrun's store."""
-    script = tmp_path / "sweep.py"
-    script.write_text(SWEEP)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"PYTHONPATH": os.getcwd()}
-    subprocess.run([*command, str(script)], check=True, timeout=120, env=environment)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [forking().Process(target=sweep, args=(rank, store.port)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    assert codes == [0, 0]
 
 
 def test_without_torchrun_a_group_of_one_that_leaves_nothing(monkeypatch):

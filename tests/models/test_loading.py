@@ -2,9 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -117,42 +116,24 @@ def refusal(model, changes):
     return None
 
 
-MEASURE = """
-import json, sys, torch
-from unittest import mock
-from RL2.distributed import process_group, rank
-from RL2.runtime.errors import ConfigError
-from RL2.workers import ShardedModel
-from tests.workers.test_actor import actor_config
-
 def resident(which):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(which))
 
-with process_group("cpu"):
+
+def rise(folder):
+    """By how many bytes the peak rises."""
     torch.nn.Linear(8, 8)(torch.ones(1, 8)).sum().backward()
     before = resident("VmRSS")
     # Loading alone: the check that follows gathers layer after layer, as each step does.
     with mock.patch("RL2.workers.sharded_model.self_check"):
-        actor = ShardedModel(actor_config(sys.argv[1]), torch.device("cpu"))
-    line = json.dumps([rank(), resident("VmHWM") - before])
-    sys.stdout.write(line + chr(10))  # at once: ranks share the pipe
-"""
+        actor = ShardedModel(actor_config(folder), torch.device("cpu"))
+    assert actor.model is not None
+    return resident("VmHWM") - before
 
 
 def peak(folder, n_ranks):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc_per_node={n_ranks}", "--no-python", sys.executable, "-c", MEASURE,
-        str(folder),
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=180, check=True
-    )
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(lines) == n_ranks, done.stderr
-    return max(n_bytes for _, n_bytes in lines)
+    return max(run_on_ranks(n_ranks, rise, str(folder), new=True))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
