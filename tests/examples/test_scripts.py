@@ -167,12 +167,11 @@ def test_a_run_goes_on_where_it_was_interrupted_and_is_kept_when_done(tmp_path):
     done = train()
     assert "kept from an earlier run" in done.stdout and "step" not in done.stderr
     # Another command, or another file under the same name, starts anew.
-    for changes in (["trainer.seed=1"], []):
-        done = train(*changes)
-        assert "step 1/4" in done.stderr and "moved aside" in done.stderr
+    done = train("trainer.seed=1")
+    assert "step 1/4" in done.stderr and "moved aside" in done.stderr
     with (files / "rows.jsonl").open("a") as file:
         file.write('{"prompt": "1 + 1 = ", "response": "2"}\n')
-    assert "step 1/4" in train().stderr
+    assert "step 1/4" in train("trainer.seed=1").stderr
 
 
 # ------------------------------------------------------------------------------ any folder
