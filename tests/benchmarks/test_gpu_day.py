@@ -33,6 +33,14 @@ def test_every_part_names_programs_and_options_that_there_are():
             assert rest[0] in gpu_checks.CHECKS
 
 
+def test_the_keys_of_every_variant_of_an_update_are_there(tmp_path):
+    pytest.importorskip("triton")
+    for name, changes in update.VARIANTS.items():
+        node, said = update.actor_node(tmp_path, 512, "cuda", changes)
+        found = {key: str(node[key.removeprefix("actor.")]).lower() for key in changes}
+        assert found == changes or said, name  # said: what the package that is missing changes
+
+
 def test_the_table_counts_tokens_and_shares_of_the_peak():
     found = {"auto": answers(0.5, 1.0, 2.0), "naive": answers(4.0)}
     found["liger"] = {"answers": [], "why": "needs CUDA"}
