@@ -18,8 +18,9 @@ def sweep(rank_of_this: int, port: int) -> None:
             assert broadcast(run if rank() == 0 else None) == run and device.type == "cpu"
 
 
-def test_runs_of_a_sweep_share_the_processes_of_one_torchrun():
-    """The second run waited for ever on keys that the first had left in torchrun's store."""
+def test_runs_of_a_sweep_share_the_store_of_one_torchrun():
+    """The second run waited for ever on keys that the first had left in it. The store is what
+    torchrun gives its ranks, which start faster without it."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [forking().Process(target=sweep, args=(rank, store.port)) for rank in range(2)]
     for process in ranks:
