@@ -37,7 +37,9 @@ GROUPS = {"train_data__responses_per_prompt": 4}
 LORA = {"actor__lora__rank": 4, "actor__lora__dropout": 0.1}
 AGAIN = GROUPS | {"rollout__max_resampled": 16}
 TALK = {"rollout__env_path": "talk.py", "rollout__max_turns": 3}
-CRITIC = GROUPS | {"algorithm": "ppo_critic", "critic__lr": "1e-2"}
+CRITIC = GROUPS | {
+    "algorithm": "ppo_critic", "critic__lr": "1e-2", "train_data__prompts_per_rollout": 4,
+}  # fmt: skip
 TWICE = {"actor__update_per_rollout": 2, "actor__epochs_per_rollout": 2}
 RENEWED = {"ref_actor__renew_every": 2, "ref_actor__renew_mix": 0.5}
 LABELS = {"algorithm": "kto", "data__path": "labels.jsonl", "data__batch_size": 8}

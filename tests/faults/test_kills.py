@@ -25,7 +25,7 @@ SETTINGS = {
     "actor__scheduler": "cosine", "actor__warmup_ratio": 0.3, "actor__lr": "1e-2",
 }  # fmt: skip
 AHEAD, BESIDE = {"rollout__staleness": 1}, {"trainer__async_save": "true"}
-HELD_OUT = {"data__test_ratio": 0.25, "trainer__test_freq": 1}
+HELD_OUT = {"data__test_ratio": 0.25, "trainer__test_freq": 2}
 KINDS = {
     "sft": ("sft", {}), "spo": ("spo", {}), "ahead": ("spo", AHEAD),
     "beside": ("dpo", BESIDE | HELD_OUT), "both": ("spo", AHEAD | BESIDE),
