@@ -143,9 +143,5 @@ MUTATIONS |= mutations_of(
         ),
         "norm-forgotten": ("global_norm=global_norm, norm_var=norm_var", "global_norm=global_norm"),
         "global-forgotten": ("global_norm=global_norm, norm_var=norm_var", "norm_var=norm_var"),
-        "on-prompts": (
-            "return teacher_coef * (teacher_logps - old_logps) * action_mask",
-            "return teacher_coef * (teacher_logps - old_logps)",
-        ),
     },
 )
