@@ -52,7 +52,8 @@ def shard(
     fully_shard(root, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     for module in root.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            if mesh.size() > 1:  # one rank would divide by it, in a copy of every gradient
+                module.set_gradient_divide_factor(1.0)
             # gloo has no pre-multiplied sum, which a divide factor would otherwise need
             module.set_force_sum_reduction_for_comms(True)
 
