@@ -157,7 +157,8 @@ def activation_bytes(
 ) -> int:
     """What autograd keeps of one layer for each of a rank's tokens, without checkpointing.
 
-    flash: attention by a kernel that takes packs; False: `sdpa_varlen`, which copies them.
+    flash: attention by a kernel that takes packs; False: `sdpa_varlen`, which copies
+        them on a GPU.
     """
     tp = spread.tp_size
     hidden, width = config.hidden_size, config.head_dim

@@ -1,5 +1,8 @@
 """Attention over packed sequences without a flash-attention kernel."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
@@ -34,9 +37,10 @@ def sdpa_varlen(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention in which every sequence of a pack sees only itself.
 
-    Linear layers work on the pack itself; only here the sequences become rows, right-padded, for
-    torch's fused causal kernel, so that no `[N, N]` mask is ever built. Padding is to the right in
-    a causal row: no token of the sequence attends to it.
+    No `[N, N]` mask of the pack is ever built. On CPU the sequences are computed one by one, which
+    copies and pads nothing, and gives each the numbers that it has alone, to the bit. Elsewhere a
+    kernel for each sequence, and the wait for their lengths, would cost more than padding: see
+    `_side_by_side`.
 
     Args:
         query, key, value: `[1, heads, N, d]`, `[1, kv_heads, N, d]`, `[1, kv_heads, N, d_value]`.
@@ -63,38 +67,79 @@ def sdpa_varlen(
     if cu_seq_lens_q is None:
         raise NotImplementedError(f"{NAME} needs cu_seq_lens_q, where sequences of a pack begin")
     window = kwargs["sliding_window"] if "sliding_window" in kwargs else _window_of(module)
-    n_rows, n_tokens = len(cu_seq_lens_q) - 1, query.shape[2]
+    attend = partial(
+        _causal, window=window, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux
+    )
+    spread = _one_by_one if query.device.type == "cpu" else _side_by_side
+    return spread(attend, query, key, value, cu_seq_lens_q, max_length_q), None
+
+
+def _one_by_one(
+    attend: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+) -> torch.Tensor:
+    """`attend` on each sequence of a pack, one after the other."""
+    lengths = offsets.diff().tolist()
+    parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
+    return torch.cat([attend(*part).transpose(1, 2) for part in parts], 1)
+
+
+def _side_by_side(
+    attend: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+) -> torch.Tensor:
+    """`attend` on all sequences of a pack at once, as rows, right-padded.
+
+    No token of a sequence attends to the padding, which comes after it.
+    """
+    n_rows, n_tokens = len(offsets) - 1, query.shape[2]
     row = torch.repeat_interleave(
-        cu_seq_lens_q.diff().to(torch.int64), output_size=n_tokens
+        offsets.diff().to(torch.int64), output_size=n_tokens
     )  # token -> sequence
-    column = torch.arange(n_tokens, device=query.device) - cu_seq_lens_q[row]
-    slot = row * max_length_q + column
+    slot = row * longest + torch.arange(n_tokens, device=query.device) - offsets[row]
 
     def spread(packed: torch.Tensor) -> torch.Tensor:
         _, heads, _, width = packed.shape
-        padded = packed.new_zeros(n_rows * max_length_q, heads, width)
+        padded = packed.new_zeros(n_rows * longest, heads, width)
         padded = padded.index_copy(0, slot, packed[0].transpose(0, 1))
-        return padded.view(n_rows, max_length_q, heads, width).transpose(1, 2)
+        return padded.view(n_rows, longest, heads, width).transpose(1, 2)
 
-    plain = softcap is None and s_aux is None
+    out = attend(spread(query), spread(key), spread(value))
+    out = out.transpose(1, 2).reshape(n_rows * longest, *out.shape[1::2])
+    return out.index_select(0, slot)[None]
+
+
+def _causal(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of rows of one length, `[n, heads, L, d]`, to `[n, heads, L, d_value]`."""
+    length = query.shape[2]
+    plain = softcap is None and sinks is None
     mask = None
-    if not plain or (window is not None and window < max_length_q):
-        mask = torch.ones(max_length_q, max_length_q, dtype=torch.bool, device=query.device).tril()
+    if not plain or (window is not None and window < length):
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
         mask = mask if window is None else mask.triu(1 - window)
-    rows = spread(query), spread(key), spread(value)
-    if plain:
-        out = F.scaled_dot_product_attention(
-            *rows,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-            dropout_p=dropout,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-    else:
-        out = _by_the_formula(*rows, mask, scaling, dropout, softcap, s_aux)
-    out = out.transpose(1, 2).reshape(n_rows * max_length_q, *out.shape[1::2])
-    return out.index_select(0, slot)[None], None
+    if not plain:
+        return _by_the_formula(query, key, value, mask, scaling, dropout, softcap, sinks)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling,
+        dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
 
 
 def _window_of(module: torch.nn.Module) -> int | None:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Gemma2Config, GraniteMoeHybridConfig, LlamaConfig, MistralConfig
 
+from RL2.ops import attention
 from RL2.ops.attention import check_attention, sdpa_varlen
 from RL2.runtime.errors import ConfigError
 
@@ -123,3 +124,30 @@ def test_models_whose_sequences_would_mix_are_refused():
     hybrid = GraniteMoeHybridConfig(layer_types=["mamba", "attention"], num_hidden_layers=2)
     with pytest.raises(ConfigError, match="granitemoehybrid has layers of type linear_attention"):
         check_attention(hybrid)
+
+
+def test_on_cpu_a_sequence_has_the_very_numbers_that_it_has_alone():
+    tensors = [x.float().requires_grad_() for x in case()]
+    out = packed(*tensors)
+    gradients = torch.autograd.grad(out.square().sum(), tensors)
+    start = 0
+    for length in LENGTHS:
+        rows = slice(start, start + length)
+        own = [x[:, :, rows].detach().requires_grad_() for x in tensors]
+        ends = torch.tensor([0, length], dtype=torch.int32)
+        single, _ = sdpa_varlen(
+            torch.nn.Module(), *own, None, cu_seq_lens_q=ends, max_length_q=length
+        )
+        assert torch.equal(single, out[:, rows])
+        for mine, whole in zip(
+            torch.autograd.grad(single.square().sum(), own), gradients, strict=True
+        ):
+            assert torch.equal(mine, whole[:, :, rows])
+        start += length
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 4}, {"softcap": 1.5}])
+def test_sequences_side_by_side_as_on_a_gpu(monkeypatch, options):
+    one_by_one = packed(*case(), **options)
+    monkeypatch.setattr(attention, "_one_by_one", attention._side_by_side)
+    torch.testing.assert_close(packed(*case(), **options), one_by_one, rtol=1e-6, atol=1e-6)
