@@ -105,7 +105,7 @@ MUTATIONS |= mutations_of(
             "totals = learner.totals(sums)",
             "learner.totals(sums)\n    totals = {one: x.item() for one, x in sums.items()}",
         ),
-        "all-names": ("if one.startswith(name) and math", "if math"),
+        "all-names": ("        if one.startswith(name)\n", ""),
     },
 )
 MUTATIONS |= mutations_of(
