@@ -131,7 +131,7 @@ def test_a_position_has_them_on_the_first_rank(models):
 
 
 def mismatch(policy, reference, batch, max_length):
-    found = MismatchKL(frozen(policy), frozen(reference), max_length)(batch, {})
+    found = MismatchKL(frozen(policy), frozen(reference).annotate, max_length)(batch, {})
     return found["mismatch_kl"]
 
 
