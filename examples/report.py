@@ -150,6 +150,7 @@ def draw(names: list[str], runs: list[Path], png: Path) -> None:
                 axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
         axis.set_title(TITLES[name], fontsize=11)
         axis.set_xlabel("Step")
+        axis.tick_params(labelbottom=True)  # of all, also where the panel below is missing
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     if LENGTH in axes:
